@@ -1,0 +1,381 @@
+"""The whole run as one typed document: load, override, validate, write resolved.
+
+Unknown keys are errors that name the file, the key and the nearest known key. Sizes are global unless their
+name says `per_device`; times are seconds; lengths are tokens.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from mahalo_ray.objectives import Weights, unknown_name
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class ConfigError(ValueError):
+    """The run's configuration cannot be used; the message says which key, where, and what to do."""
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, and unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ObjectiveConfig(Section):
+    """One objective and how its process reward is supervised (see docs, "Process reward model")."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    supervision: Literal["rollout_value", "judged_rollouts", "judged_prefix", "pairwise"]
+    description: str = ""
+
+
+class ClusterConfig(Section):
+    """Where the work runs. `address: null` starts a private local Ray unless RAY_ADDRESS is set."""
+
+    address: str | None = None
+    train_workers: PositiveInt = 2
+    cpus_per_train_worker: PositiveFloat = 1
+    rollout_actors: PositiveInt = 2
+    cpus_per_rollout_actor: PositiveFloat = 1
+    use_gpu: bool = False
+    max_failures: NonNegativeInt = 3
+
+    @property
+    def device(self) -> str:
+        """Torch device type of every worker."""
+        return "cuda" if self.use_gpu else "cpu"
+
+
+class ScratchModelConfig(Section):
+    """A small Qwen2 model with its own byte-level BPE tokenizer, trained from scratch on the domain's text."""
+
+    hidden_size: PositiveInt = 96
+    num_layers: PositiveInt = 3
+    num_attention_heads: PositiveInt = 4
+    intermediate_size: PositiveInt = 256
+    vocab_size: PositiveInt = 512
+
+
+class LoraConfig(Section):
+    """LoRA adapters on the backbone (peft)."""
+
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32
+    dropout: Fraction = 0.0
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+
+
+class ModelConfig(Section):
+    """The language model everything starts from: a `base` folder or hub id, or one made from scratch."""
+
+    base: str | None = None
+    scratch: ScratchModelConfig | None = None
+    max_length: PositiveInt = 1024
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.base is None) == (self.scratch is None):
+            raise ValueError(
+                "give exactly one of 'base' (a folder or hub id) and 'scratch' (a new small model)"
+            )
+        return self
+
+
+class TrainingConfig(Section):
+    """What every training stage shares. `batch_size` is global; gradients do not depend on how it is split."""
+
+    batch_size: PositiveInt = 32
+    micro_batch_size_per_device: PositiveInt = 16
+    epochs: PositiveFloat = 1.0
+    max_steps: PositiveInt | None = None
+    learning_rate: PositiveFloat = 1e-4
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_fraction: Fraction = 0.03
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    gradient_clipping: Annotated[float, Field(ge=0, description="0 = off")] = 1.0
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    gradient_checkpointing: bool = False
+    logit_chunk_size: PositiveInt = 1024
+    checkpoint_every_steps: PositiveInt = 50
+    keep_checkpoints: PositiveInt = 2
+    report_every_steps: PositiveInt = 10
+
+    @model_validator(mode="after")
+    def _offload_needs_zero(self) -> Self:
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError("'offload_parameters' needs 'zero_stage: 3'")
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("'offload_optimizer' needs 'zero_stage' 1, 2 or 3")
+        return self
+
+
+class SftConfig(Section):
+    """Supervised fine-tuning on tutor turns (or from scratch, for a scratch model)."""
+
+    training: TrainingConfig = TrainingConfig(learning_rate=3e-3, batch_size=64)
+    loss_on: Literal["tutor", "all"] = "tutor"
+
+
+class SamplingConfig(Section):
+    """How candidate turns are drawn."""
+
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    top_k: NonNegativeInt = 0
+    top_p: Fraction = 1.0
+    min_p: Fraction = 0.0
+    max_new_tokens: PositiveInt = 64
+
+
+class RolloutConfig(Section):
+    """Dialogues played by the policy against simulated students."""
+
+    dialogues: PositiveInt = 240
+    candidates: PositiveInt = 6
+    continuations: NonNegativeInt = 0
+    batch_size_per_actor: PositiveInt = 64
+    sampling: SamplingConfig = SamplingConfig()
+
+
+class RewardConfig(Section):
+    """The process reward model: backbone, head inputs and losses."""
+
+    backbone: Literal["full", "lora", "frozen"] = "full"
+    lora: LoraConfig | None = None
+    inputs: list[Literal["last", "pooled", "reference_logps"]] = ["last", "pooled", "reference_logps"]
+    head_hidden_size: NonNegativeInt = 128
+    ranking_weight: Annotated[float, Field(ge=0)] = 1.0
+    ranking_min_gap: Annotated[float, Field(ge=0)] = 0.02
+    gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
+    held_out_fraction: Fraction = 0.1
+    head_learning_rate: PositiveFloat | None = None
+    training: TrainingConfig = TrainingConfig(learning_rate=5e-4, batch_size=32)
+
+    @model_validator(mode="after")
+    def _lora_only_with_lora(self) -> Self:
+        if (self.backbone == "lora") != (self.lora is not None):
+            raise ValueError("'lora' settings go with 'backbone: lora', and only with it")
+        if not self.inputs:
+            raise ValueError(
+                "'inputs' is empty: the head needs at least one of last, pooled, reference_logps"
+            )
+        return self
+
+
+class PairsConfig(Section):
+    """Preference pairs per objective: best against worst candidate of one prompt by reward-model score."""
+
+    min_gap_std: Annotated[float, Field(ge=0, description="in mean within-prompt standard deviations")] = 1.0
+    max_pairs_per_objective: PositiveInt | None = None
+    held_out_fraction: Fraction = 0.1
+
+
+class PolicyConfig(Section):
+    """Multi-Action-Head DPO: one head per objective over a shared backbone."""
+
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    beta: PositiveFloat = 0.1
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    average_log_probs: bool = False
+    alpha: dict[str, PositiveFloat] = {}
+    head_kind: Literal["full", "low_rank"] = "full"
+    head_rank: PositiveInt = 16
+    head_noise: Annotated[float, Field(ge=0)] = 1e-3
+    head_learning_rate: PositiveFloat = 6e-4
+    lora: LoraConfig | None = None
+    training: TrainingConfig = TrainingConfig(zero_stage=3, learning_rate=1e-4)
+
+
+class SweepConfig(Section):
+    """Decoding weight vectors tried by Ray Tune; each is played against the same fresh students."""
+
+    weights: list[dict[str, Annotated[float, Field(ge=0)]]]
+
+    def vectors(self) -> list[Weights]:
+        """The weight vectors as points on the simplex."""
+        return [Weights(w) for w in self.weights]
+
+
+class GuidedConfig(Section):
+    """PRM-guided decoding at fixed decoding weights (heads) and guidance weights (reward objectives)."""
+
+    num_candidates: PositiveInt = 5
+    weights: dict[str, Annotated[float, Field(ge=0)]]
+    guidance: dict[str, Annotated[float, Field(ge=0)]]
+
+
+class EvaluationConfig(Section):
+    """Fresh dialogues behind every row of the table."""
+
+    dialogues: PositiveInt = 240
+    sampling: SamplingConfig = SamplingConfig()
+    bootstrap_resamples: PositiveInt = 2000
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+
+
+class ServeConfig(Section):
+    """The OpenAI-compatible endpoint. Binds to loopback unless told otherwise; port 0 takes a free one."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    replicas: PositiveInt = 1
+    max_ongoing_requests: PositiveInt = 16
+    max_queued_requests: PositiveInt = 64
+    max_candidates: PositiveInt = 16
+    max_new_tokens: PositiveInt = 512
+    max_request_bytes: PositiveInt = 1_000_000
+    request_timeout_s: PositiveFloat = 60.0
+    api_key_env: str | None = None
+
+
+class MiniatureConfig(Section):
+    """The generated tutoring miniature: how much of it is made for SFT, and its world's seed."""
+
+    name: Literal["tutoring_miniature"] = "tutoring_miniature"
+    sft_dialogues: PositiveInt = 12000
+
+
+class RunConfig(Section):
+    """One run. `output` is a folder or any fsspec URL that every node can reach."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    output: str
+    seed: NonNegativeInt = 17
+    domain: MiniatureConfig = MiniatureConfig()
+    objectives: Annotated[list[ObjectiveConfig], Field(min_length=1)]
+    cluster: ClusterConfig = ClusterConfig()
+    model: ModelConfig
+    sft: SftConfig = SftConfig()
+    reward_rollouts: RolloutConfig = RolloutConfig(continuations=3)
+    reward: RewardConfig = RewardConfig()
+    pair_rollouts: RolloutConfig = RolloutConfig()
+    pairs: PairsConfig = PairsConfig()
+    policy: PolicyConfig = PolicyConfig()
+    sweep: SweepConfig
+    guided: GuidedConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    serve: ServeConfig = ServeConfig()
+
+    @property
+    def objective_names(self) -> tuple[str, ...]:
+        """Names in config order: the order of heads, scores and table columns."""
+        return tuple(objective.name for objective in self.objectives)
+
+    @model_validator(mode="after")
+    def _objectives_agree(self) -> Self:
+        names = self.objective_names
+        if len(set(names)) != len(names):
+            raise ValueError(f"'objectives' names an objective twice: {', '.join(names)}")
+        named = {"policy.alpha": self.policy.alpha, "guided.weights": self.guided.weights}
+        named["guided.guidance"] = self.guided.guidance
+        named |= {f"sweep.weights[{i}]": w for i, w in enumerate(self.sweep.weights)}
+        for where, values in named.items():
+            for name in values:
+                if name not in names:
+                    raise ValueError(f"'{where}': {unknown_name('objective', name, names)}")
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a YAML file, apply `a.b=c` overrides (values are YAML) and validate.
+
+    Raises ConfigError naming the file and every wrong key.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"no config file at '{path}'")
+    try:
+        document = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path} must hold a mapping of sections, not {type(document).__name__}")
+    for override in overrides or []:
+        _apply_override(document, override)
+    try:
+        return RunConfig.model_validate(document)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, str(path))) from error
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved config as YAML, every default written out; loads back to the same config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _apply_override(document: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"cannot read override '{override}': write --set section.key=value")
+    node: Any = document
+    for depth, key in enumerate(keys[:-1]):
+        if isinstance(node, list):
+            node = _list_item(node, key, override)
+            continue
+        if node.get(key) is None:
+            node[key] = {}
+        node = node[key]
+        if not isinstance(node, dict | list):
+            raise ConfigError(
+                f"override '{override}': '{'.'.join(keys[: depth + 1])}' is a value, not a section"
+            )
+    value = yaml.safe_load(text)
+    if isinstance(node, list):
+        _list_item(node, keys[-1], override)
+        node[int(keys[-1])] = value
+    else:
+        node[keys[-1]] = value
+
+
+def _list_item(items: list[Any], key: str, override: str) -> Any:
+    if not key.isdigit() or int(key) >= len(items):
+        raise ConfigError(f"override '{override}': '{key}' is not an index below {len(items)}")
+    return items[int(key)]
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    lines = []
+    for item in error.errors():
+        location = ".".join(str(part) for part in item["loc"]) or "(top level)"
+        if item["type"] == "extra_forbidden":
+            known = _known_keys(item["loc"][:-1])
+            lines.append(f"  {location}: {unknown_name('key', str(item['loc'][-1]), known)}")
+        else:
+            given = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
+            lines.append(f"  {location}: {item['msg'].removeprefix('Value error, ')}{given}")
+    return f"{source} cannot be used:\n" + "\n".join(lines)
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    section: type[BaseModel] = RunConfig
+    for part in location:
+        if isinstance(part, int):
+            continue
+        section = _section_of(section.model_fields[part])
+    return list(section.model_fields)
+
+
+def _section_of(field: FieldInfo) -> type[BaseModel]:
+    candidates: list[Any] = [field.annotation]
+    while candidates:
+        annotation = candidates.pop()
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            return annotation
+        candidates.extend(getattr(annotation, "__args__", ()))
+    raise AssertionError(f"{field} holds no section")
