@@ -57,7 +57,7 @@ class ClusterConfig(Section):
 
 
 class ScratchModelConfig(Section):
-    """A small Qwen2 model with its own byte-level BPE tokenizer, trained from scratch on the domain's text."""
+    """A small Qwen2 model with its own byte-level BPE tokenizer, trained on the domain's text."""
 
     hidden_size: PositiveInt = 96
     num_layers: PositiveInt = 3
@@ -95,7 +95,7 @@ class ModelConfig(Section):
 
 
 class TrainingConfig(Section):
-    """What every training stage shares. `batch_size` is global; gradients do not depend on how it is split."""
+    """What every training stage shares. `batch_size` is global: how it is split changes nothing."""
 
     batch_size: PositiveInt = 32
     micro_batch_size_per_device: PositiveInt = 16

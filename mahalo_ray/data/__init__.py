@@ -1,0 +1,1 @@
+"""Records, storage and templating: how data looks and where it lies."""

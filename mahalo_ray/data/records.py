@@ -1,0 +1,163 @@
+"""The three records everything exchanges, and their Arrow schemas.
+
+Token ids, where present, are what the policy really read or sampled: they are never made again from text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, Self
+
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict
+
+from mahalo_ray.data import storage
+
+_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+_IDS = pa.list_(pa.int32())
+_TURN = pa.struct([("speaker", pa.string()), ("content", pa.string()), ("token_ids", _IDS)])
+_SCORES = pa.map_(pa.string(), pa.float64())
+
+
+class Message(BaseModel):
+    """One chat message."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class Record(BaseModel):
+    """Base of the records: immutable, unknown fields are errors, rows of one Arrow schema."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    schema: ClassVar[pa.Schema]
+
+    @classmethod
+    def to_table(cls, records: Sequence[Self]) -> pa.Table:
+        """The records as one Arrow table."""
+        return pa.Table.from_pylist([record.model_dump() for record in records], schema=cls.schema)
+
+    @classmethod
+    def from_table(cls, table: pa.Table) -> list[Self]:
+        """The rows of a table as records; map columns become dictionaries."""
+        maps = [field.name for field in cls.schema if pa.types.is_map(field.type)]
+        rows: list[dict[str, Any]] = table.to_pylist()
+        for row in rows:
+            for name in maps:
+                row[name] = None if row[name] is None else dict(row[name])
+        return [cls.model_validate(row) for row in rows]
+
+    @classmethod
+    def load(cls, folder: str) -> list[Self]:
+        """Read all Parquet shards of a folder."""
+        return cls.from_table(storage.read_table(folder))
+
+    @classmethod
+    def save(cls, records: Sequence[Self], url: str) -> None:
+        """Write one Parquet file."""
+        storage.write_table(url, cls.to_table(records))
+
+
+class PreferencePair(Record):
+    """For one objective: which of two completions of a prompt is better."""
+
+    id: str
+    objective: str
+    prompt: list[Message]
+    chosen: str
+    rejected: str
+    chosen_score: float | None = None
+    rejected_score: float | None = None
+    source: str
+    prompt_ids: list[int] | None = None
+    chosen_ids: list[int] | None = None
+    rejected_ids: list[int] | None = None
+
+    schema: ClassVar[pa.Schema] = pa.schema(
+        [
+            ("id", pa.string()),
+            ("objective", pa.string()),
+            ("prompt", _MESSAGES),
+            ("chosen", pa.string()),
+            ("rejected", pa.string()),
+            ("chosen_score", pa.float64()),
+            ("rejected_score", pa.float64()),
+            ("source", pa.string()),
+            ("prompt_ids", _IDS),
+            ("chosen_ids", _IDS),
+            ("rejected_ids", _IDS),
+        ]
+    )
+
+
+class StepTrace(Record):
+    """A prompt, its steps, and per objective one label per step (None where unknown).
+
+    With `token_ids`, `step_starts[t]` and `step_ends[t]` are the positions of the first and last token of
+    step t in them. `group` names what is compared within (candidates of one prompt share it).
+    """
+
+    id: str
+    group: str
+    prompt: list[Message]
+    steps: list[str]
+    labels: dict[str, list[float | None]]
+    outcome: dict[str, float] | None = None
+    source: str
+    token_ids: list[int] | None = None
+    step_starts: list[int] | None = None
+    step_ends: list[int] | None = None
+
+    schema: ClassVar[pa.Schema] = pa.schema(
+        [
+            ("id", pa.string()),
+            ("group", pa.string()),
+            ("prompt", _MESSAGES),
+            ("steps", pa.list_(pa.string())),
+            ("labels", pa.map_(pa.string(), pa.list_(pa.float64()))),
+            ("outcome", _SCORES),
+            ("source", pa.string()),
+            ("token_ids", _IDS),
+            ("step_starts", _IDS),
+            ("step_ends", _IDS),
+        ]
+    )
+
+
+class Turn(BaseModel):
+    """One utterance. `token_ids` are the tokens as the policy read (student) or sampled (tutor) them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    speaker: Literal["tutor", "student"]
+    content: str
+    token_ids: list[int] | None = None
+
+
+class Dialogue(Record):
+    """One tutoring conversation with its outcome per objective."""
+
+    id: str
+    topic: str
+    turns: list[Turn]
+    outcome: dict[str, float]
+    seed: int
+    source: str
+
+    schema: ClassVar[pa.Schema] = pa.schema(
+        [
+            ("id", pa.string()),
+            ("topic", pa.string()),
+            (
+                "turns",
+                pa.list_(
+                    pa.struct([("speaker", pa.string()), ("content", pa.string()), ("token_ids", _IDS)])
+                ),
+            ),
+            ("outcome", _SCORES),
+            ("seed", pa.int64()),
+            ("source", pa.string()),
+        ]
+    )
