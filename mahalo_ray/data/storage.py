@@ -98,7 +98,8 @@ def read_table(folder: str) -> pa.Table:
     files = list_files(folder, ".parquet")
     if not files:
         raise FileNotFoundError(f"no Parquet files in '{folder}'")
-    return pa.concat_tables([pq.read_table(pa.BufferReader(read_bytes(file))) for file in files])
+    # One thread: arrow 26 now and then aborts the interpreter at exit after a threaded read.
+    return pa.concat_tables([_read_parquet(file) for file in files])
 
 
 def upload_folder(local: str | Path, url: str) -> None:
@@ -120,3 +121,7 @@ def local_copy(url: str) -> str:
     target = tempfile.mkdtemp(prefix="mahalo-")
     fs.get(path, posixpath.join(target, "copy"), recursive=True)
     return posixpath.join(target, "copy")
+
+
+def _read_parquet(url: str) -> pa.Table:
+    return pq.ParquetFile(pa.BufferReader(read_bytes(url))).read(use_threads=False)
