@@ -1,0 +1,1 @@
+"""What each kind of problem looks like: prompts, step boundaries, checkers, judges, data."""
