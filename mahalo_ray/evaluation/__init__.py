@@ -1,0 +1,1 @@
+"""Judges applied, the comparison table and the report."""

@@ -1,0 +1,240 @@
+"""The picture of the front: every method with its error bars. Drawn with matplotlib, without a display."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.transforms import Bbox
+
+from mahalo_ray.evaluation.results import ComparisonTable, MethodKind, Row
+
+INK, SURFACE = "#1d2530", "#ffffff"
+# In the page's SVG these two become CSS colours, so that the picture follows light and dark.
+_THEMED = {INK: "currentColor", SURFACE: "var(--surface)"}
+
+
+class Mark(NamedTuple):
+    """How a kind of method is drawn; the kinds differ in colour and in shape."""
+
+    color: str
+    shape: str
+    size: float
+    legend: str
+
+
+MARKS: dict[MethodKind, Mark] = {
+    "sft": Mark("#7b7f86", "s", 7.5, "SFT"),
+    "guided_sft": Mark("#c98500", "D", 7.0, "SFT, guided"),
+    "head": Mark("#8b62d0", "^", 8.5, "one head alone"),
+    "weights": Mark("#2f7de1", "o", 7.0, "decoding weights (sweep)"),
+    "guided": Mark("#e0562b", "*", 13.0, "policy, guided"),
+}
+
+
+def front_png(table: ComparisonTable, title: str) -> bytes:
+    """The picture on white at 1600 pixels' width or more: sharp when a README shows it at half the size."""
+    with matplotlib.rc_context(_style(font_size=11.5)):
+        figure = draw_front(table, width=8.4, title=title)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=200, facecolor=SURFACE)
+    return buffer.getvalue()
+
+
+def front_svg(table: ComparisonTable) -> str:
+    """The picture as an inline SVG element in the page's colours, small enough to read on a phone."""
+    with matplotlib.rc_context(_style(font_size=9.5) | {"svg.fonttype": "none", "svg.hashsalt": "mahalo"}):
+        figure = draw_front(table, width=6.0, title=None)
+        buffer = io.StringIO()
+        no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    for drawn, themed in _THEMED.items():
+        svg = svg.replace(drawn, themed)
+    return svg
+
+
+def draw_front(table: ComparisonTable, width: float, title: str | None) -> Figure:
+    """The figure for any number of objectives; `width` in inches.
+
+    One objective: a dot plot. Two: the plane with the front. More: a panel for each pair of objectives.
+    """
+    pairs = list(itertools.combinations(range(len(table.objectives)), 2))
+    if not pairs:
+        figure = Figure(figsize=(width, 1.2 + 0.34 * len(table.rows)), layout="constrained")
+        _draw_dots(figure.subplots(), table)
+    else:
+        columns = min(len(pairs), 1 if len(pairs) == 1 else 2)
+        lines = math.ceil(len(pairs) / columns)
+        height = width * 0.72 if columns == 1 else width * 0.52 * lines + 0.7
+        figure = Figure(figsize=(width, height), layout="constrained")
+        panels = figure.subplots(lines, columns, squeeze=False).ravel()
+        for panel in panels[len(pairs) :]:
+            panel.set_visible(False)
+        for panel, (x, y) in zip(panels, pairs, strict=False):
+            _draw_plane(panel, table, x, y)
+        _draw_legend(figure, table)
+    if title is not None:
+        figure.suptitle(title, fontweight="bold")
+    FigureCanvasAgg(figure)
+    figure.canvas.draw()  # settles the layout, so that labels can look for free places
+    if pairs:
+        for panel, (x, y) in zip(panels, pairs, strict=False):
+            _label_points(panel, table, x, y)
+    return figure
+
+
+def _style(font_size: float) -> dict[str, Any]:
+    return {
+        "font.size": font_size,
+        "axes.titlesize": font_size * 1.1,
+        "figure.titlesize": font_size * 1.2,
+        "axes.edgecolor": INK,
+        "axes.labelcolor": INK,
+        "text.color": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.linewidth": 0.8,
+        "text.parse_math": False,
+    }
+
+
+def _draw_plane(panel: Axes, table: ComparisonTable, x: int, y: int) -> None:
+    """Two objectives against each other; a line through the sweep's front when there are only these two."""
+    first, second = table.objectives[x], table.objectives[y]
+    panel.set_axisbelow(True)
+    panel.grid(color=INK, alpha=0.12, linewidth=0.7)
+    panel.set_xlabel(f"{first}  (better →)")
+    panel.set_ylabel(f"{second}  (better →)")
+    panel.margins(0.12)
+    front = sorted((r.means[first].value, r.means[second].value) for r in table.rows if r.non_dominated_in_sweep)
+    if len(table.objectives) == 2 and len(front) > 1:
+        panel.plot(*np.array(front).T, color=MARKS["weights"].color, linewidth=2, alpha=0.55, zorder=2)
+    for row in table.rows:
+        across, up = row.means[first], row.means[second]
+        color = MARKS[row.kind].color
+        horizontal, vertical = _arms(across), _arms(up)
+        panel.errorbar(
+            across.value, up.value, xerr=horizontal, yerr=vertical, fmt="none", ecolor=color, alpha=0.5, lw=1.3
+        )
+        panel.plot(across.value, up.value, **_marker(row), zorder=4)
+
+
+def _draw_dots(panel: Axes, table: ComparisonTable) -> None:
+    objective = table.objectives[0]
+    for line, row in enumerate(table.rows):
+        estimate = row.means[objective]
+        panel.errorbar(
+            estimate.value, line, xerr=_arms(estimate), fmt="none", ecolor=MARKS[row.kind].color, alpha=0.5, lw=1.5
+        )
+        panel.plot(estimate.value, line, **_marker(row), zorder=4)
+    panel.set_yticks(range(len(table.rows)), [row.name for row in table.rows])
+    panel.invert_yaxis()
+    panel.grid(axis="x", color=INK, alpha=0.12, linewidth=0.7)
+    panel.set_xlabel(f"{objective}  (better →)")
+
+
+def _arms(estimate: Any) -> list[list[float]]:
+    """Distances from the value down to `low` and up to `high`; a skewed resample may put an end past the value."""
+    return [[max(0.0, estimate.value - estimate.low)], [max(0.0, estimate.high - estimate.value)]]
+
+
+def _marker(row: Row) -> dict[str, Any]:
+    """Filled, or hollow where another method (for the sweep: another of its points) dominates it."""
+    mark = MARKS[row.kind]
+    solid = row.non_dominated_in_sweep if row.in_sweep else row.non_dominated
+    return {
+        "marker": mark.shape,
+        "markersize": mark.size,
+        "color": mark.color,
+        "markerfacecolor": mark.color if solid else SURFACE,
+        "markeredgecolor": mark.color,
+        "markeredgewidth": 1.4,
+        "linestyle": "none",
+    }
+
+
+def _draw_legend(figure: Figure, table: ComparisonTable) -> None:
+    present = {row.kind for row in table.rows}
+    handles: list[Line2D] = [
+        Line2D([], [], color=m.color, marker=m.shape, markersize=m.size * 0.85, linestyle="none", label=m.legend)
+        for kind, m in MARKS.items()
+        if kind in present
+    ]
+    hollow = {"marker": "o", "markerfacecolor": SURFACE, "markeredgecolor": INK, "linestyle": "none"}
+    handles.append(Line2D([], [], **hollow, markersize=6, label="hollow: dominated"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, handletextpad=0.3)
+
+
+def short_label(row: Row, objectives: tuple[str, ...]) -> str:
+    """A label that fits beside a point: the weights of a sweep's point, the name of anything else."""
+    if row.kind == "weights" and row.weights is not None:
+        return " / ".join(f"{row.weights.get(objective, 0.0):.2g}" for objective in objectives)
+    return row.name
+
+
+def _label_points(panel: Axes, table: ComparisonTable, x: int, y: int) -> None:
+    """Put each label at the place beside its point that covers the least of points, bars and other labels."""
+    first, second = table.objectives[x], table.objectives[y]
+    renderer = panel.figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    taken: list[tuple[Bbox, float]] = []
+    for row in table.rows:
+        taken += [(box, cost) for box, cost in _obstacles(panel, row.means[first], row.means[second])]
+    frame = panel.get_window_extent(renderer)
+    for row in sorted(table.rows, key=lambda r: r.kind == "weights"):
+        point = (row.means[first].value, row.means[second].value)
+        best: tuple[float, Any, Bbox] | None = None
+        for penalty, place in enumerate(_places()):
+            text = panel.annotate(
+                short_label(row, table.objectives), point, textcoords="offset points", fontsize="small", **place
+            )
+            box = text.get_window_extent(renderer)
+            outside = 0.0 if frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1) else 5.0
+            cost = outside + 0.02 * penalty + sum(weight for other, weight in taken if box.overlaps(other))
+            if best is None or cost < best[0]:
+                if best is not None:
+                    best[1].remove()
+                best = (cost, text, box)
+            else:
+                text.remove()
+        assert best is not None
+        taken.append((best[2], 4.0))
+
+
+def _obstacles(panel: Axes, across: Any, up: Any) -> Iterator[tuple[Bbox, float]]:
+    """What a label should not cover, in pixels, with its weight: the mark (most), then the error bars."""
+    x, y = panel.transData.transform((across.value, up.value))
+    left, bottom = panel.transData.transform((across.low, up.low))
+    right, top = panel.transData.transform((across.high, up.high))
+    reach = 0.05 * panel.figure.dpi
+    yield Bbox.from_extents(x - reach, y - reach, x + reach, y + reach), 3.0
+    yield Bbox.from_extents(left, y - 1, right, y + 1), 1.0
+    yield Bbox.from_extents(x - 1, bottom, x + 1, top), 1.0
+
+
+def _places() -> Iterator[dict[str, Any]]:
+    """Places for a label around its point, the preferred ones first."""
+    for distance in (6, 15, 28):
+        for dx, dy, ha, va in (
+            (1, 1, "left", "bottom"),
+            (-1, -1, "right", "top"),
+            (1, -1, "left", "top"),
+            (-1, 1, "right", "bottom"),
+            (1.4, 0, "left", "center"),
+            (-1.4, 0, "right", "center"),
+            (0, 1.4, "center", "bottom"),
+            (0, -1.4, "center", "top"),
+        ):
+            yield {"xytext": (dx * distance, dy * distance), "ha": ha, "va": va}

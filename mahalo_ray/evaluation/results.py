@@ -1,0 +1,276 @@
+"""What every method reached on the same students, and the table that compares them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal, Self
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from mahalo_ray.evaluation.front import hypervolume, non_dominated
+from mahalo_ray.evaluation.statistics import (
+    Estimate,
+    FloatArray,
+    StudentId,
+    align,
+    bootstrap_means,
+    paired_difference,
+    percentile_interval,
+)
+from mahalo_ray.objectives import Weights, unknown_name
+
+MethodKind = Literal["sft", "guided_sft", "head", "weights", "guided"]
+
+
+class MethodResult(BaseModel):
+    """One method's outcome: one value per objective and dialogue, and what it cost."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Annotated[str, Field(min_length=1)]
+    kind: MethodKind
+    weights: dict[str, float] | None = None  # decoding weights of the heads; None without heads
+    guidance: dict[str, float] | None = None  # guidance weights of the reward model; None when unguided
+    num_candidates: Annotated[int, Field(ge=1)] = 1
+    student_ids: list[StudentId]  # one per dialogue, each once
+    values: dict[str, list[float]]  # objective -> one value per dialogue, in the order of student_ids
+    kl_to_reference: float | None = None  # nats per token to the SFT model on own samples; None = not measured
+    malformed_rate: Annotated[float, Field(ge=0, le=1)]  # share of the method's turns
+    tokens: Annotated[int, Field(ge=0)]  # sampled by the method, candidates included
+    sweep: bool | None = None  # whether it is a point of the sweep; None: it is when its kind is "weights"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        guided = self.kind in ("guided", "guided_sft")
+        if guided != (self.guidance is not None):
+            raise ValueError(f"method '{self.name}' ({self.kind}): guidance weights go with guided methods only")
+        headed = self.kind in ("head", "weights", "guided")
+        if headed != (self.weights is not None):
+            raise ValueError(f"method '{self.name}' ({self.kind}): decoding weights go with policy heads only")
+        for named in (self.weights, self.guidance):
+            if named is not None:
+                Weights(named).over(self.values)
+        if not self.student_ids or not self.values:
+            raise ValueError(f"method '{self.name}' has no dialogues or no objectives")
+        for objective, values in self.values.items():
+            try:
+                align(self.student_ids, values, self.student_ids)
+            except ValueError as error:
+                raise ValueError(f"method '{self.name}', objective '{objective}': {error}") from error
+        return self
+
+    @property
+    def in_sweep(self) -> bool:
+        """Whether the method is a point of the weight sweep."""
+        return self.kind == "weights" if self.sweep is None else self.sweep
+
+    def same_policy_unguided(self, other: MethodResult) -> bool:
+        """Whether `other` is this method without guidance: the same decoding weights, or SFT for guided SFT."""
+        if other.guidance is not None or (self.weights is None) != (other.weights is None):
+            return False
+        if self.weights is None or other.weights is None:
+            return other.kind == "sft"
+        order = tuple(self.values)
+        return np.allclose(Weights(self.weights).over(order), Weights(other.weights).over(order), atol=1e-6)
+
+
+class Row(BaseModel):
+    """One line of the table."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    kind: MethodKind
+    weights: dict[str, float] | None
+    guidance: dict[str, float] | None
+    num_candidates: int
+    means: dict[str, Estimate]
+    kl_to_reference: float | None
+    malformed_rate: float
+    tokens: int
+    in_sweep: bool
+    non_dominated: bool  # among all methods, by their means
+    non_dominated_in_sweep: bool | None  # among the sweep's points; None outside the sweep
+
+
+class PairedDifference(BaseModel):
+    """Method minus baseline on one objective, over the same students."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: str
+    baseline: str
+    objective: str
+    difference: Estimate
+
+
+class FrontSummary(BaseModel):
+    """The sweep's points as a front; intervals come from resampling students, the same draw for all points."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    points: int
+    non_dominated: Estimate  # how many distinct points no other point of the sweep dominates
+    hypervolume: Estimate
+
+
+class ComparisonTable:
+    """All methods over the same students: means, intervals, dominance and hypervolume.
+
+    Raises ValueError when methods share a name, lack an objective or were not played against the same students.
+    """
+
+    def __init__(
+        self,
+        methods: Sequence[MethodResult],
+        objectives: Sequence[str],
+        *,
+        confidence: float = 0.95,
+        resamples: int = 2000,
+        seed: int = 17,
+        reference_point: Sequence[float] | None = None,
+    ) -> None:
+        self.methods = tuple(methods)
+        self.objectives = tuple(objectives)
+        self.confidence, self.resamples, self.seed = confidence, resamples, seed
+        self.reference_point = tuple(reference_point or (0.0,) * len(self.objectives))
+        self._check()
+        # [dialogues, methods, objectives], one order of students for all
+        self.student_ids = tuple(self.methods[0].student_ids)
+        self.values: FloatArray = np.stack([self._aligned(method) for method in self.methods], axis=1)
+        n = len(self.student_ids)
+        # [resamples, methods, objectives]: one draw of students serves every method
+        self._samples = bootstrap_means(self.values.reshape(n, -1), resamples, seed).reshape(
+            resamples, len(self.methods), len(self.objectives)
+        )
+        self.points: FloatArray = self.values.mean(axis=0)  # [methods, objectives]
+        self.rows = self._rows()
+
+    @property
+    def dialogues(self) -> int:
+        """Dialogues (students) behind every row."""
+        return len(self.student_ids)
+
+    @property
+    def sweep_indices(self) -> list[int]:
+        """Positions of the sweep's points among the methods."""
+        return [index for index, method in enumerate(self.methods) if method.in_sweep]
+
+    def hypervolume_of_all(self) -> float:
+        """Hypervolume of all methods' means over the reference point."""
+        return hypervolume(self.points, self.reference_point)
+
+    def sweep_front(self) -> FrontSummary | None:
+        """The sweep's hypervolume and count of non-dominated points with intervals; None without a sweep."""
+        indices = self.sweep_indices
+        if not indices:
+            return None
+        points, samples = self.points[indices], self._samples[:, indices]
+        counts = [float(non_dominated(sample, distinct=True).sum()) for sample in samples]
+        volumes = [hypervolume(sample, self.reference_point) for sample in samples]
+        return FrontSummary(
+            points=len(indices),
+            non_dominated=self._estimate(float(non_dominated(points, distinct=True).sum()), counts),
+            hypervolume=self._estimate(hypervolume(points, self.reference_point), volumes),
+        )
+
+    def method(self, name: str) -> MethodResult:
+        """The method of that name; ValueError if there is none."""
+        for method in self.methods:
+            if method.name == name:
+                return method
+        raise ValueError(unknown_name("method", name, (m.name for m in self.methods)))
+
+    def only(self, kind: MethodKind) -> MethodResult | None:
+        """The first method of a kind, None when there is none."""
+        return next((method for method in self.methods if method.kind == kind), None)
+
+    def unguided(self, guided: MethodResult) -> MethodResult | None:
+        """The same policy at the same decoding weights without guidance, None when it was not measured."""
+        return next((m for m in self.methods if guided.same_policy_unguided(m)), None)
+
+    def difference(self, method: MethodResult, baseline: MethodResult, weights: Weights) -> Estimate:
+        """Paired difference (method - baseline) of the weighted sum of the objectives."""
+        return paired_difference(
+            method.student_ids,
+            self._weighted(method, weights),
+            baseline.student_ids,
+            self._weighted(baseline, weights),
+            confidence=self.confidence,
+            resamples=self.resamples,
+            seed=self.seed,
+        )
+
+    def paired_differences(self) -> list[PairedDifference]:
+        """Every method against SFT, and every guided one against itself unguided, on every objective."""
+        sft = self.only("sft")
+        pairs = [(method, sft) for method in self.methods if sft is not None and method is not sft]
+        for method in self.methods:
+            plain = self.unguided(method) if method.guidance is not None else None
+            if plain is not None and plain is not sft:
+                pairs.append((method, plain))
+        return [
+            PairedDifference(
+                method=method.name,
+                baseline=baseline.name,
+                objective=objective,
+                difference=self.difference(method, baseline, Weights.one(objective)),
+            )
+            for method, baseline in pairs
+            for objective in self.objectives
+        ]
+
+    def _check(self) -> None:
+        if not self.methods or not self.objectives:
+            raise ValueError("a comparison needs at least one method and one objective")
+        if len(self.reference_point) != len(self.objectives):
+            raise ValueError(
+                f"the reference point has {len(self.reference_point)} values for {len(self.objectives)} objectives"
+            )
+        names = [method.name for method in self.methods]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two methods are named '{name}': every row of the table needs its own name")
+        for method in self.methods:
+            missing = [objective for objective in self.objectives if objective not in method.values]
+            if missing:
+                raise ValueError(f"method '{method.name}' has no values for {', '.join(missing)}")
+
+    def _aligned(self, method: MethodResult) -> FloatArray:
+        order = self.methods[0].student_ids
+        try:
+            columns = [align(method.student_ids, method.values[o], order) for o in self.objectives]
+        except ValueError as error:
+            raise ValueError(f"method '{method.name}' against '{self.methods[0].name}': {error}") from error
+        return np.stack(columns, axis=1)
+
+    def _weighted(self, method: MethodResult, weights: Weights) -> FloatArray:
+        columns = np.array([method.values[objective] for objective in self.objectives])
+        return np.asarray(np.array(weights.over(self.objectives)) @ columns)
+
+    def _estimate(self, value: float, samples: Sequence[float] | FloatArray) -> Estimate:
+        low, high = percentile_interval(samples, self.confidence)
+        return Estimate(value=value, low=low, high=high)
+
+    def _rows(self) -> list[Row]:
+        among_all = non_dominated(self.points)
+        sweep = self.sweep_indices
+        among_sweep = dict(zip(sweep, non_dominated(self.points[sweep]), strict=True))
+        rows = []
+        for index, method in enumerate(self.methods):
+            means = {
+                objective: self._estimate(float(self.points[index, column]), self._samples[:, index, column])
+                for column, objective in enumerate(self.objectives)
+            }
+            shared = method.model_dump(exclude={"student_ids", "values", "sweep"})
+            rows.append(
+                Row(
+                    **shared,
+                    means=means,
+                    in_sweep=method.in_sweep,
+                    non_dominated=bool(among_all[index]),
+                    non_dominated_in_sweep=bool(among_sweep[index]) if index in among_sweep else None,
+                )
+            )
+        return rows

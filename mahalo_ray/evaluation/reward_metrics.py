@@ -1,0 +1,231 @@
+"""How good a reward model's scores are: overall, within a prompt, and against length.
+
+Overall figures flatter: they reward knowing which prompts are easy. Guidance and pairs compare candidates of one
+prompt, so the within-group figures are the ones to watch. A figure that the data leave undefined (one class only,
+no group with two different truths) is NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from mahalo_ray.evaluation.statistics import FloatArray, finite_array
+
+Groups = Sequence[int] | Sequence[str]
+
+
+class CalibrationPoint(NamedTuple):
+    """One bin of a calibration curve."""
+
+    predicted: float  # mean predicted probability
+    observed: float  # share of positives
+    count: int
+
+
+def auc(scores: ArrayLike, labels: ArrayLike) -> float:
+    """Probability that a random positive scores above a random negative, ties half (Mann-Whitney U)."""
+    score, label = _pair(scores, labels)
+    positive = _binary(label)
+    n_positive, n_negative = int(positive.sum()), int((~positive).sum())
+    if not n_positive or not n_negative:
+        return float("nan")
+    ranks = stats.rankdata(score)
+    return float((ranks[positive].sum() - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative))
+
+
+def accuracy(probabilities: ArrayLike, labels: ArrayLike, threshold: float = 0.5) -> float:
+    """Share of samples whose probability lies on the label's side of the threshold (at it counts as 1)."""
+    probability, label = _pair(probabilities, labels)
+    return float(((probability >= threshold) == _binary(label)).mean())
+
+
+def brier(probabilities: ArrayLike, labels: ArrayLike) -> float:
+    """Mean squared difference of probability and label (Brier 1950): 0 is perfect."""
+    probability, label = _pair(probabilities, labels)
+    return float(np.mean((probability - _binary(label)) ** 2))
+
+
+def pearson(scores: ArrayLike, truth: ArrayLike) -> float:
+    """Linear correlation; NaN when either side does not vary."""
+    score, true = _pair(scores, truth)
+    return _correlation(score, true)
+
+
+def within_group_rank_correlation(
+    scores: ArrayLike,
+    truth: ArrayLike,
+    groups: Groups,
+    kind: Literal["spearman", "kendall"] = "spearman",
+) -> float:
+    """Mean over groups of the rank correlation of score and truth (Spearman's rho or Kendall's tau-b).
+
+    Groups whose truth does not vary say nothing and are left out; a group whose scores are all equal counts 0.
+    """
+    rank = stats.spearmanr if kind == "spearman" else stats.kendalltau
+
+    def one(score: FloatArray, true: FloatArray) -> float:
+        return 0.0 if np.ptp(score) == 0 else float(rank(score, true).statistic)
+
+    return _mean_over_groups(one, scores, truth, groups)
+
+
+def within_group_pair_accuracy(scores: ArrayLike, truth: ArrayLike, groups: Groups) -> float:
+    """How often the truly better of two samples of a group scores higher, ties half; mean over all such pairs."""
+    won = compared = 0.0
+    for score, true in _informative_groups(scores, truth, groups):
+        better = true[:, None] > true[None, :]
+        compared += better.sum()
+        won += _wins(score[:, None], score[None, :])[better].sum()
+    return float(won / compared) if compared else float("nan")
+
+
+def best_against_worst_accuracy(scores: ArrayLike, truth: ArrayLike, groups: Groups) -> float:
+    """How often a group's truly best sample scores above its truly worst, ties half; mean over groups.
+
+    Where several samples share the best or the worst truth, all their pairs are averaged.
+    """
+
+    def one(score: FloatArray, true: FloatArray) -> float:
+        best, worst = score[true == true.max()], score[true == true.min()]
+        return float(_wins(best[:, None], worst[None, :]).mean())
+
+    return _mean_over_groups(one, scores, truth, groups)
+
+
+def length_correlation(
+    scores: ArrayLike, truth: ArrayLike, lengths: ArrayLike, groups: Groups
+) -> tuple[float, float]:
+    """Mean within-group correlation with length (tokens) of the score, and of the truth: (score, truth).
+
+    A score that follows length more than the truth does is biased towards long (or short) candidates. Both are
+    averaged over the groups whose lengths vary; a group whose scores (or truths) are all equal counts 0.
+    """
+    score, true = _pair(scores, truth)
+    length = finite_array(lengths, "lengths")
+
+    def one(values: FloatArray, lengths_of_group: FloatArray) -> float:
+        return 0.0 if np.ptp(values) == 0 else _correlation(values, lengths_of_group)
+
+    return _mean_over_groups(one, score, length, groups), _mean_over_groups(one, true, length, groups)
+
+
+def calibration_curve(probabilities: ArrayLike, labels: ArrayLike, bins: int = 10) -> list[CalibrationPoint]:
+    """Predicted probability against the share of positives in equally wide bins of [0, 1]; empty ones left out."""
+    probability, label = _pair(probabilities, labels)
+    positive = _binary(label)
+    if (probability < 0).any() or (probability > 1).any():
+        raise ValueError("a calibration curve needs probabilities between 0 and 1")
+    index = np.minimum((probability * bins).astype(int), bins - 1)
+    return [
+        CalibrationPoint(
+            float(probability[index == b].mean()), float(positive[index == b].mean()), int((index == b).sum())
+        )
+        for b in np.unique(index)
+    ]
+
+
+def expected_calibration_error(curve: Sequence[CalibrationPoint]) -> float:
+    """Mean distance of predicted and observed over the bins, weighted by count (Naeini et al. 2015)."""
+    total = sum(point.count for point in curve)
+    return sum(point.count * abs(point.predicted - point.observed) for point in curve) / total
+
+
+def first_error(step_scores: Sequence[float], threshold: float = 0.5) -> int:
+    """Index of the first step that scores below the threshold; -1 when none does."""
+    return next((index for index, score in enumerate(step_scores) if score < threshold), -1)
+
+
+def first_error_f1(predicted: Sequence[int], actual: Sequence[int]) -> float:
+    """ProcessBench's F1 (Zheng et al. 2024, arXiv 2412.06559): harmonic mean of two accuracies.
+
+    The accuracy on samples with an error (the first wrong step is named exactly) and on correct ones (-1 is
+    predicted where -1 is true). NaN when either kind of sample is missing.
+    """
+    said, true = _pair(predicted, actual)
+    erroneous = true != -1
+    if erroneous.all() or not erroneous.any():
+        return float("nan")
+    on_errors = float((said == true)[erroneous].mean())
+    on_correct = float((said == true)[~erroneous].mean())
+    total = on_errors + on_correct
+    return 2 * on_errors * on_correct / total if total else 0.0
+
+
+def reward_summary(
+    scores: ArrayLike, truth: ArrayLike, groups: Groups, lengths: ArrayLike, *, probabilities: bool
+) -> dict[str, float]:
+    """The figures for one objective of a reward model on held-out data, by name.
+
+    Inputs are aligned [n]: the model's score, the true value, the prompt each belongs to and its length in
+    tokens. `probabilities`: scores are probabilities of a 0/1 truth; then AUC, accuracy, Brier and calibration error
+    stand in place of the squared error.
+    """
+    score_length, truth_length = length_correlation(scores, truth, lengths, groups)
+    score, true = _pair(scores, truth)
+    summary = {
+        "samples": float(len(score)),
+        "correlation": pearson(score, true),
+        "within_prompt_spearman": within_group_rank_correlation(scores, truth, groups),
+        "within_prompt_pair_accuracy": within_group_pair_accuracy(scores, truth, groups),
+        "best_against_worst": best_against_worst_accuracy(scores, truth, groups),
+        "length_correlation_score": score_length,
+        "length_correlation_truth": truth_length,
+    }
+    if not probabilities:
+        return summary | {"mean_squared_error": float(np.mean((score - true) ** 2))}
+    return summary | {
+        "auc": auc(score, true),
+        "accuracy": accuracy(score, true),
+        "brier": brier(score, true),
+        "calibration_error": expected_calibration_error(calibration_curve(score, true)),
+    }
+
+
+def _pair(left: ArrayLike, right: ArrayLike) -> tuple[FloatArray, FloatArray]:
+    a, b = finite_array(left, "scores"), finite_array(right, "truth")
+    if len(a) != len(b) or len(a) == 0:
+        raise ValueError(f"need two lists of the same length, at least 1; got {len(a)} and {len(b)}")
+    return a, b
+
+
+def _binary(labels: FloatArray) -> NDArray[np.bool_]:
+    if not np.isin(labels, (0.0, 1.0)).all():
+        raise ValueError("labels must be 0 or 1")
+    return labels == 1.0
+
+
+def _wins(left: FloatArray, right: FloatArray) -> FloatArray:
+    """1 where left is higher, 0.5 at a tie, 0 where it is lower (broadcast)."""
+    return np.asarray((np.sign(left - right) + 1) / 2)
+
+
+def _correlation(left: FloatArray, right: FloatArray) -> float:
+    if np.ptp(left) == 0 or np.ptp(right) == 0:
+        return float("nan")
+    return float(np.corrcoef(left, right)[0, 1])
+
+
+def _informative_groups(
+    scores: ArrayLike, truth: ArrayLike, groups: Groups
+) -> Iterator[tuple[FloatArray, FloatArray]]:
+    """(scores, truth) of every group whose truth varies."""
+    score, true = _pair(scores, truth)
+    if len(groups) != len(score):
+        raise ValueError(f"{len(score)} scores but {len(groups)} group ids")
+    _, member = np.unique(np.asarray(groups), return_inverse=True)
+    order = np.argsort(member, kind="stable")
+    for rows in np.split(order, np.flatnonzero(np.diff(member[order])) + 1):
+        if np.ptp(true[rows]) > 0:
+            yield score[rows], true[rows]
+
+
+def _mean_over_groups(
+    statistic: Callable[[FloatArray, FloatArray], float], scores: ArrayLike, truth: ArrayLike, groups: Groups
+) -> float:
+    values = [statistic(score, true) for score, true in _informative_groups(scores, truth, groups)]
+    return float(np.mean(values)) if values else float("nan")

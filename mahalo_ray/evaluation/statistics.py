@@ -1,0 +1,149 @@
+"""Intervals for means, paired differences and rates. Everything is seeded and vectorised."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from pydantic import BaseModel, ConfigDict
+
+FloatArray = NDArray[np.float64]
+StudentId = int | str
+
+# Resampled values held in memory at once (8 bytes each).
+_CHUNK_VALUES = 4_000_000
+
+
+class Estimate(BaseModel):
+    """A value with its confidence interval, all in the unit of the data."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def above_zero(self) -> bool:
+        """Whether the whole interval lies above 0."""
+        return self.low > 0
+
+
+def finite_array(values: ArrayLike, what: str, dimensions: int = 1) -> FloatArray:
+    """The values as float64 with `dimensions` axes; a ValueError names `what` if they are not finite."""
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != dimensions:
+        raise ValueError(f"{what} must have {dimensions} dimension(s), not shape {array.shape}")
+    if not np.isfinite(array).all():
+        bad = int(np.argmin(np.isfinite(array).reshape(-1)))
+        raise ValueError(f"{what} holds a value that is not finite (position {bad})")
+    return array
+
+
+def bootstrap_means(values: ArrayLike, resamples: int, seed: int) -> FloatArray:
+    """Means of `resamples` resamples with replacement of the rows of `values` [n, C] -> [resamples, C].
+
+    One draw of rows serves all columns, so columns stay paired. Raises ValueError for fewer than 2 rows.
+    """
+    array = finite_array(values, "values to resample", dimensions=2)
+    n = len(array)
+    if n < 2:
+        raise ValueError(f"a bootstrap interval needs at least 2 values, got {n}")
+    if resamples < 1:
+        raise ValueError(f"resamples must be at least 1, got {resamples}")
+    generator = np.random.default_rng(seed)
+    rows = max(1, _CHUNK_VALUES // (n * array.shape[1]))
+    means = []
+    for start in range(0, resamples, rows):
+        chosen = generator.integers(0, n, size=(min(rows, resamples - start), n))
+        means.append(array[chosen].mean(axis=1))
+    return np.concatenate(means)
+
+
+def percentile_interval(samples: ArrayLike, confidence: float) -> tuple[float, float]:
+    """The central `confidence` share of bootstrap samples [resamples] -> (low, high)."""
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(np.asarray(samples, dtype=np.float64), [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def mean_interval(
+    values: ArrayLike, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> Estimate:
+    """Mean of `values` [n] with its percentile bootstrap interval (Efron and Tibshirani 1993, ch. 13)."""
+    array = finite_array(values, "values")
+    means = bootstrap_means(array[:, None], resamples, seed)[:, 0]
+    low, high = percentile_interval(means, confidence)
+    return Estimate(value=float(array.mean()), low=low, high=high)
+
+
+def align(ids: Sequence[StudentId], values: ArrayLike, order: Sequence[StudentId]) -> FloatArray:
+    """`values` [n], which belong to `ids`, in the order of `order`.
+
+    Raises ValueError when an id occurs twice or when the two sets of ids differ.
+    """
+    array = finite_array(values, "values")
+    if len(array) != len(ids):
+        raise ValueError(f"{len(array)} values for {len(ids)} ids")
+    position = {identifier: index for index, identifier in enumerate(ids)}
+    if len(position) != len(ids) or len(set(order)) != len(order):
+        repeated = next(i for group in (ids, order) for i in group if list(group).count(i) > 1)
+        raise ValueError(
+            f"id {repeated!r} occurs twice: average the dialogues of one student first, "
+            "they are not independent"
+        )
+    if position.keys() != set(order):
+        different = sorted(map(repr, position.keys() ^ set(order)))
+        raise ValueError(
+            f"the two sides do not hold the same ids: {len(different)} differ, e.g. {', '.join(different[:3])}"
+        )
+    return array[[position[identifier] for identifier in order]]
+
+
+def paired_difference(
+    ids: Sequence[StudentId],
+    values: ArrayLike,
+    baseline_ids: Sequence[StudentId],
+    baseline: ArrayLike,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Estimate:
+    """Mean of `values - baseline` over the same students, with the bootstrap interval of that mean.
+
+    Both sides are aligned by id; ids that are not the same on both sides are a ValueError.
+    """
+    difference = align(ids, values, ids) - align(baseline_ids, baseline, ids)
+    return mean_interval(difference, confidence=confidence, resamples=resamples, seed=seed)
+
+
+def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> Estimate:
+    """A rate with Wilson's score interval (Wilson 1927), which stays sensible at 0 and at 1."""
+    if trials < 1 or not 0 <= successes <= trials:
+        raise ValueError(f"need 0 <= successes <= trials and trials >= 1, got {successes} of {trials}")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    rate = successes / trials
+    scale = 1 + z * z / trials
+    center = (rate + z * z / (2 * trials)) / scale
+    half = z / scale * math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials * trials))
+    return Estimate(value=rate, low=max(0.0, center - half), high=min(1.0, center + half))
+
+
+def finite_or_none(value: Any) -> Any:
+    """The same value with NaN and infinities as None, through dicts and lists: what JSON can hold."""
+    if isinstance(value, dict):
+        return {key: finite_or_none(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_or_none(item) for item in value]
+    if isinstance(value, float | np.floating):
+        return float(value) if math.isfinite(value) else None
+    return int(value) if isinstance(value, np.integer) else value

@@ -1,0 +1,1 @@
+"""Sweeps over decoding weights and what their fronts look like."""
