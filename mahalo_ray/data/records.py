@@ -6,7 +6,7 @@ Token ids, where present, are what the policy really read or sampled: they are n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
@@ -17,6 +17,9 @@ _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]
 _IDS = pa.list_(pa.int32())
 _TURN = pa.struct([("speaker", pa.string()), ("content", pa.string()), ("token_ids", _IDS)])
 _SCORES = pa.map_(pa.string(), pa.float64())
+_CANDIDATE = pa.struct(
+    [("content", pa.string()), ("token_ids", _IDS), ("labels", _SCORES), ("scores", _SCORES)]
+)
 
 
 class Message(BaseModel):
@@ -42,11 +45,7 @@ class Record(BaseModel):
     @classmethod
     def from_table(cls, table: pa.Table) -> list[Self]:
         """The rows of a table as records; map columns become dictionaries."""
-        maps = [field.name for field in cls.schema if pa.types.is_map(field.type)]
-        rows: list[dict[str, Any]] = table.to_pylist()
-        for row in rows:
-            for name in maps:
-                row[name] = None if row[name] is None else dict(row[name])
+        rows = table.to_pylist(maps_as_pydicts="strict")
         return [cls.model_validate(row) for row in rows]
 
     @classmethod
@@ -159,5 +158,42 @@ class Dialogue(Record):
             ("outcome", _SCORES),
             ("seed", pa.int64()),
             ("source", pa.string()),
+        ]
+    )
+
+
+class Candidate(BaseModel):
+    """One sampled tutor turn: `labels` from continuations and the judge, `scores` from a reward model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    content: str
+    token_ids: list[int]
+    labels: dict[str, float] | None = None
+    scores: dict[str, float] | None = None
+
+
+class CandidateSet(Record):
+    """The K candidate turns of one moment in one dialogue; `chosen` went on."""
+
+    id: str
+    dialogue: str
+    topic: str
+    turn: int
+    prompt: list[Message]
+    prompt_ids: list[int]
+    candidates: list[Candidate]
+    chosen: int
+
+    schema: ClassVar[pa.Schema] = pa.schema(
+        [
+            ("id", pa.string()),
+            ("dialogue", pa.string()),
+            ("topic", pa.string()),
+            ("turn", pa.int32()),
+            ("prompt", _MESSAGES),
+            ("prompt_ids", _IDS),
+            ("candidates", pa.list_(_CANDIDATE)),
+            ("chosen", pa.int32()),
         ]
     )
