@@ -1,0 +1,159 @@
+"""The part of a transformers causal LM below its head, and the way back to a whole causal LM."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from mahalo_ray.models.folder import ADAPTER_FOLDER, BACKBONE_FOLDER
+from mahalo_ray.models.heads import LogitTransform
+from mahalo_ray.models.lora import load_adapter
+from mahalo_ray.models.sharding import is_sharded
+
+
+def load_causal_lm(
+    base: str | Path | PreTrainedModel,
+    dtype: torch.dtype | None = None,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """A causal LM from a folder or hub id (dtype None: as stored); a model object is returned as it is."""
+    if isinstance(base, PreTrainedModel):
+        if dtype is not None:
+            base = base.to(dtype)
+        if attn_implementation is not None:
+            base.set_attn_implementation(attn_implementation)
+        return base
+    return AutoModelForCausalLM.from_pretrained(
+        str(base), dtype="auto" if dtype is None else dtype, attn_implementation=attn_implementation
+    )
+
+
+def load_backbone(
+    source: str | Path, dtype: torch.dtype | None = None, attn_implementation: str | None = None
+) -> PreTrainedModel:
+    """The base model (no head) from a folder or hub id; dtype None keeps the stored one."""
+    return AutoModel.from_pretrained(
+        str(source), dtype="auto" if dtype is None else dtype, attn_implementation=attn_implementation
+    )
+
+
+def split_causal_lm(model: PreTrainedModel) -> tuple[PreTrainedModel, nn.Module, LogitTransform]:
+    """(backbone, output layer, what follows it). ValueError if the model is not built that way."""
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError("the model carries a peft adapter: merge or unload it first")
+    head = model.get_output_embeddings()
+    backbone = model.base_model
+    if model.config.is_encoder_decoder or head is None or backbone is model:
+        raise ValueError(f"{type(model).__name__} is not a causal language model with a backbone and a head")
+    transform = LogitTransform.of(model.config)
+    if not any(is_sharded(parameter) for parameter in model.parameters()):
+        _check_split(model, backbone, head, transform)
+    return backbone, head, transform
+
+
+@torch.no_grad()
+def _check_split(
+    model: PreTrainedModel, backbone: PreTrainedModel, head: nn.Module, transform: LogitTransform
+) -> None:
+    """Two tokens through the whole model and through its parts: a family with other tricks must not pass
+    silently.
+    """
+    training = model.training
+    model.eval()
+    ids = torch.tensor([[1, 2]], device=model.device) % model.config.get_text_config().vocab_size
+    whole = model(input_ids=ids, use_cache=False).logits.float()
+    parts = transform(head(backbone(input_ids=ids, use_cache=False).last_hidden_state)).float()
+    model.train(training)
+    if not torch.allclose(whole, parts, rtol=1e-3, atol=1e-2 * max(1.0, whole.abs().max().item())):
+        raise ValueError(
+            f"{type(model).__name__}: head(backbone(x)) differs from the model's own logits by up to "
+            f"{(whole - parts).abs().max():.3g}; what this family does between the two is not supported"
+        )
+
+
+def assemble_causal_lm(backbone: nn.Module, weight: Tensor, bias: Tensor | None) -> PreTrainedModel:
+    """An ordinary untied causal LM from a plain backbone and a head weight [V, D] (bias [V])."""
+    config: PretrainedConfig = backbone.config
+    # Built without memory; its only real parts are put in below.
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    head = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    head.weight = nn.Parameter(weight.detach().clone())
+    if bias is not None:
+        head.bias = nn.Parameter(bias.detach().clone())
+    setattr(model, model.base_model_prefix, backbone)
+    model.set_output_embeddings(head)
+    model.config = copy.deepcopy(config)
+    model.config.tie_word_embeddings = False
+    model.config.architectures = [type(model).__name__]
+    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if left:
+        raise ValueError(
+            f"{type(model).__name__} has parameters besides its backbone and head: {', '.join(left)}"
+        )
+    return model.eval()
+
+
+def run_backbone(
+    backbone: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]
+) -> Tensor:
+    """Final normalised hidden states [B, T, D]; kwargs reach the backbone and its attention function."""
+    kwargs.setdefault("use_cache", False)
+    return backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs).last_hidden_state
+
+
+def save_backbone(
+    backbone: PreTrainedModel, folder: Path, state: Mapping[str, Tensor], with_backbone: bool
+) -> None:
+    """Write the backbone as a plain transformers folder and its LoRA adapter, if any, as a plain peft folder.
+
+    `state` holds the backbone's whole parameters under its own names (under ZeRO-3 the modules hold only
+    shards).
+    """
+    plain, plain_state = backbone, dict(state)
+    if isinstance(backbone, PeftModel):
+        backbone.save_pretrained(
+            str(folder / ADAPTER_FOLDER), state_dict=plain_state, save_embedding_layers=False
+        )
+        plain = backbone.get_base_model()
+        plain_state = {
+            name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor
+            for name, tensor in state.items()
+            if ".lora_" not in name
+        }
+    if with_backbone:
+        plain.save_pretrained(str(folder / BACKBONE_FOLDER), state_dict=plain_state)
+
+
+def load_saved_backbone(
+    folder: Path,
+    metadata: Mapping[str, Any],
+    dtype: torch.dtype | None,
+    attn_implementation: str | None,
+    source: str | Path | None,
+    trainable: bool = True,
+) -> nn.Module:
+    """The backbone of a folder written by `save_backbone`, its base from `source` or from where it came."""
+    if source is None:
+        source = folder / BACKBONE_FOLDER if metadata["saved_backbone"] else metadata["base"]
+    try:
+        backbone = load_backbone(source, dtype, attn_implementation)
+    except OSError as error:
+        raise ValueError(
+            f"{folder} was saved without its backbone, which cannot be loaded from '{source}': pass "
+            f"backbone=, the folder or hub id of that model ({error})"
+        ) from error
+    return load_adapter(backbone, folder / ADAPTER_FOLDER, trainable) if metadata["adapter"] else backbone
+
+
+def prefixed(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries of a state dict under `prefix`, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

@@ -1,0 +1,113 @@
+"""Model folders: `mahalo.json` says what is inside, `README.md` is the card, weights are safetensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mahalo_ray.models.sharding import full_shape, gathered
+
+METADATA_FILE = "mahalo.json"
+FORMAT_VERSION = 1
+BACKBONE_FOLDER = "backbone"
+ADAPTER_FOLDER = "adapter"
+HEADS_FILE = "heads.safetensors"
+
+Figures = Mapping[str, float | str]
+
+
+def local_folder(name: str | Path) -> Path:
+    """The folder itself if it exists, else the hub repository of that name, downloaded."""
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    # A hub id is `owner/name`; anything else can only have been meant as a path.
+    if len(folder.parts) != 2 or folder.is_absolute() or str(name).startswith("."):
+        raise ValueError(f"there is no model folder '{name}'")
+    return Path(snapshot_download(str(name)))
+
+
+def write_metadata(folder: Path, kind: str, values: Mapping[str, Any]) -> None:
+    """Write `mahalo.json`: kind and format version first, then the values."""
+    document = {"kind": kind, "format_version": FORMAT_VERSION, **values}
+    (folder / METADATA_FILE).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def read_metadata(folder: Path, kind: str) -> dict[str, Any]:
+    """Read `mahalo.json`; ValueError if it is missing, of another kind or of a newer format."""
+    file = folder / METADATA_FILE
+    if not file.is_file():
+        raise ValueError(f"{folder} holds no {METADATA_FILE}: it is not a folder saved by mahalo_ray")
+    document = json.loads(file.read_text(encoding="utf-8"))
+    if document["kind"] != kind:
+        raise ValueError(f"{file} says this is a '{document['kind']}', not a '{kind}'")
+    if document["format_version"] > FORMAT_VERSION:
+        raise ValueError(
+            f"{file} has format version {document['format_version']}, this mahalo_ray reads up to "
+            f"{FORMAT_VERSION}: install a newer one"
+        )
+    return document
+
+
+def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as safetensors, contiguous and on the CPU."""
+    save_file(
+        {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, str(file), {"format": "pt"}
+    )
+
+
+@torch.no_grad()
+def fill_parameters(file: Path, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Read exactly these parameters from safetensors, one at a time (under ZeRO-3: one gathered at a time).
+
+    ValueError naming what is missing, unknown or of another shape.
+    """
+    if not file.is_file():
+        raise ValueError(f"{file} is missing")
+    with safe_open(str(file), framework="pt") as reader:
+        found = {name: torch.Size(reader.get_slice(name).get_shape()) for name in reader.keys()}  # noqa: SIM118
+        expected = {name: full_shape(parameter) for name, parameter in parameters.items()}
+        problems = [f"'{name}' is missing" for name in expected if name not in found]
+        problems += [f"'{name}' is unknown" for name in found if name not in expected]
+        problems += [
+            f"'{name}' has shape {list(found[name])}, not {list(shape)}"
+            for name, shape in expected.items()
+            if name in found and found[name] != shape
+        ]
+        if problems:
+            raise ValueError(f"{file} does not fit the model: {'; '.join(problems)}")
+        for name, parameter in parameters.items():
+            with gathered([parameter], writable=True):
+                parameter.copy_(reader.get_tensor(name))
+
+
+def write_card(
+    folder: Path,
+    title: str,
+    text: str,
+    base_model: str | None,
+    objectives: Mapping[str, str],
+    figures: Figures | None,
+) -> None:
+    """Write the model card: front matter for the hub, what the model is, objectives, figures if any."""
+    lines = ["---", "library_name: transformers", "tags:", "- mahalo_ray", "- multi-objective"]
+    # The hub accepts a repository id here; a path on somebody's machine would be both wrong and indiscreet.
+    if base_model and base_model.count("/") == 1 and not base_model.startswith((".", "/")):
+        lines.append(f"base_model: {base_model}")
+    lines += ["---", "", f"# {title}", "", text, "", "| objective | |", "|---|---|"]
+    lines += [f"| {name} | {note} |" for name, note in objectives.items()]
+    if figures:
+        lines += ["", "| figure | value |", "|---|---|"]
+        lines += [
+            f"| {name} | {value:.4g} |" if isinstance(value, float) else f"| {name} | {value} |"
+            for name, value in figures.items()
+        ]
+    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,0 +1,238 @@
+"""Vocabulary heads: one per objective, either a full matrix or a low-rank difference from the SFT head."""
+
+from __future__ import annotations
+
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from mahalo_ray.logprobs import DEFAULT_CHUNK_SIZE, token_logps
+from mahalo_ray.models.sharding import full_shape, gathered
+
+HeadKind = Literal["full", "low_rank"]
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a model does after its head: logits = softcap * tanh(scale * (W h + b) / softcap)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> LogitTransform:
+        """Read it from a transformers config: Gemma and nanochat soft-cap, Cohere, Granite and Falcon-H1
+        scale.
+        """
+        values = config.to_dict()
+        scale = 1.0
+        for key, power in (("logit_scale", 1), ("lm_head_multiplier", 1), ("logits_scaling", -1)):
+            if values.get(key) is not None:
+                scale *= values[key] ** power
+        return cls(scale=scale, softcap=values.get("final_logit_softcapping"))
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+
+class Head(nn.Module, ABC):
+    """Hidden states to logits, or to log-probs of given tokens.
+
+    All use of the parameters happens inside `forward`, so that ZeRO-3, which gathers a module's parameters
+    when the module is called, works; zero rows are legal, since every rank must call every head. `.weight` is
+    the head's matrix [V, D].
+    """
+
+    weight: Tensor
+    head_bias: Tensor | None
+
+    def __init__(self, transform: LogitTransform) -> None:
+        super().__init__()
+        self.transform = transform
+
+    def forward(
+        self, hidden: Tensor, labels: Tensor | None = None, chunk_size: int = DEFAULT_CHUNK_SIZE
+    ) -> Tensor:
+        """hidden [..., D] -> logits [..., V]; with labels [N] and hidden [N, D] -> token log-probs [N],
+        chunked.
+        """
+        if labels is None:
+            return self.transform(self.project(hidden))
+        return self.token_logps(hidden, labels, chunk_size)
+
+    @abstractmethod
+    def project(self, hidden: Tensor) -> Tensor:
+        """W h + b, [..., V]: what is weighted and summed over heads, before scale and soft-cap."""
+
+    @abstractmethod
+    def token_logps(self, hidden: Tensor, labels: Tensor, chunk_size: int) -> Tensor:
+        """log p(label) [N] for hidden [N, D]."""
+
+
+class FullHead(Head):
+    """A matrix W [V, D] and, where the base model has one, a bias [V]; parameters may be shared."""
+
+    weight: nn.Parameter
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, transform: LogitTransform) -> None:
+        super().__init__(transform)
+        self.weight = weight
+        self.bias = bias
+
+    @classmethod
+    def empty(
+        cls,
+        vocab_size: int,
+        hidden_size: int,
+        bias: bool,
+        transform: LogitTransform,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+    ) -> FullHead:
+        """An uninitialised head, to be filled by the caller."""
+        return cls(
+            nn.Parameter(torch.empty(vocab_size, hidden_size, dtype=dtype, device=device)),
+            nn.Parameter(torch.empty(vocab_size, dtype=dtype, device=device)) if bias else None,
+            transform,
+        )
+
+    @property
+    def head_bias(self) -> Tensor | None:  # type: ignore[override]
+        return self.bias
+
+    def project(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.weight, self.bias)
+
+    def token_logps(self, hidden: Tensor, labels: Tensor, chunk_size: int) -> Tensor:
+        return token_logps(
+            hidden,
+            self.weight,
+            labels,
+            chunk_size,
+            logit_softcap=self.transform.softcap,
+            logit_scale=self.transform.scale,
+            bias=self.bias,
+        )
+
+
+class LowRankHead(Head):
+    """W_0 + A B with A [V, r], B [r, D]; W_0 (and the bias) belong to the base head and are shared by all
+    heads.
+    """
+
+    def __init__(self, base: FullHead, rank: int) -> None:
+        super().__init__(base.transform)
+        if rank < 1:
+            raise ValueError(f"rank of the low-rank heads is {rank}: it must be at least 1")
+        # Registered here too, so that calling this head gathers them under ZeRO-3; the objects are shared.
+        self.base_weight = base.weight
+        self.base_bias = base.bias
+        vocab_size, hidden_size = full_shape(base.weight)
+        self.factor_a = nn.Parameter(base.weight.new_empty(vocab_size, rank))
+        self.factor_b = nn.Parameter(base.weight.new_empty(rank, hidden_size))
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        return self.base_weight + self.factor_a @ self.factor_b
+
+    @property
+    def head_bias(self) -> Tensor | None:  # type: ignore[override]
+        return self.base_bias
+
+    def project(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.base_weight, self.base_bias) + self.project_difference(hidden)
+
+    def project_difference(self, hidden: Tensor) -> Tensor:
+        """A B h, [..., V]."""
+        return F.linear(F.linear(hidden, self.factor_b), self.factor_a)
+
+    def token_logps(self, hidden: Tensor, labels: Tensor, chunk_size: int) -> Tensor:
+        return token_logps(
+            hidden,
+            self.base_weight,
+            labels,
+            chunk_size,
+            logit_softcap=self.transform.softcap,
+            logit_scale=self.transform.scale,
+            bias=self.base_bias,
+            low_rank=(self.factor_a, self.factor_b),
+        )
+
+
+@torch.no_grad()
+def initialise_full(head: FullHead, weight: Tensor, bias: Tensor | None, noise: float, seed: int) -> None:
+    """W = base weight + noise * N(0, 1). Drawn on the CPU in fp32, so every device starts alike."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(weight.shape, generator=generator).mul_(noise).to(weight.device)
+    head.weight.copy_((weight.float() + drawn).to(weight.dtype))
+    if head.bias is not None:
+        assert bias is not None
+        head.bias.copy_(bias)
+
+
+@torch.no_grad()
+def initialise_low_rank(head: LowRankHead, noise: float, seed: int) -> None:
+    """B has rows of unit length, A is small: an entry of A B has standard deviation `noise`, as in a full
+    head.
+
+    Neither factor is zero (for noise > 0), so both get a gradient from the first step on.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    (rank, hidden_size), vocab_size = head.factor_b.shape, head.factor_a.shape[0]
+    factor_b = torch.randn(rank, hidden_size, generator=generator) / hidden_size**0.5
+    factor_a = torch.randn(vocab_size, rank, generator=generator) * (noise * (hidden_size / rank) ** 0.5)
+    head.factor_b.copy_(factor_b)
+    head.factor_a.copy_(factor_a)
+
+
+def head_seed(seed: int, objective: str) -> int:
+    """A seed of its own for every objective, whatever their order and number."""
+    return zlib.crc32(f"{seed}:{objective}".encode())
+
+
+def initialise_heads(
+    base_head: FullHead | None,
+    heads: nn.ModuleDict,
+    weight: nn.Parameter,
+    bias: nn.Parameter | None,
+    noise: float,
+    seed: int,
+) -> None:
+    """Start every head from the base weight [V, D] (bias [V]) plus noise; ZeRO-3 gathers one at a time."""
+    source = [weight] if bias is None else [weight, bias]
+    if base_head is not None:
+        with gathered([*source, *base_head.parameters()], writable=True):
+            initialise_full(base_head, weight, bias, 0.0, 0)
+    for objective, head in heads.items():
+        own = [parameter for parameter in head.parameters() if parameter.requires_grad]
+        with gathered([*source, *own], writable=True):
+            if isinstance(head, FullHead):
+                initialise_full(head, weight, bias, noise, head_seed(seed, objective))
+            else:
+                assert isinstance(head, LowRankHead)
+                initialise_low_rank(head, noise, head_seed(seed, objective))
+
+
+def check_objectives(objectives: Sequence[str]) -> None:
+    """ValueError unless the names are there, differ, and can name a submodule."""
+    if isinstance(objectives, str) or not objectives:
+        raise ValueError(f"objectives are {objectives!r}: give a list with at least one name")
+    reserved = nn.ModuleDict()
+    for name in objectives:
+        if not name or "." in name or hasattr(reserved, name):
+            raise ValueError(
+                f"'{name}' cannot name an objective: it is empty, has a dot or is a reserved word"
+            )
+    if len(set(objectives)) < len(objectives):
+        raise ValueError(f"objectives {', '.join(objectives)} name one of them twice")

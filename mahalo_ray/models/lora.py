@@ -1,0 +1,64 @@
+"""LoRA adapters on a backbone, through peft."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """What an adapter looks like. `target_modules`: names, or "all-linear" for every linear layer of the
+    backbone.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: str | Sequence[str] = "all-linear"
+
+
+def with_lora(backbone: nn.Module, settings: LoraSettings) -> PeftModel:
+    """The backbone with a fresh, trainable adapter; its own parameters are frozen. Changed in place and
+    wrapped.
+    """
+    if isinstance(backbone, PeftModel):
+        raise ValueError("the backbone already has a LoRA adapter")
+    targets = settings.target_modules
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+    )
+    return get_peft_model(backbone, config)
+
+
+def load_adapter(backbone: nn.Module, folder: Path, trainable: bool) -> PeftModel:
+    """The backbone with the adapter saved in `folder`."""
+    return PeftModel.from_pretrained(backbone, str(folder), is_trainable=trainable)
+
+
+def plain_backbone(backbone: nn.Module, copied: bool) -> nn.Module:
+    """The backbone without peft: the adapter, if any, folded into the weights.
+
+    `copied` leaves the given backbone untouched; without it an adapter is folded in place and a plain
+    backbone is returned as it is.
+    """
+    backbone = copy.deepcopy(backbone) if copied else backbone
+    return backbone.merge_and_unload() if isinstance(backbone, PeftModel) else backbone
+
+
+@contextmanager
+def adapter_disabled(backbone: nn.Module) -> Iterator[None]:
+    """Inside, the backbone computes what it computed before the adapter was added."""
+    if not isinstance(backbone, PeftModel):
+        raise ValueError("the backbone has no LoRA adapter to disable: call add_lora first")
+    with backbone.disable_adapter():
+        yield

@@ -1,0 +1,321 @@
+"""The multi-action-head policy: one shared backbone, one vocabulary head per objective (MAHALO, arXiv
+2510.01167).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from mahalo_ray.logprobs import DEFAULT_CHUNK_SIZE, IGNORE_INDEX, sum_rows
+from mahalo_ray.models import lora
+from mahalo_ray.models.backbone import assemble_causal_lm, load_causal_lm, run_backbone, split_causal_lm
+from mahalo_ray.models.folder import Figures
+from mahalo_ray.models.heads import (
+    FullHead,
+    Head,
+    HeadKind,
+    LogitTransform,
+    LowRankHead,
+    check_objectives,
+    initialise_heads,
+)
+from mahalo_ray.models.mixing import merge_heads, weighted_projection
+from mahalo_ray.models.saving import load_policy, save_policy
+from mahalo_ray.models.sharding import full_shape, sharded_creation
+from mahalo_ray.objectives import Weights, unknown_name
+
+
+class MultiHeadCausalLM(nn.Module):
+    """z_i = W_i h(x): a transformers backbone and one head per objective, decoded as softmax(sum_i w_i z_i).
+
+    `heads[objective].weight` is W_i [V, D]. `base_head` is the head of the model it was made from, frozen:
+    always there with low-rank heads (they are differences from it), on request with full ones, else None.
+    Where the family soft-caps its logits, heads are summed before the cap, so that a merged model is the same
+    function.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        objectives: Sequence[str],
+        head_kind: HeadKind,
+        transform: LogitTransform,
+        vocab_size: int,
+        hidden_size: int,
+        bias: bool,
+        dtype: torch.dtype,
+        rank: int = 16,
+        keep_base_head: bool = False,
+        generation_config: GenerationConfig | None = None,
+        base_name: str | None = None,
+    ) -> None:
+        """With uninitialised heads: use `from_base` or `from_pretrained`."""
+        super().__init__()
+        check_objectives(objectives)
+        if head_kind not in ("full", "low_rank"):
+            raise ValueError(unknown_name("head kind", head_kind, ("full", "low_rank")))
+        self.objectives = tuple(objectives)
+        self.head_kind: HeadKind = head_kind
+        self.rank = rank
+        self.vocab_size, self.hidden_size = vocab_size, hidden_size
+        self.transform = transform
+        self.generation_config = generation_config
+        self.base_name = base_name
+        self.backbone: PreTrainedModel = backbone
+        self.base_head: FullHead | None = None
+        self.heads = nn.ModuleDict()
+        with sharded_creation():
+            if keep_base_head or head_kind == "low_rank":
+                self.base_head = FullHead.empty(vocab_size, hidden_size, bias, transform, dtype)
+                self.base_head.requires_grad_(False)
+            for objective in self.objectives:
+                if head_kind == "full":
+                    self.heads[objective] = FullHead.empty(vocab_size, hidden_size, bias, transform, dtype)
+                else:
+                    assert self.base_head is not None
+                    self.heads[objective] = LowRankHead(self.base_head, rank)
+
+    @classmethod
+    def from_base(
+        cls,
+        base: str | Path | PreTrainedModel,
+        objectives: Sequence[str],
+        noise: float = 1e-3,
+        seed: int = 42,
+        head_kind: HeadKind = "full",
+        rank: int = 16,
+        dtype: torch.dtype | None = None,
+        attn_implementation: str | None = None,
+        keep_base_head: bool = False,
+    ) -> MultiHeadCausalLM:
+        """Every head starts as the base model's head plus N(0, noise^2), with a seed of its own.
+
+        `base` is a folder, a hub id or a transformers causal LM, whose backbone is then used, not copied. The
+        embedding stays with the backbone: a head tied to it is copied first. Works under ZeRO-3 without a
+        full copy per rank.
+        """
+        model = load_causal_lm(base, dtype, attn_implementation)
+        backbone, output, transform = split_causal_lm(model)
+        weight, bias = cast(nn.Parameter, output.weight), cast(nn.Parameter | None, output.bias)
+        policy = cls(
+            backbone,
+            objectives,
+            head_kind,
+            transform,
+            vocab_size=full_shape(weight)[0],
+            hidden_size=full_shape(weight)[1],
+            bias=bias is not None,
+            dtype=weight.dtype,
+            rank=rank,
+            keep_base_head=keep_base_head,
+            generation_config=model.generation_config,
+            base_name=model.config._name_or_path or None,
+        )
+        for head in filter(None, (policy.base_head, *policy.heads.values())):
+            head.to(weight.device)
+        initialise_heads(policy.base_head, policy.heads, weight, bias, noise, seed)
+        return policy
+
+    # -- what it is made of ----------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The transformers config of the causal LM it was made from."""
+        return self.backbone.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first backbone parameter lies."""
+        return next(self.backbone.parameters()).device
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether the backbone carries a LoRA adapter."""
+        return isinstance(self.backbone, lora.PeftModel)
+
+    def head(self, objective: str) -> Head:
+        """One objective's head; ValueError for an objective the model does not have."""
+        if objective not in self.heads:
+            raise ValueError(unknown_name("objective", objective, self.objectives))
+        return cast(Head, self.heads[objective])
+
+    def _heads(self) -> list[Head]:
+        return [cast(Head, head) for head in self.heads.values()]
+
+    def set_attn_implementation(self, name: str) -> None:
+        """Switch the attention function ("sdpa", "eager", or one registered with transformers)."""
+        plain = self.backbone.get_base_model() if self.has_lora else self.backbone
+        plain.set_attn_implementation(name)
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Recompute the backbone's layers in backward instead of keeping their activations."""
+        self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep activations again."""
+        self.backbone.gradient_checkpointing_disable()
+
+    def add_lora(self, settings: lora.LoraSettings | None = None) -> None:
+        """Freeze the backbone and train a LoRA adapter on it instead; the heads stay trainable."""
+        self.backbone = lora.with_lora(self.backbone, settings or lora.LoraSettings())
+
+    def disable_adapter(self) -> AbstractContextManager[None]:
+        """Context in which the backbone computes without its adapter (the reference's backbone)."""
+        return lora.adapter_disabled(self.backbone)
+
+    # -- computing -------------------------------------------------------------------------------------------
+
+    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Final normalised hidden states [B, T, D]; kwargs (position_ids, kv_cache, ...) go to the backbone."""
+        return run_backbone(self.backbone, input_ids, attention_mask, kwargs)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor,
+        head_index: Tensor,
+        chunk_size: int = DEFAULT_CHUNK_SIZE,
+        average: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The training forward; see `completion_logps`. Named forward so that DeepSpeed's and DDP's hooks see
+        it.
+        """
+        if head_index.numel() and not 0 <= int(head_index.min()) <= int(head_index.max()) < len(
+            self.objectives
+        ):
+            raise ValueError(
+                f"head_index {head_index.tolist()} names a head outside 0..{len(self.objectives) - 1}"
+            )
+        hidden = self.hidden_states(input_ids, attention_mask, **kwargs)
+        counted = labels != IGNORE_INDEX
+        totals = torch.zeros(labels.shape[0], dtype=torch.float32, device=labels.device)
+        # Every head is called, in one order, even without rows: under ZeRO-3 a call is a collective
+        # operation.
+        for index, head in enumerate(self._heads()):
+            rows, positions = (counted & (head_index == index)[:, None]).nonzero(as_tuple=True)
+            logps = head(hidden[rows, positions], labels[rows, positions], chunk_size)
+            totals = totals + sum_rows(logps, rows, labels.shape[0], average)
+        return totals
+
+    def completion_logps(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor,
+        head_index: Tensor,
+        chunk_size: int = DEFAULT_CHUNK_SIZE,
+        average: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Log-probability of every row's completion under its own head, fp32 [B]: sum, or mean with
+        `average`.
+
+        input_ids, attention_mask, labels [B, T]; labels are already shifted (labels[b, t] is the token after
+        input_ids[b, t]) and -100 where a token does not count; head_index [B] numbers `objectives`. One
+        backbone forward; every row goes through its own head only, completion tokens only, `chunk_size`
+        tokens at a time.
+        """
+        return self(input_ids, attention_mask, labels, head_index, chunk_size, average, **kwargs)
+
+    @torch.no_grad()
+    def reference_completion_logps(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor,
+        chunk_size: int = DEFAULT_CHUNK_SIZE,
+        average: bool = False,
+    ) -> Tensor:
+        """The same [B] under the model this one was made from: adapter off, base head. Needs both to be
+        intact.
+        """
+        if self.base_head is None or any(p.requires_grad for p in self.base_head.parameters()):
+            raise ValueError(
+                "the reference needs the frozen base head: make the model with keep_base_head=True"
+            )
+        with self.disable_adapter():
+            hidden = self.hidden_states(input_ids, attention_mask)
+        rows, positions = (labels != IGNORE_INDEX).nonzero(as_tuple=True)
+        logps = self.base_head(hidden[rows, positions], labels[rows, positions], chunk_size)
+        return sum_rows(logps, rows, labels.shape[0], average)
+
+    def logits(self, hidden: Tensor, weights: Weights | Tensor) -> Tensor:
+        """Weighted logits [..., V] of hidden [..., D].
+
+        `weights` is one `Weights` for all, or a tensor [B, H] in the order of `objectives` that gives every
+        row of hidden [B, ..., D] its own, in one pass. For one `Weights` used many times, `merged(weights)`
+        once is faster.
+        """
+        if isinstance(weights, Weights):
+            row = torch.tensor(weights.over(self.objectives), dtype=hidden.dtype, device=hidden.device)
+            weights = row.expand(hidden.shape[0], -1)
+        if weights.shape != (hidden.shape[0], len(self.objectives)):
+            raise ValueError(
+                f"weights have shape {list(weights.shape)}: wanted "
+                f"[{hidden.shape[0]}, {len(self.objectives)}], a row per row of hidden, a column per objective"
+            )
+        columns = [w.reshape(-1, *(1,) * (hidden.dim() - 1)).to(hidden.dtype) for w in weights.unbind(1)]
+        return self.transform(weighted_projection(self._heads(), hidden, columns))
+
+    def merged(self, weights: Weights) -> FullHead:
+        """One head with sum_i w_i W_i (and biases): a module that maps hidden [..., D] to logits [..., V]."""
+        return merge_heads(self._heads(), weights.over(self.objectives))
+
+    def merged_head(self, weights: Weights) -> Tensor:
+        """sum_i w_i W_i, [V, D]. Where the family has a head bias or soft-caps, use `merged(weights)`."""
+        return self.merged(weights).weight
+
+    def merge(self, weights: Weights, copied: bool = True) -> PreTrainedModel:
+        """An ordinary single-head transformers causal LM whose logits are the weighted sum (before a soft-
+        cap).
+
+        LoRA is folded in. `copied=False` hands over this model's backbone instead of a copy: for exporting a
+        large model, after which this one must not be used any more.
+        """
+        head = self.merged(weights)
+        model = assemble_causal_lm(lora.plain_backbone(self.backbone, copied), head.weight, head.bias)
+        if self.generation_config is not None:
+            model.generation_config = self.generation_config
+        return model
+
+    # -- parameters and folders ------------------------------------------------------------------------------
+
+    def backbone_parameters(self) -> Iterator[nn.Parameter]:
+        """The backbone's trainable parameters (with LoRA: the adapter's)."""
+        return (parameter for parameter in self.backbone.parameters() if parameter.requires_grad)
+
+    def head_parameters(self) -> Iterator[nn.Parameter]:
+        """The heads' trainable parameters."""
+        return (parameter for parameter in self.heads.parameters() if parameter.requires_grad)
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        figures: Figures | None = None,
+        state_dict: Mapping[str, Tensor] | None = None,
+        with_backbone: bool | None = None,
+    ) -> None:
+        """Write the model folder; see `mahalo_ray.models.saving.save_policy`."""
+        save_policy(self, Path(folder), tokenizer, figures, state_dict, with_backbone)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        dtype: torch.dtype | None = None,
+        attn_implementation: str | None = None,
+        device: torch.device | str | None = None,
+        backbone: str | Path | None = None,
+    ) -> MultiHeadCausalLM:
+        """Read a folder written by `save_pretrained`; see `mahalo_ray.models.saving.load_policy`."""
+        return load_policy(cls, folder, dtype, attn_implementation, device, backbone)

@@ -1,0 +1,58 @@
+"""Completion log-probs under an ordinary causal LM, without whole logits: the DPO reference, and SFT."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mahalo_ray.logprobs import DEFAULT_CHUNK_SIZE, IGNORE_INDEX, sum_rows
+from mahalo_ray.models.backbone import run_backbone, split_causal_lm
+from mahalo_ray.models.heads import FullHead
+
+
+class ChunkedCausalLM(nn.Module):
+    """An ordinary causal LM whose forward gives log-probs [B] instead of logits [B, T, V].
+
+    It is the model: it shares its parameters (a head tied to the embedding stays tied), so training this
+    trains the model, and `model.save_pretrained` saves it.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        _, output, transform = split_causal_lm(model)
+        self.model = model
+        self.head = FullHead(
+            cast(nn.Parameter, output.weight), cast(nn.Parameter | None, output.bias), transform
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor,
+        chunk_size: int = DEFAULT_CHUNK_SIZE,
+        average: bool = False,
+    ) -> Tensor:
+        """See `causal_lm_completion_logps`."""
+        hidden = run_backbone(self.model.base_model, input_ids, attention_mask, {})
+        rows, positions = (labels != IGNORE_INDEX).nonzero(as_tuple=True)
+        logps = self.head(hidden[rows, positions], labels[rows, positions], chunk_size)
+        return sum_rows(logps, rows, labels.shape[0], average)
+
+
+def causal_lm_completion_logps(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    labels: Tensor,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    average: bool = False,
+) -> Tensor:
+    """Log-probability of every row's completion, fp32 [B]: sum, or mean with `average`.
+
+    input_ids, attention_mask, labels [B, T]; labels already shifted, -100 where a token does not count. For
+    many batches build one `ChunkedCausalLM`, which checks the model once.
+    """
+    return ChunkedCausalLM(model)(input_ids, attention_mask, labels, chunk_size, average)

@@ -1,0 +1,50 @@
+"""Parameters that may be sharded by ZeRO-3: created sharded, and whole only inside `gathered`.
+
+ZeRO-3 is on when a `transformers.integrations.HfDeepSpeedConfig` of stage 3 is alive; transformers then
+shards what it loads, and these helpers do the same for our own modules. Without ZeRO-3 both are no-ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import nn
+from transformers.integrations import deepspeed as hf_deepspeed
+
+
+@contextmanager
+def sharded_creation() -> Iterator[None]:
+    """Modules built inside are sharded as they are built, so that no rank ever holds a full copy."""
+    if not hf_deepspeed.is_deepspeed_zero3_enabled():
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.Init(config_dict_or_path=hf_deepspeed.deepspeed_config()):
+        yield
+
+
+def is_sharded(parameter: nn.Parameter) -> bool:
+    """Whether ZeRO-3 owns the parameter (its own data is then empty outside `gathered`)."""
+    return hasattr(parameter, "ds_id")
+
+
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    """The parameter's shape, also where ZeRO-3 holds only a shard of it."""
+    return cast(torch.Size, parameter.ds_shape) if hasattr(parameter, "ds_shape") else parameter.shape
+
+
+@contextmanager
+def gathered(parameters: Iterable[nn.Parameter], writable: bool = False) -> Iterator[None]:
+    """Whole parameters inside the block; with `writable`, what rank 0 wrote is what every rank gets."""
+    sharded = [parameter for parameter in parameters if is_sharded(parameter)]
+    if not sharded:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if writable else None):
+        yield
