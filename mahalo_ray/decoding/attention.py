@@ -1,0 +1,173 @@
+"""The attention behind the shared-trunk cache, as a transformers attention implementation.
+
+A model called inside `cached_attention(model)` with `kv_cache=view` hands every layer's NEW queries, keys and
+values to `view.attend`, which stores the keys and values and attends to everything the view can see. No mask
+is built by transformers and no `past_key_values` exists: positions and causality belong to the view.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+IMPLEMENTATION = "mahalo_cached"
+
+# Arguments some architectures pass to their attention that change its result: ignoring one would be silently
+# wrong.
+_UNSUPPORTED = ("s_aux", "position_bias", "head_mask", "encoder_hidden_states")
+
+
+class View(Protocol):
+    """Where new keys and values go, and what the new queries may look at."""
+
+    @property
+    def context(self) -> int:
+        """Longest row in tokens, the new ones included: compared with a layer's sliding window."""
+        ...
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None
+    ) -> Tensor:
+        """query [B, Hq, S, D]; key, value [B, Hkv, S, D], new tokens only -> [B, S, Hq, D]."""
+        ...
+
+
+def _forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    dropout: float = 0.0,
+    kv_cache: View | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    name = type(module).__name__
+    if kv_cache is None:
+        raise ValueError(
+            f"{name} did not receive kv_cache: this architecture does not pass it on to its attention"
+        )
+    for option in _UNSUPPORTED:
+        if options.get(option) is not None:
+            raise ValueError(
+                f"{name} passes '{option}' to its attention, which the decoding cache does not support"
+            )
+    if dropout:
+        raise ValueError(f"{name} applies attention dropout: call model.eval() before decoding")
+    if sliding_window is not None and kv_cache.context > sliding_window:
+        raise ValueError(
+            f"{name} attends to a sliding window of {sliding_window} tokens and the context has {kv_cache.context}: "
+            "the decoding cache keeps whole contexts only; shorten the prompt or use a full-attention model"
+        )
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    layer = module.layer_idx
+    assert isinstance(layer, int)
+    return kv_cache.attend(layer, query, key, value, scaling, softcap), None
+
+
+AttentionInterface.register(IMPLEMENTATION, _forward)
+
+
+@contextlib.contextmanager
+def cached_attention(config: Any) -> Iterator[None]:
+    """Switch the models that share this transformers config to the cached attention, and back afterwards.
+
+    The model stays usable for training in between; do not call the same model from another thread meanwhile.
+    """
+    before = config._attn_implementation_internal
+    config._attn_implementation_internal = IMPLEMENTATION
+    try:
+        yield
+    finally:
+        config._attn_implementation_internal = before
+
+
+def repeat_heads(states: Tensor, times: int) -> Tensor:
+    """[B, Hkv, T, D] -> [B, Hkv * times, T, D]: every key/value head repeated for its group of query
+    heads."""
+    return states if times == 1 else states.repeat_interleave(times, dim=1)
+
+
+def prefix_attention(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None, scaling: float, softcap: float | None
+) -> Tensor:
+    """Causal attention of S new tokens per row over that row's keys.
+
+    query [B, Hq, S, D]; key, value [B, Hkv, L, D]; starts [B]: the position of each row's first query among
+    its keys (None: 0 for every row and L = S, the plain causal case). Returns [B, S, Hq, D].
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_heads(key, groups), repeat_heads(value, groups)
+    mask = None if starts is None else _visible(starts, query.shape[2], key.shape[2])
+    if softcap is None:
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling
+        )
+    else:  # SDPA has no soft cap
+        if mask is None:
+            mask = _visible(
+                torch.zeros(1, dtype=torch.long, device=query.device), query.shape[2], key.shape[2]
+            )
+        scores = softcapped(query @ key.transpose(-1, -2) * scaling, softcap)
+        scores = scores.masked_fill(~mask, float("-inf"))
+        out = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype) @ value
+    return out.transpose(1, 2)
+
+
+def _visible(starts: Tensor, width: int, length: int) -> Tensor:
+    """[B, 1, width, length], True where query i of row b may look: keys 0 .. starts[b] + i."""
+    last = starts[:, None] + torch.arange(width, device=starts.device)
+    return (torch.arange(length, device=starts.device) <= last[..., None])[:, None]
+
+
+def softcapped(scores: Tensor, softcap: float | None) -> Tensor:
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def shared_prefix_attention(
+    query: Tensor,
+    trunk: tuple[Tensor, Tensor],
+    own: tuple[Tensor, Tensor],
+    trunk_bias: Tensor | None,
+    own_bias: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+) -> Tensor:
+    """Attention of K branches per row over their row's trunk, stored once, and over their own keys: one
+    softmax.
+
+    query [N * K, Hq, S, D]; trunk keys, values [N, Hkv, L, D]; own keys, values [N, Hkv, K, T, D] (this
+    call's S included); trunk_bias [N, 1, 1, L] and own_bias [.., S, T] hold 0 or -inf (None: everything is
+    visible). Returns [N * K, S, Hq, D].
+    """
+    rows, kv_heads, branches, own_length, dim = own[0].shape
+    width, groups = query.shape[2], query.shape[1] // kv_heads
+    # The K branches become K*G*S query rows of ONE matmul against the trunk they share.
+    query = query.view(rows, branches, kv_heads, groups, width, dim).permute(0, 2, 1, 3, 4, 5) * scaling
+    query = query.reshape(rows, kv_heads, branches * groups * width, dim)
+    to_trunk = query @ trunk[0].transpose(-1, -2)
+    to_own = query.view(rows, kv_heads, branches, groups * width, dim) @ own[0].transpose(-1, -2)
+    to_trunk, to_own = softcapped(to_trunk, softcap), softcapped(to_own, softcap)
+    if trunk_bias is not None:
+        to_trunk = to_trunk + trunk_bias
+    if own_bias is not None:
+        to_own = to_own.view(rows, kv_heads, branches, groups, width, own_length) + own_bias
+    to_own = to_own.reshape(rows, kv_heads, branches * groups * width, own_length)
+    scores = torch.cat([to_trunk, to_own], dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    length = trunk[0].shape[2]
+    out = weights[..., :length] @ trunk[1]
+    own_weights = weights[..., length:].view(rows, kv_heads, branches, groups * width, own_length)
+    out = out.view(rows, kv_heads, branches, groups * width, dim) + own_weights @ own[1]
+    out = out.view(rows, kv_heads, branches, groups, width, dim).permute(0, 2, 4, 1, 3, 5)
+    return out.reshape(rows * branches, width, kv_heads * groups, dim)

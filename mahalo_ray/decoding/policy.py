@@ -1,0 +1,187 @@
+"""What the decoder needs of a language model: hidden states over a cache, and logits with weights per row."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Protocol, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from mahalo_ray.decoding.attention import View, cached_attention
+from mahalo_ray.decoding.cache import RaggedCache
+from mahalo_ray.models.backbone import split_causal_lm
+from mahalo_ray.models.heads import FullHead
+from mahalo_ray.models.multi_head import MultiHeadCausalLM
+from mahalo_ray.objectives import Weights
+
+RowWeights = Sequence[Weights | None]  # one per conversation; None where the policy has a single head
+
+
+class LogitFunction(Protocol):
+    def __call__(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """hidden [B, D] of conversations rows [B] (places in the weights given to `head`) -> logits [B,
+        V]."""
+        ...
+
+
+class Policy(Protocol):
+    """A causal language model over the decoding cache."""
+
+    device: torch.device
+    vocab_size: int
+    max_context: int
+
+    def hidden_states(self, input_ids: Tensor, position_ids: Tensor, kv_cache: View) -> Tensor:
+        """[B, T] new tokens at these positions -> final normalised hidden states [B, T, D]."""
+        ...
+
+    def head(self, weights: RowWeights) -> LogitFunction:
+        """The logits of these conversations; built once per batch, called once per token."""
+        ...
+
+
+class CachedBackbone:
+    """A transformers base model (no head) run over the decoding cache; refuses architectures it would get
+    wrong."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        config = cast(PretrainedConfig, backbone.config)
+        self.model, self.config = backbone, config
+        self.name = type(backbone).__name__
+        values = config.to_dict()
+        unsupported = sorted(set(values.get("layer_types") or ()) - {"full_attention", "sliding_attention"})
+        if unsupported:
+            raise ValueError(
+                f"{self.name} has {', '.join(unsupported)} layers: the decoding cache keeps keys and values only, "
+                "so hybrid and linear-attention models cannot be decoded with it"
+            )
+        self.device = next(backbone.parameters()).device
+        self._check()
+        if not hasattr(config, "max_position_embeddings"):
+            raise ValueError(f"the config of {self.name} does not say how long a context may be")
+        self.max_context: int = config.max_position_embeddings
+
+    def __call__(self, input_ids: Tensor, position_ids: Tensor, kv_cache: View) -> Tensor:
+        """[B, T] -> [B, T, D], no gradients."""
+        with torch.no_grad(), cached_attention(self.config):
+            out = self.model(
+                input_ids=input_ids,
+                position_ids=position_ids,
+                use_cache=False,
+                kv_cache=kv_cache,
+            )
+        return out.last_hidden_state
+
+    def _check(self) -> None:
+        """One forward of two tokens with and without the cache: the same hidden states, every layer
+        cached."""
+        was_training = self.model.training
+        self.model.eval()
+        ids = torch.tensor([[0, 1 % self.config.vocab_size]], device=self.device)
+        with torch.no_grad():
+            expected = self.model(input_ids=ids, use_cache=False).last_hidden_state
+        cache = RaggedCache(initial_capacity=2)
+        view = cache.append(cache.add(1), np.array([2]), 2)
+        try:
+            found = self(ids, view.positions(2, self.device), view)
+        except TypeError as error:
+            raise ValueError(
+                f"{self.name} does not accept position_ids or attention arguments: {error}"
+            ) from error
+        finally:
+            self.model.train(was_training)
+        cached = len(cache.keys)
+        if cached != self.config.num_hidden_layers or not same_numbers(found, expected):
+            raise ValueError(
+                f"{self.name} cannot be decoded over the shared cache: {cached} of {self.config.num_hidden_layers} "
+                "layers use transformers' attention interface as expected; choose a Llama-like, Qwen, Gemma or GPT-2 model"
+            )
+
+
+def same_numbers(found: Tensor, expected: Tensor) -> bool:
+    """Equal up to the rounding of the dtype, relative to the largest value."""
+    tolerance = 1e-3 if expected.dtype == torch.float32 else 0.05
+    scale = float(expected.abs().max())
+    return bool((found - expected).abs().max() <= tolerance * max(scale, 1e-6))
+
+
+class CausalPolicy:
+    """An ordinary transformers causal language model: one head, no weights."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        backbone, self._head, self._transform = split_causal_lm(model)
+        self._backbone = CachedBackbone(backbone)
+        self.device = self._backbone.device
+        self.max_context = self._backbone.max_context
+        self.vocab_size: int = model.config.vocab_size
+
+    def hidden_states(self, input_ids: Tensor, position_ids: Tensor, kv_cache: View) -> Tensor:
+        return self._backbone(input_ids, position_ids, kv_cache)
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[.., D] -> [.., V]."""
+        return self._transform(self._head(hidden))
+
+    def head(self, weights: RowWeights) -> LogitFunction:
+        named = next((w for w in weights if w is not None), None)
+        if named is not None:
+            raise ValueError(f"weights {named.label()} were given, but this policy is a single-head model")
+        return lambda hidden, rows: self.logits(hidden)
+
+
+class MultiHeadPolicy:
+    """A MultiHeadCausalLM: logits are the weighted sum of its heads, the weights chosen per conversation.
+
+    Merged heads are kept, so the model's parameters must not change while this object is in use.
+    """
+
+    def __init__(self, model: MultiHeadCausalLM, merged_heads_kept: int = 8) -> None:
+        self.model = model
+        self._backbone = CachedBackbone(model.backbone)
+        self.device = self._backbone.device
+        self.max_context = self._backbone.max_context
+        self.vocab_size: int = model.config.vocab_size
+        self._merged: OrderedDict[Weights, FullHead] = OrderedDict()
+        self._merged_heads_kept = merged_heads_kept
+
+    def hidden_states(self, input_ids: Tensor, position_ids: Tensor, kv_cache: View) -> Tensor:
+        return self._backbone(input_ids, position_ids, kv_cache)
+
+    def head(self, weights: RowWeights) -> LogitFunction:
+        """Conversations that share one weight vector share one merged head: never H heads per token for
+        them."""
+        chosen = []
+        for w in weights:
+            if w is None:
+                raise ValueError(
+                    f"give weights: this policy has a head for each of {', '.join(self.model.objectives)}"
+                )
+            chosen.append(w)
+        if len(set(chosen)) == 1:
+            merged = self._merged_head(chosen[0])
+            return lambda hidden, rows: merged(hidden)
+        table = torch.tensor([w.over(self.model.objectives) for w in chosen], device=self.device)
+        return lambda hidden, rows: self.model.logits(hidden, table[rows])
+
+    def _merged_head(self, weights: Weights) -> FullHead:
+        """sum_i w_i W_i of the most recently used weight vectors."""
+        weights.over(self.model.objectives)  # names the objective the policy does not have
+        head = self._merged.pop(weights, None)
+        self._merged[weights] = head = self.model.merged(weights) if head is None else head
+        if len(self._merged) > self._merged_heads_kept:
+            self._merged.popitem(last=False)
+        return head
+
+
+def as_policy(model: Policy | MultiHeadCausalLM | PreTrainedModel) -> Policy:
+    """The adapter for a model; adapters pass through."""
+    if isinstance(model, MultiHeadCausalLM):
+        return MultiHeadPolicy(model)
+    if isinstance(model, PreTrainedModel):
+        return CausalPolicy(model)
+    return model

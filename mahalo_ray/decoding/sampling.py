@@ -1,0 +1,162 @@
+"""Drawing tokens: temperature, top-k, top-p, min-p, with randomness that belongs to the request alone.
+
+Every draw is a pure function of (request seed, position in the conversation, candidate, token index): a
+counter-based generator instead of a stateful one, so the batch a request runs in, its order and its
+neighbours change nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """temperature 0 takes the likeliest token; top_k 0, top_p 1 and min_p 0 switch those filters off.
+
+    The filters act in this order on the distribution at the given temperature (as in transformers): top_k,
+    top_p (smallest set whose mass reaches top_p), min_p (at least min_p times the likeliest token's
+    probability).
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature is {self.temperature}: it must be a number >= 0 (0 = greedy)")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}: it must be >= 0 (0 = off)")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}: it must be above 0 and at most 1 (1 = off)")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p is {self.min_p}: it must lie between 0 and 1 (0 = off)")
+
+
+@dataclass(frozen=True)
+class SamplingBatch:
+    """The parameters of B rows: table [B, 4] (temperature, top_k, top_p, min_p); which of them matter is
+    decided once."""
+
+    table: Tensor
+    some_greedy: bool
+    all_greedy: bool
+    plain_temperature: bool  # 1 everywhere
+    top_k: bool
+    top_p: bool
+    min_p: bool
+
+    @classmethod
+    def of(cls, params: Sequence[SamplingParams], device: torch.device) -> SamplingBatch:
+        rows = [(p.temperature, p.top_k, p.top_p, p.min_p) for p in params]
+        greedy = [p.temperature == 0 for p in params]
+        return cls(
+            torch.tensor(rows, dtype=torch.float32, device=device),
+            some_greedy=any(greedy),
+            all_greedy=all(greedy),
+            plain_temperature=all(p.temperature == 1 for p in params),
+            top_k=any(p.top_k for p in params),
+            top_p=any(p.top_p < 1 for p in params),
+            min_p=any(p.min_p > 0 for p in params),
+        )
+
+    @property
+    def truncates(self) -> bool:
+        return self.top_k or self.top_p or self.min_p
+
+    def take(self, rows: Tensor) -> SamplingBatch:
+        """The parameters of these rows, in this order."""
+        return replace(self, table=self.table[rows])
+
+
+def draw(
+    logits: Tensor, params: SamplingBatch, uniform: Tensor, with_logps: bool
+) -> tuple[Tensor, Tensor | None]:
+    """One token per row: logits [B, V], uniform [B] in [0, 1) -> tokens [B] and, if wanted, the tokens'
+    log-probs [B] under the policy itself (temperature 1, nothing cut off)."""
+    logits = logits.float()
+    if params.all_greedy:
+        tokens = logits.argmax(dim=-1)
+    else:
+        scaled = logits
+        temperature = params.table[:, :1]
+        if not params.plain_temperature:
+            scaled = logits / torch.where(temperature == 0, 1.0, temperature)
+        if params.truncates:
+            scaled = truncated(scaled, params)
+        cumulative = torch.softmax(scaled, dim=-1).cumsum(dim=-1, dtype=torch.float64)
+        threshold = uniform[:, None] * cumulative[:, -1:]
+        # the first token whose cumulative mass exceeds the threshold; tokens of probability 0 are never that
+        tokens = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
+        if params.some_greedy:
+            tokens = torch.where(temperature[:, 0] == 0, logits.argmax(dim=-1), tokens)
+    if not with_logps:
+        return tokens, None
+    chosen = logits.gather(1, tokens[:, None])[:, 0]
+    return tokens, chosen - torch.logsumexp(logits, dim=-1)
+
+
+def truncated(logits: Tensor, params: SamplingBatch) -> Tensor:
+    """logits [B, V] with -inf where a row's filters cut a token off; the likeliest token always stays."""
+    _, top_k, top_p, min_p = params.table.unbind(dim=1)
+    cut = float("-inf")
+    if params.top_k or params.top_p:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        if params.top_k:
+            rank = torch.arange(logits.shape[-1], device=logits.device)
+            ordered = ordered.masked_fill((rank >= top_k[:, None]) & (top_k[:, None] > 0), cut)
+        if params.top_p:
+            probabilities = torch.softmax(ordered, dim=-1)
+            before = probabilities.cumsum(dim=-1) - probabilities
+            ordered = ordered.masked_fill((before >= top_p[:, None]) & (top_p[:, None] < 1), cut)
+        logits = torch.empty_like(logits).scatter_(1, order, ordered)
+    if params.min_p:
+        floor = logits.amax(dim=-1, keepdim=True) + torch.log(min_p)[:, None]  # log 0 = -inf cuts nothing
+        logits = logits.masked_fill(logits < floor, cut)
+    return logits
+
+
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
+_MIX1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
+_MIX2 = -7723592293110705685  # 0x94D049BB133111EB
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical, not arithmetic, shift of int64."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def mixed(key: Tensor, counter: Tensor | int) -> Tensor:
+    """A 64-bit hash of (key, counter), elementwise in int64: the SplitMix64 finaliser (Steele, Lea and Flood,
+    2014)."""
+    x = (
+        key + (counter + 1) * _GOLDEN
+        if isinstance(counter, Tensor)
+        else key + _wrapped((counter + 1) * _GOLDEN)
+    )
+    x = (x ^ _shift_right(x, 30)) * _MIX1
+    x = (x ^ _shift_right(x, 27)) * _MIX2
+    return x ^ _shift_right(x, 31)
+
+
+def _wrapped(value: int) -> int:
+    """A Python integer as the int64 that the same arithmetic would leave in a register."""
+    return (value + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def draw_keys(seeds: Sequence[int], positions: Tensor, num_candidates: int) -> Tensor:
+    """Keys [N, K]: one per (request seed, number of tokens in the conversation, candidate)."""
+    seed = torch.tensor([_wrapped(int(s)) for s in seeds], dtype=torch.int64, device=positions.device)
+    key = mixed(mixed(seed, 0), positions)[:, None]
+    return mixed(key, torch.arange(num_candidates, device=positions.device)[None])
+
+
+def uniforms(keys: Tensor, counter: int) -> Tensor:
+    """Numbers in [0, 1), float64, one per key and counter: the top 52 bits of the hash."""
+    return _shift_right(mixed(keys, counter), 12).to(torch.float64) * 2.0**-52

@@ -1,0 +1,99 @@
+"""Stops that are read off text (step boundaries, stop strings) while sampling stays vectorised: only tokens
+that can complete one make us look at text at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mahalo_ray.decoding.boundaries import Boundary
+from mahalo_ray.decoding.candidates import StopReason
+
+
+@dataclass(frozen=True)
+class StopRule:
+    """How one row's step may end: its boundary and its stop strings. `before` is the end of the response's
+    text so far, so that a stop string that began in an earlier step is found."""
+
+    boundary: Boundary
+    stop_strings: tuple[str, ...] = ()
+    before: str = ""
+
+    def is_trigger(self, piece: str) -> bool:
+        return self.boundary.is_trigger(piece) or any(stop[-1] in piece for stop in self.stop_strings)
+
+    def verdict(self, text: str, num_tokens: int) -> StopReason | None:
+        if self.stop_strings:
+            longest = max(map(len, self.stop_strings))
+            seam = self.before[-(longest - 1) :] if longest > 1 else ""
+            if any(stop in seam + text for stop in self.stop_strings):
+                return StopReason.STRING
+        return self.boundary.verdict(text, num_tokens)
+
+
+class Vocabulary:
+    """Texts of single tokens and of token sequences, with trigger tables cached per rule."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._pieces: list[str] | None = None
+        self._tables: dict[tuple[Boundary, tuple[str, ...]], Tensor] = {}
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of these tokens, special tokens included, spaces untouched."""
+        return self.tokenizer.decode(
+            list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+
+    def decode_many(self, token_ids: Sequence[Sequence[int]]) -> list[str]:
+        return self.tokenizer.batch_decode(
+            list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+
+    def table(self, rule: StopRule) -> Tensor:
+        """[tokens] bool: tokens after which this rule must be asked. Fragments of characters always count."""
+        key = (rule.boundary, rule.stop_strings)
+        if key not in self._tables:
+            if self._pieces is None:
+                self._pieces = self.decode_many([[i] for i in range(len(self.tokenizer))])
+            trigger: Callable[[str], bool] = rule.is_trigger
+            never = not rule.stop_strings and not trigger("\n") and not trigger(".")
+            self._tables[key] = torch.tensor(
+                [not never and ("\ufffd" in p or trigger(p)) for p in self._pieces]
+            )
+        return self._tables[key]
+
+
+class TextStop:
+    """The stop rules of the rows of one `sample` call, in its order (None: no text rule for that row)."""
+
+    def __init__(self, vocabulary: Vocabulary, rules: Sequence[StopRule | None]) -> None:
+        self.vocabulary, self.rules = vocabulary, list(rules)
+        for rule in self.rules:
+            if rule is not None and not all(rule.stop_strings):
+                raise ValueError("a stop string is empty: leave it out instead")
+
+    def reordered(self, order: np.ndarray) -> TextStop:
+        return TextStop(self.vocabulary, [self.rules[i] for i in order])
+
+    def trigger_table(self, vocab_size: int) -> Tensor:
+        """[vocab_size] bool, the union over rows; the model's vocabulary may be padded beyond the
+        tokenizer's."""
+        table = torch.zeros(vocab_size, dtype=torch.bool)
+        for rule in {(r.boundary, r.stop_strings): r for r in self.rules if r is not None}.values():
+            known = self.vocabulary.table(rule)[:vocab_size]
+            table[: len(known)] |= known
+        return table
+
+    def verdicts(self, rows: Sequence[int], token_ids: Sequence[Sequence[int]]) -> list[StopReason | None]:
+        """For the step so far of each suspect candidate of row rows[i]: why it ends here, or None."""
+        verdicts: list[StopReason | None] = []
+        for row, ids, text in zip(rows, token_ids, self.vocabulary.decode_many(token_ids), strict=True):
+            rule = self.rules[row]
+            verdicts.append(None if rule is None else rule.verdict(text, len(ids)))
+        return verdicts

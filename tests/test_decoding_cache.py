@@ -1,0 +1,264 @@
+"""A kept cache must equal re-encoding the text: random forks, accepts, drops and ragged rows, four
+architectures."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
+
+from mahalo_ray.decoding.batch import BatchedConversations
+from mahalo_ray.decoding.cache import RaggedCache
+from mahalo_ray.decoding.decode import smallest_grid
+from mahalo_ray.decoding.policy import CachedBackbone, CausalPolicy, MultiHeadPolicy
+from mahalo_ray.decoding.sampling import SamplingParams
+from mahalo_ray.models.multi_head import MultiHeadCausalLM
+from mahalo_ray.objectives import Weights
+
+VOCAB = 50
+COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+}
+CONFIGS = {
+    "qwen2": Qwen2Config(**COMMON),
+    "llama": LlamaConfig(**COMMON),
+    "gemma2": Gemma2Config(
+        **COMMON, head_dim=8, query_pre_attn_scalar=8, attn_logit_softcapping=2.0, final_logit_softcapping=3.0
+    ),
+    "gpt2": GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128),
+}
+
+
+@functools.cache
+def model(name: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    made = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="eager").eval()
+    with torch.no_grad():  # sharper than the initialisation, so that wrong attention shows
+        for parameter in made.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(4)
+    return made
+
+
+@functools.cache
+def policy(name: str) -> CausalPolicy:
+    return CausalPolicy(model(name))
+
+
+@torch.no_grad()
+def reencoded(name: str, ids: list[int]) -> torch.Tensor:
+    """Logits of every position, [T, V], from the text alone."""
+    return model(name)(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+
+
+def next_logits(engine: BatchedConversations, row: int) -> torch.Tensor:
+    """Logits the engine would draw the row's next token from."""
+    engine._prefill([row])
+    assert engine._last_hidden is not None and isinstance(engine.policy, CausalPolicy)
+    return engine.policy.logits(engine._last_hidden[engine._slot[row]])
+
+
+tokens = st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=9)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@settings(max_examples=12, deadline=None)
+@given(
+    prompts=st.lists(tokens, min_size=1, max_size=4),
+    rounds=st.lists(
+        st.tuples(st.integers(1, 4), st.integers(1, 12), st.integers(0, 2**31)), min_size=1, max_size=3
+    ),
+)
+def test_kept_cache_equals_reencoding(name, prompts, rounds):
+    engine = BatchedConversations(policy(name), prefill_tokens=24)
+    rows = engine.add(len(prompts))
+    engine.append(rows, prompts)
+    for branches, length, seed in rounds:
+        rng = np.random.default_rng(seed)
+        asked = [int(row) for row in rng.permutation(rows)[: rng.integers(1, len(rows) + 1)]]
+        stops = rng.integers(0, VOCAB, 6).tolist()
+        got = engine.sample(
+            asked, branches, SamplingParams(), [seed] * len(asked), length, stops, with_logps=True
+        )
+        choice = rng.integers(-1, branches, len(asked)).tolist()
+        for row, candidates, logps in zip(asked, got.token_ids, got.logps, strict=True):
+            before = engine.token_ids(row)
+            for ids, values in zip(candidates, logps, strict=True):
+                expected = torch.log_softmax(reencoded(name, before + ids), -1)[len(before) - 1 : -1]
+                expected = expected.gather(1, torch.tensor(ids)[:, None])[:, 0]
+                torch.testing.assert_close(torch.tensor(values), expected, atol=1e-4, rtol=1e-4)
+        engine.accept(got, choice)
+        for at, chosen in enumerate(choice):
+            if chosen >= 0:
+                assert (
+                    engine.token_ids(asked[at])[-len(got.token_ids[at][chosen]) :]
+                    == got.token_ids[at][chosen]
+                )
+        if rng.random() < 0.5:
+            some = [row for row in rows if rng.random() < 0.5]
+            engine.append(some, [rng.integers(1, VOCAB, rng.integers(1, 5)).tolist() for _ in some])
+        if rng.random() < 0.3 and len(rows) > 1:
+            engine.drop([rows.pop(int(rng.integers(len(rows))))])
+            rows += (added := engine.add(1))
+            engine.append(added, [[3, 4, 5]])
+        for row in rows:
+            torch.testing.assert_close(
+                next_logits(engine, row), reencoded(name, engine.token_ids(row))[-1], atol=1e-4, rtol=1e-4
+            )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_branches_extended_by_several_tokens_at_once(name):
+    """What the reward model does: K candidates of different lengths in one forward over a kept trunk."""
+    cache, backbone = RaggedCache(initial_capacity=2), CachedBackbone(model(name).base_model)
+    trunks, candidates = [[5, 6, 7, 8], [9]], [[[1, 2, 3], [4]], [[2, 2], [3, 1, 4]]]
+    slots = cache.add(2)
+    view = cache.append(slots, np.array([4, 1]), 4)
+    backbone(torch.tensor([[5, 6, 7, 8], [9, 0, 0, 0]]), view.positions(4, torch.device("cpu")), view)
+    view.commit()
+    branches = cache.fork(slots, 2)
+    padded = torch.tensor([ids + [0] * (3 - len(ids)) for row in candidates for ids in row])
+    found = backbone(padded, branches.positions(3, torch.device("cpu")), branches)
+    branches.advance(3)
+    for row in range(2):
+        for k, ids in enumerate(candidates[row]):
+            whole = torch.tensor([trunks[row] + ids])
+            with torch.no_grad():
+                expected = model(name).base_model(input_ids=whole, use_cache=False).last_hidden_state[0]
+            torch.testing.assert_close(
+                found[2 * row + k, : len(ids)], expected[len(trunks[row]) :], atol=1e-4, rtol=1e-4
+            )
+    cache.accept(slots, branches.finished(), np.array([0, 3]), np.array([3, 3]))
+    assert cache.lengths.tolist() == [7, 4]
+
+
+def test_trunk_is_stored_once_however_many_branches():
+    def bytes_after(branches: int) -> int:
+        engine = BatchedConversations(policy("qwen2"))
+        rows = engine.add(2)
+        engine.append(rows, [[1] * 60, [2] * 50])
+        engine.sample(rows, branches, SamplingParams(), [0, 1], 8, [])
+        return engine.peak_bytes - engine.cache.nbytes
+
+    trunk = 2 * 2 * 2 * 2 * 60 * 8 * 4  # layers, k and v, rows, kv heads, tokens, head size, bytes
+    assert bytes_after(16) < trunk * 16 / 3
+    assert bytes_after(16) <= 16 * bytes_after(1)
+
+
+def test_multi_head_rows_with_their_own_weights_match_the_merged_models():
+    multi = MultiHeadCausalLM.from_base(model("llama"), ["accuracy", "engagement"], noise=0.5, seed=1)
+    weights = [Weights.parse("accuracy=0.8,engagement=0.2"), Weights.one("engagement")]
+    for each in (weights, [weights[0]] * 2):
+        engine = BatchedConversations(MultiHeadPolicy(multi))
+        rows = engine.add(2, each)
+        engine.append(rows, [[1, 2, 3], [4, 5]])
+        got = engine.sample(rows, 2, SamplingParams(), [0, 1], 4, [], with_logps=True)
+        for row, prompt, w in zip(range(2), ([1, 2, 3], [4, 5]), each, strict=True):
+            merged = multi.merge(w)
+            for ids, logps in zip(got.token_ids[row], got.logps[row], strict=True):
+                with torch.no_grad():
+                    logits = merged(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+                expected = torch.log_softmax(logits, -1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+                torch.testing.assert_close(torch.tensor(logps), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_weights_must_fit_the_policy():
+    multi = MultiHeadPolicy(MultiHeadCausalLM.from_base(model("llama"), ["accuracy", "engagement"]))
+    for engine, weights, message in (
+        (BatchedConversations(multi), None, "give weights"),
+        (BatchedConversations(multi), Weights.one("accurracy"), "Did you mean 'accuracy'"),
+        (BatchedConversations(policy("llama")), Weights.one("accuracy"), "single-head"),
+    ):
+        rows = engine.add(1, weights)
+        engine.append(rows, [[1, 2]])
+        with pytest.raises(ValueError, match=message):
+            engine.sample(rows, 1, SamplingParams(), [0], 4, [])
+
+
+def test_training_attention_is_untouched_after_decoding():
+    policy("llama")
+    assert model("llama").config._attn_implementation == "eager"
+    model("llama")(input_ids=torch.tensor([[1, 2, 3]])).logits.sum().backward()
+    model("llama").zero_grad()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4), "Mamba"),
+        (BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4), "Bloom"),
+    ],
+)
+def test_architectures_the_cache_would_get_wrong_are_refused_by_name(config, message):
+    with pytest.raises(ValueError, match=message):
+        CausalPolicy(AutoModelForCausalLM.from_config(config).eval())
+
+
+def test_sliding_window_works_inside_the_window_and_is_refused_beyond():
+    config = Gemma2Config(**COMMON, head_dim=8, sliding_window=8)
+    torch.manual_seed(0)
+    windowed = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    engine = BatchedConversations(CausalPolicy(windowed))
+    rows = engine.add(1)
+    engine.append(rows, [[1, 2, 3, 4, 5]])
+    engine.sample(rows, 2, SamplingParams(), [0], 3, [])
+    with pytest.raises(ValueError, match="sliding window of 8 tokens and the context has 9"):
+        engine.sample(rows, 2, SamplingParams(), [0], 6, [])
+
+
+def test_context_limit():
+    engine = BatchedConversations(policy("llama"), max_context=10)
+    rows = engine.add(2)
+    with pytest.raises(ValueError, match="does not fit: 0 tokens and 11 new ones exceed the context of 10"):
+        engine.append(rows, [[1] * 11, [1]])
+    engine.append(rows, [[1] * 10, [1] * 7])
+    got = engine.sample(rows, 2, SamplingParams(), [0, 0], 5, [])
+    assert [[len(ids) for ids in row] for row in got.token_ids] == [[0, 0], [3, 3]]
+    assert {reason for row in got.reasons for reason in row} == {"context"}
+    engine.accept(got, [0, 0])
+    assert [engine.length(row) for row in rows] == [10, 10]
+
+
+def test_changed_conversation_cannot_accept_old_candidates():
+    engine = BatchedConversations(policy("llama"))
+    rows = engine.add(1)
+    engine.append(rows, [[1, 2]])
+    got = engine.sample(rows, 2, SamplingParams(), [0], 3, [])
+    engine.append(rows, [[3]])
+    with pytest.raises(ValueError, match="changed since"):
+        engine.accept(got, [0])
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=1, max_size=12))
+def test_smallest_grid_keeps_every_live_branch_once_under_its_own_row(alive):
+    flat = np.array(alive).reshape(-1)
+    if not flat.any():
+        return
+    rows, grid = smallest_grid(flat, 4, len(alive))
+    kept = grid[grid >= 0]
+    assert sorted(kept.tolist()) == np.nonzero(flat)[0].tolist()
+    assert all(
+        place // 4 == row for row, line in zip(rows, grid, strict=True) for place in line if place >= 0
+    )
+    assert grid.size <= flat.size
