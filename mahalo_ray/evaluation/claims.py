@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict
 
-from mahalo_ray.evaluation.results import ComparisonTable, MethodResult
+from mahalo_ray.evaluation.results import ComparisonTable, MethodKind, MethodResult
 from mahalo_ray.evaluation.statistics import Estimate
 from mahalo_ray.objectives import Weights
 
@@ -38,15 +38,25 @@ class Claim(BaseModel):
 
 
 def check_claims(table: ComparisonTable) -> list[Claim]:
-    """All claims over a table: heads against SFT, guidance against none, the sweep's front."""
+    """All claims over a table: heads against SFT, guidance against none, the sweep's front.
+
+    With one objective there is no trade-off, and so no claim about a front.
+    """
     claims = [_head_claim(table, objective) for objective in table.objectives]
-    guided = [method for method in table.methods if method.guidance is not None]
-    for kind, what in (("guided", "the guided policy"), ("guided_sft", "guided SFT")):
-        if table.only("guided" if kind == "guided" else "guided_sft") is None:
-            claims.append(_missing(f"guided:{kind}", f"guidance beats no guidance for {what}", f"no row of {what}"))
-    for method in guided:
-        claims += _guidance_claims(table, method)
-    return [*claims, _front_claim(table)]
+    expected: tuple[tuple[MethodKind, str], ...] = (
+        ("guided", "the guided policy"),
+        ("guided_sft", "guided SFT"),
+    )
+    for kind, what in expected:
+        guided = [method for method in table.methods if method.kind == kind]
+        for method in guided:
+            claims += _guidance_claims(table, method)
+        if not guided:
+            statement = f"guidance beats no guidance for {what}"
+            claims.append(_missing(f"guided:{kind}", statement, f"no row of {what}"))
+    if len(table.objectives) > 1:
+        claims.append(_front_claim(table))
+    return claims
 
 
 def headline(claims: Sequence[Claim]) -> str:
@@ -167,4 +177,6 @@ def _front_claim(table: ComparisonTable) -> Claim:
 
 
 def _missing(key: str, statement: str, reason: str) -> Claim:
-    return Claim(key=key, statement=statement, difference=None, n=0, holds=False, evidence=f"not measured: {reason}")
+    return Claim(
+        key=key, statement=statement, difference=None, n=0, holds=False, evidence=f"not measured: {reason}"
+    )

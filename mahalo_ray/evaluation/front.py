@@ -27,15 +27,13 @@ def non_dominated(points: ArrayLike, *, distinct: bool = False) -> NDArray[np.bo
 def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
     """Volume between `reference` [objectives] and the points [N, objectives] that exceed it.
 
-    In the product of the objectives' units (area for two). A point that does not exceed the reference point in
-    every objective adds nothing.
+    In the product of the objectives' units (area for two). A point that does not exceed the reference point
+    in every objective adds nothing.
     """
     array = finite_array(points, "points", dimensions=2)
     origin = finite_array(reference, "reference point")
     if array.shape[1] != len(origin):
-        raise ValueError(
-            f"points have {array.shape[1]} objectives, the reference point has {len(origin)}"
-        )
+        raise ValueError(f"points have {array.shape[1]} objectives, the reference point has {len(origin)}")
     inside: FloatArray = array[(array > origin).all(axis=1)]
     if len(inside) == 0:
         return 0.0

@@ -17,6 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox
 
 from mahalo_ray.evaluation.results import ComparisonTable, MethodKind, Row
+from mahalo_ray.evaluation.statistics import FloatArray
 
 INK, SURFACE = "#1d2530", "#ffffff"
 # In the page's SVG these two become CSS colours, so that the picture follows light and dark.
@@ -36,7 +37,7 @@ MARKS: dict[MethodKind, Mark] = {
     "sft": Mark("#7b7f86", "s", 7.5, "SFT"),
     "guided_sft": Mark("#c98500", "D", 7.0, "SFT, guided"),
     "head": Mark("#8b62d0", "^", 8.5, "one head alone"),
-    "weights": Mark("#2f7de1", "o", 7.0, "decoding weights (sweep)"),
+    "weights": Mark("#2f7de1", "o", 7.0, "sweep"),
     "guided": Mark("#e0562b", "*", 13.0, "policy, guided"),
 }
 
@@ -53,7 +54,7 @@ def front_png(table: ComparisonTable, title: str) -> bytes:
 def front_svg(table: ComparisonTable) -> str:
     """The picture as an inline SVG element in the page's colours, small enough to read on a phone."""
     with matplotlib.rc_context(_style(font_size=9.5) | {"svg.fonttype": "none", "svg.hashsalt": "mahalo"}):
-        figure = draw_front(table, width=6.0, title=None)
+        figure = draw_front(table, width=5.0, title=None)
         buffer = io.StringIO()
         no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
@@ -87,14 +88,15 @@ def draw_front(table: ComparisonTable, width: float, title: str | None) -> Figur
     if title is not None:
         figure.suptitle(title, fontweight="bold")
     FigureCanvasAgg(figure)
-    figure.canvas.draw()  # settles the layout, so that labels can look for free places
+    figure.canvas.draw()  # settles the layout, so that labels can look for free places ...
+    figure.set_layout_engine("none")  # ... and does not move again because of them
     if pairs:
         for panel, (x, y) in zip(panels, pairs, strict=False):
             _label_points(panel, table, x, y)
     return figure
 
 
-def _style(font_size: float) -> dict[str, Any]:
+def _style(font_size: float) -> Any:  # matplotlib types rc parameters by their literal names
     return {
         "font.size": font_size,
         "axes.titlesize": font_size * 1.1,
@@ -119,17 +121,34 @@ def _draw_plane(panel: Axes, table: ComparisonTable, x: int, y: int) -> None:
     panel.set_xlabel(f"{first}  (better →)")
     panel.set_ylabel(f"{second}  (better →)")
     panel.margins(0.12)
-    front = sorted((r.means[first].value, r.means[second].value) for r in table.rows if r.non_dominated_in_sweep)
-    if len(table.objectives) == 2 and len(front) > 1:
-        panel.plot(*np.array(front).T, color=MARKS["weights"].color, linewidth=2, alpha=0.55, zorder=2)
+    line = _front_line(table)
+    if line is not None:
+        panel.plot(*line.T, color=MARKS["weights"].color, linewidth=2, alpha=0.55, zorder=2)
     for row in table.rows:
         across, up = row.means[first], row.means[second]
         color = MARKS[row.kind].color
         horizontal, vertical = _arms(across), _arms(up)
         panel.errorbar(
-            across.value, up.value, xerr=horizontal, yerr=vertical, fmt="none", ecolor=color, alpha=0.5, lw=1.3
+            across.value,
+            up.value,
+            xerr=horizontal,
+            yerr=vertical,
+            fmt="none",
+            ecolor=color,
+            alpha=0.5,
+            lw=1.3,
         )
         panel.plot(across.value, up.value, **_marker(row), zorder=4)
+
+
+def _front_line(table: ComparisonTable) -> FloatArray | None:
+    """The sweep's non-dominated points [n, 2] from left to right; None where they make no line."""
+    if len(table.objectives) != 2:
+        return None
+    front = sorted(
+        [row.means[o].value for o in table.objectives] for row in table.rows if row.non_dominated_in_sweep
+    )
+    return np.array(front) if len(front) > 1 else None
 
 
 def _draw_dots(panel: Axes, table: ComparisonTable) -> None:
@@ -137,7 +156,13 @@ def _draw_dots(panel: Axes, table: ComparisonTable) -> None:
     for line, row in enumerate(table.rows):
         estimate = row.means[objective]
         panel.errorbar(
-            estimate.value, line, xerr=_arms(estimate), fmt="none", ecolor=MARKS[row.kind].color, alpha=0.5, lw=1.5
+            estimate.value,
+            line,
+            xerr=_arms(estimate),
+            fmt="none",
+            ecolor=MARKS[row.kind].color,
+            alpha=0.5,
+            lw=1.5,
         )
         panel.plot(estimate.value, line, **_marker(row), zorder=4)
     panel.set_yticks(range(len(table.rows)), [row.name for row in table.rows])
@@ -147,7 +172,7 @@ def _draw_dots(panel: Axes, table: ComparisonTable) -> None:
 
 
 def _arms(estimate: Any) -> list[list[float]]:
-    """Distances from the value down to `low` and up to `high`; a skewed resample may put an end past the value."""
+    """Distances from the value to the interval's ends; 0 where a skewed interval leaves the value outside."""
     return [[max(0.0, estimate.value - estimate.low)], [max(0.0, estimate.high - estimate.value)]]
 
 
@@ -168,12 +193,20 @@ def _marker(row: Row) -> dict[str, Any]:
 
 def _draw_legend(figure: Figure, table: ComparisonTable) -> None:
     present = {row.kind for row in table.rows}
-    handles: list[Line2D] = [
-        Line2D([], [], color=m.color, marker=m.shape, markersize=m.size * 0.85, linestyle="none", label=m.legend)
-        for kind, m in MARKS.items()
-        if kind in present
-    ]
-    hollow = {"marker": "o", "markerfacecolor": SURFACE, "markeredgecolor": INK, "linestyle": "none"}
+    order = " / ".join(table.objectives)
+    handles: list[Line2D] = []
+    for kind, mark in MARKS.items():
+        if kind not in present:
+            continue
+        text = f"{mark.legend}: {order}" if kind == "weights" and len(order) < 30 else mark.legend
+        look: dict[str, Any] = {"color": mark.color, "marker": mark.shape, "markersize": mark.size * 0.85}
+        handles.append(Line2D([], [], **look, linestyle="none", label=text))
+    hollow: dict[str, Any] = {
+        "marker": "o",
+        "markerfacecolor": SURFACE,
+        "markeredgecolor": INK,
+        "linestyle": "none",
+    }
     handles.append(Line2D([], [], **hollow, markersize=6, label="hollow: dominated"))
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, handletextpad=0.3)
 
@@ -191,16 +224,24 @@ def _label_points(panel: Axes, table: ComparisonTable, x: int, y: int) -> None:
     renderer = panel.figure.canvas.get_renderer()  # type: ignore[attr-defined]
     taken: list[tuple[Bbox, float]] = []
     for row in table.rows:
-        taken += [(box, cost) for box, cost in _obstacles(panel, row.means[first], row.means[second])]
+        taken += _obstacles(panel, row.means[first], row.means[second])
+    line = _front_line(table)
+    if line is not None:
+        for start, end in itertools.pairwise(panel.transData.transform(line)):
+            taken += [(Bbox([p - 1, p + 1]), 0.1) for p in np.linspace(start, end, 60)]
     frame = panel.get_window_extent(renderer)
     for row in sorted(table.rows, key=lambda r: r.kind == "weights"):
         point = (row.means[first].value, row.means[second].value)
         best: tuple[float, Any, Bbox] | None = None
         for penalty, place in enumerate(_places()):
             text = panel.annotate(
-                short_label(row, table.objectives), point, textcoords="offset points", fontsize="small", **place
+                short_label(row, table.objectives),
+                point,
+                textcoords="offset points",
+                fontsize="small",
+                **place,
             )
-            box = text.get_window_extent(renderer)
+            box = text.get_window_extent(renderer).padded(1.5)
             outside = 0.0 if frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1) else 5.0
             cost = outside + 0.02 * penalty + sum(weight for other, weight in taken if box.overlaps(other))
             if best is None or cost < best[0]:

@@ -35,7 +35,9 @@ class MethodResult(BaseModel):
     num_candidates: Annotated[int, Field(ge=1)] = 1
     student_ids: list[StudentId]  # one per dialogue, each once
     values: dict[str, list[float]]  # objective -> one value per dialogue, in the order of student_ids
-    kl_to_reference: float | None = None  # nats per token to the SFT model on own samples; None = not measured
+    kl_to_reference: float | None = (
+        None  # nats per token to the SFT model on own samples; None = not measured
+    )
     malformed_rate: Annotated[float, Field(ge=0, le=1)]  # share of the method's turns
     tokens: Annotated[int, Field(ge=0)]  # sampled by the method, candidates included
     sweep: bool | None = None  # whether it is a point of the sweep; None: it is when its kind is "weights"
@@ -44,10 +46,14 @@ class MethodResult(BaseModel):
     def _consistent(self) -> Self:
         guided = self.kind in ("guided", "guided_sft")
         if guided != (self.guidance is not None):
-            raise ValueError(f"method '{self.name}' ({self.kind}): guidance weights go with guided methods only")
+            raise ValueError(
+                f"method '{self.name}' ({self.kind}): guidance weights go with guided methods only"
+            )
         headed = self.kind in ("head", "weights", "guided")
         if headed != (self.weights is not None):
-            raise ValueError(f"method '{self.name}' ({self.kind}): decoding weights go with policy heads only")
+            raise ValueError(
+                f"method '{self.name}' ({self.kind}): decoding weights go with policy heads only"
+            )
         for named in (self.weights, self.guidance):
             if named is not None:
                 Weights(named).over(self.values)
@@ -66,7 +72,7 @@ class MethodResult(BaseModel):
         return self.kind == "weights" if self.sweep is None else self.sweep
 
     def same_policy_unguided(self, other: MethodResult) -> bool:
-        """Whether `other` is this method without guidance: the same decoding weights, or SFT for guided SFT."""
+        """Whether `other` is this method without guidance: same decoding weights, or SFT for guided SFT."""
         if other.guidance is not None or (self.weights is None) != (other.weights is None):
             return False
         if self.weights is None or other.weights is None:
@@ -106,7 +112,7 @@ class PairedDifference(BaseModel):
 
 
 class FrontSummary(BaseModel):
-    """The sweep's points as a front; intervals come from resampling students, the same draw for all points."""
+    """The sweep's points as a front; intervals resample students, the same draw for all points."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -118,7 +124,7 @@ class FrontSummary(BaseModel):
 class ComparisonTable:
     """All methods over the same students: means, intervals, dominance and hypervolume.
 
-    Raises ValueError when methods share a name, lack an objective or were not played against the same students.
+    Raises ValueError when methods share a name, lack an objective or did not meet the same students.
     """
 
     def __init__(
@@ -226,7 +232,8 @@ class ComparisonTable:
             raise ValueError("a comparison needs at least one method and one objective")
         if len(self.reference_point) != len(self.objectives):
             raise ValueError(
-                f"the reference point has {len(self.reference_point)} values for {len(self.objectives)} objectives"
+                f"the reference point has {len(self.reference_point)} values "
+                f"for {len(self.objectives)} objectives"
             )
         names = [method.name for method in self.methods]
         for name in names:

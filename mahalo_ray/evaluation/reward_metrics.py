@@ -1,8 +1,8 @@
 """How good a reward model's scores are: overall, within a prompt, and against length.
 
-Overall figures flatter: they reward knowing which prompts are easy. Guidance and pairs compare candidates of one
-prompt, so the within-group figures are the ones to watch. A figure that the data leave undefined (one class only,
-no group with two different truths) is NaN.
+Overall figures flatter: they reward knowing which prompts are easy. Guidance and pairs compare candidates of
+one prompt, so the within-group figures are the ones to watch. A figure that the data leave undefined (one
+class only, no group with two different truths) is NaN.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class CalibrationPoint(NamedTuple):
 
     predicted: float  # mean predicted probability
     observed: float  # share of positives
-    count: int
+    samples: int
 
 
 def auc(scores: ArrayLike, labels: ArrayLike) -> float:
@@ -64,7 +64,7 @@ def within_group_rank_correlation(
 ) -> float:
     """Mean over groups of the rank correlation of score and truth (Spearman's rho or Kendall's tau-b).
 
-    Groups whose truth does not vary say nothing and are left out; a group whose scores are all equal counts 0.
+    Groups whose truth does not vary say nothing and are left out; one whose scores are all equal counts 0.
     """
     rank = stats.spearmanr if kind == "spearman" else stats.kendalltau
 
@@ -75,7 +75,7 @@ def within_group_rank_correlation(
 
 
 def within_group_pair_accuracy(scores: ArrayLike, truth: ArrayLike, groups: Groups) -> float:
-    """How often the truly better of two samples of a group scores higher, ties half; mean over all such pairs."""
+    """How often the truly better of two samples of a group scores higher, ties half; mean over all pairs."""
     won = compared = 0.0
     for score, true in _informative_groups(scores, truth, groups):
         better = true[:, None] > true[None, :]
@@ -102,8 +102,8 @@ def length_correlation(
 ) -> tuple[float, float]:
     """Mean within-group correlation with length (tokens) of the score, and of the truth: (score, truth).
 
-    A score that follows length more than the truth does is biased towards long (or short) candidates. Both are
-    averaged over the groups whose lengths vary; a group whose scores (or truths) are all equal counts 0.
+    A score that follows length more than the truth does is biased towards long (or short) candidates. Both
+    are averaged over the groups whose lengths vary; a group whose scores (or truths) are all equal counts 0.
     """
     score, true = _pair(scores, truth)
     length = finite_array(lengths, "lengths")
@@ -115,7 +115,7 @@ def length_correlation(
 
 
 def calibration_curve(probabilities: ArrayLike, labels: ArrayLike, bins: int = 10) -> list[CalibrationPoint]:
-    """Predicted probability against the share of positives in equally wide bins of [0, 1]; empty ones left out."""
+    """Predicted probability against the share of positives, in equally wide bins of [0, 1] that hold any."""
     probability, label = _pair(probabilities, labels)
     positive = _binary(label)
     if (probability < 0).any() or (probability > 1).any():
@@ -131,8 +131,8 @@ def calibration_curve(probabilities: ArrayLike, labels: ArrayLike, bins: int = 1
 
 def expected_calibration_error(curve: Sequence[CalibrationPoint]) -> float:
     """Mean distance of predicted and observed over the bins, weighted by count (Naeini et al. 2015)."""
-    total = sum(point.count for point in curve)
-    return sum(point.count * abs(point.predicted - point.observed) for point in curve) / total
+    total = sum(point.samples for point in curve)
+    return sum(point.samples * abs(point.predicted - point.observed) for point in curve) / total
 
 
 def first_error(step_scores: Sequence[float], threshold: float = 0.5) -> int:
@@ -162,8 +162,8 @@ def reward_summary(
     """The figures for one objective of a reward model on held-out data, by name.
 
     Inputs are aligned [n]: the model's score, the true value, the prompt each belongs to and its length in
-    tokens. `probabilities`: scores are probabilities of a 0/1 truth; then AUC, accuracy, Brier and calibration error
-    stand in place of the squared error.
+    tokens. `probabilities`: scores are probabilities of a 0/1 truth; then AUC, accuracy, Brier and
+    calibration error stand in place of the squared error.
     """
     score_length, truth_length = length_correlation(scores, truth, lengths, groups)
     score, true = _pair(scores, truth)

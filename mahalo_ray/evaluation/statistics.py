@@ -101,7 +101,8 @@ def align(ids: Sequence[StudentId], values: ArrayLike, order: Sequence[StudentId
     if position.keys() != set(order):
         different = sorted(map(repr, position.keys() ^ set(order)))
         raise ValueError(
-            f"the two sides do not hold the same ids: {len(different)} differ, e.g. {', '.join(different[:3])}"
+            f"the two sides do not hold the same ids: {len(different)} differ, "
+            f"e.g. {', '.join(different[:3])}"
         )
     return array[[position[identifier] for identifier in order]]
 

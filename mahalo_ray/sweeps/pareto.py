@@ -8,7 +8,15 @@ from numpy.typing import ArrayLike
 from mahalo_ray.evaluation.front import hypervolume, non_dominated
 from mahalo_ray.evaluation.statistics import FloatArray, finite_array
 
-__all__ = ["chord_lengths", "chord_variation", "front", "hypervolume", "largest_gap", "non_dominated", "spread"]
+__all__ = [
+    "chord_lengths",
+    "chord_variation",
+    "front",
+    "hypervolume",
+    "largest_gap",
+    "non_dominated",
+    "spread",
+]
 
 
 def front(points: ArrayLike) -> FloatArray:

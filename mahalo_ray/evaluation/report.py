@@ -1,0 +1,191 @@
+"""The report of a run: `results.json`, a self-contained `report.html`, and `front.png`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from pydantic import BaseModel, ConfigDict
+
+from mahalo_ray import __version__
+from mahalo_ray.data import storage
+from mahalo_ray.evaluation import curves, plots
+from mahalo_ray.evaluation.claims import Claim, headline, in_words
+from mahalo_ray.evaluation.results import ComparisonTable
+from mahalo_ray.evaluation.statistics import finite_or_none
+from mahalo_ray.evaluation.terminal import compact_count
+
+FORMAT = 1  # of results.json
+
+
+class SampleTurn(BaseModel):
+    """One turn of a sample dialogue. The content is shown as text, whatever it holds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    speaker: Literal["tutor", "student", "system", "user", "assistant"]
+    content: str
+    scores: dict[str, float] = {}  # objective -> reward-model score of this turn
+
+
+class SampleDialogue(BaseModel):
+    """A dialogue to read in the report."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: str
+    topic: str = ""
+    turns: list[SampleTurn]
+    outcome: dict[str, float] = {}  # objective -> the judge's value
+
+
+class ReportContents(BaseModel):
+    """What stands beside the table and the claims; everything but the title may be left empty."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    title: str
+    summary: str = ""  # one sentence: what was aligned, to what
+    measurement: dict[str, str | int | float] = {}  # how it was measured: seed, judges, sampling settings …
+    timings: dict[str, float] = {}  # stage -> seconds
+    samples: list[SampleDialogue] = []
+    history: dict[str, list[dict[str, float | int | None]]] = {}  # stage -> [{"step": 10, "loss": 2.3}, …]
+    reward_metrics: dict[str, dict[str, float]] = {}  # objective -> metric -> value; NaN = undefined
+
+
+class ReportFiles(NamedTuple):
+    """Where the report lies."""
+
+    results: str
+    html: str
+    front: str
+
+
+def write_report(
+    folder: str, table: ComparisonTable, claims: Sequence[Claim], contents: ReportContents
+) -> ReportFiles:
+    """Write the three files into `folder` (a path or an fsspec URL) and return where they are.
+
+    `claims` are shown as they are, failing ones included. The page makes no request of any kind.
+    """
+    names = ("results.json", "report.html", "front.png")
+    files = ReportFiles(*(storage.join(folder, name) for name in names))
+    storage.write_json(files.results, results_document(table, claims, contents))
+    storage.write_bytes(files.front, plots.front_png(table, front_title(table)))
+    storage.write_bytes(files.html, render_html(table, claims, contents).encode())
+    return files
+
+
+def results_document(
+    table: ComparisonTable, claims: Sequence[Claim], contents: ReportContents
+) -> dict[str, Any]:
+    """Everything measured, as JSON can hold it: per-dialogue values too, so that it can be analysed again."""
+    front = table.sweep_front()
+    document = {
+        "format": FORMAT,
+        "mahalo_ray": __version__,
+        "title": contents.title,
+        "headline": headline(claims),
+        "objectives": list(table.objectives),
+        "dialogues_per_method": table.dialogues,
+        "bootstrap": {"confidence": table.confidence, "resamples": table.resamples, "seed": table.seed},
+        "claims": [claim.model_dump() | {"words": claim.words} for claim in claims],
+        "rows": [row.model_dump() for row in table.rows],
+        "paired_differences": [difference.model_dump() for difference in table.paired_differences()],
+        "hypervolume": {
+            "reference_point": list(table.reference_point),
+            "sweep": None if front is None else front.hypervolume.model_dump(),
+            "all_methods": table.hypervolume_of_all(),
+        },
+        "sweep_front": None if front is None else front.model_dump(exclude={"hypervolume"}),
+        "measurement": contents.measurement,
+        "timings_s": contents.timings,
+        "reward_metrics": contents.reward_metrics,
+        "history": contents.history,
+        "methods": [method.model_dump() for method in table.methods],
+    }
+    cleaned: dict[str, Any] = finite_or_none(document)
+    return cleaned
+
+
+def render_html(table: ComparisonTable, claims: Sequence[Claim], contents: ReportContents) -> str:
+    """The page as one string: inline style and pictures, no script. All texts are escaped."""
+    environment = Environment(
+        loader=PackageLoader("mahalo_ray.evaluation", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "signed": signed, "duration": duration, "count": compact_count}
+    return environment.get_template("report.html").render(
+        table=table,
+        contents=contents,
+        claims=claims,
+        claim_words=in_words(claims),
+        headline=headline(claims),
+        all_hold=all(claim.holds for claim in claims if claim.required),
+        front=table.sweep_front(),
+        picture=Markup(plots.front_svg(table)),  # our own drawing; matplotlib escapes the labels in it
+        marks=plots.MARKS,
+        ranges=_ranges(table),
+        differences=_grouped_differences(table),
+        curves=curves.curves(contents.history),
+        curve_size=(curves.WIDTH, curves.HEIGHT),
+        reward_columns=_metric_names(contents.reward_metrics),
+        version=__version__,
+    )
+
+
+def front_title(table: ComparisonTable) -> str:
+    """The picture's title, e.g. `accuracy against engagement: 240 students, 95% intervals`."""
+    return (
+        f"{' against '.join(table.objectives)}: {table.dialogues} students, {table.confidence:.0%} intervals"
+    )
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A figure for the page; a dash where it is unknown or undefined."""
+    return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+
+
+def signed(value: float) -> str:
+    """A difference with its sign (a true minus sign)."""
+    return f"{value:+.3f}".replace("-", "−")
+
+
+def duration(seconds: float) -> str:
+    """`8.3 s`, `2 min 05 s`, `1 h 02 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _ranges(table: ComparisonTable) -> dict[str, tuple[float, float]]:
+    """Lowest and highest interval end per objective, over all rows: the scale of the bars in the table."""
+    return {
+        objective: (
+            min(row.means[objective].low for row in table.rows),
+            max(row.means[objective].high for row in table.rows),
+        )
+        for objective in table.objectives
+    }
+
+
+def _grouped_differences(table: ComparisonTable) -> list[dict[str, Any]]:
+    """Paired differences with one line per (method, baseline) and one column per objective."""
+    lines: dict[tuple[str, str], dict[str, Any]] = {}
+    for item in table.paired_differences():
+        key = (item.method, item.baseline)
+        line = lines.setdefault(key, {"method": item.method, "baseline": item.baseline, "by": {}})
+        line["by"][item.objective] = item.difference
+    return list(lines.values())
+
+
+def _metric_names(reward_metrics: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """All metric names over the objectives, in the order they first occur."""
+    return list(dict.fromkeys(name for metrics in reward_metrics.values() for name in metrics))
