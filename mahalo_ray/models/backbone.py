@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -47,8 +46,6 @@ def load_backbone(
 
 def split_causal_lm(model: PreTrainedModel) -> tuple[PreTrainedModel, nn.Module, LogitTransform]:
     """(backbone, output layer, what follows it). ValueError if the model is not built that way."""
-    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise ValueError("the model carries a peft adapter: merge or unload it first")
     head = model.get_output_embeddings()
     backbone = model.base_model
     if model.config.is_encoder_decoder or head is None or backbone is model:

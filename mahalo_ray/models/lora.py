@@ -9,7 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+
+
+def check_no_adapter(model: nn.Module) -> None:
+    """ValueError if peft layers sit inside the model: their parameters would pass for the model's own."""
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError("the model already carries a peft adapter: merge or unload it first")
 
 
 @dataclass(frozen=True)
@@ -28,8 +35,7 @@ def with_lora(backbone: nn.Module, settings: LoraSettings) -> PeftModel:
     """The backbone with a fresh, trainable adapter; its own parameters are frozen. Changed in place and
     wrapped.
     """
-    if isinstance(backbone, PeftModel):
-        raise ValueError("the backbone already has a LoRA adapter")
+    check_no_adapter(backbone)
     targets = settings.target_modules
     config = LoraConfig(
         r=settings.rank,

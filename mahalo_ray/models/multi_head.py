@@ -102,6 +102,7 @@ class MultiHeadCausalLM(nn.Module):
         full copy per rank.
         """
         model = load_causal_lm(base, dtype, attn_implementation)
+        lora.check_no_adapter(model)
         backbone, output, transform = split_causal_lm(model)
         weight, bias = cast(nn.Parameter, output.weight), cast(nn.Parameter | None, output.bias)
         policy = cls(
@@ -173,7 +174,7 @@ class MultiHeadCausalLM(nn.Module):
     # -- computing -------------------------------------------------------------------------------------------
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """Final normalised hidden states [B, T, D]; kwargs (position_ids, kv_cache, ...) go to the backbone."""
+        """Final normalised hidden states [B, T, D]; kwargs (position_ids, kv_cache...) go to the backbone."""
         return run_backbone(self.backbone, input_ids, attention_mask, kwargs)
 
     def forward(
