@@ -1,0 +1,1 @@
+"""Training on Ray Train workers with DeepSpeed ZeRO: one loop, three recipes (sft, reward, policy)."""

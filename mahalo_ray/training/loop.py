@@ -1,0 +1,134 @@
+"""The training loop: one for all recipes, run by every Ray Train worker."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+import torch.distributed as dist
+
+from mahalo_ray.config import TrainingConfig
+from mahalo_ray.data import storage
+from mahalo_ray.training.batches import Indices, accumulation_steps, split_batch
+from mahalo_ray.training.checkpoints import Progress, RunIdentity, resume, saved_checkpoint
+from mahalo_ray.training.engine import build_engine, infer, optimizer_step, to_device, whole_state_dict
+from mahalo_ray.training.guard import NonFiniteError, stop_unless_finite
+from mahalo_ray.training.recipe import Output, Recipe
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """What the loop needs besides a recipe. `output_url`: folder for the finished model."""
+
+    training: TrainingConfig
+    dtype: torch.dtype
+    seed: int
+    output_url: str
+
+
+def train(make_recipe: Callable[[], Recipe], settings: LoopSettings) -> dict[str, Any]:
+    """Train, evaluate, save. Returns {"metrics": final figures, "history": one entry per report}."""
+    recipe, training = make_recipe(), settings.training
+    rank, workers, micro_rows = dist.get_rank(), dist.get_world_size(), training.micro_batch_size_per_device
+    accumulation = accumulation_steps(recipe.batches, recipe.units, micro_rows, workers)
+    engine = build_engine(recipe, training, settings.dtype, settings.seed, accumulation)
+    reporter = Reporter(recipe, engine, training, RunIdentity(workers, accumulation, recipe.fingerprint()))
+
+    for step in range(reporter.progress.step, len(recipe.batches)):
+        batch = recipe.batches[step]
+        normalisers = recipe.normalisers(batch)
+        outputs: list[tuple[Indices, Output]] = []
+        for number, shares in enumerate(split_batch(batch, recipe.units, micro_rows, workers, accumulation)):
+            if number > 0:
+                engine.step()  # between micro-batches this only counts
+            counted = len(shares[rank]) > 0
+            units = shares[rank] if counted else batch[:1]
+            tensors = to_device(recipe.collate(units, normalisers, counted), engine.device)
+            output: Output = engine(**tensors)
+            # DeepSpeed averages over workers and micro-batches; the rows' weights already sum to the whole.
+            engine.backward(output[0] * (workers * accumulation))
+            outputs.append((units, output))
+        stop_unless_finite(recipe, outputs, step)
+        learning_rates = {group["name"]: float(group["lr"]) for group in engine.optimizer.param_groups}
+        gradient_norm = optimizer_step(engine)
+        if gradient_norm is None:
+            raise NonFiniteError.of_gradient(recipe, batch, step)
+        reporter.step_done(batch, outputs, gradient_norm, learning_rates)
+
+    figures = recipe.finish(partial(infer, engine), rank, workers)
+    save_model(recipe, engine, settings.output_url)
+    history = reporter.progress.history
+    return {"metrics": {**history[-1], **figures}, "history": history}
+
+
+def save_model(recipe: Recipe, engine: Any, output_url: str) -> None:
+    """Gather the finished model on rank 0 and store its folder."""
+    model = engine.module.model
+    state_dict = whole_state_dict(model)
+    if dist.get_rank() == 0:
+        with tempfile.TemporaryDirectory(prefix="mahalo-model-") as folder:
+            recipe.save(model, state_dict, Path(folder))
+            storage.upload_folder(folder, output_url)
+    dist.barrier()
+
+
+class Reporter:
+    """Where the run stands: sums figures up, tells Ray Train (and so the driver), keeps history and checkpoints."""
+
+    def __init__(self, recipe: Recipe, engine: Any, training: TrainingConfig, identity: RunIdentity) -> None:
+        """Resumes from the run's latest checkpoint, if there is one."""
+        self.recipe, self.engine, self.training, self.identity = recipe, engine, training, identity
+        self.total_steps = len(recipe.batches)
+        self.progress: Progress = resume(engine, identity)
+        self._clear()
+
+    def step_done(
+        self,
+        batch: Indices,
+        outputs: list[tuple[Indices, Output]],
+        gradient_norm: float,
+        learning_rates: dict[str, float],
+    ) -> None:
+        """Count one step; report it and save a checkpoint where due. Sums leave the device only for a report."""
+        for _, (loss, _, sums) in outputs:
+            self._sums += torch.cat([loss.detach()[None], sums]).double()
+        self._steps += 1
+        self._tokens += int(self.recipe.units.tokens[batch].sum())
+        self.progress.step += 1
+        step, last = self.progress.step, self.progress.step == self.total_steps
+        checkpoint_due = step % self.training.checkpoint_every_steps == 0 and not last
+        if not (checkpoint_due or last or step % self.training.report_every_steps == 0):
+            return
+        metrics = {"step": step, **self._flush(), "grad_norm": gradient_norm}
+        metrics |= {f"learning_rate/{name}": value for name, value in learning_rates.items()}
+        self.progress.history.append(metrics)
+        news = {**metrics, "total_steps": self.total_steps}
+        if checkpoint_due:
+            with saved_checkpoint(self.engine, self.identity, self.progress) as checkpoint:
+                ray.train.report(news, **checkpoint)
+        else:
+            ray.train.report(news)
+        self._clear()
+
+    def _flush(self) -> dict[str, float]:
+        """Figures over all workers since the last report; `loss` is the mean over its steps."""
+        seconds = time.perf_counter() - self._since
+        dist.all_reduce(self._sums)
+        loss, *sums = self._sums.tolist()
+        named = dict(zip(self.recipe.metric_names, sums, strict=True))
+        figures = {"loss": loss / self._steps, "tokens_per_second": self._tokens / seconds}
+        return figures | self.recipe.summarise(named)
+
+    def _clear(self) -> None:
+        self._sums = torch.zeros(
+            1 + len(self.recipe.metric_names), dtype=torch.float64, device=self.engine.device
+        )
+        self._steps = self._tokens = 0
+        self._since = time.perf_counter()

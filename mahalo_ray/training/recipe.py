@@ -1,0 +1,87 @@
+"""What a recipe supplies to the training loop: data, a model, its parameter groups and the loss of a micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mahalo_ray.training.batches import Indices, Units
+
+Tensors = dict[str, Tensor]
+# loss (scalar), loss of every row [R] (to find the ones that are not finite), metric sums [K]
+Output = tuple[Tensor, Tensor, Tensor]
+# One forward pass of a function of (model, tensors) under the engine, without gradients.
+Inference = Callable[[Callable[..., Tensor], Tensors], Tensor]
+
+
+class Recipe(Protocol):
+    """A training stage. Every worker builds the same recipe from the same data.
+
+    The loss of a micro-batch is a weighted sum whose weights belong to the global batch: summed over all
+    micro-batches of all workers it is the step's loss.
+    """
+
+    units: Units
+    batches: list[Indices]
+    metric_names: tuple[str, ...]
+
+    def build_model(self) -> nn.Module:
+        """The model on the CPU (or sharded, when ZeRO-3 is on)."""
+
+    def enable_gradient_checkpointing(self, model: nn.Module) -> None:
+        """Recompute activations in backward instead of keeping them."""
+
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """AdamW groups: name, params, lr, weight_decay."""
+
+    def normalisers(self, batch: Indices) -> dict[str, float]:
+        """What the losses of the rows of this global batch are divided by."""
+
+    def collate(self, units: Indices, normalisers: Mapping[str, float], counted: bool) -> Tensors:
+        """The tensors of one micro-batch. `counted` False: rows only fill a gap; weigh and count them as zero."""
+
+    def loss(self, model: nn.Module, **tensors: Tensor) -> Output:
+        """Loss, row losses and metric sums (in the order of `metric_names`) of one micro-batch."""
+
+    def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Metrics from sums over all rows since the last report."""
+
+    def row_names(self, units: Indices) -> list[str]:
+        """ "objective id" of every row loss of a micro-batch of these units."""
+
+    def finish(self, infer: Inference, rank: int, workers: int) -> dict[str, float]:
+        """Evaluation on held-out rows after the last step; every worker must make the same number of calls."""
+
+    def save(self, model: nn.Module, state_dict: Mapping[str, Tensor], folder: Path) -> None:
+        """Write the finished model; called on one worker with the whole state dict."""
+
+    def fingerprint(self) -> str:
+        """Changes when the data or their order change: a checkpoint of other data must not be resumed."""
+
+
+class LossModule(nn.Module):
+    """The model and its loss as one module, so that a recipe's whole computation runs inside the engine's forward
+    (under ZeRO-3 parameters exist only there)."""
+
+    def __init__(self, model: nn.Module, loss: Callable[..., Output]) -> None:
+        super().__init__()
+        self.model = model
+        self._loss = loss
+
+    def forward(self, function: Callable[..., Any] | None = None, **tensors: Tensor) -> Any:
+        """The recipe's loss, or another function of (model, **tensors)."""
+        return (function or self._loss)(self.model, **tensors)
+
+
+def pad(sequences: Sequence[Sequence[int]], value: int, width: int | None = None) -> Tensor:
+    """Sequences of integers as one int64 tensor [B, width], filled up on the right with `value`."""
+    width = width or max(len(sequence) for sequence in sequences)
+    padded = np.full((len(sequences), width), value, dtype=np.int64)
+    for row, sequence in zip(padded, sequences, strict=True):
+        row[: len(sequence)] = sequence
+    return torch.from_numpy(padded)

@@ -1,0 +1,134 @@
+"""Supervised fine-tuning: next-token cross entropy on the tokens that count, from a base model or from scratch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from mahalo_ray.config import ModelConfig, TrainingConfig
+from mahalo_ray.data import storage
+from mahalo_ray.logprobs import IGNORE_INDEX
+from mahalo_ray.losses import sft_loss, shift_labels
+from mahalo_ray.models import ChunkedCausalLM
+from mahalo_ray.models.backbone import load_causal_lm
+from mahalo_ray.training.batches import Indices, Units, plan_batches
+from mahalo_ray.training.deepspeed_config import parameter_group
+from mahalo_ray.training.recipe import Inference, Output, Tensors, pad
+
+EXAMPLE_SCHEMA = pa.schema(
+    [("id", pa.string()), ("input_ids", pa.list_(pa.int32())), ("loss_mask", pa.list_(pa.bool_()))]
+)
+_WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+
+
+class SftRecipe:
+    """Examples are rows of `EXAMPLE_SCHEMA`: token ids as they will be read, and which of them to learn.
+
+    The loss is the mean over the global batch's counted tokens, in nats.
+    """
+
+    metric_names: tuple[str, ...] = ()
+
+    def __init__(
+        self, examples_url: str, model_url: str, model: ModelConfig, training: TrainingConfig, seed: int
+    ) -> None:
+        """`model_url`: a folder (or hub id) with config and tokenizer; without weights the model starts from scratch.
+        Examples longer than `model.max_length` are cut at the end."""
+        self._model_url, self._model, self._training = model_url, model, training
+        self._ids, self._inputs, self._masks = read_examples(examples_url, model.max_length)
+        lengths = np.array([len(ids) for ids in self._inputs])
+        self._counted = np.array([int(mask[1:].sum()) for mask in self._masks])
+        self.units = Units(np.ones_like(lengths), lengths, lengths)
+        size, steps = training.batch_size, training.max_steps
+        self.batches = plan_batches(self.units.rows, size, training.epochs, steps, seed)
+
+    def build_model(self) -> nn.Module:
+        folder = storage.local_copy(self._model_url) if storage.exists(self._model_url) else self._model_url
+        self._tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=self._model.trust_remote_code
+        )
+        dtype, attention = getattr(torch, self._model.dtype), self._model.attn_implementation
+        local = Path(folder)
+        if not local.is_dir() or any((local / name).exists() for name in _WEIGHT_FILES):
+            return ChunkedCausalLM(load_causal_lm(folder, dtype, attention))
+        config = AutoConfig.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        return ChunkedCausalLM(model)
+
+    def enable_gradient_checkpointing(self, model: nn.Module) -> None:
+        cast(PreTrainedModel, model.model).gradient_checkpointing_enable({"use_reentrant": False})
+
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return parameter_group("model", trained, self._training.learning_rate, self._training.weight_decay)
+
+    def normalisers(self, batch: Indices) -> dict[str, float]:
+        return {"tokens": float(max(1, self._counted[batch].sum()))}
+
+    def collate(self, units: Indices, normalisers: Mapping[str, float], counted: bool) -> Tensors:
+        inputs = [self._inputs[unit] for unit in units]
+        labels = [np.where(self._masks[unit], self._inputs[unit], IGNORE_INDEX) for unit in units]
+        weight = 1.0 / normalisers["tokens"] if counted else 0.0
+        return {
+            "input_ids": pad(inputs, self._tokenizer.pad_token_id or 0),
+            "attention_mask": pad([np.ones_like(ids) for ids in inputs], 0),
+            "labels": shift_labels(pad(labels, IGNORE_INDEX)),
+            "weight": torch.full((len(units),), weight),
+        }
+
+    def loss(self, model: nn.Module, **tensors: Tensor) -> Output:
+        weight = tensors.pop("weight")
+        losses = sft_loss(model(**tensors, chunk_size=self._training.logit_chunk_size), 1.0)
+        return (losses * weight).sum(), losses.detach(), losses.new_zeros(0)
+
+    def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
+        return {}
+
+    def row_names(self, units: Indices) -> list[str]:
+        return [f"example {self._ids[unit]}" for unit in units]
+
+    def finish(self, infer: Inference, rank: int, workers: int) -> dict[str, float]:
+        return {}
+
+    def save(self, model: nn.Module, state_dict: Mapping[str, Tensor], folder: Path) -> None:
+        plain = cast(PreTrainedModel, model.model)
+        prefix = "model."
+        state = {n.removeprefix(prefix): t for n, t in state_dict.items() if n.startswith(prefix)}
+        plain.save_pretrained(str(folder), state_dict=state)
+        self._tokenizer.save_pretrained(str(folder))
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256("\n".join(self._ids).encode())
+        digest.update(self.units.lengths.tobytes())
+        return digest.hexdigest()
+
+
+def read_examples(
+    url: str, max_length: int
+) -> tuple[list[str], list[np.ndarray[Any, Any]], list[np.ndarray[Any, Any]]]:
+    """Ids, token ids and loss masks of all examples in a folder of Parquet files, cut at `max_length` tokens.
+
+    Raises ValueError naming the example whose mask does not fit or that leaves nothing to learn.
+    """
+    table = storage.read_table(url).select(EXAMPLE_SCHEMA.names).cast(EXAMPLE_SCHEMA)
+    ids: list[str] = table["id"].to_pylist()
+    inputs = [np.asarray(row.values, dtype=np.int64)[:max_length] for row in table["input_ids"]]
+    masks = [np.asarray(row.values, dtype=bool)[:max_length] for row in table["loss_mask"]]
+    for name, tokens, mask in zip(ids, inputs, masks, strict=True):
+        if len(tokens) != len(mask):
+            raise ValueError(
+                f"example '{name}' in '{url}' has {len(tokens)} token ids and {len(mask)} mask values"
+            )
+        if not mask[1:].any():
+            raise ValueError(
+                f"example '{name}' in '{url}' has no token to learn within max_length {max_length}"
+            )
+    return ids, inputs, masks
