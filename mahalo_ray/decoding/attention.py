@@ -65,7 +65,8 @@ def _forward(
         raise ValueError(f"{name} applies attention dropout: call model.eval() before decoding")
     if sliding_window is not None and kv_cache.context > sliding_window:
         raise ValueError(
-            f"{name} attends to a sliding window of {sliding_window} tokens and the context has {kv_cache.context}: "
+            f"{name} attends to a sliding window of {sliding_window} tokens and the context has "
+            f"{kv_cache.context}: "
             "the decoding cache keeps whole contexts only; shorten the prompt or use a full-attention model"
         )
     if scaling is None:

@@ -97,8 +97,9 @@ class BatchedConversations:
         self.cache.copy(slots, new)
         for row, copy in zip(rows, copies, strict=True):
             self._ids[copy], self._pending[copy] = list(self._ids[row]), list(self._pending[row])
-        if self._last_hidden is not None and len(rows):
-            self._keep_hidden(new, self._last_hidden[torch.from_numpy(slots)])
+        if self._last_hidden is not None:
+            self._grow_hidden(self._last_hidden)
+            self._last_hidden[torch.from_numpy(new)] = self._last_hidden[torch.from_numpy(slots)]
         return copies
 
     def token_ids(self, row: int) -> list[int]:
@@ -122,8 +123,8 @@ class BatchedConversations:
         for row, ids in zip(rows, token_ids, strict=True):
             if len(self._ids[row]) + len(ids) > self.max_context:
                 raise ValueError(
-                    f"the text does not fit: {len(self._ids[row])} tokens and {len(ids)} new ones exceed the context "
-                    f"of {self.max_context}"
+                    f"the text does not fit: {len(self._ids[row])} tokens and {len(ids)} new ones exceed the "
+                    f"context of {self.max_context}"
                 )
         for row, ids in zip(rows, token_ids, strict=True):
             self._ids[row] += ids
@@ -155,6 +156,8 @@ class BatchedConversations:
         )
         if (limits < 1).any():
             raise ValueError(f"max_new_tokens is {int(limits.min())}: it must be at least 1")
+        if not rows:
+            raise ValueError("no conversations to sample: rows is empty")
         self._prefill(rows)
         empty = [row for row in rows if not self._ids[row]]
         if empty:
@@ -202,7 +205,7 @@ class BatchedConversations:
             cells.append(candidates.cell(at, chosen))
             counts.append(max(len(ids) - 1, 0))
         self.cache.accept(
-            np.array(slots, dtype=np.int64), candidates.parts(), np.array(cells), np.array(counts)
+            np.array(slots, dtype=np.int64), candidates.parts, np.array(cells), np.array(counts)
         )
 
     def _prefill(self, rows: Sequence[int]) -> None:
@@ -231,14 +234,18 @@ class BatchedConversations:
         self.peak_bytes = max(self.peak_bytes, self.cache.nbytes)
 
     def _keep_hidden(self, slots: np.ndarray, hidden: Tensor) -> None:
+        """hidden [n, D]: the last position of these rows."""
+        self._grow_hidden(hidden)
+        assert self._last_hidden is not None
+        self._last_hidden[torch.from_numpy(slots)] = hidden
+
+    def _grow_hidden(self, like: Tensor) -> None:
         known = 0 if self._last_hidden is None else len(self._last_hidden)
         if known < self.cache.num_rows:
-            grown = hidden.new_zeros(max(self.cache.num_rows, 2 * known), hidden.shape[-1])
+            grown = like.new_zeros(max(self.cache.num_rows, 2 * known), like.shape[-1])
             if self._last_hidden is not None:
                 grown[:known] = self._last_hidden
             self._last_hidden = grown
-        assert self._last_hidden is not None
-        self._last_hidden[torch.from_numpy(slots).to(hidden.device)] = hidden
 
     def _slots(self, rows: Sequence[int]) -> np.ndarray:
         return np.array([self._slot[row] for row in rows], dtype=np.int64)

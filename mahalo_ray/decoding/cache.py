@@ -44,10 +44,8 @@ class RaggedCache:
     def __init__(self, initial_capacity: int = 64) -> None:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
-        self.lengths = np.zeros(
-            0, dtype=np.int64
-        )  # tokens per live row; live rows are slots 0 .. len(lengths) - 1
-        self.moves = 0  # counts slot moves, so that a fork over moved rows is noticed
+        # Tokens per live row; live rows are slots 0 .. len(lengths) - 1.
+        self.lengths = np.zeros(0, dtype=np.int64)
         self._capacity = initial_capacity
         self._slots = 0
 
@@ -70,7 +68,7 @@ class RaggedCache:
     def drop(self, slots: Slots) -> dict[int, int]:
         """Free rows. Live rows stay packed: the last rows move into the holes. Returns {old slot: new slot}
         of those."""
-        gone = set(int(slot) for slot in slots)
+        gone = {int(slot) for slot in slots}
         left = self.num_rows - len(gone)
         holes = sorted(slot for slot in gone if slot < left)
         movers = [slot for slot in range(left, self.num_rows) if slot not in gone]
@@ -81,7 +79,6 @@ class RaggedCache:
                 buffer[to, :, :longest] = buffer[source, :, :longest]
             self.lengths[holes] = self.lengths[movers]
         self.lengths = self.lengths[:left].copy()
-        self.moves += 1
         return dict(zip(movers, holes, strict=True))
 
     def reset(self, slots: Slots) -> None:
@@ -91,7 +88,7 @@ class RaggedCache:
     def copy(self, source: Slots, target: Slots) -> None:
         """Give the target rows the tokens of the source rows (beam search: one prefix goes on in two
         ways)."""
-        longest = int(self.lengths[source].max())
+        longest = int(self.lengths[source].max(initial=0))
         for buffer in (*self.keys, *self.values):
             buffer[torch.from_numpy(target), :, :longest] = buffer[torch.from_numpy(source), :, :longest]
         self.lengths[target] = self.lengths[source]
@@ -236,7 +233,6 @@ class Branches:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self._capacity = initial_capacity
-        self._moves = cache.moves
         rows = cache.select(slots)
         longest = int(self.trunk_lengths.max())
         self._trunk = [
@@ -301,9 +297,9 @@ class Branches:
         self._bias_known = False
 
     def finished(self) -> Parts:
-        """All branches' keys and values, for `RaggedCache.accept`. The rows must not have moved since the
-        fork."""
-        assert self.cache.moves == self._moves, "rows were dropped between fork and accept"
+        """All branches' keys and values, for `RaggedCache.accept`; the view is done and lets go of the
+        trunk."""
+        self._trunk = []
         parts = Parts()
         parts.parts = [*self.archive.parts, Part(self.cells, self.keys, self.values)] if self.keys else []
         return parts

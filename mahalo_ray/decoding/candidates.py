@@ -8,7 +8,7 @@ from enum import StrEnum
 
 import numpy as np
 
-from mahalo_ray.decoding.cache import Branches, Parts
+from mahalo_ray.decoding.cache import Parts
 
 
 class StopReason(StrEnum):
@@ -33,7 +33,7 @@ class Decoded:
     logps: list[list[float]] | None
     reasons: list[StopReason]
     base_lengths: np.ndarray
-    branches: Branches
+    parts: Parts
 
 
 @dataclass
@@ -45,9 +45,9 @@ class Candidates:
     token_ids: list[list[list[int]]]
     reasons: list[list[StopReason]]
     logps: list[list[list[float]]] | None
-    base_lengths: list[int]
-    _first_cell: list[int]
-    _branches: Branches
+    base_lengths: list[int]  # tokens of every conversation when it was sampled
+    first_cells: list[int]  # where the row's candidates begin among the fork's branches
+    parts: Parts  # the branches' keys and values
 
     @classmethod
     def gathered(cls, decoded: Decoded, rows: list[int], order: np.ndarray, branches: int) -> Candidates:
@@ -67,7 +67,19 @@ class Candidates:
             None if decoded.logps is None else grouped(decoded.logps),
             [int(decoded.base_lengths[at // branches]) for at in starts],
             starts,
-            decoded.branches,
+            decoded.parts,
+        )
+
+    def only(self, which: Sequence[int]) -> Candidates:
+        """The candidates of some of the sampled rows, by place."""
+        return Candidates(
+            [self.rows[i] for i in which],
+            [self.token_ids[i] for i in which],
+            [self.reasons[i] for i in which],
+            None if self.logps is None else [self.logps[i] for i in which],
+            [self.base_lengths[i] for i in which],
+            [self.first_cells[i] for i in which],
+            self.parts,
         )
 
     @property
@@ -76,7 +88,4 @@ class Candidates:
         return sum(len(ids) for row in self.token_ids for ids in row)
 
     def cell(self, at: int, candidate: int) -> int:
-        return self._first_cell[at] + candidate
-
-    def parts(self) -> Parts:
-        return self._branches.finished()
+        return self.first_cells[at] + candidate

@@ -164,7 +164,7 @@ class BranchDecoder:
         if self.logps is not None:
             logps = [values[:n] for values, n in zip(self.logps[:-1].tolist(), counts, strict=False)]
         reasons = [REASONS[code] for code in self.reasons[:-1].tolist()]
-        return Decoded(tokens, logps, reasons, self.base_lengths, self.branches)
+        return Decoded(tokens, logps, reasons, self.base_lengths, self.branches.finished())
 
 
 def smallest_grid(alive: np.ndarray, branches: int, most_rows: int) -> tuple[np.ndarray, np.ndarray]:

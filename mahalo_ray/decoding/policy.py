@@ -56,8 +56,8 @@ class CachedBackbone:
         unsupported = sorted(set(values.get("layer_types") or ()) - {"full_attention", "sliding_attention"})
         if unsupported:
             raise ValueError(
-                f"{self.name} has {', '.join(unsupported)} layers: the decoding cache keeps keys and values only, "
-                "so hybrid and linear-attention models cannot be decoded with it"
+                f"{self.name} has {', '.join(unsupported)} layers: the decoding cache keeps keys and values "
+                "only, so hybrid and linear-attention models cannot be decoded with it"
             )
         self.device = next(backbone.parameters()).device
         self._check()
@@ -97,8 +97,9 @@ class CachedBackbone:
         cached = len(cache.keys)
         if cached != self.config.num_hidden_layers or not same_numbers(found, expected):
             raise ValueError(
-                f"{self.name} cannot be decoded over the shared cache: {cached} of {self.config.num_hidden_layers} "
-                "layers use transformers' attention interface as expected; choose a Llama-like, Qwen, Gemma or GPT-2 model"
+                f"{self.name} cannot be decoded over the shared cache: {cached} of its "
+                f"{self.config.num_hidden_layers} layers use transformers' attention interface as expected; "
+                "choose a Llama-like, Qwen, Gemma or GPT-2 model"
             )
 
 

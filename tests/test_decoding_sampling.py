@@ -1,0 +1,177 @@
+"""Sampling: the distribution, the filters, and randomness that belongs to the request alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from mahalo_ray.decoding.batch import BatchedConversations
+from mahalo_ray.decoding.sampling import (
+    SamplingBatch,
+    SamplingParams,
+    draw,
+    draw_keys,
+    mixed,
+    truncated,
+    uniforms,
+)
+
+LOGITS = torch.log(torch.tensor([[0.05, 0.4, 0.1, 0.25, 0.2]]))
+
+
+def engine() -> BatchedConversations:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+    )
+    return BatchedConversations(AutoModelForCausalLM.from_config(config).eval())
+
+
+def frequencies(params: SamplingParams, draws: int = 20000) -> torch.Tensor:
+    keys = draw_keys([7], torch.tensor([3]), draws).view(-1)
+    batch = SamplingBatch.of([params] * draws, torch.device("cpu"))
+    tokens, _ = draw(LOGITS.expand(draws, -1), batch, uniforms(keys, 0), with_logps=False)
+    return torch.bincount(tokens, minlength=5) / draws
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        (SamplingParams(), [0.05, 0.4, 0.1, 0.25, 0.2]),
+        (SamplingParams(temperature=0), [0, 1, 0, 0, 0]),
+        (SamplingParams(temperature=0.5), [0.0025, 0.16, 0.01, 0.0625, 0.04]),
+        (SamplingParams(top_k=2), [0, 0.4, 0, 0.25, 0]),
+        (SamplingParams(top_p=0.6), [0, 0.4, 0, 0.25, 0]),
+        (SamplingParams(top_p=0.7), [0, 0.4, 0, 0.25, 0.2]),
+        (SamplingParams(min_p=0.3), [0, 0.4, 0, 0.25, 0.2]),
+        (SamplingParams(top_k=3, top_p=0.6, min_p=0.1), [0, 0.4, 0, 0.25, 0]),
+    ],
+)
+def test_draws_follow_the_filtered_distribution(params, expected):
+    wanted = torch.tensor(expected, dtype=torch.float)
+    found = frequencies(params)
+    assert (found - wanted / wanted.sum()).abs().max() < 0.015
+    assert ((found == 0) == (wanted == 0)).all()
+
+
+def test_every_row_has_its_own_parameters():
+    params = [SamplingParams(), SamplingParams(top_k=1), SamplingParams(top_p=0.6), SamplingParams(min_p=0.9)]
+    kept = truncated(LOGITS.expand(4, -1), SamplingBatch.of(params, torch.device("cpu"))).isfinite()
+    assert kept.sum(1).tolist() == [5, 1, 2, 1]
+
+
+def test_log_prob_is_the_policys_own_whatever_the_filters():
+    batch = SamplingBatch.of([SamplingParams(temperature=0.3, top_k=2)], torch.device("cpu"))
+    token, logp = draw(LOGITS, batch, torch.tensor([0.2], dtype=torch.float64), with_logps=True)
+    assert logp is not None
+    torch.testing.assert_close(logp, LOGITS[0, token])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"temperature": -1}, "temperature is -1"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_p": 0}, "top_p"),
+        ({"min_p": 2}, "min_p"),
+    ],
+)
+def test_bad_parameters_are_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**values)
+
+
+def test_the_generator_is_the_published_one_and_looks_uniform():
+    # SplitMix64 with seed 0: first outputs of the reference implementation
+    first = [int(mixed(torch.tensor(0), i)) % 2**64 for i in range(3)]
+    assert first == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    keys = draw_keys([1, 2], torch.tensor([10, 10]), 5000)
+    numbers = uniforms(keys, 3)
+    assert numbers.min() >= 0 and numbers.max() < 1
+    assert (numbers.mean(1) - 0.5).abs().max() < 0.02
+    pairs = torch.stack([numbers[0], numbers[1], uniforms(keys, 4)[0]])
+    assert (torch.corrcoef(pairs) - torch.eye(3)).abs().max() < 0.05
+    assert len(set(keys.view(-1).tolist())) == 10000
+
+
+PROMPTS = [[1, 2, 3], [4, 5, 6, 7], [8], [9, 10], [11, 12, 13]]
+
+
+def sampled(order: list[int], branches: int = 3) -> dict[int, list[list[int]]]:
+    batch = engine()
+    rows = dict(zip(order, batch.add(len(order)), strict=True))
+    batch.append(list(rows.values()), [PROMPTS[i] for i in order])
+    asked = list(reversed(order))
+    found = {i: [] for i in order}
+    for _ in range(2):
+        got = batch.sample(
+            [rows[i] for i in asked], branches, SamplingParams(), [100 + i for i in asked], 10, [0, 5]
+        )
+        batch.accept(got, [i % branches for i in asked])
+        for at, i in enumerate(asked):
+            found[i] += got.token_ids[at]
+    return found
+
+
+def test_a_request_samples_the_same_whatever_else_is_in_the_batch():
+    together = sampled([0, 1, 2, 3, 4])
+    assert sampled([3, 0, 4]) == {i: together[i] for i in (3, 0, 4)}
+    assert sampled([2]) == {2: together[2]}
+    more = sampled([1], branches=5)[1]
+    assert more[:3] == together[1][:3]  # more candidates do not change the first ones
+
+
+def test_requests_with_equal_prompts_and_other_seeds_differ_and_candidates_too():
+    batch = engine()
+    rows = batch.add(2)
+    batch.append(rows, [[1, 2, 3]] * 2)
+    got = batch.sample(rows, 3, SamplingParams(), [0, 1], 10, [])
+    assert len({tuple(ids) for row in got.token_ids for ids in row}) == 6
+
+
+def test_stop_tokens_and_limits_per_row():
+    batch = engine()
+    rows = batch.add(3)
+    batch.append(rows, PROMPTS[:3])
+    got = batch.sample(rows, 8, SamplingParams(), [0, 1, 2], [3, 12, 30], [5, 6])
+    for row, limit in enumerate((3, 12, 30)):
+        for ids, reason in zip(got.token_ids[row], got.reasons[row], strict=True):
+            assert len(ids) <= limit and not {5, 6} & set(ids[:-1])
+            assert reason == ("stop_token" if ids[-1] in (5, 6) else "length")
+            assert reason == "stop_token" or len(ids) == limit
+
+
+def test_duplicates_go_on_independently_and_nothing_is_left_after_drop():
+    batch = engine()
+    (row,) = batch.add(1)
+    batch.append([row], [[1, 2, 3]])
+    got = batch.sample([row], 2, SamplingParams(), [3], 6, [])
+    batch.accept(got, [1])
+    copies = batch.duplicate([row, row])
+    assert batch.duplicate([]) == []
+    batch.append(copies[:1], [[7, 7]])
+    again = batch.sample([row, copies[1]], 1, SamplingParams(), [9, 9], 6, [])
+    assert again.token_ids[0] == again.token_ids[1]
+    batch.drop(copies)  # the fork of `row` is still open
+    batch.accept(again.only([0]), [0])
+    assert batch.length(row) == 3 + 6 + 6
+    batch.drop([row])
+    assert len(batch) == 0
+
+
+def test_empty_conversation_and_bad_counts_are_refused():
+    batch = engine()
+    rows = batch.add(1)
+    with pytest.raises(ValueError, match="empty"):
+        batch.sample(rows, 1, SamplingParams(), [0], 4, [])
+    with pytest.raises(ValueError, match="num_candidates is 0"):
+        batch.sample(rows, 0, SamplingParams(), [0], 4, [])
+    with pytest.raises(ValueError, match="max_new_tokens is 0"):
+        batch.sample(rows, 1, SamplingParams(), [0], 0, [])
