@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import itertools
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -14,10 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.transforms import Bbox
 
+from mahalo_ray.evaluation.labels import Labelled, place_labels
 from mahalo_ray.evaluation.results import ComparisonTable, MethodKind, Row
-from mahalo_ray.evaluation.statistics import FloatArray
+from mahalo_ray.evaluation.statistics import Estimate, FloatArray
 
 INK, SURFACE = "#1d2530", "#ffffff"
 # In the page's SVG these two become CSS colours, so that the picture follows light and dark.
@@ -77,7 +76,7 @@ def draw_front(table: ComparisonTable, width: float, title: str | None) -> Figur
     else:
         columns = min(len(pairs), 1 if len(pairs) == 1 else 2)
         lines = math.ceil(len(pairs) / columns)
-        height = width * 0.72 if columns == 1 else width * 0.52 * lines + 0.7
+        height = width * 0.66 + 0.5 if columns == 1 else width * 0.52 * lines + 0.7
         figure = Figure(figsize=(width, height), layout="constrained")
         panels = figure.subplots(lines, columns, squeeze=False).ravel()
         for panel in panels[len(pairs) :]:
@@ -171,7 +170,7 @@ def _draw_dots(panel: Axes, table: ComparisonTable) -> None:
     panel.set_xlabel(f"{objective}  (better →)")
 
 
-def _arms(estimate: Any) -> list[list[float]]:
+def _arms(estimate: Estimate) -> list[list[float]]:
     """Distances from the value to the interval's ends; 0 where a skewed interval leaves the value outside."""
     return [[max(0.0, estimate.value - estimate.low)], [max(0.0, estimate.high - estimate.value)]]
 
@@ -201,6 +200,7 @@ def _draw_legend(figure: Figure, table: ComparisonTable) -> None:
         text = f"{mark.legend}: {order}" if kind == "weights" and len(order) < 30 else mark.legend
         look: dict[str, Any] = {"color": mark.color, "marker": mark.shape, "markersize": mark.size * 0.85}
         handles.append(Line2D([], [], **look, linestyle="none", label=text))
+    columns = 3 if figure.get_figwidth() > 6 else 2
     hollow: dict[str, Any] = {
         "marker": "o",
         "markerfacecolor": SURFACE,
@@ -208,7 +208,9 @@ def _draw_legend(figure: Figure, table: ComparisonTable) -> None:
         "linestyle": "none",
     }
     handles.append(Line2D([], [], **hollow, markersize=6, label="hollow: dominated"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, handletextpad=0.3)
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=columns, frameon=False, handletextpad=0.3
+    )
 
 
 def short_label(row: Row, objectives: tuple[str, ...]) -> str:
@@ -219,63 +221,10 @@ def short_label(row: Row, objectives: tuple[str, ...]) -> str:
 
 
 def _label_points(panel: Axes, table: ComparisonTable, x: int, y: int) -> None:
-    """Put each label at the place beside its point that covers the least of points, bars and other labels."""
+    """Names first: they need more room than the weights of the sweep's points."""
     first, second = table.objectives[x], table.objectives[y]
-    renderer = panel.figure.canvas.get_renderer()  # type: ignore[attr-defined]
-    taken: list[tuple[Bbox, float]] = []
-    for row in table.rows:
-        taken += _obstacles(panel, row.means[first], row.means[second])
-    line = _front_line(table)
-    if line is not None:
-        for start, end in itertools.pairwise(panel.transData.transform(line)):
-            taken += [(Bbox([p - 1, p + 1]), 0.1) for p in np.linspace(start, end, 60)]
-    frame = panel.get_window_extent(renderer)
-    for row in sorted(table.rows, key=lambda r: r.kind == "weights"):
-        point = (row.means[first].value, row.means[second].value)
-        best: tuple[float, Any, Bbox] | None = None
-        for penalty, place in enumerate(_places()):
-            text = panel.annotate(
-                short_label(row, table.objectives),
-                point,
-                textcoords="offset points",
-                fontsize="small",
-                **place,
-            )
-            box = text.get_window_extent(renderer).padded(1.5)
-            outside = 0.0 if frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1) else 5.0
-            cost = outside + 0.02 * penalty + sum(weight for other, weight in taken if box.overlaps(other))
-            if best is None or cost < best[0]:
-                if best is not None:
-                    best[1].remove()
-                best = (cost, text, box)
-            else:
-                text.remove()
-        assert best is not None
-        taken.append((best[2], 4.0))
-
-
-def _obstacles(panel: Axes, across: Any, up: Any) -> Iterator[tuple[Bbox, float]]:
-    """What a label should not cover, in pixels, with its weight: the mark (most), then the error bars."""
-    x, y = panel.transData.transform((across.value, up.value))
-    left, bottom = panel.transData.transform((across.low, up.low))
-    right, top = panel.transData.transform((across.high, up.high))
-    reach = 0.05 * panel.figure.dpi
-    yield Bbox.from_extents(x - reach, y - reach, x + reach, y + reach), 3.0
-    yield Bbox.from_extents(left, y - 1, right, y + 1), 1.0
-    yield Bbox.from_extents(x - 1, bottom, x + 1, top), 1.0
-
-
-def _places() -> Iterator[dict[str, Any]]:
-    """Places for a label around its point, the preferred ones first."""
-    for distance in (6, 15, 28):
-        for dx, dy, ha, va in (
-            (1, 1, "left", "bottom"),
-            (-1, -1, "right", "top"),
-            (1, -1, "left", "top"),
-            (-1, 1, "right", "bottom"),
-            (1.4, 0, "left", "center"),
-            (-1.4, 0, "right", "center"),
-            (0, 1.4, "center", "bottom"),
-            (0, -1.4, "center", "top"),
-        ):
-            yield {"xytext": (dx * distance, dy * distance), "ha": ha, "va": va}
+    ordered = sorted(table.rows, key=lambda row: row.kind == "weights")
+    points = [
+        Labelled(short_label(row, table.objectives), row.means[first], row.means[second]) for row in ordered
+    ]
+    place_labels(panel, points, _front_line(table))
