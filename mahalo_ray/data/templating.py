@@ -32,6 +32,7 @@ class ChatFormat:
         self.end_id: int = tokenizer.eos_token_id
         self._encode_text = lru_cache(maxsize=65536)(self._encode_text_uncached)
         self._pieces = lru_cache(maxsize=1024)(self._pieces_uncached)
+        self._encode_template = lru_cache(maxsize=1024)(self._encode_template_uncached)
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation up to where the assistant speaks next."""
@@ -46,9 +47,9 @@ class ChatFormat:
         pieces = self._pieces(before + tuple(message.role for message in replies))
         # pieces[i] precedes message i: the first one here follows the assistant's text, end token first.
         opening = self._encode_template(pieces[len(before)])
-        if opening[:1] != [self.end_id]:
+        if opening[:1] != (self.end_id,):
             raise self._refusal("an assistant message is not closed by the end-of-sequence token")
-        return opening[1:] + self._fill(("", *pieces[len(before) + 1 :]), replies)
+        return list(opening[1:]) + self._fill(("", *pieces[len(before) + 1 :]), replies)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of sampled ids, without special tokens."""
@@ -86,8 +87,8 @@ class ChatFormat:
                 raise self._refusal(f"adding message {cut + 1} changes what was rendered before it")
         return text
 
-    def _encode_template(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
+    def _encode_template_uncached(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False)) if text else ()
 
     def _encode_text_uncached(self, text: str) -> tuple[int, ...]:
         encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)

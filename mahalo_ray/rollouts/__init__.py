@@ -1,1 +1,1 @@
-"""Tutor and student play dialogues: candidates, Monte-Carlo continuations, scores, pairs; spread over Ray actors."""
+"""Tutor and student play dialogues: candidates, Monte-Carlo continuations, scores, pairs; on Ray actors."""

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from enum import Enum
 
-from mahalo_ray.domains.tutoring.problems import Operation, Operator
+from mahalo_ray.domains.tutoring.problems import ORDINALS, Operation, Operator
 
 
 class Move(Enum):
@@ -52,11 +52,11 @@ LECTURES: dict[Operator, tuple[str, ...]] = {
         "The rule for times is to make equal groups and count them all.",
     ),
 }
-STEP_OPENERS = ("", "First, ", "Next, ", "So ", "Now ")
 
 _LECTURE_OF = {sentence: operator for operator, sentences in LECTURES.items() for sentence in sentences}
-_STEP = re.compile(r"(?:First, |Next, |So |Now )?(\d+) ([-+x]) (\d+) = (\d+)\.")
-_ASK = re.compile(r"What is (\d+) ([-+x]) (\d+)\?")
+_ORDINAL = f"(?:{'|'.join(ORDINALS)})"
+_STEP = re.compile(_ORDINAL + r", (\d+) ([-+x]) (\d+) = (\d+)\.")
+_ASK = re.compile(_ORDINAL + r", what is (\d+) ([-+x]) (\d+)\?")
 _TELL = re.compile(r"The answer is (\d+)\.")
 _SENTENCE = re.compile(r"[^.!?]*[.!?]|[^.!?]+$")
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Operator = Literal["+", "-", "x"]
+ORDINALS = ("First", "Second", "Third", "Fourth")
 OPERATORS: tuple[Operator, ...] = ("+", "-", "x")
 LARGEST_NUMBER = 40
 MAX_TURNS = 6
@@ -14,9 +15,9 @@ MAX_TURNS = 6
 _NAMES = ("Mia", "Ben", "Zoe", "Sam", "Lia", "Tom")
 _THINGS = ("coins", "cards", "shells", "pens", "books", "beads")
 _PHRASES: dict[Operator, tuple[str, ...]] = {
-    "+": ("gets {} more", "finds {} more"),
-    "-": ("loses {}", "gives away {}"),
-    "x": ("makes it {} times as many",),
+    "+": ("get {} more", "find {} more"),
+    "-": ("lose {}", "give {} away"),
+    "x": ("make it {} times as many",),
 }
 
 
@@ -66,8 +67,11 @@ def make_problem(rng: random.Random) -> Problem:
         operations.append(operation)
         value = operation.result
     name, things = rng.choice(_NAMES), rng.choice(_THINGS)
-    changes = [rng.choice(_PHRASES[op.operator]).format(op.right) for op in operations]
-    text = f"{name} has {start} {things}, then {', then '.join(changes)}. How many {things} now?"
+    changes = [
+        f"{ordinal}, {rng.choice(_PHRASES[operation.operator]).format(operation.right)}."
+        for ordinal, operation in zip(ORDINALS, operations, strict=False)
+    ]
+    text = f"{name} has {start} {things}. {' '.join(changes)} How many {things} now?"
     turn_limit = min(MAX_TURNS, len(operations) + rng.randint(1, 2))
     return Problem(text, tuple(operations), turn_limit)
 

@@ -6,8 +6,8 @@ import random
 from dataclasses import dataclass
 
 from mahalo_ray.domains.tutoring.episode import Episode
-from mahalo_ray.domains.tutoring.moves import LECTURES, OPEN_QUESTIONS, PRAISES, STEP_OPENERS, Move
-from mahalo_ray.domains.tutoring.problems import Operation, Problem
+from mahalo_ray.domains.tutoring.moves import LECTURES, OPEN_QUESTIONS, PRAISES, Move
+from mahalo_ray.domains.tutoring.problems import ORDINALS, Operation, Problem
 
 Plan = tuple[Move, ...]
 _S, _Q, _P, _L, _T = Move.STEP, Move.QUESTION, Move.PRAISE, Move.LECTURE, Move.TELL
@@ -53,12 +53,13 @@ class ScriptedTutor:
 
     def _sentence(self, move: Move) -> str:
         operation = self.problem.operations[self.position]
+        ordinal = ORDINALS[self.position]
         match move:
             case Move.STEP:
-                return self._step(operation)
+                return self._step(ordinal, operation)
             case Move.QUESTION:
                 if self.rng.random() < 0.6:
-                    return f"What is {operation.left} {operation.operator} {operation.right}?"
+                    return f"{ordinal}, what is {operation.left} {operation.operator} {operation.right}?"
                 return self._fresh(OPEN_QUESTIONS)
             case Move.PRAISE:
                 return self._fresh(PRAISES)
@@ -69,14 +70,13 @@ class ScriptedTutor:
             case Move.UNCLEAR:
                 raise AssertionError("a scripted tutor is always clear")
 
-    def _step(self, operation: Operation) -> str:
-        opener = self.rng.choice(STEP_OPENERS)
+    def _step(self, ordinal: str, operation: Operation) -> str:
         if self.rng.random() < self.style.slip_rate:
             wrong = max(0, operation.result + self.rng.choice((-3, -2, -1, 1, 2, 3)))
             if wrong != operation.result:
-                return f"{opener}{operation.text(wrong)}."
+                return f"{ordinal}, {operation.text(wrong)}."
         self.position = (self.position + 1) % len(self.problem.operations)
-        return f"{opener}{operation.text()}."
+        return f"{ordinal}, {operation.text()}."
 
     def _fresh(self, sentences: tuple[str, ...]) -> str:
         """Mostly something not said yet; a real teacher repeats now and then."""
