@@ -1,0 +1,1 @@
+"""Serving: an OpenAI-compatible endpoint on Ray Serve with decoding and guidance weights per request."""

@@ -1,0 +1,236 @@
+"""Starting and stopping the endpoint on Ray Serve. `ray.init` is the caller's, and so is ending Ray."""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import ipaddress
+import logging
+import socket
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import ray
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.exceptions import RayServeException
+
+from mahalo_ray.config import ServeConfig
+from mahalo_ray.data import storage
+from mahalo_ray.decoding.loading import Placement
+from mahalo_ray.serving.app import create_app
+from mahalo_ray.serving.auth import KeyDigest
+from mahalo_ray.serving.service import ChatService, Defaults, ServiceSettings
+
+logger = logging.getLogger(__name__)
+
+APP_NAME = "mahalo"
+DEFAULT_MODEL_NAME = "mahalo"
+# Room in Serve's own queue beyond what the service takes, so that health checks, pages and refusals get through.
+_HEADROOM = 64
+_READY_TIMEOUT_S = 60.0
+
+
+class ServeError(ValueError):
+    """The endpoint cannot be started; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """The folders (paths or fsspec URLs) a replica loads, where it puts them, and the domain whose steps it decodes.
+
+    reward_url None: no guidance, strategy "none" only.
+    """
+
+    policy_url: str
+    reward_url: str | None
+    domain: str
+    placement: Placement
+
+
+class Serving:
+    """A running endpoint: `url` (no trailing slash), `model` (the name clients use), `stop()`; a context manager."""
+
+    def __init__(self, url: str, model: str) -> None:
+        self.url, self.model = url, model
+
+    def stop(self) -> None:
+        """End the endpoint and Ray Serve with it. Ray itself stays."""
+        serve.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def start(
+    config: ServeConfig,
+    policy_url: str,
+    reward_url: str | None,
+    domain: str = "tutoring",
+    defaults: Defaults | None = None,
+    model_name: str = DEFAULT_MODEL_NAME,
+    use_gpu: bool = False,
+    dtype: str = "float32",
+) -> Serving:
+    """Start the endpoint and wait until it answers.
+
+    Raises ServeError if the port is taken, Ray Serve already runs on this cluster, a folder is missing or a replica
+    cannot load its models; ValueError if the API key's variable is empty.
+    """
+    key = KeyDigest.from_environment(config)
+    for url in filter(None, (policy_url, reward_url)):
+        if not storage.exists(url):
+            raise ServeError(f"there is no model at '{url}': train it first, or correct the path")
+    _refuse_running_serve()
+    if key is None and not _is_loopback(config.host):
+        logger.warning("serving on %s without an API key: whoever reaches this port can use it", config.host)
+    port = free_port(config.host, config.port)
+    settings = ServiceSettings(config, model_name, defaults or Defaults(), key)
+    reward = None if reward_url is None else storage.absolute(reward_url)
+    placement = Placement("cuda" if use_gpu else "cpu", dtype)
+    source = ModelSource(storage.absolute(policy_url), reward, domain, placement)
+    serving = Serving(f"http://{_reachable(config.host)}:{port}", model_name)
+    started = False
+    try:
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options={"host": config.host, "port": port},
+            logging_config={"log_level": "WARNING", "enable_access_log": False},
+        )
+        serve.run(_deployment(settings, source, use_gpu).bind(), name=APP_NAME, route_prefix="/")
+        _wait_until_healthy(serving.url)
+        started = True
+    except (RuntimeError, RayServeException) as error:
+        raise ServeError(f"the endpoint could not be started: {error}") from error
+    finally:
+        # Also on Ctrl-C while the models load: nothing of Serve may stay behind.
+        if not started:
+            serve.shutdown()
+    return serving
+
+
+class ChatIngress:
+    """The replica, as far as Serve looks at it between requests; the app itself is built by `_deployment`."""
+
+    app: FastAPI
+
+    def check_health(self) -> None:
+        """Serve replaces a replica whose model thread has ended."""
+        if not self.app.state.service.worker.alive:
+            raise RuntimeError("the model's thread has ended")
+
+
+def _deployment(settings: ServiceSettings, source: ModelSource, use_gpu: bool) -> Any:
+    """The Serve deployment: every replica loads the models once and builds its app around them."""
+    config = settings.config
+    capacity = config.max_ongoing_requests + config.max_queued_requests + _HEADROOM
+
+    def build_app() -> FastAPI:
+        return _load_app(settings, source)
+
+    options: dict[str, Any] = {
+        "num_replicas": config.replicas,
+        "max_ongoing_requests": capacity,
+        "max_queued_requests": capacity,
+        "ray_actor_options": {"num_cpus": config.cpus_per_replica, "num_gpus": 1 if use_gpu else 0},
+        "graceful_shutdown_wait_loop_s": 0.2,
+        "graceful_shutdown_timeout_s": 10.0,
+        "max_constructor_retry_count": 1,
+    }
+    known = inspect.signature(serve.deployment).parameters
+    # Newer Ray only: Retry-After on the refusals of Serve's own queue too, which only a flood reaches.
+    if "backpressure_config" in known:
+        options["backpressure_config"] = {"retry_after_s": 5}
+    if "max_constructor_retry_count" not in known:
+        del options["max_constructor_retry_count"]
+    return serve.deployment(name=APP_NAME, **options)(serve.ingress(build_app)(ChatIngress))
+
+
+def _load_app(settings: ServiceSettings, source: ModelSource) -> FastAPI:
+    # Models are the replica's business: the process that starts serving needs neither torch nor a GPU for it.
+    from mahalo_ray.serving.backend import GuidedBackend
+
+    backend = GuidedBackend.load(source.policy_url, source.reward_url, source.domain, source.placement)
+    return create_app(ChatService(backend, settings))
+
+
+def _refuse_running_serve() -> None:
+    try:
+        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    except ValueError:
+        return
+    raise ServeError(
+        "Ray Serve already runs on this Ray cluster, and its port cannot be changed: stop it with 'serve shutdown', or "
+        "use another cluster"
+    )
+
+
+def free_port(host: str, port: int) -> int:
+    """The port itself if it can be bound on `host`, a free one for 0. ServeError if it is busy or not ours to take."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror as error:
+        raise ServeError(f"serve.host '{host}' is no address of this machine: {error.strerror}") from error
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+            # Only listening clashes with a server that shares its port.
+            probe.listen(1)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise ServeError(
+                    f"port {port} on {host} is already in use: stop what uses it, or choose another port with "
+                    "--set serve.port=NUMBER (0 takes a free one)"
+                ) from error
+            raise ServeError(f"cannot serve on {host}, port {port}: {error.strerror}") from error
+        return int(probe.getsockname()[1])
+
+
+def _wait_until_healthy(url: str) -> None:
+    """serve.run returns when the replica is up; the proxy learns of it a moment later."""
+    deadline = time.monotonic() + _READY_TIMEOUT_S
+    while True:
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5):
+                return
+        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{url} does not answer: {error}") from error
+        time.sleep(0.1)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _reachable(host: str) -> str:
+    """The host part of a URL that reaches a server bound to `host`."""
+    if host in ("0.0.0.0", "::"):
+        host = ray.util.get_node_ip_address()
+    return f"[{host}]" if ":" in host else host
+
+
+def serve_until_interrupted(serving: Serving, wait: Callable[[], None]) -> None:
+    """Keep serving until `wait` returns or Ctrl-C, then stop."""
+    try:
+        wait()
+    except KeyboardInterrupt:
+        logger.info("stopping")
+    finally:
+        serving.stop()

@@ -1,0 +1,223 @@
+"""From checked requests to jobs of the model's thread: defaults filled in, weights resolved, limits kept."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from mahalo_ray.config import SamplingConfig, ServeConfig
+from mahalo_ray.data.records import Message
+from mahalo_ray.decoding.sampling import SamplingParams
+from mahalo_ray.objectives import Weights
+from mahalo_ray.serving.auth import KeyDigest
+from mahalo_ray.serving.responses import Choices, Completion
+from mahalo_ray.serving.schema import ApiError, ChatRequest, Limits, ScoreRequest, weights_of
+from mahalo_ray.serving.worker import Job, Worker
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a request gets that does not say otherwise. None: balanced weights over all objectives; guidance None: the
+    request's decoding weights, as far as the reward model knows their objectives."""
+
+    objectives: Weights | None = None
+    guidance: Weights | None = None
+    num_candidates: int = 4
+    sampling: SamplingConfig = SamplingConfig()
+
+
+@dataclass(frozen=True)
+class ServiceSettings:
+    """All a service needs beside its models."""
+
+    config: ServeConfig
+    model_name: str
+    defaults: Defaults = Defaults()
+    key: KeyDigest | None = None
+
+
+@dataclass(frozen=True)
+class ChatJob:
+    """One answer to decode. weights None: a policy with a single head; guidance None: no reward model is asked."""
+
+    messages: list[Message]
+    weights: Weights | None
+    guidance: Weights | None
+    num_candidates: int
+    sampling: SamplingParams
+    max_new_tokens: int
+    stop: tuple[str, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class ScoreJob:
+    """Candidate turns to rate."""
+
+    messages: list[Message]
+    candidates: list[str]
+
+
+class Backend(Protocol):
+    """The models. Its methods are called by the model's thread only."""
+
+    objectives: tuple[str, ...]  # empty: an ordinary model with a single head
+    guidance_objectives: tuple[str, ...]  # empty: no reward model
+
+    def chat(self, jobs: Sequence[Job]) -> None:
+        """Answer jobs with ChatJob payloads: `step(Step)` for every accepted step, then `finish(Reply)`."""
+        ...
+
+    def score(self, jobs: Sequence[Job]) -> None:
+        """Answer jobs with ScoreJob payloads: `finish` with one {objective: score} per candidate."""
+        ...
+
+
+class ChatService:
+    """One replica's service. Constructed once its models are loaded."""
+
+    def __init__(self, backend: Backend, settings: ServiceSettings) -> None:
+        self.backend, self.settings = backend, settings
+        config, defaults = settings.config, settings.defaults
+        self.limits = Limits(
+            config.max_candidates, config.max_new_tokens, config.max_messages, config.max_request_bytes
+        )
+        self.weights: Weights | None = None
+        if backend.objectives:
+            self.weights = defaults.objectives or Weights.balanced(backend.objectives)
+            self.weights.over(backend.objectives)
+        elif defaults.objectives is not None:
+            raise ValueError("decoding weights are configured, but the policy has a single head")
+        if defaults.guidance is not None:
+            if not backend.guidance_objectives:
+                raise ValueError("guidance weights are configured, but there is no reward model")
+            defaults.guidance.over(backend.guidance_objectives)
+        if defaults.num_candidates > config.max_candidates:
+            raise ValueError(
+                f"{defaults.num_candidates} candidates by default are more than serve.max_candidates allows "
+                f"({config.max_candidates})"
+            )
+        self.created = int(time.time())
+        self.worker = Worker(
+            {"chat": backend.chat, "score": backend.score},
+            config.max_ongoing_requests,
+            config.max_queued_requests,
+            config.batch_window_s,
+        )
+
+    def chat(self, request: ChatRequest) -> tuple[Job, Completion]:
+        """Queue an answer. ApiError if the request asks for what this server does not have or allow."""
+        request.check(self.limits)
+        self._check_model(request.model)
+        self._check_last(request.messages[-1].role)
+        defaults = self.settings.defaults
+        weights = self._weights(request)
+        guidance = self._guidance(request, weights)
+        payload = ChatJob(
+            messages=[message.as_record() for message in request.messages],
+            weights=weights,
+            guidance=guidance,
+            num_candidates=1 if guidance is None else request.num_candidates or defaults.num_candidates,
+            sampling=self._sampling(request),
+            max_new_tokens=request.token_limit
+            or min(defaults.sampling.max_new_tokens, self.limits.max_new_tokens),
+            stop=tuple(request.stop),
+            seed=secrets.randbits(31) if request.seed is None else request.seed,
+        )
+        choices = Choices(weights, guidance, request.strategy, payload.num_candidates, payload.seed)
+        return self._submit("chat", payload), Completion(self.settings.model_name, choices)
+
+    def score(self, request: ScoreRequest) -> Job:
+        """Queue a rating of candidate turns."""
+        request.check(self.limits)
+        if request.model is not None:
+            self._check_model(request.model)
+        if not self.backend.guidance_objectives:
+            raise ApiError(400, "this server has no reward model to score with", code="no_reward_model")
+        payload = ScoreJob([message.as_record() for message in request.messages], request.candidates)
+        return self._submit("score", payload)
+
+    def models(self) -> dict[str, Any]:
+        """The answer of GET /v1/models; objectives, limits and defaults beside OpenAI's fields."""
+        defaults = self.settings.defaults
+        model = {
+            "id": self.settings.model_name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "mahalo_ray",
+            "objectives": list(self.backend.objectives),
+            "guidance_objectives": list(self.backend.guidance_objectives),
+            "limits": {
+                "max_candidates": self.limits.max_candidates,
+                "max_tokens": self.limits.max_new_tokens,
+            },
+            "defaults": {
+                "objectives": dict(self.weights or {}),
+                "guidance": None
+                if not self.backend.guidance_objectives
+                else dict(self._default_guidance(self.weights)),
+                "num_candidates": defaults.num_candidates,
+            },
+        }
+        return {"object": "list", "data": [model]}
+
+    def _submit(self, kind: str, payload: Any) -> Job:
+        job = Job(kind, payload, self.settings.config.request_timeout_s)
+        self.worker.submit(job)
+        return job
+
+    def _weights(self, request: ChatRequest) -> Weights | None:
+        if self.weights is None:
+            if request.objectives is not None:
+                raise ApiError(
+                    400, "this server's model has a single head: leave 'objectives' out", "objectives"
+                )
+            return None
+        return weights_of(request.objectives, self.backend.objectives, self.weights, "objectives")
+
+    def _guidance(self, request: ChatRequest, weights: Weights | None) -> Weights | None:
+        if request.strategy == "none":
+            return None
+        known = self.backend.guidance_objectives
+        if not known:
+            raise ApiError(
+                400, "this server has no reward model: use strategy 'none'", "strategy", "no_reward_model"
+            )
+        return weights_of(request.guidance, known, self._default_guidance(weights), "guidance")
+
+    def _default_guidance(self, weights: Weights | None) -> Weights:
+        if self.settings.defaults.guidance is not None:
+            return self.settings.defaults.guidance
+        known = self.backend.guidance_objectives
+        shared = {name: value for name, value in (weights or {}).items() if name in known and value > 0}
+        return Weights(shared) if shared else Weights.balanced(known)
+
+    def _sampling(self, request: ChatRequest) -> SamplingParams:
+        default = self.settings.defaults.sampling
+        return SamplingParams(
+            default.temperature if request.temperature is None else request.temperature,
+            default.top_k if request.top_k is None else request.top_k,
+            default.top_p if request.top_p is None else request.top_p,
+            default.min_p if request.min_p is None else request.min_p,
+        )
+
+    def _check_model(self, name: str) -> None:
+        if name != self.settings.model_name:
+            raise ApiError(
+                404,
+                f"there is no model '{name}' here; this server has '{self.settings.model_name}'",
+                "model",
+                "model_not_found",
+            )
+
+    def _check_last(self, role: str) -> None:
+        if role == "assistant":
+            raise ApiError(
+                400,
+                "the last message is the assistant's: there is nothing to answer",
+                "messages",
+                "invalid_value",
+            )
