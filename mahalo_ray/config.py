@@ -229,15 +229,22 @@ class EvaluationConfig(Section):
 
 
 class ServeConfig(Section):
-    """The OpenAI-compatible endpoint. Binds to loopback unless told otherwise; port 0 takes a free one."""
+    """The OpenAI-compatible endpoint. Binds to loopback unless told otherwise; port 0 takes a free one.
+
+    Per replica, up to `max_ongoing_requests` are decoded together and `max_queued_requests` more may wait; beyond
+    that the answer is 503 with Retry-After. Requests that arrive within `batch_window_s` seconds share a batch.
+    """
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     replicas: PositiveInt = 1
+    cpus_per_replica: PositiveFloat = 1
     max_ongoing_requests: PositiveInt = 16
-    max_queued_requests: PositiveInt = 64
+    max_queued_requests: NonNegativeInt = 64
+    batch_window_s: Annotated[float, Field(ge=0, le=10)] = 0.01
     max_candidates: PositiveInt = 16
     max_new_tokens: PositiveInt = 512
+    max_messages: PositiveInt = 128
     max_request_bytes: PositiveInt = 1_000_000
     request_timeout_s: PositiveFloat = 60.0
     api_key_env: str | None = None
