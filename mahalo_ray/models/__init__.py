@@ -3,5 +3,15 @@
 from mahalo_ray.models.lora import LoraSettings
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
 from mahalo_ray.models.reference import ChunkedCausalLM, causal_lm_completion_logps
+from mahalo_ray.models.reward import ProcessRewardModel
+from mahalo_ray.models.traces import StepEncoder, TokenTrace
 
-__all__ = ["ChunkedCausalLM", "LoraSettings", "MultiHeadCausalLM", "causal_lm_completion_logps"]
+__all__ = [
+    "ChunkedCausalLM",
+    "LoraSettings",
+    "MultiHeadCausalLM",
+    "ProcessRewardModel",
+    "StepEncoder",
+    "TokenTrace",
+    "causal_lm_completion_logps",
+]

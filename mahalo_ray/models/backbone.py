@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from mahalo_ray.models.folder import ADAPTER_FOLDER, BACKBONE_FOLDER
 from mahalo_ray.models.heads import LogitTransform
@@ -42,6 +49,11 @@ def load_backbone(
     return AutoModel.from_pretrained(
         str(source), dtype="auto" if dtype is None else dtype, attn_implementation=attn_implementation
     )
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id."""
+    return AutoTokenizer.from_pretrained(str(source))
 
 
 def split_causal_lm(model: PreTrainedModel) -> tuple[PreTrainedModel, nn.Module, LogitTransform]:

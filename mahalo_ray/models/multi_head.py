@@ -11,11 +11,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mahalo_ray.logprobs import DEFAULT_CHUNK_SIZE, IGNORE_INDEX, sum_rows
 from mahalo_ray.models import lora
-from mahalo_ray.models.backbone import assemble_causal_lm, load_causal_lm, run_backbone, split_causal_lm
+from mahalo_ray.models.backbone import assemble_causal_lm, load_causal_lm, split_causal_lm
+from mahalo_ray.models.backbone_model import BackboneModel
 from mahalo_ray.models.folder import Figures
 from mahalo_ray.models.heads import (
     FullHead,
@@ -32,7 +33,7 @@ from mahalo_ray.models.sharding import full_shape, sharded_creation
 from mahalo_ray.objectives import Weights, unknown_name
 
 
-class MultiHeadCausalLM(nn.Module):
+class MultiHeadCausalLM(BackboneModel):
     """z_i = W_i h(x): a transformers backbone and one head per objective, decoded as softmax(sum_i w_i z_i).
 
     `heads[objective].weight` is W_i [V, D]. `base_head` is the head of the model it was made from, frozen:
@@ -68,7 +69,7 @@ class MultiHeadCausalLM(nn.Module):
         self.transform = transform
         self.generation_config = generation_config
         self.base_name = base_name
-        self.backbone: PreTrainedModel = backbone
+        self.backbone = backbone
         self.base_head: FullHead | None = None
         self.heads = nn.ModuleDict()
         with sharded_creation():
@@ -126,21 +127,6 @@ class MultiHeadCausalLM(nn.Module):
 
     # -- what it is made of ----------------------------------------------------------------------------------
 
-    @property
-    def config(self) -> PretrainedConfig:
-        """The transformers config of the causal LM it was made from."""
-        return self.backbone.config
-
-    @property
-    def device(self) -> torch.device:
-        """Where the first backbone parameter lies."""
-        return next(self.backbone.parameters()).device
-
-    @property
-    def has_lora(self) -> bool:
-        """Whether the backbone carries a LoRA adapter."""
-        return isinstance(self.backbone, lora.PeftModel)
-
     def head(self, objective: str) -> Head:
         """One objective's head; ValueError for an objective the model does not have."""
         if objective not in self.heads:
@@ -149,19 +135,6 @@ class MultiHeadCausalLM(nn.Module):
 
     def _heads(self) -> list[Head]:
         return [cast(Head, head) for head in self.heads.values()]
-
-    def set_attn_implementation(self, name: str) -> None:
-        """Switch the attention function ("sdpa", "eager", or one registered with transformers)."""
-        plain = self.backbone.get_base_model() if self.has_lora else self.backbone
-        plain.set_attn_implementation(name)
-
-    def gradient_checkpointing_enable(self) -> None:
-        """Recompute the backbone's layers in backward instead of keeping their activations."""
-        self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Keep activations again."""
-        self.backbone.gradient_checkpointing_disable()
 
     def add_lora(self, settings: lora.LoraSettings | None = None) -> None:
         """Freeze the backbone and train a LoRA adapter on it instead; the heads stay trainable."""
@@ -172,10 +145,6 @@ class MultiHeadCausalLM(nn.Module):
         return lora.adapter_disabled(self.backbone)
 
     # -- computing -------------------------------------------------------------------------------------------
-
-    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """Final normalised hidden states [B, T, D]; kwargs (position_ids, kv_cache...) go to the backbone."""
-        return run_backbone(self.backbone, input_ids, attention_mask, kwargs)
 
     def forward(
         self,
@@ -259,11 +228,9 @@ class MultiHeadCausalLM(nn.Module):
         if isinstance(weights, Weights):
             row = torch.tensor(weights.over(self.objectives), dtype=hidden.dtype, device=hidden.device)
             weights = row.expand(hidden.shape[0], -1)
-        if weights.shape != (hidden.shape[0], len(self.objectives)):
-            raise ValueError(
-                f"weights have shape {list(weights.shape)}: wanted "
-                f"[{hidden.shape[0]}, {len(self.objectives)}], a row per row of hidden, a column per objective"
-            )
+        wanted = (hidden.shape[0], len(self.objectives))
+        if weights.shape != wanted:
+            raise ValueError(f"weights are {tuple(weights.shape)}, wanted {wanted}: rows by objectives")
         columns = [w.reshape(-1, *(1,) * (hidden.dim() - 1)).to(hidden.dtype) for w in weights.unbind(1)]
         return self.transform(weighted_projection(self._heads(), hidden, columns))
 
@@ -289,10 +256,6 @@ class MultiHeadCausalLM(nn.Module):
         return model
 
     # -- parameters and folders ------------------------------------------------------------------------------
-
-    def backbone_parameters(self) -> Iterator[nn.Parameter]:
-        """The backbone's trainable parameters (with LoRA: the adapter's)."""
-        return (parameter for parameter in self.backbone.parameters() if parameter.requires_grad)
 
     def head_parameters(self) -> Iterator[nn.Parameter]:
         """The heads' trainable parameters."""

@@ -56,3 +56,23 @@ def causal_lm_completion_logps(
     many batches build one `ChunkedCausalLM`, which checks the model once.
     """
     return ChunkedCausalLM(model)(input_ids, attention_mask, labels, chunk_size, average)
+
+
+class FrozenReference(nn.Module):
+    """A causal LM whose token log-probs are inputs of a reward model's heads; never trained.
+
+    `backbone` None: it reads the reward model's own backbone, frozen or with its adapter off.
+    """
+
+    def __init__(self, backbone: PreTrainedModel | None, head: FullHead) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.requires_grad_(False)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, shared: bool) -> FrozenReference:
+        """The reference reading of a causal LM; `shared`: its backbone is the reward model's own."""
+        backbone, output, transform = split_causal_lm(model)
+        head = FullHead(cast(nn.Parameter, output.weight), cast(nn.Parameter | None, output.bias), transform)
+        return cls(None if shared else backbone, head)

@@ -1,0 +1,277 @@
+"""The process reward model: one causal backbone, one score per objective and step, one forward per trace."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mahalo_ray.logprobs import DEFAULT_CHUNK_SIZE
+from mahalo_ray.models import lora
+from mahalo_ray.models.backbone import load_causal_lm, load_tokenizer, run_backbone, split_causal_lm
+from mahalo_ray.models.backbone_model import BackboneModel
+from mahalo_ray.models.folder import Figures
+from mahalo_ray.models.reference import FrozenReference
+from mahalo_ray.models.reward_heads import (
+    HEAD_INPUTS,
+    OutputKind,
+    ScoreHeads,
+    check_inputs,
+    feature_size,
+    step_features,
+    step_tokens,
+)
+from mahalo_ray.models.reward_saving import load_reward_model, save_reward_model
+from mahalo_ray.models.scoring import StepScorer
+from mahalo_ray.objectives import unknown_name
+
+Tuning = Literal["frozen", "lora", "full"]
+TUNINGS: tuple[Tuning, ...] = ("frozen", "lora", "full")
+
+
+class ProcessRewardModel(BackboneModel, StepScorer):
+    """Scores every step of a trace for every objective in one forward pass.
+
+    `objectives` maps a name to what its raw score is: a `value` (fitted by squared error), the logit of a
+    `probability` (cross entropy; its score is the sigmoid) or a `preference` (Bradley-Terry). The heads read,
+    per step, the chosen `inputs`: the state of the last token, the mean state, and mean, minimum and sum of
+    the token log-probs under a frozen reference. The pieces (`hidden_states`, `reference_hidden_states`,
+    `reference_logps`, `step_features`, `heads`) can be called one by one by a decoder that keeps caches of
+    its own.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        objectives: Mapping[str, OutputKind],
+        inputs: Sequence[str],
+        head_hidden_size: int,
+        tuning: Tuning,
+        reference: FrozenReference | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+        step_separator: str | None,
+        seed: int = 42,
+        base_name: str | None = None,
+    ) -> None:
+        """With fresh score heads; `from_base` builds the parts."""
+        super().__init__()
+        if tuning not in TUNINGS:
+            raise ValueError(unknown_name("kind of backbone tuning", tuning, TUNINGS))
+        self.inputs = check_inputs(inputs)
+        if ("reference_logps" in self.inputs) != (reference is not None):
+            raise ValueError("a reference goes with the head input 'reference_logps', and only with it")
+        self.objectives = tuple(objectives)
+        self.output_kinds = dict(objectives)
+        self.head_hidden_size = head_hidden_size
+        self.tuning: Tuning = tuning
+        self.tokenizer = tokenizer
+        self.step_separator = step_separator
+        self.base_name = base_name
+        self.calibration = {}
+        self.backbone = backbone
+        if tuning == "frozen":
+            self.backbone.requires_grad_(False)
+        self.reference = reference
+        features = feature_size(self.inputs, self.config.get_text_config().hidden_size)
+        self.heads = ScoreHeads(self.output_kinds, features, head_hidden_size, seed)
+
+    @classmethod
+    def from_base(
+        cls,
+        base: str | Path | PreTrainedModel,
+        objectives: Mapping[str, OutputKind],
+        inputs: Sequence[str] = HEAD_INPUTS,
+        head_hidden_size: int = 128,
+        tuning: Tuning = "full",
+        lora_settings: lora.LoraSettings | None = None,
+        reference: str | Path | PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        step_separator: str | None = "\n\n",
+        seed: int = 42,
+        dtype: torch.dtype | None = None,
+        attn_implementation: str | None = None,
+    ) -> ProcessRewardModel:
+        """A reward model on a causal LM (folder, hub id or object, whose parameters are then used, not
+        copied).
+
+        `reference` is the causal LM of the head input `reference_logps`; None takes the base as it is now, at
+        no cost in memory unless the backbone is tuned in full.
+        """
+        if (lora_settings is not None) and tuning != "lora":
+            raise ValueError(f"lora_settings were given, but the backbone is '{tuning}'")
+        model = load_causal_lm(base, dtype, attn_implementation)
+        lora.check_no_adapter(model)
+        backbone = split_causal_lm(model)[0]
+        wanted = "reference_logps" in check_inputs(inputs)
+        if reference is not None and not wanted:
+            raise ValueError("a reference was given, but 'reference_logps' is not among the head inputs")
+        frozen = None
+        if wanted and reference is None and tuning != "full":
+            frozen = FrozenReference.of(model, shared=True)
+        elif wanted:
+            source = reference or (copy.deepcopy(model) if isinstance(base, PreTrainedModel) else base)
+            frozen = FrozenReference.of(load_causal_lm(source, dtype, attn_implementation), shared=False)
+        if tuning == "lora":
+            backbone = lora.with_lora(backbone, lora_settings or lora.LoraSettings())
+        if tokenizer is None and not isinstance(base, PreTrainedModel):
+            tokenizer = load_tokenizer(base)
+        device = next(model.parameters()).device
+        name = model.config._name_or_path or None
+        reward = cls(
+            backbone,
+            objectives,
+            inputs,
+            head_hidden_size,
+            tuning,
+            frozen,
+            tokenizer,
+            step_separator,
+            seed,
+            name,
+        )
+        reward.heads.to(device)
+        return reward
+
+    # -- one forward -----------------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> ProcessRewardModel:
+        """Frozen parts stay in evaluation mode: their dropout must not disturb what is read from them."""
+        super().train(mode)
+        if self.tuning == "frozen":
+            self.backbone.eval()
+        if self.reference is not None:
+            self.reference.eval()
+        return self
+
+    @property
+    def reference_is_backbone(self) -> bool:
+        """Whether the backbone's own states serve the reference, so that it needs no forward of its own."""
+        return self.reference is not None and self.reference.backbone is None and self.tuning == "frozen"
+
+    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """The backbone's final states [B, T, D]; kwargs (position_ids, kv_cache...) go to it."""
+        with torch.no_grad() if self.tuning == "frozen" else nullcontext():
+            return super().hidden_states(input_ids, attention_mask, **kwargs)
+
+    @torch.no_grad()
+    def reference_hidden_states(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        hidden: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The reference's final states [B, T, D']: `hidden` itself where `reference_is_backbone`, else its
+        own.
+        """
+        assert self.reference is not None
+        if self.reference_is_backbone and hidden is not None:
+            return hidden
+        if self.reference.backbone is not None:
+            return run_backbone(self.reference.backbone, input_ids, attention_mask, kwargs)
+        # A shared backbone is the reference in evaluation mode and without its adapter.
+        training = self.backbone.training
+        self.backbone.eval()
+        try:
+            with lora.adapter_disabled(self.backbone) if self.tuning == "lora" else nullcontext():
+                return run_backbone(self.backbone, input_ids, attention_mask, kwargs)
+        finally:
+            self.backbone.train(training)
+
+    @torch.no_grad()
+    def reference_logps(
+        self, reference_hidden: Tensor, labels: Tensor, chunk_size: int = DEFAULT_CHUNK_SIZE
+    ) -> Tensor:
+        """log p(label) [N] under the reference, from its states [N, D'] one position earlier."""
+        assert self.reference is not None
+        return self.reference.head(reference_hidden, labels, chunk_size)
+
+    def step_features(
+        self, hidden: Tensor, token_logps: Tensor | None, starts: Tensor, ends: Tensor
+    ) -> Tensor:
+        """Head inputs [B, S, F]; see `reward_heads.step_features`. token_logps [B, T]: of token t itself."""
+        return step_features(self.inputs, hidden, token_logps, starts, ends)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        step_starts: Tensor,
+        step_ends: Tensor,
+        chunk_size: int = DEFAULT_CHUNK_SIZE,
+    ) -> Tensor:
+        """Raw scores [B, S, H] of all steps of right-padded traces; see `step_scores`."""
+        hidden = self.hidden_states(input_ids, attention_mask)
+        logps = None
+        if self.reference is not None:
+            states = self.reference_hidden_states(input_ids, attention_mask, hidden)
+            wanted = step_tokens(step_starts, step_ends, input_ids.shape[1]).any(dim=1)
+            wanted[:, 0] = False  # nothing predicts the first token
+            rows, positions = wanted.nonzero(as_tuple=True)
+            logps = torch.zeros(input_ids.shape, device=input_ids.device)
+            logps[rows, positions] = self.reference_logps(
+                states[rows, positions - 1], input_ids[rows, positions], chunk_size
+            )
+        return self.heads(self.step_features(hidden, logps, step_starts, step_ends))
+
+    def step_scores(
+        self, input_ids: Tensor, attention_mask: Tensor | None, step_starts: Tensor, step_ends: Tensor
+    ) -> Tensor:
+        """Raw scores [B, S, H], fp32, in the order of `objectives`, one forward.
+
+        input_ids, attention_mask [B, T], right-padded; step_starts, step_ends [B, S]: first and last token of
+        every step, ends -1 where there is no step (its scores mean nothing). Raw: values, logits or Bradley-
+        Terry scores; `activate` gives the scores people read.
+        """
+        return self(input_ids, attention_mask, step_starts, step_ends)
+
+    def activate(self, raw: Tensor) -> Tensor:
+        """Scores [..., H] from raw ones: the sigmoid for probabilities, the rest as it is."""
+        columns = [
+            column.sigmoid() if self.output_kinds[name] == "probability" else column
+            for name, column in zip(self.objectives, raw.unbind(-1), strict=True)
+        ]
+        return torch.stack(columns, dim=-1)
+
+    @property
+    def max_length(self) -> int:
+        """The backbone's context, in tokens."""
+        return self.config.get_text_config().max_position_embeddings
+
+    def final_scores(self, input_ids: Tensor, attention_mask: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
+        """`activate(step_scores(...))`, [B, S, H]."""
+        return self.activate(self.step_scores(input_ids, attention_mask, starts, ends))
+
+    # -- parameters and folders ------------------------------------------------------------------------------
+
+    def head_parameters(self) -> Iterator[nn.Parameter]:
+        """The score heads' parameters."""
+        return self.heads.parameters()
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        figures: Figures | None = None,
+        state_dict: Mapping[str, Tensor] | None = None,
+        with_backbone: bool | None = None,
+    ) -> None:
+        """Write the model folder, tokenizer and calibration inside; see `reward_saving.save_reward_model`."""
+        save_reward_model(self, Path(folder), figures, state_dict, with_backbone)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        dtype: torch.dtype | None = None,
+        attn_implementation: str | None = None,
+        device: torch.device | str | None = None,
+        backbone: str | Path | None = None,
+    ) -> ProcessRewardModel:
+        """Read a folder written by `save_pretrained`; see `reward_saving.load_reward_model`."""
+        return load_reward_model(cls, folder, dtype, attn_implementation, device, backbone)

@@ -1,0 +1,120 @@
+"""What a process reward model reads from its backbones, per step, and the heads that score it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mahalo_ray.models.heads import check_objectives, head_seed
+from mahalo_ray.models.sharding import sharded_creation
+from mahalo_ray.objectives import unknown_name
+
+HeadInput = Literal["last", "pooled", "reference_logps"]
+OutputKind = Literal["value", "probability", "preference"]
+
+HEAD_INPUTS: tuple[HeadInput, ...] = ("last", "pooled", "reference_logps")
+OUTPUT_KINDS: tuple[OutputKind, ...] = ("value", "probability", "preference")
+LOGP_FEATURES = 3  # mean, minimum and sum over the step's tokens
+
+
+def check_inputs(inputs: Sequence[str]) -> tuple[HeadInput, ...]:
+    """The chosen inputs in their fixed order; ValueError for none, an unknown one or a repeated one."""
+    for name in inputs:
+        if name not in HEAD_INPUTS:
+            raise ValueError(unknown_name("head input", name, HEAD_INPUTS))
+    if not inputs or len(set(inputs)) < len(inputs):
+        raise ValueError(f"head inputs {list(inputs)}: name each of {', '.join(HEAD_INPUTS)} at most once")
+    return tuple(name for name in HEAD_INPUTS if name in inputs)
+
+
+def feature_size(inputs: Sequence[HeadInput], hidden_size: int) -> int:
+    """Length F of the feature vector of one step."""
+    return sum(LOGP_FEATURES if name == "reference_logps" else hidden_size for name in inputs)
+
+
+def step_tokens(starts: Tensor, ends: Tensor, length: int) -> Tensor:
+    """Which tokens belong to which step: boolean [B, S, T]; all false where ends is -1 (no step)."""
+    positions = torch.arange(length, device=ends.device)
+    return (positions >= starts[..., None]) & (positions <= ends[..., None])
+
+
+def step_features(
+    inputs: Sequence[HeadInput],
+    hidden: Tensor,
+    token_logps: Tensor | None,
+    starts: Tensor,
+    ends: Tensor,
+) -> Tensor:
+    """Features [B, S, F] of steps whose tokens are starts..ends (inclusive, [B, S]; ends -1 = no step).
+
+    hidden [B, T, D] are the backbone's states; token_logps [B, T] the reference's log-prob of token t itself.
+    A step's features depend on its own tokens' states alone, so an incremental decoder passes only the new
+    tokens: hidden [K, L, D], starts 0, ends L-1, and gets what a full pass would give.
+    """
+    inside = step_tokens(starts, ends, hidden.shape[1])
+    parts = []
+    if "last" in inputs:
+        at = ends.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1])
+        parts.append(_normalised(hidden.gather(1, at)))
+    if "pooled" in inputs:
+        shares = inside.to(hidden.dtype) / inside.sum(-1, keepdim=True).clamp(min=1)
+        parts.append(_normalised(shares @ hidden))
+    if "reference_logps" in inputs:
+        if token_logps is None:
+            raise ValueError("this model's heads read reference log-probs: pass token_logps [B, T]")
+        parts.append(_logp_features(token_logps, inside).to(hidden.dtype))
+    return torch.cat(parts, dim=-1) * (ends >= 0)[..., None]
+
+
+def _normalised(states: Tensor) -> Tensor:
+    """Zero mean, unit variance per state: backbones differ by orders of magnitude in the scale of theirs."""
+    return F.layer_norm(states, states.shape[-1:])
+
+
+def _logp_features(token_logps: Tensor, inside: Tensor) -> Tensor:
+    """-log(1 - x) of the mean, minimum and sum [B, S, 3]: log-probs reach into the hundreds, features must
+    not.
+    """
+    values = token_logps[:, None, :].masked_fill(~inside, 0.0)
+    total = values.sum(-1)
+    mean = total / inside.sum(-1).clamp(min=1)
+    return -torch.log1p(-torch.stack([mean, values.amin(-1), total], dim=-1).clamp(max=0))
+
+
+class ScoreHead(nn.Module):
+    """Features [..., F] -> one raw score [...]: linear, or one hidden layer with GELU."""
+
+    def __init__(self, features: int, hidden_size: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(features, hidden_size or 1)
+        self.second = nn.Linear(hidden_size, 1) if hidden_size else None
+
+    def forward(self, features: Tensor) -> Tensor:
+        # Heads may be kept in another precision than the backbone.
+        scores = self.first(features.to(self.first.weight.dtype))
+        if self.second is not None:
+            scores = self.second(F.gelu(scores))
+        return scores.squeeze(-1)
+
+
+class ScoreHeads(nn.ModuleDict):
+    """One `ScoreHead` per objective, with seeds of their own; all are called for every batch, in order."""
+
+    def __init__(self, objectives: Mapping[str, str], features: int, hidden_size: int, seed: int) -> None:
+        check_objectives(list(objectives))
+        for kind in objectives.values():
+            if kind not in OUTPUT_KINDS:
+                raise ValueError(unknown_name("output kind", kind, OUTPUT_KINDS))
+        super().__init__()
+        for name in objectives:
+            with torch.random.fork_rng(devices=[]), sharded_creation():
+                torch.manual_seed(head_seed(seed, name))
+                self[name] = ScoreHead(features, hidden_size)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features [..., F] -> raw scores [..., H], fp32, in the order of the objectives."""
+        return torch.stack([cast(ScoreHead, head)(features).float() for head in self.values()], dim=-1)
