@@ -76,7 +76,7 @@ def next_logits(engine: BatchedConversations, row: int) -> torch.Tensor:
     """Logits the engine would draw the row's next token from."""
     engine._prefill([row])
     assert engine._last_hidden is not None and isinstance(engine.policy, CausalPolicy)
-    return engine.policy.logits(engine._last_hidden[engine._slot[row]])
+    return engine.policy.logits(engine._last_hidden[int(engine._rows.slots([row])[0])])
 
 
 tokens = st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=9)

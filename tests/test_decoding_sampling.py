@@ -35,9 +35,9 @@ def engine() -> BatchedConversations:
 
 
 def frequencies(params: SamplingParams, draws: int = 20000) -> torch.Tensor:
-    keys = draw_keys([7], torch.tensor([3]), draws).view(-1)
+    keys = draw_keys([7], draws, torch.device("cpu")).view(-1)
     batch = SamplingBatch.of([params] * draws, torch.device("cpu"))
-    tokens, _ = draw(LOGITS.expand(draws, -1), batch, uniforms(keys, 0), with_logps=False)
+    tokens, _ = draw(LOGITS.expand(draws, -1), batch, uniforms(keys, torch.tensor(0)), with_logps=False)
     return torch.bincount(tokens, minlength=5) / draws
 
 
@@ -92,11 +92,11 @@ def test_the_generator_is_the_published_one_and_looks_uniform():
     # SplitMix64 with seed 0: first outputs of the reference implementation
     first = [int(mixed(torch.tensor(0), i)) % 2**64 for i in range(3)]
     assert first == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
-    keys = draw_keys([1, 2], torch.tensor([10, 10]), 5000)
-    numbers = uniforms(keys, 3)
+    keys = draw_keys([1, 2], 5000, torch.device("cpu"))
+    numbers = uniforms(keys, torch.tensor(3))
     assert numbers.min() >= 0 and numbers.max() < 1
     assert (numbers.mean(1) - 0.5).abs().max() < 0.02
-    pairs = torch.stack([numbers[0], numbers[1], uniforms(keys, 4)[0]])
+    pairs = torch.stack([numbers[0], numbers[1], uniforms(keys, torch.tensor(4))[0]])
     assert (torch.corrcoef(pairs) - torch.eye(3)).abs().max() < 0.05
     assert len(set(keys.view(-1).tolist())) == 10000
 
@@ -134,6 +134,28 @@ def test_requests_with_equal_prompts_and_other_seeds_differ_and_candidates_too()
     batch.append(rows, [[1, 2, 3]] * 2)
     got = batch.sample(rows, 3, SamplingParams(), [0, 1], 10, [])
     assert len({tuple(ids) for row in got.token_ids for ids in row}) == 6
+
+
+def test_one_token_at_a_time_draws_the_same_as_all_at_once():
+    batch = engine()
+    whole, single = batch.add(2)
+    batch.append([whole, single], [[1, 2, 3]] * 2)
+    batch.accept(batch.sample([whole], 1, SamplingParams(), [5], 8, []), [0])
+    for _ in range(8):
+        batch.accept(batch.sample([single], 1, SamplingParams(), [5], 1, []), [0])
+    assert batch.token_ids(whole) == batch.token_ids(single)
+
+
+def test_rows_may_want_different_numbers_of_candidates():
+    batch = engine()
+    rows = batch.add(3)
+    batch.append(rows, PROMPTS[:3])
+    uneven = batch.sample(rows, [1, 5, 2], SamplingParams(), [1, 2, 3], 8, [5])
+    even = batch.sample(rows, 5, SamplingParams(), [1, 2, 3], 8, [5])
+    assert [len(found) for found in uneven.token_ids] == [1, 5, 2]
+    assert uneven.token_ids == [found[:n] for found, n in zip(even.token_ids, (1, 5, 2), strict=True)]
+    batch.accept(uneven, [0, 4, 1])
+    assert batch.token_ids(rows[1]) == PROMPTS[1] + even.token_ids[1][4]
 
 
 def test_stop_tokens_and_limits_per_row():

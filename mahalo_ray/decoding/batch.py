@@ -21,6 +21,7 @@ from mahalo_ray.decoding.cache import RaggedCache
 from mahalo_ray.decoding.candidates import Candidates
 from mahalo_ray.decoding.decode import BranchDecoder
 from mahalo_ray.decoding.policy import Policy, as_policy
+from mahalo_ray.decoding.rows import RowTable, by_size, padded
 from mahalo_ray.decoding.sampling import SamplingParams
 from mahalo_ray.decoding.stopping import TextStop
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
@@ -51,9 +52,7 @@ class BatchedConversations:
         self.tokens_forwarded = 0  # through the model, padding not counted: what decoding costs
         self.peak_bytes = 0
         self._prefill_tokens = prefill_tokens
-        self._next_row = 0
-        self._slot: dict[int, int] = {}
-        self._row_at: list[int] = []
+        self._rows = RowTable()
         self._ids: dict[int, list[int]] = {}
         self._pending: dict[int, list[int]] = {}  # tokens of the conversation the model has not seen yet
         self._weights: dict[int, Weights | None] = {}
@@ -62,38 +61,34 @@ class BatchedConversations:
         )
 
     def __len__(self) -> int:
-        return len(self._slot)
+        return len(self._rows)
 
     def add(self, count: int, weights: Weights | Sequence[Weights | None] | None = None) -> list[int]:
         """`count` new empty conversations; weights over the policy's heads for all of them, or one each."""
         each = [weights] * count if weights is None or isinstance(weights, Weights) else list(weights)
         if len(each) != count:
             raise ValueError(f"{count} conversations but {len(each)} weight vectors")
-        rows = list(range(self._next_row, self._next_row + count))
-        self._next_row += count
-        for row, slot, weight in zip(rows, self.cache.add(count), each, strict=True):
-            self._slot[row] = int(slot)
-            self._row_at.append(row)
+        rows = self._rows.add(count)
+        self.cache.add(count)
+        for row, weight in zip(rows, each, strict=True):
             self._ids[row], self._pending[row], self._weights[row] = [], [], weight
         return rows
 
     def drop(self, rows: Sequence[int]) -> None:
         """Forget conversations and free their memory for new ones."""
-        moved = self.cache.drop(self._slots(rows))
-        for row in rows:
-            for table in (self._slot, self._ids, self._pending, self._weights):
+        moves = self._rows.drop(rows)
+        self.cache.drop(len(rows), moves)
+        for table in (self._ids, self._pending, self._weights):
+            for row in rows:
                 table.pop(row)
-        for old, new in moved.items():
-            self._row_at[new] = self._row_at[old]
-            self._slot[self._row_at[new]] = new
-            if self._last_hidden is not None:
-                self._last_hidden[new] = self._last_hidden[old]
-        del self._row_at[self.cache.num_rows :]
+        if self._last_hidden is not None and moves:
+            source, target = zip(*moves, strict=True)
+            self._last_hidden[list(target)] = self._last_hidden[list(source)]
 
     def duplicate(self, rows: Sequence[int]) -> list[int]:
         """Copies of conversations that go on independently (the trunk is copied: beam search needs it)."""
         copies = self.add(len(rows), [self._weights[row] for row in rows])
-        slots, new = self._slots(rows), self._slots(copies)
+        slots, new = self._rows.slots(rows), self._rows.slots(copies)
         self.cache.copy(slots, new)
         for row, copy in zip(rows, copies, strict=True):
             self._ids[copy], self._pending[copy] = list(self._ids[row]), list(self._pending[row])
@@ -134,7 +129,7 @@ class BatchedConversations:
     def sample(
         self,
         rows: Sequence[int],
-        num_candidates: int,
+        num_candidates: int | Sequence[int],
         params: SamplingParams | Sequence[SamplingParams],
         seeds: Sequence[int],
         max_new_tokens: int | Sequence[int],
@@ -142,15 +137,17 @@ class BatchedConversations:
         stop: TextStop | None = None,
         with_logps: bool = False,
     ) -> Candidates:
-        """`num_candidates` continuations of every row, decoded together until each one stops.
+        """`num_candidates` (one number, or one per row) continuations of every row, decoded together until
+        each one stops.
 
         A candidate ends with a token of `stop_ids` (kept as its last token), where `stop` says its text ends,
         after max_new_tokens, or where the context is full. Draws depend on the row's seed, its length and the
         candidate's number only. The conversations do not change until `accept`.
         """
-        if num_candidates < 1:
-            raise ValueError(f"num_candidates is {num_candidates}: it must be at least 1")
         count = len(rows)
+        wanted = np.array([num_candidates] * count if isinstance(num_candidates, int) else num_candidates)
+        if (wanted < 1).any():
+            raise ValueError(f"num_candidates is {int(wanted.min())}: it must be at least 1")
         limits = np.array(
             [max_new_tokens] * count if isinstance(max_new_tokens, int) else list(max_new_tokens)
         )
@@ -162,15 +159,15 @@ class BatchedConversations:
         empty = [row for row in rows if not self._ids[row]]
         if empty:
             raise ValueError(f"conversation {empty[0]} is empty: append a prompt before sampling")
-        # Slot order: all live rows, in whatever order they are asked for, are then one slice of the cache.
-        slots = self._slots(rows)
-        order = np.argsort(slots, kind="stable")
+        order = self._rows.in_slot_order(rows)
+        slots = self._rows.slots(rows)[order]
         each = [params] * count if isinstance(params, SamplingParams) else list(params)
         assert self._last_hidden is not None
         decoder = BranchDecoder(
             self.policy,
-            self.cache.fork(slots[order], num_candidates),
-            self._last_hidden[torch.from_numpy(slots[order]).to(self.policy.device)],
+            self.cache.fork(slots, int(wanted.max())),
+            wanted[order],
+            self._last_hidden[torch.from_numpy(slots).to(self.policy.device)],
             [self._weights[rows[i]] for i in order],
             [each[i] for i in order],
             [seeds[i] for i in order],
@@ -183,7 +180,7 @@ class BatchedConversations:
         decoded = decoder.run()
         self.tokens_forwarded += decoder.tokens_forwarded
         self.peak_bytes = max(self.peak_bytes, self.cache.nbytes + decoder.branches.nbytes)
-        return Candidates.gathered(decoded, list(rows), order, num_candidates)
+        return Candidates.gathered(decoded, list(rows), order, wanted)
 
     def accept(self, candidates: Candidates, choice: Sequence[int]) -> None:
         """Make candidate choice[i] of the i-th sampled row part of its conversation (-1: none of them).
@@ -201,7 +198,7 @@ class BatchedConversations:
             self._ids[row] += ids
             # The model has not seen the last token yet: it goes in with whatever comes next.
             self._pending[row] += ids[-1:]
-            slots.append(self._slot[row])
+            slots.append(int(self._rows.slots([row])[0]))
             cells.append(candidates.cell(at, chosen))
             counts.append(max(len(ids) - 1, 0))
         self.cache.accept(
@@ -210,27 +207,20 @@ class BatchedConversations:
 
     def _prefill(self, rows: Sequence[int]) -> None:
         """Run all tokens of these rows that the model has not seen, in forwards of bounded size."""
-        waiting = sorted((row for row in rows if self._pending[row]), key=self._slot.__getitem__)
-        while waiting:
-            width, take = 0, 0
-            for row in waiting:
-                wider = max(width, len(self._pending[row]))
-                if take and wider * (take + 1) > self._prefill_tokens:
-                    break
-                width, take = wider, take + 1
-            now, waiting = waiting[:take], waiting[take:]
-            counts = np.array([len(self._pending[row]) for row in now])
-            ids = torch.zeros(len(now), width, dtype=torch.long)
-            for at, row in enumerate(now):
-                ids[at, : counts[at]] = torch.tensor(self._pending[row])
-                self._pending[row] = []
-            device, slots = self.policy.device, self._slots(now)
-            view = self.cache.append(slots, counts, width)
-            hidden = self.policy.hidden_states(ids.to(device), view.positions(width, device), view)
+        waiting = [row for row in rows if self._pending[row]]
+        waiting = [waiting[i] for i in self._rows.in_slot_order(waiting)]
+        device = self.policy.device
+        for piece in by_size([len(self._pending[row]) for row in waiting], self._prefill_tokens):
+            now = waiting[piece]
+            ids, counts = padded([self._pending[row] for row in now])
+            slots = self._rows.slots(now)
+            view = self.cache.append(slots, counts, ids.shape[1])
+            hidden = self.policy.hidden_states(ids.to(device), view.positions(ids.shape[1], device), view)
             view.commit()
             last = torch.from_numpy(counts - 1).to(device)
             self._keep_hidden(slots, hidden[torch.arange(len(now), device=device), last])
             self.tokens_forwarded += int(counts.sum())
+            self._pending.update({row: [] for row in now})
         self.peak_bytes = max(self.peak_bytes, self.cache.nbytes)
 
     def _keep_hidden(self, slots: np.ndarray, hidden: Tensor) -> None:
@@ -246,6 +236,3 @@ class BatchedConversations:
             if self._last_hidden is not None:
                 grown[:known] = self._last_hidden
             self._last_hidden = grown
-
-    def _slots(self, rows: Sequence[int]) -> np.ndarray:
-        return np.array([self._slot[row] for row in rows], dtype=np.int64)

@@ -12,6 +12,7 @@ stale numbers; buffers start as zeros because 0 * NaN would still be NaN.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,21 +66,15 @@ class RaggedCache:
         self._reserve(self.num_rows, self._capacity)
         return np.arange(first, first + count)
 
-    def drop(self, slots: Slots) -> dict[int, int]:
-        """Free rows. Live rows stay packed: the last rows move into the holes. Returns {old slot: new slot}
-        of those."""
-        gone = {int(slot) for slot in slots}
-        left = self.num_rows - len(gone)
-        holes = sorted(slot for slot in gone if slot < left)
-        movers = [slot for slot in range(left, self.num_rows) if slot not in gone]
-        if holes:
-            to, source = torch.tensor(holes), torch.tensor(movers)
-            longest = int(self.lengths[movers].max())
+    def drop(self, count: int, moves: Sequence[tuple[int, int]]) -> None:
+        """Free `count` rows: rows move (from slot, to slot) until the freed slots are the last ones."""
+        if moves:
+            source, target = (torch.tensor(side) for side in zip(*moves, strict=True))
+            longest = int(self.lengths[source.numpy()].max())
             for buffer in (*self.keys, *self.values):
-                buffer[to, :, :longest] = buffer[source, :, :longest]
-            self.lengths[holes] = self.lengths[movers]
-        self.lengths = self.lengths[:left].copy()
-        return dict(zip(movers, holes, strict=True))
+                buffer[target, :, :longest] = buffer[source, :, :longest]
+            self.lengths[target.numpy()] = self.lengths[source.numpy()]
+        self.lengths = self.lengths[: self.num_rows - count].copy()
 
     def reset(self, slots: Slots) -> None:
         """Forget the rows' tokens; the slots stay."""

@@ -50,15 +50,16 @@ class Candidates:
     parts: Parts  # the branches' keys and values
 
     @classmethod
-    def gathered(cls, decoded: Decoded, rows: list[int], order: np.ndarray, branches: int) -> Candidates:
+    def gathered(cls, decoded: Decoded, rows: list[int], order: np.ndarray, wanted: np.ndarray) -> Candidates:
         """From cell order back to the order the rows were asked for; order[j]: which asked-for row is the
         j-th."""
+        branches = int(wanted.max())
         first = np.empty(len(rows), dtype=np.int64)
         first[order] = np.arange(len(rows)) * branches
         starts = first.tolist()
 
         def grouped(items: Sequence) -> list:
-            return [list(items[at : at + branches]) for at in starts]
+            return [list(items[at : at + n]) for at, n in zip(starts, wanted.tolist(), strict=True)]
 
         return cls(
             rows,

@@ -29,6 +29,7 @@ class BranchDecoder:
         self,
         policy: Policy,
         branches: Branches,
+        wanted: np.ndarray,
         last_hidden: Tensor,
         weights: RowWeights,
         params: Sequence[SamplingParams],
@@ -49,14 +50,15 @@ class BranchDecoder:
         room = max_context - self.base_lengths
         self.context_bound = torch.from_numpy(np.repeat(room <= limits, self.num_candidates)).to(device)
         caps = np.minimum(limits, room)
-        self.caps = torch.from_numpy(np.repeat(caps, self.num_candidates)).to(device)
+        # Rows that want fewer candidates than others have branches that never start.
+        starts = np.arange(self.num_candidates) < wanted[:, None]
+        self.caps = torch.from_numpy(np.where(starts, caps[:, None], 0).reshape(-1)).to(device)
         self.stop_table = torch.zeros(policy.vocab_size, dtype=torch.bool, device=device)
         self.stop_table[torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)] = True
         self.trigger_table = None if stop is None else stop.trigger_table(policy.vocab_size).to(device)
         self.with_logps = with_logps
-        self.keys = draw_keys(
-            seeds, torch.from_numpy(self.base_lengths).to(device), self.num_candidates
-        ).view(-1)
+        self.keys = draw_keys(seeds, self.num_candidates, device).view(-1)
+        self.first_positions = torch.from_numpy(self.base_lengths.repeat(self.num_candidates)).to(device)
         self.params = SamplingBatch.of(params, device)
         self.max_tokens = max(int(caps.max()), 0)
         self.tokens = torch.zeros(self.cells + 1, self.max_tokens, dtype=torch.long, device=device)
@@ -91,6 +93,7 @@ class BranchDecoder:
         self.num_alive = int(alive.sum())
         self.cell_params = self.params.take(self.row)
         self.cell_keys, self.cell_caps = self.keys[cell], self.caps[cell]
+        self.cell_first = self.first_positions[cell]
 
     def _first_logits(self) -> Tensor:
         """Every candidate's first token comes from the same hidden state: one head application per row."""
@@ -98,7 +101,8 @@ class BranchDecoder:
         return self.head(self.last_hidden, rows).repeat_interleave(self.num_candidates, dim=0)
 
     def _draw(self, logits: Tensor, time: int) -> Tensor:
-        tokens, logps = draw(logits, self.cell_params, uniforms(self.cell_keys, time), self.with_logps)
+        uniform = uniforms(self.cell_keys, self.cell_first + time)
+        tokens, logps = draw(logits, self.cell_params, uniform, self.with_logps)
         self.tokens[self.target, time] = tokens
         if self.logps is not None and logps is not None:
             self.logps[self.target, time] = logps

@@ -1,6 +1,6 @@
 """Drawing tokens: temperature, top-k, top-p, min-p, with randomness that belongs to the request alone.
 
-Every draw is a pure function of (request seed, position in the conversation, candidate, token index): a
+Every draw is a pure function of (request seed, candidate, position in the conversation): a
 counter-based generator instead of a stateful one, so the batch a request runs in, its order and its
 neighbours change nothing.
 """
@@ -150,13 +150,12 @@ def _wrapped(value: int) -> int:
     return (value + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-def draw_keys(seeds: Sequence[int], positions: Tensor, num_candidates: int) -> Tensor:
-    """Keys [N, K]: one per (request seed, number of tokens in the conversation, candidate)."""
-    seed = torch.tensor([_wrapped(int(s)) for s in seeds], dtype=torch.int64, device=positions.device)
-    key = mixed(mixed(seed, 0), positions)[:, None]
-    return mixed(key, torch.arange(num_candidates, device=positions.device)[None])
+def draw_keys(seeds: Sequence[int], num_candidates: int, device: torch.device) -> Tensor:
+    """Keys [N, K]: one per (request seed, candidate)."""
+    seed = torch.tensor([_wrapped(int(s)) for s in seeds], dtype=torch.int64, device=device)
+    return mixed(mixed(seed, 0)[:, None], torch.arange(num_candidates, device=device)[None])
 
 
-def uniforms(keys: Tensor, counter: int) -> Tensor:
-    """Numbers in [0, 1), float64, one per key and counter: the top 52 bits of the hash."""
-    return _shift_right(mixed(keys, counter), 12).to(torch.float64) * 2.0**-52
+def uniforms(keys: Tensor, positions: Tensor) -> Tensor:
+    """Numbers in [0, 1), float64, one per key and token position: the top 52 bits of the hash."""
+    return _shift_right(mixed(keys, positions), 12).to(torch.float64) * 2.0**-52
