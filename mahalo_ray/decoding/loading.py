@@ -13,6 +13,7 @@ from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.decoding.policy import CausalPolicy, MultiHeadPolicy, Policy
 from mahalo_ray.models.folder import METADATA_FILE
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
+from mahalo_ray.models.reward import ProcessRewardModel
 
 
 @dataclass(frozen=True)
@@ -47,3 +48,10 @@ def load_policy(url: str, placement: Placement) -> tuple[Policy, ChatFormat]:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=placement.torch_dtype)
         policy = CausalPolicy(model.to(placement.device).eval())
     return policy, ChatFormat(tokenizer)
+
+
+def load_reward_model(url: str, placement: Placement) -> ProcessRewardModel:
+    """A process reward model saved by us; raises FileNotFoundError if nothing is there."""
+    folder = storage.local_copy(url)
+    model = ProcessRewardModel.from_pretrained(folder, dtype=placement.torch_dtype, device=placement.device)
+    return model.eval()

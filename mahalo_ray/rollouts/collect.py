@@ -22,8 +22,10 @@ class CandidateScorer(Protocol):
         """Scores per objective of every candidate turn [i][k] of the waiting conversations."""
         ...
 
-    def accept(self, waiting: Sequence[Conversation], choice: Sequence[int]) -> None:
-        """Candidate choice[i] of the last `score` call is said in conversation i."""
+    def accept(
+        self, waiting: Sequence[Conversation], turns: Sequence[Sequence[list[int]]], choice: Sequence[int]
+    ) -> None:
+        """Turn choice[i] of those just scored is said in conversation i."""
         ...
 
 
@@ -68,9 +70,9 @@ class Collector:
                     )
                 )
             sets.append(self._candidate_set(conversation, found, choice[i]))
-        self.batch.accept(waiting, candidates, choice)
         if self.scorer:
-            self.scorer.accept(waiting, choice)
+            self.scorer.accept(waiting, candidates.token_ids, choice)
+        self.batch.accept(waiting, candidates, choice)
         return sets
 
     def _candidate_set(self, conversation: Conversation, found: list[Candidate], chosen: int) -> CandidateSet:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import pyarrow as pa
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from mahalo_ray.data.records import Dialogue, Message, Turn
@@ -16,6 +16,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+NUMBERS = 100
 EXAMPLE_SCHEMA = pa.schema(
     [("id", pa.string()), ("input_ids", pa.list_(pa.int32())), ("loss_mask", pa.list_(pa.bool_()))]
 )
@@ -40,7 +41,11 @@ def scripted_dialogues(count: int, seed: int) -> Iterator[Dialogue]:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with the miniature's chat template; numbers become whole tokens."""
+    """A byte-level BPE tokenizer with the miniature's chat template and whole numbers as tokens.
+
+    Numbers are added tokens, so that they stay whole under any pre-tokenizer: transformers' AutoTokenizer
+    loads a tokenizer beside a Qwen2 config with Qwen2's own, which splits digits.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -52,9 +57,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens([AddedToken(f" {number}", normalized=False) for number in range(NUMBERS)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<|pad|>",
+        unk_token="<|pad|>",
         eos_token="<|end|>",
         additional_special_tokens=special[2:],
         chat_template=CHAT_TEMPLATE,
