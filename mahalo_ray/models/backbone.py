@@ -81,7 +81,8 @@ def _check_split(
     whole = model(input_ids=ids, use_cache=False).logits.float()
     parts = transform(head(backbone(input_ids=ids, use_cache=False).last_hidden_state)).float()
     model.train(training)
-    if not torch.allclose(whole, parts, rtol=1e-3, atol=1e-2 * max(1.0, whole.abs().max().item())):
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.05
+    if (whole - parts).abs().max() > tolerance * whole.abs().max():
         raise ValueError(
             f"{type(model).__name__}: head(backbone(x)) differs from the model's own logits by up to "
             f"{(whole - parts).abs().max():.3g}; what this family does between the two is not supported"

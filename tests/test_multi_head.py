@@ -1,0 +1,424 @@
+"""The multi-head policy on every backbone family, against the all-heads computation done by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mahalo_ray.models import ChunkedCausalLM, LoraSettings, MultiHeadCausalLM, causal_lm_completion_logps
+from mahalo_ray.objectives import Weights
+
+V = 61
+OBJECTIVES = ["accuracy", "engagement", "brevity"]
+WEIGHTS = Weights.parse("accuracy=0.5,engagement=0.2,brevity=0.3")
+
+SMALL: dict[str, Any] = {
+    "vocab_size": V,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+GPT2 = {"vocab_size": V, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+ENDS = {"bos_token_id": 1, "eos_token_id": 2}
+FAMILIES: dict[str, tf.PretrainedConfig] = {
+    "qwen2-tied": tf.Qwen2Config(**{**SMALL, "tie_word_embeddings": True}),
+    "qwen2-untied": tf.Qwen2Config(**{**SMALL, "tie_word_embeddings": False}),
+    "qwen3": tf.Qwen3Config(**SMALL),
+    "llama": tf.LlamaConfig(**SMALL),
+    "mistral": tf.MistralConfig(**{**SMALL, "sliding_window": 4}),
+    "gemma": tf.GemmaConfig(**SMALL),
+    # Caps small enough to bend the logits of a random model.
+    "gemma2-softcap": tf.Gemma2Config(**SMALL, final_logit_softcapping=0.1, query_pre_attn_scalar=8),
+    "gpt2": tf.GPT2Config(**GPT2, **ENDS),
+    "phi-head-bias": tf.PhiConfig(**SMALL, partial_rotary_factor=0.5),
+    "granite-scaled": tf.GraniteConfig(**SMALL, logits_scaling=4.0),
+    "cohere-scaled": tf.CohereConfig(**SMALL, logit_scale=0.25),
+}
+
+
+def tiny(family: str = "qwen2-untied", seed: int = 0) -> tf.PreTrainedModel:
+    torch.manual_seed(seed)
+    model = tf.AutoModelForCausalLM.from_config(FAMILIES[family])
+    head = model.get_output_embeddings()
+    if head.bias is not None:
+        torch.nn.init.normal_(head.bias, std=0.1)
+    return model.eval()
+
+
+def policy(family: str = "qwen2-untied", noise: float = 0.1, **kwargs: Any) -> MultiHeadCausalLM:
+    return MultiHeadCausalLM.from_base(tiny(family), OBJECTIVES, noise=noise, **kwargs).eval()
+
+
+def batch(rows: int = 4, length: int = 9, seed: int = 1) -> dict[str, Tensor]:
+    """Right-padded rows whose completion starts at position 3; labels already shifted."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, V, (rows, length), generator=g)
+    lengths = torch.randint(5, length + 1, (rows,), generator=g)
+    positions = torch.arange(length)
+    mask = (positions < lengths[:, None]).long()
+    labels = torch.roll(ids, -1, 1).masked_fill((positions < 3) | (positions >= lengths[:, None] - 1), -100)
+    return {"input_ids": ids * mask, "attention_mask": mask, "labels": labels}
+
+
+def all_heads_logps(model: MultiHeadCausalLM, data: dict[str, Tensor]) -> Tensor:
+    """[H, B]: every row through every head, whole logits."""
+    hidden = model.hidden_states(data["input_ids"], data["attention_mask"])
+    labels, found = data["labels"], []
+    for head in model.heads.values():
+        logps = head(hidden).log_softmax(-1).gather(2, labels.clamp(min=0)[..., None])[..., 0]
+        found.append((logps * (labels != -100)).sum(1))
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("kind", ["full", "low_rank"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_routes_merges_saves_and_loads(family: str, kind: Any, tmp_path: Path) -> None:
+    model, data = policy(family, head_kind=kind, rank=3), batch()
+    with torch.no_grad():
+        index = torch.tensor([0, 2, 1, 0])
+        routed = model.completion_logps(**data, head_index=index, chunk_size=3)
+        torch.testing.assert_close(routed, all_heads_logps(model, data)[index, torch.arange(4)])
+
+        hidden = model.hidden_states(data["input_ids"], data["attention_mask"])
+        scale, cap = model.transform.scale, model.transform.softcap
+        weighted = sum(w * model.heads[o].project(hidden) for o, w in WEIGHTS.items()) * scale
+        weighted = weighted if cap is None else cap * torch.tanh(weighted / cap)
+        torch.testing.assert_close(model.logits(hidden, WEIGHTS), weighted)
+        torch.testing.assert_close(model.merged(WEIGHTS)(hidden), weighted)
+        merged = model.merge(WEIGHTS)
+        assert isinstance(merged, type(tiny(family)))
+        torch.testing.assert_close(
+            merged(data["input_ids"], attention_mask=data["attention_mask"]).logits, weighted
+        )
+
+        model.save_pretrained(tmp_path / "policy")
+        loaded = MultiHeadCausalLM.from_pretrained(tmp_path / "policy").eval()
+        assert loaded.objectives == model.objectives and loaded.head_kind == kind
+        torch.testing.assert_close(
+            loaded.completion_logps(**data, head_index=index), routed, rtol=1e-6, atol=1e-6
+        )
+        merged.save_pretrained(tmp_path / "merged")
+        plain = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+        torch.testing.assert_close(
+            plain(data["input_ids"], attention_mask=data["attention_mask"]).logits, weighted
+        )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_backbone_folder_is_one_that_transformers_loads(family: str, tmp_path: Path) -> None:
+    model, data = policy(family), batch()
+    model.save_pretrained(tmp_path)
+    backbone = tf.AutoModel.from_pretrained(tmp_path / "backbone").eval()
+    with torch.no_grad():
+        found = backbone(data["input_ids"], attention_mask=data["attention_mask"]).last_hidden_state
+        torch.testing.assert_close(found, model.hidden_states(data["input_ids"], data["attention_mask"]))
+
+
+@pytest.mark.parametrize("kind", ["full", "low_rank"])
+def test_heads_start_as_the_base_head_plus_noise_seeded_by_name(kind: Any) -> None:
+    base = tiny()
+    weight = base.lm_head.weight
+    one = MultiHeadCausalLM.from_base(base, ["a", "b"], noise=1e-3, head_kind=kind, rank=4)
+    two = MultiHeadCausalLM.from_base(base, ["b", "c", "a"], noise=1e-3, head_kind=kind, rank=4)
+    for name in ("a", "b"):
+        difference = one.heads[name].weight - weight
+        assert 0.7e-3 < difference.std() < 1.3e-3
+        torch.testing.assert_close(one.heads[name].weight, two.heads[name].weight, rtol=0, atol=0)
+    assert not torch.equal(one.heads["a"].weight, one.heads["b"].weight)
+    other = MultiHeadCausalLM.from_base(base, ["a"], noise=1e-3, seed=7, head_kind=kind, rank=4)
+    assert not torch.equal(other.heads["a"].weight, one.heads["a"].weight)
+    assert one.head_kind == "full" or one.base_head.weight.requires_grad is False
+
+
+def test_training_does_not_touch_the_base_model_heads_or_embedding_through_a_tied_weight() -> None:
+    base = tiny("qwen2-tied")
+    model = MultiHeadCausalLM.from_base(base, OBJECTIVES)
+    for head in model.heads.values():
+        assert head.weight.data_ptr() != base.get_input_embeddings().weight.data_ptr()
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(st.integers(0, 2), min_size=1, max_size=6),
+    st.integers(1, 20),
+    st.booleans(),
+    st.sampled_from(["full", "low_rank"]),
+)
+def test_routing_equals_the_all_heads_computation_with_gradients(
+    index: list[int], chunk: int, average: bool, kind: Any
+) -> None:
+    """Values, gradients of heads and backbone; heads without rows get a gradient of zero."""
+    data = batch(rows=len(index), seed=len(index))
+    upstream = torch.randn(len(index), generator=torch.Generator().manual_seed(chunk))
+    counts = (data["labels"] != -100).sum(1) if average else 1
+    grads = []
+    for routed in (True, False):
+        model = policy(head_kind=kind, rank=2)
+        if routed:
+            logps = model.completion_logps(
+                **data, head_index=torch.tensor(index), chunk_size=chunk, average=average
+            )
+        else:
+            logps = all_heads_logps(model, data)[torch.tensor(index), torch.arange(len(index))] / counts
+        (logps * upstream).sum().backward()
+        own = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        grads.append((logps, own))
+    torch.testing.assert_close(grads[0][0], grads[1][0])
+    for name, expected in grads[1][1].items():
+        found = grads[0][1][name]
+        if expected is None and name.startswith("heads."):
+            expected = torch.zeros_like(found)
+        torch.testing.assert_close(
+            found, expected, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+        )
+    for number, objective in enumerate(OBJECTIVES):
+        if number not in index:
+            for parameter in grads[0][1]:
+                if parameter.startswith(f"heads.{objective}."):
+                    assert not grads[0][1][parameter].any()
+
+
+def test_the_backbone_gradient_is_the_weighted_sum_over_objectives() -> None:
+    data, alpha = batch(rows=6), torch.tensor([1.0, 0.5, 2.0])
+    index = torch.tensor([0, 1, 2, 2, 1, 0])
+    model = policy()
+    (model.completion_logps(**data, head_index=index) * alpha[index]).sum().backward()
+    together = [p.grad.clone() for p in model.backbone.parameters()]
+    apart = [torch.zeros_like(g) for g in together]
+    for number in range(3):
+        model.zero_grad()
+        rows = index == number
+        model.completion_logps(
+            **{k: v[rows] for k, v in data.items()}, head_index=index[rows]
+        ).sum().backward()
+        for total, parameter in zip(apart, model.backbone.parameters(), strict=True):
+            total += alpha[number] * parameter.grad
+    for found, expected in zip(together, apart, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["full", "low_rank"])
+@pytest.mark.parametrize("family", ["qwen2-tied", "gemma2-softcap", "phi-head-bias"])
+def test_each_row_with_its_own_weights_decodes_in_one_pass(family: str, kind: Any) -> None:
+    model, data = policy(family, head_kind=kind, rank=2), batch(rows=3)
+    rows = [WEIGHTS, Weights.one("brevity"), Weights.parse("accuracy=1,engagement=3")]
+    table = torch.tensor([w.over(OBJECTIVES) for w in rows])
+    with torch.no_grad():
+        hidden = model.hidden_states(data["input_ids"], data["attention_mask"])
+        for states in (hidden, hidden[:, -1]):
+            found = model.logits(states, table)
+            for row, weights in enumerate(rows):
+                torch.testing.assert_close(found[row], model.merged(weights)(states[row]))
+    with pytest.raises(ValueError, match=r"wanted \(3, 3\)"):
+        model.logits(hidden, table[:2])
+
+
+def test_one_weight_on_one_objective_is_that_head_exactly() -> None:
+    model = policy()
+    assert torch.equal(model.merged_head(Weights.one("engagement")), model.heads["engagement"].weight)
+    with pytest.raises(ValueError, match="Did you mean 'brevity'"):
+        model.merged_head(Weights.one("brevty"))
+
+
+def test_lora_trains_the_adapter_alone_and_off_it_is_the_base(tmp_path: Path) -> None:
+    base, data, index = tiny(), batch(), torch.tensor([0, 1, 2, 0])
+    with torch.no_grad():
+        expected = causal_lm_completion_logps(base, **data, chunk_size=4)
+    base.save_pretrained(tmp_path / "base")
+    model = MultiHeadCausalLM.from_base(tmp_path / "base", OBJECTIVES, keep_base_head=True)
+    model.add_lora(LoraSettings(rank=2, alpha=4.0))
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    optimizer = torch.optim.SGD([*model.backbone_parameters(), *model.head_parameters()], lr=0.5)
+    assert all("lora_" in n for n, p in model.backbone.named_parameters() if p.requires_grad)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model.completion_logps(**data, head_index=index).sum().backward()
+        optimizer.step()
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters() if n in before)
+    model.eval()
+    with torch.no_grad():
+        trained = model.completion_logps(**data, head_index=index)
+        assert (trained - expected).abs().min() > 0.1
+        torch.testing.assert_close(model.reference_completion_logps(**data), expected)
+
+        model.save_pretrained(tmp_path / "policy")
+        assert not (tmp_path / "policy" / "backbone").exists()
+        loaded = MultiHeadCausalLM.from_pretrained(tmp_path / "policy").eval()
+        torch.testing.assert_close(loaded.completion_logps(**data, head_index=index), trained)
+        torch.testing.assert_close(loaded.reference_completion_logps(**data), expected)
+        hidden = model.hidden_states(data["input_ids"], data["attention_mask"])
+        merged = loaded.merge(WEIGHTS)
+        assert not any("lora" in name for name, _ in merged.named_parameters())
+        found = merged(data["input_ids"], attention_mask=data["attention_mask"]).logits
+        torch.testing.assert_close(found, model.logits(hidden, WEIGHTS), rtol=1e-4, atol=1e-4)
+        assert loaded.has_lora, "merging must leave the policy as it was"
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match="pass backbone"):
+        MultiHeadCausalLM.from_pretrained(tmp_path / "policy")
+    moved = MultiHeadCausalLM.from_pretrained(tmp_path / "policy", backbone=tmp_path / "moved").eval()
+    torch.testing.assert_close(moved.completion_logps(**data, head_index=index), trained)
+    # With its backbone inside, the folder needs nothing else, and that is the base, not the adapted one.
+    loaded.save_pretrained(tmp_path / "whole", with_backbone=True)
+    whole = MultiHeadCausalLM.from_pretrained(tmp_path / "whole").eval()
+    torch.testing.assert_close(whole.completion_logps(**data, head_index=index), trained)
+    torch.testing.assert_close(whole.reference_completion_logps(**data), expected)
+
+
+def test_lora_refuses_what_it_cannot_do() -> None:
+    model = policy()
+    with pytest.raises(ValueError, match="no LoRA adapter to disable"), model.disable_adapter():
+        pass
+    with pytest.raises(ValueError, match="keep_base_head=True"):
+        model.reference_completion_logps(**batch())
+    base = tiny()
+    other = MultiHeadCausalLM.from_base(base, OBJECTIVES)
+    other.add_lora()
+    with pytest.raises(ValueError, match="already carries"):
+        other.add_lora()
+    with pytest.raises(ValueError, match="already carries"):
+        MultiHeadCausalLM.from_base(base, OBJECTIVES)
+
+
+def test_gradient_checkpointing_changes_memory_only() -> None:
+    data, index, grads = batch(), torch.tensor([0, 1, 2, 0]), []
+    for checkpointed in (False, True):
+        model = policy().train()
+        if checkpointed:
+            model.gradient_checkpointing_enable()
+        saved: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t
+        ):
+            loss = model.completion_logps(**data, head_index=index).sum()
+        loss.backward()
+        grads.append(([p.grad for p in model.parameters()], sum(saved)))
+    assert grads[1][1] < grads[0][1] / 2
+    for found, expected in zip(grads[1][0], grads[0][0], strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_keyword_arguments_reach_the_backbone() -> None:
+    model, data = policy(), batch()
+    with torch.no_grad():
+        plain = model.hidden_states(data["input_ids"])
+        moved = model.hidden_states(data["input_ids"], position_ids=torch.arange(9)[None] * 3)
+    assert not torch.allclose(plain, moved)
+    model.set_attn_implementation("eager")
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("family", ["qwen2-tied", "gemma2-softcap", "gpt2"])
+def test_causal_lm_logps_equal_whole_logits_and_train_the_model(family: str) -> None:
+    base, data = tiny(family), batch()
+    logits = base(data["input_ids"], attention_mask=data["attention_mask"]).logits
+    labels = data["labels"]
+    logps = logits.log_softmax(-1).gather(2, labels.clamp(min=0)[..., None])[..., 0] * (labels != -100)
+    (-logps.sum(1)).sum().backward()
+    expected = {n: p.grad.clone() for n, p in base.named_parameters()}
+    base.zero_grad()
+    found = ChunkedCausalLM(base)(**data, chunk_size=5)
+    torch.testing.assert_close(found, logps.sum(1))
+    (-found).sum().backward()
+    for name, parameter in base.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-4)
+    average = causal_lm_completion_logps(base, **data, average=True)
+    torch.testing.assert_close(average, logps.sum(1) / (labels != -100).sum(1))
+
+
+def test_a_padded_vocabulary_is_kept_as_it_is(tmp_path: Path) -> None:
+    """Heads have the model's rows, whatever the tokenizer's size, and the merged model can still resize."""
+    base = tiny()
+    base.resize_token_embeddings(V + 3)
+    model = MultiHeadCausalLM.from_base(base, ["a"])
+    assert model.heads["a"].weight.shape == (V + 3, 16) and model.vocab_size == V + 3
+    model.save_pretrained(tmp_path)
+    merged = MultiHeadCausalLM.from_pretrained(tmp_path).merge(Weights.one("a"))
+    assert merged.config.vocab_size == V + 3 and not merged.config.tie_word_embeddings
+
+
+def test_generation_config_tokenizer_card_and_dtype_survive(tmp_path: Path) -> None:
+    base = tiny("qwen2-tied")
+    base.generation_config.eos_token_id = [2, 7]
+    model = MultiHeadCausalLM.from_base(base, OBJECTIVES)
+    model.save_pretrained(tmp_path, figures={"reward accuracy": 0.71, "data": "toy"})
+    card = (tmp_path / "README.md").read_text()
+    assert (
+        "| engagement | full head |" in card
+        and "| reward accuracy | 0.71 |" in card
+        and "| data | toy |" in card
+    )
+    document = json.loads((tmp_path / "mahalo.json").read_text())
+    assert document["objectives"] == OBJECTIVES and document["format_version"] == 1
+    loaded = MultiHeadCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    assert loaded.merge(WEIGHTS).generation_config.eos_token_id == [2, 7]
+
+
+def test_a_gathered_state_dict_is_saved_instead_of_the_modules_own(tmp_path: Path) -> None:
+    model = policy(head_kind="low_rank", rank=2)
+    state = {name: torch.full_like(tensor, 0.5) for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=state)
+    loaded = MultiHeadCausalLM.from_pretrained(tmp_path)
+    assert all(bool((p == 0.5).all()) for p in loaded.parameters())
+
+
+def test_bad_input_is_refused_by_name(tmp_path: Path) -> None:
+    for objectives, complaint in (
+        ([], "at least one"),
+        ("accuracy", "give a list"),
+        (["a", "a"], "twice"),
+        (["a.b"], "cannot name"),
+        (["keys"], "cannot name"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            MultiHeadCausalLM.from_base(tiny(), objectives)
+    with pytest.raises(ValueError, match="unknown head kind 'ful'"):
+        MultiHeadCausalLM.from_base(tiny(), ["a"], head_kind="ful")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="not a causal language model"):
+        MultiHeadCausalLM.from_base(tf.AutoModel.from_config(FAMILIES["llama"]), ["a"])
+    with pytest.raises(ValueError, match=r"outside 0\.\.2"):
+        policy().completion_logps(**batch(), head_index=torch.tensor([0, 1, 2, 3]))
+    with pytest.raises(ValueError, match="no model folder"):
+        MultiHeadCausalLM.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"holds no mahalo\.json"):
+        MultiHeadCausalLM.from_pretrained(tmp_path)
+    policy().save_pretrained(tmp_path)
+    document = json.loads((tmp_path / "mahalo.json").read_text())
+    (tmp_path / "mahalo.json").write_text(json.dumps({**document, "objectives": ["accuracy", "style"]}))
+    with pytest.raises(
+        ValueError, match=r"'heads\.style\.weight' is missing.*'heads\.brevity\.weight' is unknown"
+    ):
+        MultiHeadCausalLM.from_pretrained(tmp_path)
+    (tmp_path / "mahalo.json").write_text(json.dumps({**document, "format_version": 9}))
+    with pytest.raises(ValueError, match="format version 9"):
+        MultiHeadCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_family_with_hidden_tricks_is_refused() -> None:
+    """MiniCPM3 scales the states between backbone and head: head(backbone(x)) is not its logits."""
+    config = tf.MiniCPM3Config(
+        **{**SMALL, "num_key_value_heads": 2},
+        dim_model_base=4,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_nope_head_dim=4,
+        qk_rope_head_dim=4,
+        v_head_dim=8,
+    )
+    with pytest.raises(ValueError, match="not supported"):
+        MultiHeadCausalLM.from_base(tf.AutoModelForCausalLM.from_config(config), ["a"])
