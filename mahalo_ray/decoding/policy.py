@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, cast
 
 import numpy as np
@@ -48,9 +49,12 @@ class CachedBackbone:
     """A transformers base model (no head) run over the decoding cache; refuses architectures it would get
     wrong."""
 
-    def __init__(self, backbone: nn.Module) -> None:
+    def __init__(
+        self, backbone: nn.Module, around: Callable[[], AbstractContextManager[object]] = nullcontext
+    ) -> None:
+        """`around` gives a context for every forward (an adapter switched off)."""
         config = cast(PretrainedConfig, backbone.config)
-        self.model, self.config = backbone, config
+        self.model, self.config, self._around = backbone, config, around
         self.name = type(backbone).__name__
         values = config.to_dict()
         unsupported = sorted(set(values.get("layer_types") or ()) - {"full_attention", "sliding_attention"})
@@ -67,7 +71,7 @@ class CachedBackbone:
 
     def __call__(self, input_ids: Tensor, position_ids: Tensor, kv_cache: View) -> Tensor:
         """[B, T] -> [B, T, D], no gradients."""
-        with torch.no_grad(), cached_attention(self.config):
+        with torch.no_grad(), cached_attention(self.config), self._around():
             out = self.model(
                 input_ids=input_ids,
                 position_ids=position_ids,
@@ -82,7 +86,7 @@ class CachedBackbone:
         was_training = self.model.training
         self.model.eval()
         ids = torch.tensor([[0, 1 % self.config.vocab_size]], device=self.device)
-        with torch.no_grad():
+        with torch.no_grad(), self._around():
             expected = self.model(input_ids=ids, use_cache=False).last_hidden_state
         cache = RaggedCache(initial_capacity=2)
         view = cache.append(cache.add(1), np.array([2]), 2)
