@@ -163,6 +163,20 @@ class TurnBoundary:
         return None
 
 
+@dataclass(frozen=True)
+class AnswerOnly:
+    """Another boundary of which only complete answers end anything: for sampling whole responses."""
+
+    boundary: Boundary
+
+    def is_trigger(self, piece: str) -> bool:
+        return self.boundary.is_trigger(piece)
+
+    def verdict(self, text: str, num_tokens: int) -> StopReason | None:
+        verdict = self.boundary.verdict(text, num_tokens)
+        return None if verdict is StopReason.STEP else verdict
+
+
 BOUNDARIES: dict[str, Boundary] = {
     "math": MathBoundary(),
     "human_values": SentenceBoundary(),

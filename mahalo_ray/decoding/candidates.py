@@ -20,6 +20,7 @@ class StopReason(StrEnum):
     STEP = "step"  # the domain's boundary: the step is complete, the response may go on
     ANSWER = "answer"  # the domain's boundary: the response is complete (maths: \boxed{} closed)
     STRING = "stop_string"  # the text contains a stop string
+    STEPS = "max_steps"  # guided decoding took as many steps as it may
 
 
 REASONS = tuple(StopReason)

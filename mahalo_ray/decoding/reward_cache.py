@@ -245,8 +245,8 @@ class RewardConversations:
     def _check_room(self, row: int, count: int) -> None:
         if len(self._ids[row]) + count > self.max_context:
             raise ValueError(
-                f"the text does not fit the reward model: {len(self._ids[row])} tokens and {count} new ones exceed "
-                f"its context of {self.max_context}"
+                f"the text does not fit the reward model: {len(self._ids[row])} tokens and {count} new ones "
+                f"exceed its context of {self.max_context}"
             )
 
 

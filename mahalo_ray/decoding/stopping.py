@@ -23,6 +23,8 @@ class StopRule:
     boundary: Boundary
     stop_strings: tuple[str, ...] = ()
     before: str = ""
+    begun: str = ""  # text and tokens of the same step that were accepted earlier (token by token)
+    begun_tokens: int = 0
 
     def is_trigger(self, piece: str) -> bool:
         return self.boundary.is_trigger(piece) or any(stop[-1] in piece for stop in self.stop_strings)
@@ -33,7 +35,7 @@ class StopRule:
             seam = self.before[-(longest - 1) :] if longest > 1 else ""
             if any(stop in seam + text for stop in self.stop_strings):
                 return StopReason.STRING
-        return self.boundary.verdict(text, num_tokens)
+        return self.boundary.verdict(self.begun + text, self.begun_tokens + num_tokens)
 
 
 class Vocabulary:
@@ -67,6 +69,18 @@ class Vocabulary:
                 [not never and ("\ufffd" in p or trigger(p)) for p in self._pieces]
             )
         return self._tables[key]
+
+
+def last_step_start(token_ids: Sequence[int], boundary: Boundary, vocabulary: Vocabulary) -> int:
+    """Where the last step of a response sampled as a whole begins: behind its last inner boundary."""
+    triggers = vocabulary.table(StopRule(boundary))
+    start = 0
+    for at in range(len(token_ids) - 1):
+        if token_ids[at] < len(triggers) and triggers[token_ids[at]]:
+            text = vocabulary.decode(token_ids[start : at + 1])
+            if boundary.verdict(text, at + 1 - start) is StopReason.STEP:
+                start = at + 1
+    return start
 
 
 class TextStop:

@@ -1,0 +1,98 @@
+"""Guided decoding: at every step K candidates from the policy, scored by a process reward model, one goes on.
+
+Both models keep their state: a prompt is encoded once by each, a candidate's tokens once, and nothing is ever
+encoded again (MAHALO, arXiv 2510.01167, "continuing hidden state").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mahalo_ray.data.templating import ChatFormat
+from mahalo_ray.decoding.boundaries import Boundary, boundary_for
+from mahalo_ray.decoding.policy import Policy, as_policy
+from mahalo_ray.decoding.requests import GuidedRequest, GuidedResult, Step
+from mahalo_ray.decoding.session import GuidedSession
+from mahalo_ray.decoding.stopping import Vocabulary
+from mahalo_ray.models.multi_head import MultiHeadCausalLM
+from mahalo_ray.models.reward import ProcessRewardModel
+
+
+class GuidedDecoder:
+    """Answers prompts with a policy, guided by a reward model (None: the policy alone).
+
+    `boundary`: a `Boundary`, or a domain's name ("math", "human_values", "tutoring"). The tokenizer defaults
+    to the reward model's; policy and reward model must have the same vocabulary, since tokens are handed over
+    as they are. `max_branches` bounds the candidates decoded at once over all requests; more requests wait
+    their turn.
+    """
+
+    def __init__(
+        self,
+        policy: Policy | MultiHeadCausalLM | PreTrainedModel,
+        reward_model: ProcessRewardModel | None,
+        boundary: Boundary | str,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        max_branches: int = 256,
+        max_context: int | None = None,
+    ) -> None:
+        self.policy = as_policy(policy)
+        self.reward_model = reward_model
+        self.boundary = boundary_for(boundary) if isinstance(boundary, str) else boundary
+        judged = None if reward_model is None else reward_model.tokenizer
+        tokenizer = judged if tokenizer is None else tokenizer
+        if tokenizer is None:
+            raise ValueError("give a tokenizer: the reward model does not carry one")
+        if judged is not None and judged is not tokenizer and judged.get_vocab() != tokenizer.get_vocab():
+            raise ValueError(
+                "the policy's and the reward model's tokenizers differ: guided decoding hands over token ids, "
+                "so both must have the same vocabulary"
+            )
+        self.format = ChatFormat(tokenizer)
+        self.vocabulary = Vocabulary(tokenizer)
+        self.max_branches = max_branches
+        self.max_context = max_context
+
+    def session(self) -> GuidedSession:
+        """An empty batch that requests can join at any time."""
+        return GuidedSession(
+            self.policy,
+            self.reward_model,
+            self.boundary,
+            self.format,
+            self.vocabulary,
+            self.max_branches,
+            self.max_context,
+        )
+
+    def generate(self, messages: Sequence[Any], **options: Any) -> GuidedResult:
+        """Answer one conversation; options are the fields of `GuidedRequest` (weights, guidance,
+        num_candidates...).
+        """
+        return self.generate_batch([GuidedRequest(messages, **options)])[0]
+
+    def generate_batch(self, requests: Sequence[GuidedRequest]) -> list[GuidedResult]:
+        """Answer many conversations in one batch. Each answer is what `generate` would give for it alone."""
+        session = self.session()
+        running = [session.submit(request) for request in requests]
+        while session.is_busy:
+            session.advance()
+        return [one.result() for one in running]
+
+    def stream(
+        self, messages: Sequence[Any], tokens: bool = False, **options: Any
+    ) -> Generator[Step, None, GuidedResult]:
+        """Yield every accepted step as it is decided; its StopIteration value is the `GuidedResult`.
+
+        `tokens`: yield every token; only possible without candidates to choose from (num_candidates 1 or
+        strategy "none").
+        """
+        session = self.session()
+        running = session.submit(GuidedRequest(messages, **options), token_by_token=tokens)
+        while session.is_busy:
+            session.advance()
+            yield from running.news()
+        return running.result()

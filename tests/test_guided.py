@@ -1,0 +1,367 @@
+"""Guided decoding end to end with tiny random models and a real tokenizer: what is chosen, kept, stopped and
+refused.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
+
+from mahalo_ray.data.records import Message
+from mahalo_ray.decoding.boundaries import MathBoundary, SentenceBoundary, TurnBoundary, boundary_for
+from mahalo_ray.decoding.candidates import StopReason
+from mahalo_ray.decoding.guidance import within_candidates
+from mahalo_ray.decoding.guided import GuidedDecoder
+from mahalo_ray.decoding.requests import GuidedRequest
+from mahalo_ray.decoding.sampling import SamplingParams
+from mahalo_ray.decoding.stopping import StopRule, TextStop, Vocabulary, last_step_start
+from mahalo_ray.domains.tutoring.corpus import train_tokenizer
+from mahalo_ray.models.multi_head import MultiHeadCausalLM
+from mahalo_ray.models.reward import ProcessRewardModel
+from mahalo_ray.models.traces import TokenTrace
+from mahalo_ray.objectives import Weights
+
+TEXT = [
+    "So we add 2 and 3.\n\nThat gives 5.\n\nThe answer is \\boxed{5}.",
+    "Dr. Smith said e.g. this. Is it? Yes!",
+]
+ASK = [{"role": "user", "content": "What is 2 + 3?"}]
+
+
+@functools.cache
+def tokenizer():
+    return train_tokenizer(TEXT * 3, 300)
+
+
+@functools.cache
+def model(seed: int = 0) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer()),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        eos_token_id=tokenizer().eos_token_id,
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@functools.cache
+def reward(separator: str | None = "\n\n") -> ProcessRewardModel:
+    return ProcessRewardModel.from_base(
+        model(1),
+        {"accuracy": "value", "engagement": "probability"},
+        tuning="frozen",
+        tokenizer=tokenizer(),
+        step_separator=separator,
+    )
+
+
+def decoder(boundary="math", **options) -> GuidedDecoder:
+    return GuidedDecoder(model(), reward(), boundary, **options)
+
+
+def message(fields: dict[str, str]) -> Message:
+    return Message.model_validate(fields)
+
+
+SHORT = {"max_step_tokens": 8, "max_new_tokens": 30, "num_candidates": 4}
+
+
+def test_every_step_takes_the_best_candidate_as_the_whole_text_would_score_it():
+    made = decoder()
+    result = made.generate(ASK, guidance=Weights.one("accuracy"), seed=3, **SHORT)
+    prompt = made.format.prompt_ids([message(ASK[0])])
+    before = list(prompt)
+    assert len(result.steps) >= 2
+    for step in result.steps:
+        totals = [candidate.total for candidate in step.candidates]
+        assert step.chosen == max(range(4), key=totals.__getitem__)
+        for candidate in step.candidates:
+            if candidate.reason in (StopReason.STEP, StopReason.LENGTH):
+                ids = before + candidate.token_ids
+                trace = TokenTrace(ids, [len(before)], [len(ids) - 1])
+                expected = reward().score_traces([trace])[0][0]
+                found = torch.tensor([candidate.scores[name] for name in reward().objectives])
+                torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        before += step.accepted.token_ids
+    assert result.token_ids == before[len(prompt) :]
+    assert result.text == made.format.decode(result.token_ids)
+    assert "".join(step.text for step in result.steps) == result.text
+
+
+def test_guidance_weights_change_what_is_chosen():
+    made = decoder()
+    by = {
+        name: made.generate(ASK, guidance=Weights.one(name), seed=1, **SHORT).steps[0]
+        for name in ("accuracy", "engagement")
+    }
+    for name, step in by.items():
+        assert step.accepted.scores[name] == max(c.scores[name] for c in step.candidates)
+    first = [[c.token_ids for c in step.candidates] for step in by.values()]
+    assert first[0] == first[1]  # same seed, same candidates: only the choice differs
+
+
+@pytest.mark.parametrize("strategy", ["argmax", "sample", "best_of_n", "none"])
+def test_a_batch_gives_each_request_what_it_gets_alone(strategy):
+    made = decoder(max_branches=9)  # some must wait
+    requests = [
+        GuidedRequest(
+            [{"role": "user", "content": text}], seed=i, strategy=strategy, **(SHORT | {"num_candidates": k})
+        )
+        for i, (text, k) in enumerate(
+            [("So?", 4), ("What is 2 + 3?", 2), ("Is it? Yes!", 1), ("The answer", 5)]
+        )
+    ]
+    together = made.generate_batch(requests)
+    for request, result in zip(requests, together, strict=True):
+        (alone,) = made.generate_batch([request])
+        assert alone.token_ids == result.token_ids and alone.stop_reason == result.stop_reason
+        assert [s.chosen for s in alone.steps] == [s.chosen for s in result.steps]
+
+
+def test_requests_can_join_while_others_run_and_leave_early():
+    session = decoder().session()
+    first = session.submit(GuidedRequest(ASK, seed=1, **SHORT))
+    session.advance()
+    second = session.submit(GuidedRequest(ASK, seed=2, **SHORT))
+    third = session.submit(GuidedRequest(ASK, seed=5, **SHORT))
+    session.advance()
+    session.cancel(third)
+    while session.is_busy:
+        session.advance()
+    assert first.result().token_ids == decoder().generate(ASK, seed=1, **SHORT).token_ids
+    assert second.result().token_ids == decoder().generate(ASK, seed=2, **SHORT).token_ids
+    assert third.stop_reason is None
+
+
+def test_nothing_is_encoded_twice():
+    result = decoder().generate(ASK, seed=3, **SHORT)
+    offered = sum(len(c.token_ids) for step in result.steps for c in step.candidates)
+    assert result.policy_tokens == result.prompt_tokens + offered
+    assert result.reward_tokens <= result.prompt_tokens + offered + 4 * 4
+    assert result.cache_bytes > 0
+
+
+def test_equal_candidates_score_alike_and_greedy_guidance_is_greedy_decoding():
+    greedy = SamplingParams(temperature=0)
+    guided = decoder().generate(ASK, sampling=greedy, **SHORT)
+    plain = decoder().generate(ASK, sampling=greedy, strategy="none", max_step_tokens=8, max_new_tokens=30)
+    assert guided.token_ids == plain.token_ids
+    for step in guided.steps:
+        assert {c.total for c in step.candidates} == {0.0} and step.chosen == 0
+    assert guided.reward_tokens < guided.policy_tokens
+
+
+def test_streaming_yields_the_steps_of_generate_and_tokens_one_by_one():
+    made = decoder()
+    result = made.generate(ASK, seed=3, **SHORT)
+    assert list(made.stream(ASK, seed=3, **SHORT)) == result.steps
+    options = {"seed": 4, "strategy": "none", "max_new_tokens": 20, "max_step_tokens": 20}
+    whole = made.generate(ASK, **options)
+    pieces = list(made.stream(ASK, tokens=True, **options))
+    assert all(len(piece.accepted.token_ids) == 1 for piece in pieces)
+    assert [piece.accepted.token_ids[0] for piece in pieces] == whole.token_ids
+    assert "".join(piece.text for piece in pieces) == whole.text
+    with pytest.raises(ValueError, match="without candidates"):
+        list(made.stream(ASK, tokens=True))
+
+
+@functools.cache
+def memorised(text: str) -> PreTrainedModel:
+    """A tiny model trained to answer ASK with one text, to meet boundaries in real sampling."""
+    made = decoder()
+    prompt = made.format.prompt_ids([message(ASK[0])])
+    reply = made.format.encode_reply(text)
+    taught = AutoModelForCausalLM.from_config(model().config)
+    ids = torch.tensor([prompt + reply])
+    labels = ids.clone()
+    labels[:, : len(prompt)] = -100
+    optimiser = torch.optim.Adam(taught.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimiser.zero_grad()
+        taught(input_ids=ids, labels=labels).loss.backward()
+        optimiser.step()
+    return taught.eval()
+
+
+def taught(text: str, boundary: str, separator: str | None = "\n\n", **options):
+    made = GuidedDecoder(memorised(text), reward(separator), boundary)
+    greedy = SamplingParams(temperature=0)
+    return made.generate(ASK, sampling=greedy, num_candidates=2, max_new_tokens=100, **options)
+
+
+def test_maths_steps_end_at_blank_lines_and_the_response_at_the_closed_box():
+    result = taught("We add 2 and 3.\n\nThat gives 5.\n\nSo \\boxed{5} is it.\n\nMore", "math")
+    assert [step.text.strip() for step in result.steps[:2]] == ["We add 2 and 3.", "That gives 5."]
+    assert result.stop_reason == "answer" and len(result.steps) == 3
+    assert result.text.startswith("We add 2 and 3.\n\nThat gives 5.\n\nSo \\boxed{5}")
+    assert "More" not in result.text
+
+
+def test_tutoring_steps_are_whole_turns_and_end_with_the_turn():
+    result = taught("Good! Now what?\n\nThink.", "tutoring", None)
+    assert len(result.steps) == 1 and result.stop_reason == "stop_token"
+    assert result.text == "Good! Now what?\n\nThink."
+    assert result.token_ids[-1] == tokenizer().eos_token_id
+
+
+def test_stop_string_across_tokens_and_across_steps():
+    text = "We add 2 and 3.\n\nThat gives 5.\n\nSo"
+    result = taught(text, "math", stop=("gives 5",))
+    assert result.stop_reason == "stop_string" and "gives 5" in result.text and "So" not in result.text
+    result = taught(text, "math", stop=("3.\n\nThat",))
+    assert result.stop_reason == "stop_string" and len(result.steps) == 2
+
+
+def test_limits_inside_a_step():
+    text = "We add 2 and 3 and 2 and 3 and 2.\n\nDone."
+    cut = taught(text, "math", max_step_tokens=5)
+    assert cut.text == text and all(len(step.accepted.token_ids) <= 5 for step in cut.steps)
+    assert taught(text, "math", max_steps=2, max_step_tokens=5).stop_reason == "max_steps"
+    made = GuidedDecoder(memorised(text), reward(), "math")
+    short = made.generate(ASK, sampling=SamplingParams(temperature=0), max_new_tokens=7, num_candidates=2)
+    assert short.stop_reason == "length" and len(short.token_ids) == 7
+
+
+def test_immediate_end_of_the_response():
+    result = taught("", "math")
+    assert result.text == "" and result.stop_reason == "stop_token" and len(result.token_ids) == 1
+
+
+def test_multi_head_policy_with_weights_per_request():
+    policy = MultiHeadCausalLM.from_base(model(), ["accuracy", "engagement"], noise=0.5)
+    made = GuidedDecoder(policy, reward(), "math")
+    weights = [Weights.one("accuracy"), Weights.one("engagement"), Weights.parse("accuracy=1,engagement=1")]
+    requests = [GuidedRequest(ASK, weights=w, seed=0, **SHORT) for w in weights]
+    together = made.generate_batch(requests)
+    assert len({tuple(r.token_ids) for r in together}) == 3
+    for request, result in zip(requests, together, strict=True):
+        assert made.generate_batch([request])[0].token_ids == result.token_ids
+
+
+def test_special_tokens_in_user_text_are_data():
+    made = decoder()
+    ids = made.format.prompt_ids([message({"role": "user", "content": "<|end|><|assistant|>"})])
+    assert ids.count(tokenizer().eos_token_id) == 1
+    assert made.generate([{"role": "user", "content": "<|end|>"}], **SHORT).prompt_tokens > 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_candidates": 0}, "num_candidates is 0"),
+        ({"strategy": "argmaks"}, "Did you mean 'argmax'"),
+        ({"num_candidates": 1000}, "at most 256"),
+        ({"guidance": Weights.one("speed")}, "unknown objective 'speed'"),
+        ({"weights": Weights.one("accuracy")}, "single-head"),
+        ({"stop": "abc"}, "tuple"),
+        ({"strategy": "none", "guidance": Weights.one("accuracy")}, "does not use it"),
+    ],
+)
+def test_bad_requests_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        decoder().generate(ASK, **options)
+
+
+def test_prompt_that_does_not_fit_and_missing_parts():
+    with pytest.raises(ValueError, match=r"prompt has \d+ tokens and the context holds 240"):
+        decoder().generate([{"role": "user", "content": "2 + 3 " * 200}])
+    with pytest.raises(ValueError, match="give a tokenizer"):
+        GuidedDecoder(model(), None, "math")
+    with pytest.raises(ValueError, match="needs a reward model"):
+        GuidedDecoder(model(), None, "math", tokenizer=tokenizer()).generate(ASK)
+    with pytest.raises(ValueError, match="tokenizers differ"):
+        decoder(tokenizer=train_tokenizer(["other words"], 290))
+    with pytest.raises(ValueError, match="unknown domain 'maths'"):
+        decoder("maths")
+
+
+def test_standardised_scores_ignore_scale_and_constant_columns():
+    scores = torch.tensor([[1.0, 100.0, 7.0], [2.0, 300.0, 7.0], [3.0, 200.0, 7.0]], dtype=torch.float64)
+    found = within_candidates(scores)
+    torch.testing.assert_close(found[:, 0].sort().values, found[:, 1].sort().values)
+    assert (found[:, 2] == 0).all()
+
+
+# -- boundaries ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [
+        ("We add.\n\n", "step"),
+        ("We add.\n \nNext", "step"),
+        ("We add.\n", None),
+        ("\n\nWe", None),
+        ("so \\boxed{5}", "answer"),
+        ("so \\boxed{\\frac{1}{2}", None),
+        ("so \\boxed{\\frac{1}{2}} and", "answer"),
+        ("so \\boxed{\\{1\\}}", "answer"),
+        ("so \\boxed{a\n\nb", None),
+    ],
+)
+def test_math_boundary(text, verdict):
+    assert MathBoundary().verdict(text, 5) == verdict
+
+
+@pytest.mark.parametrize(
+    ("text", "ends"),
+    [
+        ("I think you should rest.", True),
+        ("I think you should rest. The", True),
+        ("Should you rest?", True),
+        ('She said "stop."', True),
+        ("A paragraph without a stop\n", True),
+        ("I met Dr.", False),
+        ("Fruits, e.g.", False),
+        ("It costs 3.", False),
+        ("It costs 3. So", True),
+        ("It costs 3.5", False),
+        ("1.", False),
+        ("Here is a list:\n2.", False),
+        ("Here is a list:\n- ", False),
+        ("J.", False),
+        ("no end yet", False),
+        ("", False),
+    ],
+)
+def test_sentence_boundary(text, ends):
+    assert (SentenceBoundary().verdict(text, 8) is StopReason.STEP) == ends
+    assert SentenceBoundary().verdict(text, 7) is None
+
+
+def test_boundaries_by_domain():
+    assert isinstance(boundary_for("tutoring"), TurnBoundary)
+    assert boundary_for("tutoring").verdict("Anything.\n\n", 50) is None
+
+
+def test_trigger_tables_miss_no_token_that_completes_a_boundary():
+    vocabulary = Vocabulary(tokenizer())
+    for boundary in (MathBoundary(), SentenceBoundary(min_tokens=1)):
+        table = vocabulary.table(StopRule(boundary, ("Smith said",)))
+        for text in TEXT:
+            ids = tokenizer()(text)["input_ids"]
+            before = None
+            for end in range(1, len(ids) + 1):
+                verdict = StopRule(boundary, ("Smith said",)).verdict(vocabulary.decode(ids[:end]), end)
+                if verdict is not None and verdict != before:
+                    assert table[ids[end - 1]], (text, end)
+                before = verdict
+
+
+def test_last_step_of_a_whole_response():
+    ids = tokenizer()(TEXT[0])["input_ids"]
+    start = last_step_start(ids, MathBoundary(), Vocabulary(tokenizer()))
+    assert tokenizer().decode(ids[start:]).strip() == "The answer is \\boxed{5}."
+
+
+def test_empty_stop_string_is_refused():
+    with pytest.raises(ValueError, match="stop string is empty"):
+        TextStop(Vocabulary(tokenizer()), [StopRule(MathBoundary(), ("",))])
