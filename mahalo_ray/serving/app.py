@@ -1,4 +1,6 @@
-"""The HTTP side: routes, bodies, errors, streams and the playground page, as a FastAPI app around a ChatService."""
+"""The HTTP side: routes, bodies, errors, streams and the playground page, as a FastAPI app around a
+ChatService.
+"""
 
 from __future__ import annotations
 

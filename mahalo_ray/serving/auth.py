@@ -1,4 +1,4 @@
-"""The API key: read from the environment where serving starts, checked in the replicas without being there."""
+"""The API key: read from the environment where serving starts, checked in replicas that never see it."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class KeyDigest:
         key = os.environ.get(config.api_key_env, "").strip()
         if not key:
             raise ValueError(
-                f"serve.api_key_env names the environment variable '{config.api_key_env}', which is unset or empty: "
-                "put the API key into it, or remove api_key_env to serve without a key"
+                f"serve.api_key_env names the environment variable '{config.api_key_env}', which is unset or "
+                "empty: put the API key into it, or remove api_key_env to serve without a key"
             )
         return cls.of(key)
 

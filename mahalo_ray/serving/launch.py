@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 
 APP_NAME = "mahalo"
 DEFAULT_MODEL_NAME = "mahalo"
-# Room in Serve's own queue beyond what the service takes, so that health checks, pages and refusals get through.
+# Room in Serve's own queue beyond what the service takes, so that health checks, pages and refusals get
+# through.
 _HEADROOM = 64
 _READY_TIMEOUT_S = 60.0
 
@@ -42,7 +43,8 @@ class ServeError(ValueError):
 
 @dataclass(frozen=True)
 class ModelSource:
-    """The folders (paths or fsspec URLs) a replica loads, where it puts them, and the domain whose steps it decodes.
+    """The folders (paths or fsspec URLs) a replica loads, where it puts them, and the domain whose steps it
+    decodes.
 
     reward_url None: no guidance, strategy "none" only.
     """
@@ -54,7 +56,9 @@ class ModelSource:
 
 
 class Serving:
-    """A running endpoint: `url` (no trailing slash), `model` (the name clients use), `stop()`; a context manager."""
+    """A running endpoint: `url` (no trailing slash), `model` (the name clients use), `stop()`; a context
+    manager.
+    """
 
     def __init__(self, url: str, model: str) -> None:
         self.url, self.model = url, model
@@ -84,8 +88,8 @@ def start(
 ) -> Serving:
     """Start the endpoint and wait until it answers.
 
-    Raises ServeError if the port is taken, Ray Serve already runs on this cluster, a folder is missing or a replica
-    cannot load its models; ValueError if the API key's variable is empty.
+    Raises ServeError if the port is taken, Ray Serve already runs on this cluster, a folder is missing or a
+    replica cannot load its models; ValueError if the API key's variable is empty.
     """
     key = KeyDigest.from_environment(config)
     for url in filter(None, (policy_url, reward_url)):
@@ -160,7 +164,12 @@ def _load_app(settings: ServiceSettings, source: ModelSource) -> FastAPI:
     # Models are the replica's business: the process that starts serving needs neither torch nor a GPU for it.
     from mahalo_ray.serving.backend import GuidedBackend
 
-    backend = GuidedBackend.load(source.policy_url, source.reward_url, source.domain, source.placement)
+    config = settings.config
+    # Everything that may run at once runs at once.
+    branches = config.max_ongoing_requests * config.max_candidates
+    backend = GuidedBackend.load(
+        source.policy_url, source.reward_url, source.domain, source.placement, branches
+    )
     return create_app(ChatService(backend, settings))
 
 
@@ -170,13 +179,15 @@ def _refuse_running_serve() -> None:
     except ValueError:
         return
     raise ServeError(
-        "Ray Serve already runs on this Ray cluster, and its port cannot be changed: stop it with 'serve shutdown', or "
-        "use another cluster"
+        "Ray Serve already runs on this Ray cluster, and its port cannot be changed: stop it with "
+        "'serve shutdown', or use another cluster"
     )
 
 
 def free_port(host: str, port: int) -> int:
-    """The port itself if it can be bound on `host`, a free one for 0. ServeError if it is busy or not ours to take."""
+    """The port itself if it can be bound on `host`, a free one for 0. ServeError if it is busy or not ours to
+    take.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except socket.gaierror as error:
@@ -190,8 +201,8 @@ def free_port(host: str, port: int) -> int:
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise ServeError(
-                    f"port {port} on {host} is already in use: stop what uses it, or choose another port with "
-                    "--set serve.port=NUMBER (0 takes a free one)"
+                    f"port {port} on {host} is already in use: stop what uses it, or choose another port "
+                    "with --set serve.port=NUMBER (0 takes a free one)"
                 ) from error
             raise ServeError(f"cannot serve on {host}, port {port}: {error.strerror}") from error
         return int(probe.getsockname()[1])

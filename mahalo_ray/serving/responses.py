@@ -14,8 +14,9 @@ from mahalo_ray.objectives import Weights
 
 @dataclass(frozen=True)
 class ScoredCandidate:
-    """One candidate step. `scores`: the reward model's score per objective; `total`: what the choice was made by.
-    Both are None when no reward model was asked."""
+    """One candidate step. `scores`: the reward model's score per objective; `total`: what the choice was made
+    by. Both are None when no reward model was asked.
+    """
 
     text: str
     num_tokens: int
@@ -33,7 +34,9 @@ class ScoredCandidate:
 
 @dataclass(frozen=True)
 class Step:
-    """One accepted step: its candidates, which was chosen, and the text it adds to the answer (cut at a stop string)."""
+    """One accepted step: its candidates, which was chosen, and the text it adds to the answer (cut at a stop
+    string).
+    """
 
     text: str
     chosen: int
@@ -45,9 +48,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Reply:
-    """A finished answer. `completion_tokens` counts the accepted tokens, `sampled_tokens` those of all candidates."""
+    """A finished answer. `tail`: text that was held back as the possible beginning of a stop string.
+
+    `completion_tokens` counts the accepted tokens, `sampled_tokens` those of all candidates.
+    """
 
     steps: list[Step]
+    tail: str
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
@@ -55,7 +62,7 @@ class Reply:
 
     @property
     def text(self) -> str:
-        return "".join(step.text for step in self.steps)
+        return "".join(step.text for step in self.steps) + self.tail
 
     def usage(self) -> dict[str, int]:
         return {
@@ -120,7 +127,8 @@ class Completion:
 
     def last(self, reply: Reply) -> str:
         """The event that says why the answer ended."""
-        return self._chunk({}, reply.finish_reason, {"mahalo": self.choices.body(reply)})
+        delta = {"content": reply.tail} if reply.tail else {}
+        return self._chunk(delta, reply.finish_reason, {"mahalo": self.choices.body(reply)})
 
     def usage(self, reply: Reply) -> str:
         """The event with the token counts (`stream_options.include_usage`)."""

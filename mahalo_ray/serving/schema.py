@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mahalo_ray.data.records import Message
+from mahalo_ray.decoding.requests import Strategy
 from mahalo_ray.objectives import Weights, unknown_name
 
 MAX_STOP_STRINGS = 4
@@ -23,7 +24,9 @@ MAX_SEED = 2**63 - 1
 
 
 class ApiError(Exception):
-    """An answer other than 200. `param` is the field that is wrong, `code` OpenAI's short name of the problem."""
+    """An answer other than 200. `param` is the field that is wrong, `code` OpenAI's short name of the
+    problem.
+    """
 
     def __init__(
         self,
@@ -106,9 +109,9 @@ class StreamOptions(Payload):
 class ChatRequest(Payload):
     """POST /v1/chat/completions. Sampling fields left out take the server's defaults.
 
-    objectives: decoding weights over the policy's heads; guidance: weights over the reward model's objectives (the
-    objectives' weights when left out). strategy "argmax" keeps the best of num_candidates at every step, "none"
-    decodes one candidate without the reward model.
+    objectives: decoding weights over the policy's heads; guidance: weights over the reward model's objectives
+    (the objectives' weights when left out). strategy: how one of num_candidates is chosen at every step, as
+    in `GuidedRequest`; left out, "argmax" where there is a reward model, else "none".
     """
 
     model: str
@@ -127,7 +130,8 @@ class ChatRequest(Payload):
     objectives: WeightMap | None = None
     guidance: WeightMap | None = None
     num_candidates: Annotated[int, Field(ge=1)] | None = None
-    strategy: Literal["argmax", "none"] = "argmax"
+    strategy: Strategy | None = None
+    score_temperature: Annotated[float, Field(gt=0, le=1000)] | None = None
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -145,7 +149,7 @@ class ChatRequest(Payload):
             raise ValueError(f"a stop string must have 1 to {MAX_STOP_LENGTH} characters")
         return value
 
-    @field_validator("n", "stream", "strategy", mode="before")
+    @field_validator("n", "stream", mode="before")
     @classmethod
     def _null_is_default(cls, value: Any, info: Any) -> Any:
         return cls.model_fields[info.field_name].default if value is None else value
@@ -160,6 +164,8 @@ class ChatRequest(Payload):
             raise ApiError(
                 400, "strategy 'none' decodes one candidate: leave 'num_candidates' out", "num_candidates"
             )
+        if self.score_temperature is not None and self.strategy != "sample":
+            raise ApiError(400, "'score_temperature' goes with strategy 'sample' only", "score_temperature")
         if self.strategy == "none" and self.guidance is not None:
             raise ApiError(400, "strategy 'none' uses no reward model: leave 'guidance' out", "guidance")
         return self
@@ -229,8 +235,8 @@ def weights_of(
 
 
 def _explained(error: ValidationError, model: type[BaseModel]) -> ApiError:
-    # An unknown field comes first: a misspelt name explains the "missing" beside it. A list given as `content` failed
-    # as a string too, which says nothing.
+    # An unknown field comes first: a misspelt name explains the "missing" beside it. A list given as
+    # `content` failed as a string too, which says nothing.
     first = min(
         error.errors(include_url=False, include_context=False),
         key=lambda e: (

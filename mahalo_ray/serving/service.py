@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from mahalo_ray.config import SamplingConfig, ServeConfig
 from mahalo_ray.data.records import Message
+from mahalo_ray.decoding.requests import Strategy
 from mahalo_ray.decoding.sampling import SamplingParams
 from mahalo_ray.objectives import Weights
 from mahalo_ray.serving.auth import KeyDigest
 from mahalo_ray.serving.responses import Choices, Completion
 from mahalo_ray.serving.schema import ApiError, ChatRequest, Limits, ScoreRequest, weights_of
-from mahalo_ray.serving.worker import Job, Worker
+from mahalo_ray.serving.worker import Engine, Job, Worker
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a request gets that does not say otherwise. None: balanced weights over all objectives; guidance None: the
-    request's decoding weights, as far as the reward model knows their objectives."""
+    """What a request gets that does not say otherwise. None: balanced weights over all objectives; guidance
+    None: the request's decoding weights, as far as the reward model knows their objectives.
+    """
 
     objectives: Weights | None = None
     guidance: Weights | None = None
     num_candidates: int = 4
-    sampling: SamplingConfig = SamplingConfig()
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,15 @@ class ServiceSettings:
 
     config: ServeConfig
     model_name: str
-    defaults: Defaults = Defaults()
+    defaults: Defaults = field(default_factory=Defaults)
     key: KeyDigest | None = None
 
 
 @dataclass(frozen=True)
 class ChatJob:
-    """One answer to decode. weights None: a policy with a single head; guidance None: no reward model is asked."""
+    """One answer to decode. weights None: a policy with a single head; guidance None: no reward model is
+    asked.
+    """
 
     messages: list[Message]
     weights: Weights | None
@@ -51,6 +54,8 @@ class ChatJob:
     max_new_tokens: int
     stop: tuple[str, ...]
     seed: int
+    strategy: Strategy
+    score_temperature: float
 
 
 @dataclass(frozen=True)
@@ -61,19 +66,15 @@ class ScoreJob:
     candidates: list[str]
 
 
-class Backend(Protocol):
-    """The models. Its methods are called by the model's thread only."""
+class Backend(Engine, Protocol):
+    """The models: an engine for ChatJob and ScoreJob payloads, run by the model's thread only.
+
+    A ChatJob gets `step(Step)` for every accepted step, then `finish(Reply)`; a ScoreJob gets `finish` with
+    one {objective: score} per candidate.
+    """
 
     objectives: tuple[str, ...]  # empty: an ordinary model with a single head
     guidance_objectives: tuple[str, ...]  # empty: no reward model
-
-    def chat(self, jobs: Sequence[Job]) -> None:
-        """Answer jobs with ChatJob payloads: `step(Step)` for every accepted step, then `finish(Reply)`."""
-        ...
-
-    def score(self, jobs: Sequence[Job]) -> None:
-        """Answer jobs with ScoreJob payloads: `finish` with one {objective: score} per candidate."""
-        ...
 
 
 class ChatService:
@@ -102,7 +103,7 @@ class ChatService:
             )
         self.created = int(time.time())
         self.worker = Worker(
-            {"chat": backend.chat, "score": backend.score},
+            backend,
             config.max_ongoing_requests,
             config.max_queued_requests,
             config.batch_window_s,
@@ -115,7 +116,8 @@ class ChatService:
         self._check_last(request.messages[-1].role)
         defaults = self.settings.defaults
         weights = self._weights(request)
-        guidance = self._guidance(request, weights)
+        strategy = self._strategy(request)
+        guidance = self._guidance(request, strategy, weights)
         payload = ChatJob(
             messages=[message.as_record() for message in request.messages],
             weights=weights,
@@ -126,9 +128,11 @@ class ChatService:
             or min(defaults.sampling.max_new_tokens, self.limits.max_new_tokens),
             stop=tuple(request.stop),
             seed=secrets.randbits(31) if request.seed is None else request.seed,
+            strategy=strategy,
+            score_temperature=1.0 if request.score_temperature is None else request.score_temperature,
         )
-        choices = Choices(weights, guidance, request.strategy, payload.num_candidates, payload.seed)
-        return self._submit("chat", payload), Completion(self.settings.model_name, choices)
+        choices = Choices(weights, guidance, strategy, payload.num_candidates, payload.seed)
+        return self._submit(payload), Completion(self.settings.model_name, choices)
 
     def score(self, request: ScoreRequest) -> Job:
         """Queue a rating of candidate turns."""
@@ -138,7 +142,7 @@ class ChatService:
         if not self.backend.guidance_objectives:
             raise ApiError(400, "this server has no reward model to score with", code="no_reward_model")
         payload = ScoreJob([message.as_record() for message in request.messages], request.candidates)
-        return self._submit("score", payload)
+        return self._submit(payload)
 
     def models(self) -> dict[str, Any]:
         """The answer of GET /v1/models; objectives, limits and defaults beside OpenAI's fields."""
@@ -164,28 +168,36 @@ class ChatService:
         }
         return {"object": "list", "data": [model]}
 
-    def _submit(self, kind: str, payload: Any) -> Job:
-        job = Job(kind, payload, self.settings.config.request_timeout_s)
+    def _submit(self, payload: ChatJob | ScoreJob) -> Job:
+        job = Job(payload, self.settings.config.request_timeout_s)
         self.worker.submit(job)
         return job
 
     def _weights(self, request: ChatRequest) -> Weights | None:
         if self.weights is None:
             if request.objectives is not None:
-                raise ApiError(
-                    400, "this server's model has a single head: leave 'objectives' out", "objectives"
-                )
+                raise ApiError(400, "the model here has a single head: leave 'objectives' out", "objectives")
             return None
         return weights_of(request.objectives, self.backend.objectives, self.weights, "objectives")
 
-    def _guidance(self, request: ChatRequest, weights: Weights | None) -> Weights | None:
-        if request.strategy == "none":
+    def _strategy(self, request: ChatRequest) -> Strategy:
+        """The asked-for strategy: with a reward model "argmax" unless said otherwise, without one "none"."""
+        if self.backend.guidance_objectives:
+            return request.strategy or "argmax"
+        for name, given in (
+            ("strategy", request.strategy not in (None, "none")),
+            ("guidance", request.guidance is not None),
+            ("num_candidates", request.num_candidates not in (None, 1)),
+        ):
+            if given:
+                message = f"this server has no reward model to choose with: leave '{name}' out"
+                raise ApiError(400, message, name, "no_reward_model")
+        return "none"
+
+    def _guidance(self, request: ChatRequest, strategy: Strategy, weights: Weights | None) -> Weights | None:
+        if strategy == "none":
             return None
         known = self.backend.guidance_objectives
-        if not known:
-            raise ApiError(
-                400, "this server has no reward model: use strategy 'none'", "strategy", "no_reward_model"
-            )
         return weights_of(request.guidance, known, self._default_guidance(weights), "guidance")
 
     def _default_guidance(self, weights: Weights | None) -> Weights:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from openai import OpenAI, OpenAIError
+from openai.types.chat import ChatCompletionChunk, ChatCompletionMessageParam
 
 from mahalo_ray.objectives import Weights
 
@@ -28,8 +29,8 @@ def smoke(
     """Ask once per weighting (`extra_body={"objectives": ...}`), then stream the first one once.
 
     Returns {"model", "answers": [{"objectives", "text", "latency_s", "completion_tokens", "candidates"}],
-    "streamed": {"text", "chunks", "latency_s"}}. Raises SmokeError with the reason if anything is off; the same seed
-    must give the same text streamed and whole.
+    "streamed": {"text", "chunks", "latency_s"}}. Raises SmokeError with the reason if anything is off; the
+    same seed must give the same text streamed and whole.
     """
     # The client insists on a key; a server without one ignores it.
     client = OpenAI(base_url=f"{url}/v1", api_key=api_key or "none", timeout=timeout_s, max_retries=0)
@@ -50,11 +51,15 @@ def smoke(
     return {"model": model, "answers": answers, "streamed": streamed}
 
 
+def _typed(messages: Sequence[dict[str, str]]) -> list[ChatCompletionMessageParam]:
+    return [cast(ChatCompletionMessageParam, message) for message in messages]
+
+
 def _ask(client: OpenAI, model: str, messages: Sequence[dict[str, str]], weights: Weights) -> dict[str, Any]:
     started = time.monotonic()
     completion = client.chat.completions.create(
         model=model,
-        messages=list(messages),  # type: ignore[arg-type]
+        messages=_typed(messages),
         seed=SEED,
         extra_body={"objectives": dict(weights)},
     )
@@ -86,12 +91,13 @@ def _ask_streaming(
     text, chunks, ended = "", 0, None
     stream = client.chat.completions.create(
         model=model,
-        messages=list(messages),  # type: ignore[arg-type]
+        messages=_typed(messages),
         seed=SEED,
         stream=True,
         extra_body={"objectives": dict(weights)},
     )
     for chunk in stream:
+        assert isinstance(chunk, ChatCompletionChunk)
         chunks += 1
         for choice in chunk.choices:
             text += choice.delta.content or ""
