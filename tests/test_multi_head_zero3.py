@@ -1,0 +1,118 @@
+"""ZeRO-3 on two processes trains the policy as one plain process does, whatever heads a rank has rows for."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+import transformers as tf
+
+from mahalo_ray.models import LoraSettings, MultiHeadCausalLM
+
+STEPS = 4
+OBJECTIVES = ["a", "b", "c"]
+# Rank 0 has rows of `a` only, rank 1 of `c` only, nobody of `b`.
+INDEX = torch.tensor([0, 0, 2, 2])
+
+
+def build(base: Path, kind: Any, lora: bool) -> MultiHeadCausalLM:
+    model = MultiHeadCausalLM.from_base(base, OBJECTIVES, noise=0.1, head_kind=kind, rank=2)
+    torch.manual_seed(3)
+    if lora:
+        model.add_lora(LoraSettings(rank=2))
+        model.gradient_checkpointing_enable()
+    return model.train()
+
+
+def rows() -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 50, (4, 9), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.roll(ids, -1, 1)}
+
+
+def optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+def zero3_worker(rank: int, base: Path, kind: str, lora: bool, port: int, out: Path) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    os.environ["MASTER_PORT"] = str(port)
+    import deepspeed
+    from transformers.integrations import HfDeepSpeedConfig
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # its compilation takes a minute
+    deepspeed.init_distributed("gloo")
+    config = {
+        "train_batch_size": 4,
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    }
+    alive = HfDeepSpeedConfig(config)
+    model = build(base, kind, lora)
+    assert all(p.numel() == 0 for p in model.heads.parameters()), "heads must be created sharded"
+    engine = deepspeed.initialize(model=model, optimizer=optimizer(model), config=config)[0]
+    mine = slice(2 * rank, 2 * rank + 2)
+    losses = []
+    for _ in range(STEPS):
+        loss = -engine(**{k: v[mine] for k, v in rows().items()}, head_index=INDEX[mine], chunk_size=3).mean()
+        engine.backward(loss)
+        engine.step()
+        total = loss.detach().clone()
+        torch.distributed.all_reduce(total)
+        losses.append(total.item() / 2)
+    state = engine._zero3_consolidated_16bit_state_dict()
+    if rank == 0:
+        model.save_pretrained(out / "policy", state_dict=state)
+        (out / "losses.json").write_text(json.dumps(losses))
+    torch.distributed.barrier()
+    del alive
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "lora"), [("full", False), ("low_rank", True)])
+def test_zero3_on_two_processes_equals_plain_training(
+    kind: str, lora: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    config = tf.Qwen2Config(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+    )
+    tf.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    model = build(tmp_path / "base", kind, lora)
+    adam, expected = optimizer(model), []
+    for _ in range(STEPS):
+        adam.zero_grad()
+        loss = -model.completion_logps(**rows(), head_index=INDEX, chunk_size=3).mean()
+        loss.backward()
+        adam.step()
+        expected.append(loss.item())
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    mp.spawn(zero3_worker, (tmp_path / "base", kind, lora, port, tmp_path), nprocs=2)
+
+    assert json.loads((tmp_path / "losses.json").read_text()) == pytest.approx(expected, abs=1e-5)
+    trained = MultiHeadCausalLM.from_pretrained(
+        tmp_path / "policy", backbone=tmp_path / "base" if lora else None
+    )
+    with torch.no_grad():
+        found = trained.completion_logps(**rows(), head_index=INDEX)
+        torch.testing.assert_close(
+            found, model.completion_logps(**rows(), head_index=INDEX), atol=1e-3, rtol=0
+        )
