@@ -90,6 +90,11 @@ def write_table(url: str, table: pa.Table) -> None:
     write_bytes(url, buffer.getvalue().to_pybytes())
 
 
+def read_file(url: str) -> pa.Table:
+    """One Parquet file."""
+    return pq.read_table(pa.BufferReader(read_bytes(url)))
+
+
 def read_table(folder: str) -> pa.Table:
     """All `*.parquet` files directly in `folder`, in name order, as one table.
 

@@ -11,6 +11,7 @@ prompt that are ranked against each other.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -121,6 +122,26 @@ def split_batch(
     assert len(filled) <= workers * accumulation, "accumulation_steps allows for every batch of the plan"
     filled += [batch[:0]] * (workers * accumulation - len(filled))
     return [filled[step * workers : (step + 1) * workers] for step in range(accumulation)]
+
+
+def shard(
+    selected: Indices, units: Units, micro_rows: int, rank: int, workers: int
+) -> list[tuple[Indices, bool]]:
+    """One worker's micro-batches of the selected units, every worker the same number of them.
+
+    The second value is False for a micro-batch that only fills a gap and must not be counted.
+    """
+    if len(selected) == 0:
+        return []
+    filled = [(part, True) for part in _fill(_by_length(selected, units), units, micro_rows, None)]
+    filled += [(selected[:1], False)] * (-len(filled) % workers)
+    return filled[rank::workers]
+
+
+def held_out(keys: Sequence[str], fraction: float, seed: int) -> npt.NDArray[np.bool_]:
+    """Which rows are held out: all rows of one key or none, whatever other rows there are."""
+    chosen = {key: random.Random(f"{seed}:{key}").random() < fraction for key in set(keys)}
+    return np.array([chosen[key] for key in keys], dtype=bool)
 
 
 def _by_length(batch: Indices, units: Units) -> Indices:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -86,6 +87,13 @@ def infer(engine: Any, function: Callable[..., Tensor], tensors: Tensors) -> Ten
         result: Tensor = engine(function, **to_device(tensors, engine.device))
     engine.train()
     return result
+
+
+def training_device() -> torch.device:
+    """This worker's device, the one DeepSpeed takes too."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return torch.device("cpu")
 
 
 def to_device(tensors: Tensors, device: torch.device) -> Tensors:

@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
 import math
 import os
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.fs
 import ray.exceptions
 import ray.train
 import ray.train.torch
 
-from mahalo_ray.config import ClusterConfig, ModelConfig, PolicyConfig, RewardConfig, SftConfig, TrainingConfig
+from mahalo_ray.config import (
+    ClusterConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    PolicyConfig,
+    RewardConfig,
+    SftConfig,
+    TrainingConfig,
+)
 from mahalo_ray.data import storage
-from mahalo_ray.training.progress import ProgressFile, ProgressFunction, ProgressReader
+from mahalo_ray.training.progress import FINAL_ERRORS, ProgressFile, ProgressFunction, ProgressReader
+
+if TYPE_CHECKING:
+    from mahalo_ray.training.recipe import Recipe
 
 # Ray Train reads these in the driver and passes them on. They are set only where the user has not.
 _RAY_TRAIN_ENVIRONMENT = {
@@ -66,6 +76,64 @@ def train_sft(
     return run_stage(stage, run_dir, [examples_url, model_url], progress)
 
 
+def train_reward(
+    traces_url: str | None,
+    pairs_url: str | None,
+    output_url: str,
+    model_url: str,
+    objectives: Sequence[ObjectiveConfig],
+    reward: RewardConfig,
+    model: ModelConfig,
+    cluster: ClusterConfig,
+    step_separator: str | None,
+    seed: int,
+    run_dir: str,
+    progress: ProgressFunction | None = None,
+) -> TrainingResult:
+    """A process reward model from StepTrace records and, for objectives supervised by pairs, PreferencePair records.
+
+    `step_separator` ends every step of a trace that carries no token ids (None: a step is a whole assistant turn).
+    `reward.held_out_fraction` of the prompts is kept for figures and calibration.
+    """
+    urls = [url for url in (traces_url, pairs_url) if url is not None]
+    arguments = (
+        traces_url and storage.absolute(traces_url),
+        pairs_url and storage.absolute(pairs_url),
+        storage.absolute(model_url),
+        tuple(objectives),
+        reward,
+        model,
+        step_separator,
+        seed,
+    )
+    stage = Stage("reward", reward.training, model, cluster, seed, storage.absolute(output_url), arguments)
+    return run_stage(stage, run_dir, [*urls, model_url], progress)
+
+
+def train_policy(
+    pairs_url: str,
+    output_url: str,
+    model_url: str,
+    objectives: Sequence[str],
+    policy: PolicyConfig,
+    model: ModelConfig,
+    cluster: ClusterConfig,
+    held_out_fraction: float,
+    seed: int,
+    run_dir: str,
+    progress: ProgressFunction | None = None,
+) -> TrainingResult:
+    """MAH-DPO on a folder of PreferencePair records, one head per objective; a MultiHeadCausalLM folder results.
+
+    `model_url` is both start and reference; its log-probs are stored in `pairs_url`/reference. `held_out_fraction` of
+    the prompts is kept for the final figures.
+    """
+    url, start = storage.absolute(pairs_url), storage.absolute(model_url)
+    arguments = (url, start, tuple(objectives), policy, model, held_out_fraction, seed)
+    stage = Stage("policy", policy.training, model, cluster, seed, storage.absolute(output_url), arguments)
+    return run_stage(stage, run_dir, [pairs_url, model_url], progress)
+
+
 @dataclass(frozen=True)
 class Stage:
     """One training stage as it is sent to the workers: which recipe, its arguments, and where the model goes."""
@@ -80,9 +148,10 @@ class Stage:
 
     def identity(self, inputs: Sequence[str]) -> str:
         """A short hash of everything that shapes the result; checkpoints are kept under it."""
-        parts = [self.recipe, str(self.seed), self.output_url, str(self.cluster.train_workers)]
+        parts = [self.recipe, str(self.seed), self.output_url]
         parts += [
-            part.model_dump_json() if hasattr(part, "model_dump_json") else repr(part) for part in self.arguments
+            part.model_dump_json() if hasattr(part, "model_dump_json") else repr(part)
+            for part in self.arguments
         ]
         for url in inputs:
             fs, _ = storage.filesystem(url)
@@ -92,14 +161,30 @@ class Stage:
 
 def worker(stage: Stage) -> dict[str, Any]:
     """What every Ray Train worker runs. Imports are here: they take seconds and only workers need them."""
+    # Ray Train logs every report at INFO under a name its own log level does not reach.
+    logging.getLogger().setLevel(logging.WARNING)
     import torch
 
     from mahalo_ray.training.loop import LoopSettings, train
 
-    if stage.recipe == "sft":
-        from mahalo_ray.training.sft import SftRecipe as Recipe
     settings = LoopSettings(stage.training, getattr(torch, stage.model.dtype), stage.seed, stage.output_url)
-    return train(partial(Recipe, *stage.arguments), settings)
+    return train(partial(recipe_class(stage.recipe), *stage.arguments), settings)
+
+
+def recipe_class(name: str) -> Callable[..., Recipe]:
+    """The recipe of that name."""
+    if name == "sft":
+        from mahalo_ray.training.sft import SftRecipe
+
+        return SftRecipe
+    if name == "policy":
+        from mahalo_ray.training.policy import PolicyRecipe
+
+        return PolicyRecipe
+    from mahalo_ray.training.reward import RewardRecipe
+
+    assert name == "reward"
+    return RewardRecipe
 
 
 def run_stage(
@@ -121,13 +206,22 @@ def run_stage(
     return TrainingResult(**result.return_value)
 
 
-def make_trainer(stage: Stage, run_dir: str, name: str, news: Path) -> ray.train.torch.TorchTrainer:
+class QuickTrainer(ray.train.torch.TorchTrainer):
+    """Without the actor that removes placement groups after the controller's sudden death: they end with the Ray job
+    anyway, its start costs a second or two, and without a dashboard it complains every second."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        return [c for c in callbacks if type(c).__name__ != "PlacementGroupCleanerCallback"]
+
+
+def make_trainer(stage: Stage, run_dir: str, name: str, news: Path) -> QuickTrainer:
     """Ray Train's trainer for a stage."""
     cluster = stage.cluster
     resources = {"CPU": cluster.cpus_per_train_worker, **({"GPU": 1} if cluster.use_gpu else {})}
     fs, path = storage.filesystem(run_dir)
     remote = storage.absolute(run_dir) != path
-    return ray.train.torch.TorchTrainer(
+    return QuickTrainer(
         worker,
         train_loop_config=stage,
         torch_config=ray.train.torch.TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
@@ -155,6 +249,7 @@ def worker_environment(cluster: ClusterConfig) -> dict[str, str]:
         "PYTHONWARNINGS": "ignore::FutureWarning",
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
 
 
@@ -179,6 +274,6 @@ def fit(trainer: ray.train.torch.TorchTrainer, reader: ProgressReader) -> ray.tr
     if error is None:
         return outcome.result()
     cause = getattr(error, "controller_failure", error)
-    if isinstance(cause, ValueError):
-        raise cause
+    if isinstance(cause, FINAL_ERRORS):
+        raise cause from None
     raise RuntimeError(f"training failed for good: {cause}") from error

@@ -18,7 +18,14 @@ from mahalo_ray.config import TrainingConfig
 from mahalo_ray.data import storage
 from mahalo_ray.training.batches import Indices, accumulation_steps, split_batch
 from mahalo_ray.training.checkpoints import Progress, RunIdentity, resume, saved_checkpoint
-from mahalo_ray.training.engine import build_engine, infer, optimizer_step, to_device, whole_state_dict
+from mahalo_ray.training.engine import (
+    build_engine,
+    infer,
+    optimizer_step,
+    to_device,
+    training_device,
+    whole_state_dict,
+)
 from mahalo_ray.training.guard import NonFiniteError, stop_unless_finite
 from mahalo_ray.training.recipe import Output, Recipe
 
@@ -35,6 +42,8 @@ class LoopSettings:
 
 def train(make_recipe: Callable[[], Recipe], settings: LoopSettings) -> dict[str, Any]:
     """Train, evaluate, save. Returns {"metrics": final figures, "history": one entry per report}."""
+    if training_device().type == "cuda":
+        torch.cuda.set_device(training_device())
     recipe, training = make_recipe(), settings.training
     rank, workers, micro_rows = dist.get_rank(), dist.get_world_size(), training.micro_batch_size_per_device
     accumulation = accumulation_steps(recipe.batches, recipe.units, micro_rows, workers)

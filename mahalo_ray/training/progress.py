@@ -17,14 +17,26 @@ from ray.train import Checkpoint, UserCallback
 # (steps done, steps in all, metrics of the last report)
 ProgressFunction = Callable[[int, int, dict[str, float]], None]
 
+# What would come again on every retry: wrong input or a programming error. A lost process, a broken connection, a
+# hiccup of the storage or of the device are RuntimeErrors, OSErrors or Ray's own.
+FINAL_ERRORS = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    ImportError,
+    FileNotFoundError,
+)
+
 logger = logging.getLogger(__name__)
 
 
-class ProgressFile(UserCallback):  # type: ignore[misc]
+class ProgressFile(UserCallback):
     """Controller side: appends one JSON line per report or failure.
 
-    An error that would come again is not worth the retries of FailureConfig: a worker's ValueError (wrong input, a
-    loss that is not finite) ends the run here, unless another worker died, of which it may be a consequence.
+    An error that would come again is not worth the retries of FailureConfig. Raised here, it ends the run; unless
+    another worker failed for another reason, of which it may be a consequence.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,8 +50,8 @@ class ProgressFile(UserCallback):  # type: ignore[misc]
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Pass the failure on, or end the run."""
-        errors = {rank: error for rank, error in sorted(worker_exceptions.items())}
-        if all(isinstance(error, ValueError) for error in errors.values()):
+        errors = dict(sorted(worker_exceptions.items()))
+        if all(isinstance(error, FINAL_ERRORS) for error in errors.values()):
             raise next(iter(errors.values()))
         self._append({"failures": {rank: _first_line(error) for rank, error in errors.items()}})
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -78,7 +79,9 @@ class LossModule(nn.Module):
         return (function or self._loss)(self.model, **tensors)
 
 
-def pad(sequences: Sequence[Sequence[int]], value: int, width: int | None = None) -> Tensor:
+def pad(
+    sequences: Sequence[Sequence[int] | npt.NDArray[np.int64]], value: int, width: int | None = None
+) -> Tensor:
     """Sequences of integers as one int64 tensor [B, width], filled up on the right with `value`."""
     width = width or max(len(sequence) for sequence in sequences)
     padded = np.full((len(sequences), width), value, dtype=np.int64)

@@ -22,6 +22,7 @@ from mahalo_ray.models.backbone import load_causal_lm
 from mahalo_ray.training.batches import Indices, Units, plan_batches
 from mahalo_ray.training.deepspeed_config import parameter_group
 from mahalo_ray.training.recipe import Inference, Output, Tensors, pad
+from mahalo_ray.training.sources import model_folder
 
 EXAMPLE_SCHEMA = pa.schema(
     [("id", pa.string()), ("input_ids", pa.list_(pa.int32())), ("loss_mask", pa.list_(pa.bool_()))]
@@ -51,13 +52,12 @@ class SftRecipe:
         self.batches = plan_batches(self.units.rows, size, training.epochs, steps, seed)
 
     def build_model(self) -> nn.Module:
-        folder = storage.local_copy(self._model_url) if storage.exists(self._model_url) else self._model_url
+        folder = model_folder(self._model_url)
         self._tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=self._model.trust_remote_code
         )
         dtype, attention = getattr(torch, self._model.dtype), self._model.attn_implementation
-        local = Path(folder)
-        if not local.is_dir() or any((local / name).exists() for name in _WEIGHT_FILES):
+        if any((folder / name).exists() for name in _WEIGHT_FILES):
             return ChunkedCausalLM(load_causal_lm(folder, dtype, attention))
         config = AutoConfig.from_pretrained(folder)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)

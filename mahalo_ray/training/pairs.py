@@ -1,0 +1,130 @@
+"""Preference pairs as token ids: what the policy, its reference and a pairwise reward model all read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mahalo_ray.data.records import PreferencePair
+from mahalo_ray.data.templating import ChatFormat
+from mahalo_ray.logprobs import IGNORE_INDEX
+from mahalo_ray.losses import shift_labels
+from mahalo_ray.objectives import unknown_name
+from mahalo_ray.training.batches import Indices, Units
+from mahalo_ray.training.recipe import Tensors, pad
+
+Ids = list[int]
+
+
+@dataclass(frozen=True)
+class TokenPairs:
+    """Pairs cut to a maximal length. One entry per pair; `objective` numbers the objectives; `cut` counts the pairs
+    that lost tokens."""
+
+    ids: list[str]
+    objective: Indices
+    prompts: list[Ids]
+    chosen: list[Ids]
+    rejected: list[Ids]
+    cut: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def units(self) -> Units:
+        """One unit per pair; its length is that of the longer of the two sequences."""
+        prompts, chosen, rejected = (
+            np.array([len(ids) for ids in column], dtype=np.int64)
+            for column in (self.prompts, self.chosen, self.rejected)
+        )
+        lengths = prompts + np.maximum(chosen, rejected)
+        return Units(np.ones_like(lengths), lengths, 2 * prompts + chosen + rejected)
+
+    def row_hashes(self) -> list[str]:
+        """What a stored log-prob of a row depends on, besides the model: its token ids."""
+        return [
+            hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+            for parts in zip(self.prompts, self.chosen, self.rejected, strict=True)
+        ]
+
+    def tensors(self, rows: Indices, pad_id: int) -> Tensors:
+        """input_ids, attention_mask, labels [2R, T] of R pairs: first all chosen, then all rejected sequences.
+
+        Labels are shifted; only the completions' tokens count.
+        """
+        halves = [(self.prompts[row], self.chosen[row]) for row in rows]
+        halves += [(self.prompts[row], self.rejected[row]) for row in rows]
+        labels = [[IGNORE_INDEX] * len(prompt) + completion for prompt, completion in halves]
+        return {
+            "input_ids": pad([prompt + completion for prompt, completion in halves], pad_id),
+            "attention_mask": pad(
+                [[1] * (len(prompt) + len(completion)) for prompt, completion in halves], 0
+            ),
+            "labels": shift_labels(pad(labels, IGNORE_INDEX)),
+        }
+
+    def completion_tokens(self) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
+        """Counted tokens [N, 2] of chosen and rejected."""
+        counts = [[len(c), len(r)] for c, r in zip(self.chosen, self.rejected, strict=True)]
+        return np.array(counts, dtype=np.int64).reshape(-1, 2)
+
+
+def encode_pairs(
+    pairs: Sequence[PreferencePair], objectives: Sequence[str], chat: ChatFormat, max_length: int
+) -> TokenPairs:
+    """Token ids of all pairs: the stored ones where a pair has them, else made from its text by the chat template.
+
+    Too long pairs keep the end of the prompt and the start of the completions. Raises ValueError naming the pair whose
+    objective is unknown, whose id is not unique, or that has an empty or identical completion.
+    """
+    seen: set[str] = set()
+    result = TokenPairs([], np.zeros(len(pairs), dtype=np.int64), [], [], [], 0)
+    cut = 0
+    for number, pair in enumerate(pairs):
+        if pair.objective not in objectives:
+            raise ValueError(f"pair '{pair.id}': {unknown_name('objective', pair.objective, objectives)}")
+        if pair.id in seen:
+            raise ValueError(f"pair id '{pair.id}' occurs twice: reference log-probs are kept by id")
+        seen.add(pair.id)
+        prompt, chosen, rejected = _token_ids(pair, chat)
+        if not prompt or not chosen or not rejected:
+            raise ValueError(f"pair '{pair.id}': the prompt or a completion has no tokens")
+        if chosen == rejected:
+            raise ValueError(f"pair '{pair.id}': chosen and rejected are the same")
+        room = max_length - 1
+        whole = len(prompt) + max(len(chosen), len(rejected))
+        cut += whole > max_length
+        chosen, rejected = chosen[:room], rejected[:room]
+        prompt = prompt[-(max_length - max(len(chosen), len(rejected))) :]
+        result.objective[number] = list(objectives).index(pair.objective)
+        result.ids.append(pair.id)
+        result.prompts.append(prompt)
+        result.chosen.append(chosen)
+        result.rejected.append(rejected)
+    return TokenPairs(result.ids, result.objective, result.prompts, result.chosen, result.rejected, cut)
+
+
+def prompt_key(pair: PreferencePair) -> str:
+    """The same for all pairs of one prompt."""
+    return repr([(message.role, message.content) for message in pair.prompt])
+
+
+def _token_ids(pair: PreferencePair, chat: ChatFormat) -> tuple[Ids, Ids, Ids]:
+    if pair.prompt_ids is not None and pair.chosen_ids is not None and pair.rejected_ids is not None:
+        return pair.prompt_ids, pair.chosen_ids, pair.rejected_ids
+    return (
+        chat.prompt_ids(pair.prompt),
+        chat.encode_reply(pair.chosen),
+        chat.encode_reply(pair.rejected),
+    )
+
+
+def pair_logps(logps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[2R] as `TokenPairs.tensors` orders it -> (chosen [R], rejected [R])."""
+    chosen, rejected = logps.chunk(2)
+    return chosen, rejected

@@ -1,0 +1,196 @@
+"""MAH-DPO: one head per objective over a shared backbone, trained on preference pairs of all objectives at once
+(MAHALO, arXiv 2510.01167).
+
+L = sum_i alpha_i * mean over the batch's pairs of objective i of the DPO loss under head i.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from mahalo_ray.config import ModelConfig, PolicyConfig
+from mahalo_ray.data import storage
+from mahalo_ray.data.records import PreferencePair
+from mahalo_ray.data.templating import ChatFormat
+from mahalo_ray.losses import dpo_loss
+from mahalo_ray.models import LoraSettings, MultiHeadCausalLM
+from mahalo_ray.training.batches import Indices, held_out, plan_balanced_batches, shard
+from mahalo_ray.training.deepspeed_config import parameter_group
+from mahalo_ray.training.engine import training_device
+from mahalo_ray.training.pairs import encode_pairs, pair_logps, prompt_key
+from mahalo_ray.training.recipe import Inference, Output, Tensors
+from mahalo_ray.training.reference import reference_logps
+from mahalo_ray.training.sources import model_folder
+
+_FIGURES = ("count", "loss", "reward_accuracy", "margin", "chosen_logps", "rejected_logps")
+
+
+class PolicyRecipe:
+    """Figures per objective: loss, reward accuracy (share of pairs whose chosen answer gained more over the reference),
+    margin (mean beta-scaled difference of these gains), mean log-probs of chosen and rejected answers."""
+
+    def __init__(
+        self,
+        pairs_url: str,
+        model_url: str,
+        objectives: Sequence[str],
+        policy: PolicyConfig,
+        model: ModelConfig,
+        held_out_fraction: float,
+        seed: int,
+    ) -> None:
+        """Reads the pairs, and computes reference log-probs that are not stored yet; every worker takes part."""
+        self._objectives, self._policy, self._model, self._seed = tuple(objectives), policy, model, seed
+        self._training = policy.training
+        self._folder = model_folder(model_url)
+        self._tokenizer = AutoTokenizer.from_pretrained(
+            self._folder, trust_remote_code=model.trust_remote_code
+        )
+        records = PreferencePair.load(pairs_url)
+        self._pairs = encode_pairs(records, self._objectives, ChatFormat(self._tokenizer), model.max_length)
+        store = storage.join(pairs_url, "reference")
+        sums = reference_logps(self._pairs, store, self._folder, model, self._training, training_device())
+        per_token = self._pairs.completion_tokens() if policy.average_log_probs else 1
+        self._reference = torch.from_numpy(sums / per_token).float()
+        self.units = self._pairs.units
+        aside = held_out([prompt_key(record) for record in records], held_out_fraction, seed)
+        self._held_out = np.flatnonzero(aside)
+        self.batches = plan_balanced_batches(
+            [self._rows_of(number, ~aside) for number in range(len(self._objectives))],
+            self._training.batch_size,
+            self._training.epochs,
+            self._training.max_steps,
+            seed,
+        )
+        self.metric_names = tuple(f"{name}/{figure}" for name in self._objectives for figure in _FIGURES)
+
+    def _rows_of(self, objective: int, among: np.ndarray[Any, np.dtype[np.bool_]]) -> Indices:
+        rows = np.flatnonzero((self._pairs.objective == objective) & among)
+        if len(rows) == 0:
+            raise ValueError(
+                f"objective '{self._objectives[objective]}' has no preference pairs to train its head on"
+            )
+        return rows
+
+    def build_model(self) -> nn.Module:
+        model = MultiHeadCausalLM.from_base(
+            self._folder,
+            self._objectives,
+            noise=self._policy.head_noise,
+            seed=self._seed,
+            head_kind=self._policy.head_kind,
+            rank=self._policy.head_rank,
+            dtype=getattr(torch, self._model.dtype),
+            attn_implementation=self._model.attn_implementation,
+        )
+        if self._policy.lora is not None:
+            model.add_lora(LoraSettings(**self._policy.lora.model_dump()))
+        return model
+
+    def enable_gradient_checkpointing(self, model: nn.Module) -> None:
+        cast(MultiHeadCausalLM, model).gradient_checkpointing_enable()
+
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        policy, decay = cast(MultiHeadCausalLM, model), self._training.weight_decay
+        backbone, heads = list(policy.backbone_parameters()), list(policy.head_parameters())
+        return [
+            *parameter_group("backbone", backbone, self._training.learning_rate, decay),
+            *parameter_group("heads", heads, self._policy.head_learning_rate, decay),
+        ]
+
+    def normalisers(self, batch: Indices) -> dict[str, float]:
+        counts = np.bincount(self._pairs.objective[batch], minlength=len(self._objectives))
+        return {name: float(count) for name, count in zip(self._objectives, counts, strict=True)}
+
+    def collate(self, units: Indices, normalisers: Mapping[str, float], counted: bool) -> Tensors:
+        shares = [
+            self._policy.alpha.get(name, 1.0) / max(1.0, normalisers[name]) for name in self._objectives
+        ]
+        objective = torch.from_numpy(self._pairs.objective[units])
+        present = torch.full((len(units),), float(counted))
+        return {
+            **self._pairs.tensors(units, self._tokenizer.pad_token_id or 0),
+            "reference": self._reference[units],
+            "objective": objective,
+            "weight": torch.tensor(shares)[objective] * present,
+            "present": present,
+        }
+
+    def loss(self, model: nn.Module, **tensors: Tensor) -> Output:
+        losses, sums = self._losses(model, **tensors)
+        return (losses * tensors["weight"]).sum(), losses.detach(), sums.flatten()
+
+    def _losses(self, model: nn.Module, **tensors: Tensor) -> tuple[Tensor, Tensor]:
+        """DPO loss [R] of every pair under its own head, and sums [H, figures] over counted pairs."""
+        objective, reference = tensors["objective"], tensors["reference"]
+        logps = model(
+            tensors["input_ids"],
+            tensors["attention_mask"],
+            tensors["labels"],
+            objective.repeat(2),
+            self._training.logit_chunk_size,
+            self._policy.average_log_probs,
+        )
+        chosen, rejected = pair_logps(logps)
+        beta = self._policy.beta
+        losses = dpo_loss(
+            chosen,
+            rejected,
+            reference[:, 0],
+            reference[:, 1],
+            beta,
+            self._policy.loss,
+            self._policy.label_smoothing,
+        )
+        with torch.no_grad():
+            gain = (chosen - reference[:, 0]) - (rejected - reference[:, 1])
+            figures = (torch.ones_like(gain), losses, (gain > 0).float(), beta * gain, chosen, rejected)
+            counted = torch.stack(figures, dim=1) * tensors["present"][:, None]
+            sums = counted.new_zeros(len(self._objectives), len(_FIGURES)).index_add(0, objective, counted)
+        return losses, sums
+
+    def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
+        return {
+            f"{name}/{figure}": sums[f"{name}/{figure}"] / sums[f"{name}/count"]
+            for name in self._objectives
+            for figure in _FIGURES[1:]
+            if sums[f"{name}/count"] > 0
+        }
+
+    def row_names(self, units: Indices) -> list[str]:
+        return [
+            f"{self._objectives[self._pairs.objective[unit]]} pair {self._pairs.ids[unit]}" for unit in units
+        ]
+
+    def finish(self, infer: Inference, rank: int, workers: int) -> dict[str, float]:
+        """The same figures on the held-out pairs, and how many pairs there were of each kind."""
+        figures = {"pairs": float(len(self._pairs)), "pairs_cut": float(self._pairs.cut)}
+        figures["held_out/pairs"] = float(len(self._held_out))
+        nothing = dict.fromkeys(self._objectives, 1.0)
+        sums = torch.zeros(len(self.metric_names), dtype=torch.float64, device=training_device())
+        micro_rows = self._training.micro_batch_size_per_device
+        for part, counted in shard(self._held_out, self.units, micro_rows, rank, workers):
+            sums += infer(self._held_out_sums, self.collate(part, nothing, counted)).double()
+        dist.all_reduce(sums)
+        named = self.summarise(dict(zip(self.metric_names, sums.tolist(), strict=True)))
+        self._figures = figures | {f"held_out/{name}": value for name, value in named.items()}
+        return self._figures
+
+    def _held_out_sums(self, model: nn.Module, **tensors: Tensor) -> Tensor:
+        return self._losses(model, **tensors)[1].flatten()
+
+    def save(self, model: nn.Module, state_dict: Mapping[str, Tensor], folder: Path) -> None:
+        policy = cast(MultiHeadCausalLM, model)
+        policy.save_pretrained(folder, self._tokenizer, self._figures, state_dict)
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256("\n".join([*self._pairs.ids, *self._pairs.row_hashes()]).encode()).hexdigest()

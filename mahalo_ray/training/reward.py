@@ -1,0 +1,287 @@
+"""The process reward model: labelled steps by squared error or cross entropy, candidates of one prompt ranked against
+each other, whole responses by Bradley-Terry; all objectives at once.
+
+L = sum over objectives of [mean over the batch's labelled steps of the pointwise loss
+                            + ranking_weight * mean over its within-prompt pairs of the ranking loss],
+and for objectives supervised by pairs the mean Bradley-Terry loss. Squared errors are divided by the variance of the
+labels (1 = as good as their mean), and ranked values by their spread within a prompt, so that objectives of any scale
+weigh alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from mahalo_ray.config import ModelConfig, ObjectiveConfig, RewardConfig
+from mahalo_ray.data.records import PreferencePair, StepTrace
+from mahalo_ray.data.templating import ChatFormat
+from mahalo_ray.losses import bradley_terry, labelled, step_bce, value_mse, within_prompt_ranking
+from mahalo_ray.models import LoraSettings, ProcessRewardModel
+from mahalo_ray.models.reward_heads import OutputKind
+from mahalo_ray.models.traces import StepEncoder, pad_traces
+from mahalo_ray.training.batches import Indices, held_out, plan_batches
+from mahalo_ray.training.deepspeed_config import parameter_group
+from mahalo_ray.training.pairs import encode_pairs, prompt_key
+from mahalo_ray.training.recipe import Inference, Output, Tensors
+from mahalo_ray.training.reward_evaluation import calibrate, held_out_figures, score_units
+from mahalo_ray.training.sources import model_folder
+from mahalo_ray.training.traces import LabelledTraces, add_pairs, add_traces, ordered_pairs
+
+OUTPUT_KINDS: dict[str, OutputKind] = {
+    "rollout_value": "value",
+    "judged_rollouts": "probability",
+    "judged_prefix": "probability",
+    "pairwise": "preference",
+}
+_FIGURES = ("count", "loss", "correct", "ranked", "ranking_loss", "ranked_right")
+
+
+class RewardRecipe:
+    """Figures per objective: loss (pointwise or Bradley-Terry), accuracy (of judgements or pairs), ranking loss and
+    ranking accuracy (share of within-prompt pairs in the right order)."""
+
+    def __init__(
+        self,
+        traces_url: str | None,
+        pairs_url: str | None,
+        model_url: str,
+        objectives: Sequence[ObjectiveConfig],
+        reward: RewardConfig,
+        model: ModelConfig,
+        step_separator: str | None,
+        seed: int,
+    ) -> None:
+        """Reads StepTrace and PreferencePair records; an objective without any is an error."""
+        self._objectives, self._reward, self._model, self._seed = list(objectives), reward, model, seed
+        self._names = [objective.name for objective in objectives]
+        self._training, self._separator = reward.training, step_separator
+        self._folder = model_folder(model_url)
+        self._tokenizer = AutoTokenizer.from_pretrained(
+            self._folder, trust_remote_code=model.trust_remote_code
+        )
+        self._data = self._read(traces_url, pairs_url)
+        self.units = self._data.units
+        aside = held_out(self._data.keys, reward.held_out_fraction, seed)
+        self._held_out = np.flatnonzero(aside)
+        trained = np.flatnonzero(~aside)
+        self._count_labels()
+        self._check_labels(trained)
+        self.batches = [
+            trained[batch]
+            for batch in plan_batches(
+                self.units.rows[trained],
+                self._training.batch_size,
+                self._training.epochs,
+                self._training.max_steps,
+                seed,
+            )
+        ]
+        self._measure_spread(trained)
+        self.metric_names = tuple(f"{name}/{figure}" for name in self._names for figure in _FIGURES)
+
+    def _read(self, traces_url: str | None, pairs_url: str | None) -> LabelledTraces:
+        data, length = LabelledTraces(), self._model.max_length
+        if traces_url is not None:
+            encoder = StepEncoder(self._tokenizer, self._separator)
+            records, ranked = StepTrace.load(traces_url), self._reward.ranking_weight > 0
+            add_traces(data, records, self._objectives, encoder, length, by_group=ranked)
+        if pairs_url is not None:
+            by_pairs = [o.name for o in self._objectives if o.supervision == "pairwise"]
+            pairs = [pair for pair in PreferencePair.load(pairs_url) if pair.objective in by_pairs]
+            tokens = encode_pairs(pairs, self._names, ChatFormat(self._tokenizer), length)
+            add_pairs(data, tokens, [prompt_key(pair) for pair in pairs], len(self._names))
+        return data
+
+    def _count_labels(self) -> None:
+        """Per unit and objective: labels (or pairs), and pairs to be ranked."""
+        shape = (len(self.units), len(self._names))
+        self._labels, self._ranked = np.zeros(shape), np.zeros(shape)
+        for unit, rows in enumerate(self._data.members):
+            objective = self._data.pair_objective[unit]
+            if objective >= 0:
+                self._labels[unit, objective] = 1
+                continue
+            labels = [self._data.labels[row] for row in rows]
+            self._labels[unit] = sum((~np.isnan(values)).sum(axis=0) for values in labels)
+            if self._reward.ranking_weight > 0:
+                self._ranked[unit] = ordered_pairs(labels, self._reward.ranking_min_gap)
+
+    def _check_labels(self, trained: Indices) -> None:
+        for name, count in zip(self._names, self._labels[trained].sum(axis=0), strict=True):
+            if count == 0:
+                raise ValueError(f"objective '{name}' has no labels (or pairs) to train the reward model on")
+
+    def _measure_spread(self, trained: Indices) -> None:
+        """Scale of values: variance of all labels, and their spread within a prompt; 1 for judgements and pairs."""
+        self._variance, self._spread = np.ones(len(self._names)), np.ones(len(self._names))
+        groups = [[self._data.labels[row] for row in self._data.members[unit]] for unit in trained]
+        for column, objective in enumerate(self._objectives):
+            if objective.supervision != "rollout_value":
+                continue
+            values = [np.concatenate([labels[:, column] for labels in group]) for group in groups]
+            present = [own[~np.isnan(own)] for own in values]
+            within = [own - own.mean() for own in present if len(own) > 1]
+            self._variance[column] = np.concatenate(present).var() or 1.0
+            self._spread[column] = (np.concatenate(within).std() if within else 0.0) or 1.0
+
+    def build_model(self) -> nn.Module:
+        lora = self._reward.lora
+        return ProcessRewardModel.from_base(
+            self._folder,
+            {objective.name: OUTPUT_KINDS[objective.supervision] for objective in self._objectives},
+            inputs=self._reward.inputs,
+            head_hidden_size=self._reward.head_hidden_size,
+            tuning=self._reward.backbone,
+            lora_settings=None if lora is None else LoraSettings(**lora.model_dump()),
+            tokenizer=self._tokenizer,
+            step_separator=self._separator,
+            seed=self._seed,
+            dtype=getattr(torch, self._model.dtype),
+            attn_implementation=self._model.attn_implementation,
+        )
+
+    def enable_gradient_checkpointing(self, model: nn.Module) -> None:
+        cast(ProcessRewardModel, model).gradient_checkpointing_enable()
+
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        reward, decay, rate = (
+            cast(ProcessRewardModel, model),
+            self._training.weight_decay,
+            self._training.learning_rate,
+        )
+        backbone, heads = list(reward.backbone_parameters()), list(reward.head_parameters())
+        groups = parameter_group("backbone", backbone, rate, decay) if backbone else []
+        return groups + parameter_group("heads", heads, self._reward.head_learning_rate or rate, decay)
+
+    def normalisers(self, batch: Indices) -> dict[str, float]:
+        counts = {
+            f"{name}/labels": c for name, c in zip(self._names, self._labels[batch].sum(axis=0), strict=True)
+        }
+        ranked = zip(self._names, self._ranked[batch].sum(axis=0), strict=True)
+        return counts | {f"{name}/ranked": count for name, count in ranked}
+
+    def scoring_batch(self, units: Indices) -> tuple[list[int], Tensors]:
+        """The sequences of the units and the tensors a reward model reads."""
+        rows = [row for unit in units for row in self._data.members[unit]]
+        traces = [self._data.tokens[row] for row in rows]
+        names = ("input_ids", "attention_mask", "step_starts", "step_ends")
+        return rows, dict(zip(names, pad_traces(traces, self._tokenizer.pad_token_id or 0), strict=True))
+
+    def collate(self, units: Indices, normalisers: Mapping[str, float], counted: bool) -> Tensors:
+        rows, tensors = self.scoring_batch(units)
+        steps = tensors["step_ends"].shape[1]
+        labels = torch.full((len(rows), steps, len(self._names)), torch.nan)
+        for target, row in zip(labels, rows, strict=True):
+            target[: len(self._data.labels[row])] = torch.from_numpy(self._data.labels[row])
+        number = np.repeat(np.arange(len(units)), self.units.rows[units])
+        pair = np.repeat([self._data.pair_objective[unit] for unit in units], self.units.rows[units])
+        scale = [
+            [float(counted) / max(1.0, normalisers[f"{name}/{kind}"]) for name in self._names]
+            for kind in ("labels", "ranked")
+        ]
+        return {
+            **tensors,
+            "labels": labels,
+            "unit": torch.from_numpy(number),
+            "pair_objective": torch.from_numpy(pair),
+            "weights": torch.tensor(scale),
+            "present": torch.tensor(float(counted)),
+        }
+
+    def loss(self, model: nn.Module, **tensors: Tensor) -> Output:
+        scores = model(
+            tensors["input_ids"],
+            tensors["attention_mask"],
+            tensors["step_starts"],
+            tensors["step_ends"],
+            self._training.logit_chunk_size,
+        )
+        total, rows, sums = scores.sum() * 0.0, [], []
+        for column, objective in enumerate(self._objectives):
+            if objective.supervision == "pairwise":
+                pointwise, figures = self._pair_loss(scores[..., column], column, tensors)
+                ranking = scores.new_zeros(0)
+            else:
+                pointwise, figures = self._step_loss(scores[..., column], column, tensors)
+                ranking = self._ranking_loss(scores[..., column], column, tensors)
+            by_label, by_pair = tensors["weights"][:, column]
+            total = total + pointwise.sum() * by_label + self._reward.ranking_weight * ranking.sum() * by_pair
+            rows.append(pointwise.detach())
+            right = (ranking.detach() < np.log(2.0)).sum()
+            sums += [*figures, ranking.new_tensor(len(ranking)), ranking.detach().sum(), right]
+        return total, torch.cat(rows), torch.stack([value.float() for value in sums]) * tensors["present"]
+
+    def _step_loss(self, scores: Tensor, column: int, tensors: Tensors) -> tuple[Tensor, list[Tensor]]:
+        """Pointwise loss of every row [B]; count, sum, and judgements that are right."""
+        targets = tensors["labels"][..., column]
+        known = labelled(targets)
+        if OUTPUT_KINDS[self._objectives[column].supervision] == "value":
+            losses, right = value_mse(scores, targets) / self._variance[column], known & False
+        else:
+            losses, right = step_bce(scores, targets), known & ((scores > 0) == (targets > 0.5))
+        rows = losses.sum(dim=1)
+        return rows, [known.sum(), rows.detach().sum(), right.sum()]
+
+    def _pair_loss(self, scores: Tensor, column: int, tensors: Tensors) -> tuple[Tensor, list[Tensor]]:
+        """Bradley-Terry loss of every pair, in the row of its chosen response [B]; count, sum, right order."""
+        own = (tensors["pair_objective"] == column).nonzero()[:, 0]
+        first, second = scores[own[0::2], 0], scores[own[1::2], 0]
+        losses = bradley_terry(first, second)
+        rows = scores.new_zeros(len(scores)).index_add(0, own[0::2], losses)
+        return rows, [losses.new_tensor(len(losses)), losses.detach().sum(), (first > second).sum()]
+
+    def _ranking_loss(self, scores: Tensor, column: int, tensors: Tensors) -> Tensor:
+        """Ranking loss [P] of all pairs of one prompt and step."""
+        if self._reward.ranking_weight == 0:
+            return scores.new_zeros(0)
+        steps = torch.arange(scores.shape[1], device=scores.device)
+        prompt_and_step = tensors["unit"][:, None] * scores.shape[1] + steps
+        targets, gap = tensors["labels"][..., column], self._reward.ranking_min_gap
+        return within_prompt_ranking(scores / self._spread[column], targets, prompt_and_step, gap)
+
+    def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
+        figures = {}
+        for objective in self._objectives:
+            name = objective.name
+            count, ranked = sums[f"{name}/count"], sums[f"{name}/ranked"]
+            if count > 0:
+                figures[f"{name}/loss"] = sums[f"{name}/loss"] / count
+                if objective.supervision != "rollout_value":
+                    figures[f"{name}/accuracy"] = sums[f"{name}/correct"] / count
+            if ranked > 0:
+                figures[f"{name}/ranking_loss"] = sums[f"{name}/ranking_loss"] / ranked
+                figures[f"{name}/ranking_accuracy"] = sums[f"{name}/ranked_right"] / ranked
+        return figures
+
+    def row_names(self, units: Indices) -> list[str]:
+        rows = [row for unit in units for row in self._data.members[unit]]
+        return [f"{name} trace {self._data.names[row]}" for name in self._names for row in rows]
+
+    def finish(self, infer: Inference, rank: int, workers: int) -> dict[str, float]:
+        """Held-out figures, and the calibration stored with the model (on training rows if none are held out)."""
+        chosen = self._held_out if len(self._held_out) else np.arange(len(self.units))
+        micro_rows = self._training.micro_batch_size_per_device
+        scored = score_units(self, chosen, micro_rows, infer, rank, workers)
+        self._scores = scored
+        self._figures = {"held_out/rows": float(self.units.rows[self._held_out].sum())}
+        self._figures |= {"rows": float(self.units.rows.sum()), "rows_cut": float(self._data.cut)}
+        where = "held_out" if len(self._held_out) else "training"
+        found = held_out_figures(self._data, chosen, scored, self._objectives, self._reward.ranking_min_gap)
+        self._figures |= {f"{where}/{name}": value for name, value in found.items()}
+        self._calibrated = chosen
+        return self._figures
+
+    def save(self, model: nn.Module, state_dict: Mapping[str, Tensor], folder: Path) -> None:
+        reward = cast(ProcessRewardModel, model)
+        calibrate(reward, self._data, self._calibrated, self._scores)
+        reward.save_pretrained(folder, self._figures, state_dict)
+
+    def fingerprint(self) -> str:
+        return self._data.fingerprint()

@@ -1,0 +1,116 @@
+"""A trained reward model on rows it has not seen: how well it orders candidates of one prompt, and its calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mahalo_ray.config import ObjectiveConfig
+from mahalo_ray.models import ProcessRewardModel
+from mahalo_ray.training.batches import Indices, shard
+from mahalo_ray.training.recipe import Inference
+from mahalo_ray.training.traces import LabelledTraces
+
+if TYPE_CHECKING:
+    from mahalo_ray.training.reward import RewardRecipe
+
+# Raw scores [steps, objectives] by sequence number.
+Scores = dict[int, npt.NDArray[np.float32]]
+
+
+def score_units(
+    recipe: RewardRecipe, units: Indices, micro_rows: int, infer: Inference, rank: int, workers: int
+) -> Scores:
+    """Raw scores of all sequences of the units, on every worker; each worker computes a share."""
+    own: Scores = {}
+    for part, counted in shard(units, recipe.units, micro_rows, rank, workers):
+        rows, tensors = recipe.scoring_batch(part)
+        scores = infer(_scores, tensors).float().cpu().numpy()
+        if counted:
+            lengths = [(tensors["step_ends"][i] >= 0).sum() for i in range(len(rows))]
+            own |= {row: scores[i, : int(lengths[i])] for i, row in enumerate(rows)}
+    shares: list[Scores] = [{}] * workers
+    dist.all_gather_object(shares, own)
+    return {row: scores for share in shares for row, scores in share.items()}
+
+
+def _scores(model: nn.Module, **tensors: Tensor) -> Tensor:
+    scores: Tensor = model(**tensors)
+    return scores
+
+
+def held_out_figures(
+    data: LabelledTraces, units: Indices, scores: Scores, objectives: Sequence[ObjectiveConfig], gap: float
+) -> dict[str, float]:
+    """Per objective: correlation of score and label; `ranking_accuracy`: share of pairs of one prompt and step with
+    labels more than `gap` apart that the scores order rightly; for pairs: `accuracy`."""
+    figures: dict[str, float] = {}
+    for column, objective in enumerate(objectives):
+        if objective.supervision == "pairwise":
+            right = [
+                bool(scores[data.members[u][0]][0, column] > scores[data.members[u][1]][0, column])
+                for u in units
+                if data.pair_objective[u] == column
+            ]
+            if right:
+                figures[f"{objective.name}/accuracy"] = float(np.mean(right))
+            continue
+        found = labelled_scores(data, units, scores, column)
+        values, targets = (np.array([row[i] for row in found], dtype=np.float64) for i in (1, 2))
+        if len(found) > 1 and values.std() > 0 and targets.std() > 0:
+            figures[f"{objective.name}/correlation"] = float(np.corrcoef(values, targets)[0, 1])
+        order = _ordering([row[0] for row in found], values, targets, gap)
+        if order:
+            figures[f"{objective.name}/ranking_accuracy"] = float(np.mean(order))
+    return figures
+
+
+def labelled_scores(
+    data: LabelledTraces, units: Indices, scores: Scores, column: int
+) -> list[tuple[Hashable, float, float]]:
+    """(prompt and step, raw score, label) of every labelled step of one objective."""
+    found: list[tuple[Hashable, float, float]] = []
+    for unit in units:
+        for row in data.members[unit]:
+            labels = data.labels[row][:, column]
+            for step in np.flatnonzero(~np.isnan(labels)):
+                found.append(
+                    ((data.keys[unit], int(step)), float(scores[row][step, column]), float(labels[step]))
+                )
+    return found
+
+
+def _ordering(
+    groups: Sequence[Hashable],
+    values: npt.NDArray[np.float64],
+    targets: npt.NDArray[np.float64],
+    gap: float,
+) -> list[bool]:
+    members: dict[Hashable, list[int]] = {}
+    for position, group in enumerate(groups):
+        members.setdefault(group, []).append(position)
+    return [
+        bool(values[i] > values[j])
+        for own in members.values()
+        for i in own
+        for j in own
+        if targets[i] - targets[j] > gap
+    ]
+
+
+def calibrate(model: ProcessRewardModel, data: LabelledTraces, units: Indices, scores: Scores) -> None:
+    """Store mean, spread and quantiles of the scores of all steps with the model, within-prompt spread included where
+    prompts have several candidates. Scores that do not vary cannot be calibrated: ValueError."""
+    rows = [(row, data.keys[unit]) for unit in units for row in data.members[unit]]
+    activated = {row: model.activate(torch.from_numpy(scores[row])).numpy() for row, _ in rows}
+    groups = [(key, step) for row, key in rows for step in range(len(activated[row]))]
+    repeated = len(set(groups)) < len(groups)
+    for column, name in enumerate(model.objectives):
+        values = [float(v) for row, _ in rows for v in activated[row][:, column]]
+        model.fit_calibration({name: values}, {name: groups} if repeated else None)

@@ -1,0 +1,153 @@
+"""Step traces and whole-response pairs as token ids with labels: what a process reward model is trained on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mahalo_ray.config import ObjectiveConfig
+from mahalo_ray.data.records import StepTrace
+from mahalo_ray.models.traces import StepEncoder, TokenTrace
+from mahalo_ray.objectives import unknown_name
+from mahalo_ray.training.batches import Units
+from mahalo_ray.training.pairs import TokenPairs
+
+Labels = npt.NDArray[np.float32]
+
+
+@dataclass
+class LabelledTraces:
+    """Sequences in the order of their units. `labels[s]` is [steps, objectives], NaN where unknown; a pair is a unit
+    of two sequences without labels, chosen first, of objective `pair_objective[unit]` (-1 for traces)."""
+
+    names: list[str] = field(default_factory=list)
+    tokens: list[TokenTrace] = field(default_factory=list)
+    labels: list[Labels] = field(default_factory=list)
+    members: list[list[int]] = field(default_factory=list)
+    pair_objective: list[int] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    cut: int = 0
+
+    @property
+    def units(self) -> Units:
+        """Rows are sequences; a pair counts as two."""
+        lengths = [[len(self.tokens[row].input_ids) for row in rows] for rows in self.members]
+        return Units(
+            np.array([len(rows) for rows in self.members], dtype=np.int64),
+            np.array([max(row) for row in lengths], dtype=np.int64),
+            np.array([sum(row) for row in lengths], dtype=np.int64),
+        )
+
+    def add_unit(
+        self,
+        names: Sequence[str],
+        tokens: Sequence[TokenTrace],
+        labels: Sequence[Labels],
+        key: str,
+        pair_objective: int = -1,
+    ) -> None:
+        """Append sequences that stay together; units of one key are held out together."""
+        first = len(self.names)
+        self.names += names
+        self.tokens += tokens
+        self.labels += labels
+        self.members.append(list(range(first, first + len(names))))
+        self.pair_objective.append(pair_objective)
+        self.keys.append(key)
+
+    def fingerprint(self) -> str:
+        """Changes with ids, tokens or labels."""
+        digest = hashlib.sha256("\n".join(self.names).encode())
+        for trace, labels in zip(self.tokens, self.labels, strict=True):
+            digest.update(np.asarray(trace.input_ids, dtype=np.int64).tobytes() + labels.tobytes())
+        return digest.hexdigest()
+
+
+def add_traces(
+    data: LabelledTraces,
+    traces: Sequence[StepTrace],
+    objectives: Sequence[ObjectiveConfig],
+    encoder: StepEncoder,
+    max_length: int,
+    by_group: bool,
+) -> None:
+    """Append traces, the candidates of a group as one unit if `by_group`, else each alone.
+
+    Steps beyond `max_length` tokens are cut off, and a trace without any label left is left out (both count as `cut`).
+    Raises ValueError naming the trace whose labels do not fit its steps or its objective's supervision.
+    """
+    units: dict[tuple[str, int], list[tuple[str, TokenTrace, Labels]]] = {}
+    for number, trace in enumerate(traces):
+        labels, tokens = _label_matrix(trace, objectives), _tokens(trace, encoder)
+        kept = sum(end < max_length for end in tokens.ends)
+        short = TokenTrace(tokens.input_ids[:max_length], tokens.starts[:kept], tokens.ends[:kept])
+        labelled = not np.isnan(labels[:kept]).all()
+        data.cut += kept < len(tokens.ends) or not labelled
+        if labelled:
+            unit = (trace.group, 0 if by_group else number)
+            units.setdefault(unit, []).append((trace.id, short, labels[:kept]))
+    for (group, _), rows in units.items():
+        names, tokens_of, labels_of = (list(column) for column in zip(*rows, strict=True))
+        data.add_unit(names, tokens_of, labels_of, group)
+
+
+def add_pairs(data: LabelledTraces, pairs: TokenPairs, keys: Sequence[str], objectives: int) -> None:
+    """Append pairs: every response is one step."""
+    none = np.full((1, objectives), np.nan, dtype=np.float32)
+    for row, name in enumerate(pairs.ids):
+        prompt = pairs.prompts[row]
+        tokens = [
+            TokenTrace(prompt + answer, [len(prompt)], [len(prompt) + len(answer) - 1])
+            for answer in (pairs.chosen[row], pairs.rejected[row])
+        ]
+        data.add_unit([name, name], tokens, [none, none], keys[row], int(pairs.objective[row]))
+    data.cut += pairs.cut
+
+
+def ordered_pairs(labels: Sequence[Labels], gap: float) -> npt.NDArray[np.int64]:
+    """Per objective [H]: pairs of sequences whose labels of the same step differ by more than `gap`."""
+    steps = max(len(rows) for rows in labels)
+    table = np.full((len(labels), steps, labels[0].shape[1]), np.nan, dtype=np.float32)
+    for row, values in zip(table, labels, strict=True):
+        row[: len(values)] = values
+    return np.sum(table[:, None] - table[None, :] > np.float32(gap), axis=(0, 1, 2))
+
+
+def _label_matrix(trace: StepTrace, objectives: Sequence[ObjectiveConfig]) -> Labels:
+    supervised = {objective.name: objective for objective in objectives}
+    matrix = np.full((len(trace.steps), len(objectives)), np.nan, dtype=np.float32)
+    for column, name in enumerate(supervised):
+        matrix[:, column] = _column(trace, trace.labels.get(name), len(trace.steps))
+    for name in trace.labels:
+        if name not in supervised:
+            raise ValueError(f"trace '{trace.id}': {unknown_name('objective', name, supervised)}")
+        kind = supervised[name].supervision
+        values = matrix[:, list(supervised).index(name)]
+        if kind == "pairwise" and not np.isnan(values).all():
+            raise ValueError(f"trace '{trace.id}' labels '{name}', which is supervised by pairs")
+        if kind.startswith("judged") and ((values < 0) | (values > 1)).any():
+            raise ValueError(f"trace '{trace.id}': labels of '{name}' are judgements and must lie in 0..1")
+        if np.isinf(values).any():
+            raise ValueError(f"trace '{trace.id}': a label of '{name}' is infinite")
+    return matrix
+
+
+def _column(trace: StepTrace, values: list[float | None] | None, steps: int) -> Any:
+    if values is None:
+        return np.nan
+    if len(values) != steps:
+        raise ValueError(f"trace '{trace.id}' has {steps} steps, but {len(values)} labels of an objective")
+    return [np.nan if value is None else value for value in values]
+
+
+def _tokens(trace: StepTrace, encoder: StepEncoder) -> TokenTrace:
+    if trace.token_ids is None or trace.step_starts is None or trace.step_ends is None:
+        return encoder.encode(trace.prompt, trace.steps)
+    if not len(trace.step_starts) == len(trace.step_ends) == len(trace.steps):
+        raise ValueError(f"trace '{trace.id}' has {len(trace.steps)} steps and other numbers of positions")
+    return TokenTrace(trace.token_ids, trace.step_starts, trace.step_ends)
