@@ -30,6 +30,17 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_defaults_of_the_place(cls, data: Any) -> Any:
+        """A section given in part keeps what its place sets: `policy.training` stays ZeRO-3, for example."""
+        if not isinstance(data, dict):
+            return data
+        for name, info in cls.model_fields.items():
+            if isinstance(info.default, Section) and isinstance(data.get(name), dict):
+                data = {**data, name: info.default.model_dump(exclude_unset=True) | data[name]}
+        return data
+
 
 class ObjectiveConfig(Section):
     """One objective and how its process reward is supervised (see docs, "Process reward model")."""
@@ -231,8 +242,9 @@ class EvaluationConfig(Section):
 class ServeConfig(Section):
     """The OpenAI-compatible endpoint. Binds to loopback unless told otherwise; port 0 takes a free one.
 
-    Per replica, up to `max_ongoing_requests` are decoded together and `max_queued_requests` more may wait; beyond
-    that the answer is 503 with Retry-After. Requests that arrive within `batch_window_s` seconds share a batch.
+    Per replica, up to `max_ongoing_requests` are decoded together and `max_queued_requests` more may wait;
+    beyond that the answer is 503 with Retry-After. Requests that arrive within `batch_window_s` seconds share a
+    batch.
     """
 
     host: str = "127.0.0.1"

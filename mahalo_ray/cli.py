@@ -1,0 +1,161 @@
+"""The command `mahalo`: one verb per stage, `run` for all of them, `validate`, and `serve`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from mahalo_ray import __version__
+from mahalo_ray.config import RunConfig, load_config
+from mahalo_ray.pipeline.progress import RunProgress
+from mahalo_ray.pipeline.stages import Pipeline, RunInterrupted
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="a.b=c", help="Override one key; may be given many times."),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+# Verb -> the stages it brings up to date (with all that they need), and its help text.
+VERBS = {
+    "sft": (("sft",), "Make the SFT model."),
+    "rollout": (("reward_rollouts", "pair_rollouts"), "Play the dialogues for reward model and pairs."),
+    "reward": (("reward",), "Train the process reward model."),
+    "pairs": (("pairs",), "Build preference pairs from scored candidates."),
+    "policy": (("policy",), "Train the multi-head policy (MAH-DPO)."),
+    "sweep": (("sweep",), "Evaluate the sweep's weight vectors."),
+    "evaluate": (("evaluate",), "Evaluate SFT, each head alone and guided decoding."),
+    "report": (("report",), "Write the report."),
+}
+
+app = typer.Typer(
+    name="mahalo",
+    help="Multi-objective alignment of language models on Ray, with per-request weights. "
+    "Every verb first runs what it needs; finished stages are skipped.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def main() -> NoReturn:
+    """Entry point of the command. Exit codes: 0 done, 2 wrong input, 130 Ctrl-C, 143 SIGTERM, 1 a defect."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    app()
+    raise AssertionError("typer exits by itself")
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        out.print(f"mahalo_ray {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def validate(config: ConfigFile, set_: Overrides = None, debug: Debug = False) -> None:
+    """Check a configuration without running anything."""
+
+    def work() -> None:
+        loaded = load_config(config, set_)
+        out.print(
+            f"{escape(str(config))} is valid: run '{escape(loaded.name)}', objectives "
+            f"{', '.join(loaded.objective_names)}, output {escape(loaded.output)}"
+        )
+
+    guarded(work, debug)
+
+
+@app.command()
+def run(config: ConfigFile, set_: Overrides = None, debug: Debug = False) -> None:
+    """Run all stages."""
+    guarded(lambda: run_stages(load_config(config, set_), None, str(config)), debug)
+
+
+def _add_verb(name: str, targets: tuple[str, ...], help_text: str) -> None:
+    def verb(config: ConfigFile, set_: Overrides = None, debug: Debug = False) -> None:
+        guarded(lambda: run_stages(load_config(config, set_), targets, str(config)), debug)
+
+    app.command(name, help=help_text)(verb)
+
+
+for _name, (_targets, _help) in VERBS.items():
+    _add_verb(_name, _targets, _help)
+
+
+@app.command()
+def serve(config: ConfigFile, set_: Overrides = None, debug: Debug = False) -> None:
+    """Serve the run's policy and reward model in the foreground (OpenAI-compatible API) until Ctrl-C."""
+
+    def work() -> None:
+        from mahalo_ray.pipeline.serve import serve_run
+
+        serve_run(load_config(config, set_), out)
+
+    guarded(work, debug)
+
+
+def run_stages(config: RunConfig, targets: tuple[str, ...] | None, config_name: str) -> None:
+    """Bring stages up to date (None: all) and say what came of it."""
+    from mahalo_ray.pipeline.steps import PIPELINE, summary
+
+    execute(PIPELINE, config, targets)
+    out.print(summary(config, targets, config_name))
+
+
+def execute(pipeline: Pipeline, config: RunConfig, targets: tuple[str, ...] | None) -> None:
+    """Run stages of any pipeline with a Ray session of this configuration."""
+    from mahalo_ray.pipeline.cluster import ray_session
+
+    serve_cpus = config.serve.replicas * config.serve.cpus_per_replica
+    pipeline.run(
+        config,
+        targets,
+        session=lambda: ray_session(config.cluster, serve_cpus),
+        progress=RunProgress(out),
+    )
+
+
+def guarded(work: Callable[[], None], debug: bool) -> None:
+    """Do the work; what the user can mend becomes one clear message and exit code 2."""
+    try:
+        work()
+    except RunInterrupted as stop:
+        err.print(escape(str(stop)))
+        _leave(stop.exit_code)
+    except KeyboardInterrupt:
+        err.print("Stopped.")
+        _leave(130)
+    except ValueError as error:
+        if debug:
+            traceback.print_exception(error)
+        notes = "".join(f"\n({note})" for note in getattr(error, "__notes__", ()))
+        err.print(f"[bold red]error:[/] {escape(_message(error))}{escape(notes)}")
+        raise SystemExit(2) from None
+
+
+def _message(error: ValueError) -> str:
+    """Without the remote traceback that Ray adds to an error from a worker."""
+    cause = getattr(error, "cause", None)
+    return str(cause if isinstance(cause, ValueError) else error)
+
+
+def _leave(code: int) -> NoReturn:
+    """End at once: a stage's thread may still be computing, and nothing it does counts any more."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,161 @@
+"""The run's document: defaults, overrides, and errors that name file and key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mahalo_ray.config import ConfigError, RunConfig, dump_config, load_config
+
+MINIMAL = """
+name: demo
+output: runs/demo
+objectives:
+  - {name: accuracy, supervision: rollout_value}
+  - {name: engagement, supervision: judged_prefix}
+model: {scratch: {}}
+sweep: {weights: [{accuracy: 0.9, engagement: 0.1}, {accuracy: 0.1, engagement: 0.9}]}
+guided: {weights: {accuracy: 1}, guidance: {engagement: 1}}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "demo.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_minimal_document_loads_with_defaults(file: Path) -> None:
+    config = load_config(file)
+    assert config.objective_names == ("accuracy", "engagement")
+    assert config.policy.training.zero_stage == 3 and config.sft.training.zero_stage == 2
+    assert config.sweep.vectors()[0].label() == "accuracy=0.9,engagement=0.1"
+
+
+def test_overrides_set_values_sections_and_list_items(file: Path) -> None:
+    config = load_config(
+        file,
+        [
+            "policy.training.learning_rate=5e-5",
+            "policy.lora.rank=4",
+            "sweep.weights.1.accuracy=0.4",
+            "sweep.weights.0={accuracy: 1}",
+            "objectives.1.supervision=pairwise",
+            "cluster.address=ray://head:10001",
+            "seed=3",
+        ],
+    )
+    assert config.policy.training.learning_rate == 5e-5
+    assert config.policy.lora is not None and config.policy.lora.rank == 4
+    assert config.sweep.weights == [{"accuracy": 1}, {"accuracy": 0.4, "engagement": 0.9}]
+    assert config.objectives[1].supervision == "pairwise"
+    assert config.cluster.address == "ray://head:10001"
+    assert config.seed == 3
+
+
+def test_a_section_given_in_part_keeps_the_defaults_of_its_place(file: Path) -> None:
+    config = load_config(file, ["policy.training.epochs=2", "reward_rollouts.dialogues=10"])
+    assert config.policy.training.zero_stage == 3 and config.policy.training.learning_rate == 1e-4
+    assert config.reward_rollouts.continuations == 3
+
+
+def test_the_whole_of_a_list_can_be_replaced(file: Path) -> None:
+    config = load_config(
+        file, ["sweep.weights=[{accuracy: 1}, {engagement: 1}, {accuracy: 1, engagement: 1}]"]
+    )
+    assert len(config.sweep.weights) == 3
+
+
+def test_the_resolved_document_loads_to_the_same_config(file: Path, tmp_path: Path) -> None:
+    config = load_config(file, ["policy.lora.rank=4", "sft.training.adam_betas=[0.8, 0.99]"])
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(dump_config(config))
+    assert load_config(resolved) == config
+    written = yaml.safe_load(resolved.read_text())
+    assert set(written) == set(RunConfig.model_fields)  # every default is written out
+    assert written["sft"]["training"]["adam_betas"] == [0.8, 0.99]
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "message"),
+    [
+        ("polcy.beta=1", "polcy", "Did you mean 'policy'?"),
+        ("policy.training.learning_rat=1", "policy.training.learning_rat", "Did you mean 'learning_rate'?"),
+        ("objectives.0.supervison=pairwise", "objectives.0.supervison", "Did you mean 'supervision'?"),
+        ("policy.lora.ranc=4", "policy.lora.ranc", "Did you mean 'rank'?"),
+        ("policy.beta=0", "policy.beta", "greater than 0"),
+        ("policy.beta=fast", "policy.beta", "got 'fast'"),
+        ("policy.loss=hinge", "policy.loss", "'sigmoid' or 'ipo'"),
+        ("policy.training.zero_stage=4", "policy.training.zero_stage", "0, 1, 2 or 3"),
+        ("seed=-1", "seed", "greater than or equal to 0"),
+        ("objectives=[]", "objectives", "at least 1 item"),
+        ("objectives.0.name=Accuracy", "objectives.0.name", "pattern"),
+        ("model.base=gpt2", "model", "exactly one of 'base'"),
+        ("guided.weights.accuracyy=1", "guided.weights", "Did you mean 'accuracy'?"),
+        ("policy.alpha.speed=1", "policy.alpha", "unknown objective 'speed'"),
+        ("sweep.weights.1.speed=1", "sweep.weights[1]", "unknown objective 'speed'"),
+        ("objectives.1.name=accuracy", "objectives", "names an objective twice"),
+        ("reward.backbone=lora", "reward", "'lora' settings go with 'backbone: lora'"),
+        ("reward.inputs=[]", "reward", "'inputs' is empty"),
+        ("sft.training.offload_parameters=true", "sft.training", "needs 'zero_stage: 3'"),
+    ],
+)
+def test_errors_name_file_and_key(file: Path, override: str, key: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, [override])
+    text = str(caught.value)
+    assert str(file) in text and key in text and message in text
+
+
+def test_every_wrong_key_is_named_at_once(file: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, ["seeed=1", "policy.beta=-1", "cluster.train_workers=0"])
+    text = str(caught.value)
+    assert "seeed" in text and "policy.beta" in text and "cluster.train_workers" in text
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("policy.beta", "write --set section.key=value"),
+        ("=3", "write --set section.key=value"),
+        ("policy..beta=3", "write --set section.key=value"),
+        ("name.first=x", "'name' is a value, not a section"),
+        ("sweep.weights.5.accuracy=1", "not an index below 2"),
+        ("sweep.weights.first={}", "not an index below 2"),
+    ],
+)
+def test_overrides_that_cannot_be_read_are_named(file: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, [override])
+    assert override in str(caught.value) and message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", "not valid YAML"),
+        ("- 1\n- 2\n", "must hold a mapping of sections, not list"),
+        ("", "must hold a mapping of sections, not NoneType"),
+    ],
+)
+def test_files_that_are_no_document(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert str(path) in str(caught.value) and message in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no config file at '.*nowhere\.yaml'"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+def test_sections_cannot_be_changed_afterwards(file: Path) -> None:
+    config = load_config(file)
+    with pytest.raises(ValueError, match="frozen"):
+        config.policy.beta = 1.0  # type: ignore[misc]
