@@ -28,14 +28,15 @@ from mahalo_ray.models.reward_heads import (
     step_tokens,
 )
 from mahalo_ray.models.reward_saving import load_reward_model, save_reward_model
-from mahalo_ray.models.scoring import StepScorer
+from mahalo_ray.models.scoring import TraceScorer
+from mahalo_ray.models.traces import StepEncoder
 from mahalo_ray.objectives import unknown_name
 
 Tuning = Literal["frozen", "lora", "full"]
 TUNINGS: tuple[Tuning, ...] = ("frozen", "lora", "full")
 
 
-class ProcessRewardModel(BackboneModel, StepScorer):
+class ProcessRewardModel(BackboneModel, TraceScorer):
     """Scores every step of a trace for every objective in one forward pass.
 
     `objectives` maps a name to what its raw score is: a `value` (fitted by squared error), the logit of a
@@ -74,6 +75,7 @@ class ProcessRewardModel(BackboneModel, StepScorer):
         self.step_separator = step_separator
         self.base_name = base_name
         self.calibration = {}
+        self._encoder: StepEncoder | None = None
         self.backbone = backbone
         if tuning == "frozen":
             self.backbone.requires_grad_(False)
@@ -238,6 +240,17 @@ class ProcessRewardModel(BackboneModel, StepScorer):
             for name, column in zip(self.objectives, raw.unbind(-1), strict=True)
         ]
         return torch.stack(columns, dim=-1)
+
+    @property
+    def encoder(self) -> StepEncoder:
+        """How prompts and steps become token ids; ValueError for a model without a tokenizer."""
+        if self._encoder is None:
+            if self.tokenizer is None:
+                raise ValueError(
+                    "this reward model has no tokenizer: give from_base one, or use score_traces"
+                )
+            self._encoder = StepEncoder(self.tokenizer, self.step_separator)
+        return self._encoder
 
     @property
     def max_length(self) -> int:

@@ -4,55 +4,75 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from mahalo_ray.models.calibration import ObjectiveCalibration, Spread, calibrate, standardised
-from mahalo_ray.models.traces import Messages, StepEncoder, TokenTrace, pad_traces
+from mahalo_ray.models.traces import Messages, TokenTrace, pad_traces
 from mahalo_ray.objectives import unknown_name
 
 
 class StepScorer(ABC):
-    """Mixed into a torch module that scores the steps of token traces.
-
-    `max_length` is the longest trace in tokens; `step_separator` is how `StepEncoder` closes a step.
-    """
+    """Anything that gives steps a score per objective. Higher is better, whatever the objective."""
 
     objectives: tuple[str, ...]
-    tokenizer: PreTrainedTokenizerBase | None
-    step_separator: str | None
     calibration: dict[str, ObjectiveCalibration]
-    _encoder: StepEncoder | None = None
+
+    @abstractmethod
+    def score_batch(
+        self, traces: Sequence[tuple[Messages, Sequence[str]]], batch_size: int = 16
+    ) -> list[dict[str, list[float]]]:
+        """`score` for many (prompt, steps), in their order."""
+
+    def score(self, prompt: Messages, steps: Sequence[str]) -> dict[str, list[float]]:
+        """One score per step and objective. `prompt`: messages with role and content."""
+        return self.score_batch([(prompt, steps)])[0]
+
+    def fit_calibration(
+        self, scores: Mapping[str, Sequence[float]], groups: Mapping[str, Sequence[Hashable]] | None = None
+    ) -> None:
+        """Measure mean, spread and quantiles of held-out scores (as `score` gives them) per objective.
+
+        `groups` names, per objective and score, the prompt it belongs to: then the within-prompt spread too.
+        """
+        for name, values in scores.items():
+            if name not in self.objectives:
+                raise ValueError(unknown_name("objective", name, self.objectives))
+            self.calibration[name] = calibrate(values, None if groups is None else groups[name])
+
+    def standardise(self, scores: Tensor, spread: Spread = "overall") -> Tensor:
+        """Scores [..., H] in units of their spread; see `calibration.standardised`."""
+        return standardised(scores, self.objectives, self.calibration, spread)
+
+
+class TraceEncoder(Protocol):
+    """Turns messages and steps into token ids with step positions."""
+
+    def encode(self, prompt: Messages, steps: Sequence[str]) -> TokenTrace: ...
+
+
+class TraceScorer(StepScorer):
+    """A torch module that scores all steps of a token trace in one forward; batches are made by length."""
 
     @property
     @abstractmethod
     def max_length(self) -> int:
         """The longest trace the model reads, in tokens."""
 
+    @property
+    @abstractmethod
+    def encoder(self) -> TraceEncoder:
+        """How prompts and steps become token ids."""
+
     @abstractmethod
     def final_scores(self, input_ids: Tensor, attention_mask: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
         """Scores people read [B, S, H] of right-padded traces, one forward."""
 
-    @property
-    def encoder(self) -> StepEncoder:
-        """How prompts and steps become token ids; ValueError for a model without a tokenizer."""
-        if self._encoder is None:
-            if self.tokenizer is None:
-                raise ValueError("this reward model has no tokenizer: give it one, or use score_traces")
-            self._encoder = StepEncoder(self.tokenizer, self.step_separator)
-        return self._encoder
-
-    def score(self, prompt: Messages, steps: Sequence[str]) -> dict[str, list[float]]:
-        """One score per step and objective, in one forward. `prompt`: messages with role and content."""
-        return self.score_batch([(prompt, steps)])[0]
-
     def score_batch(
         self, traces: Sequence[tuple[Messages, Sequence[str]]], batch_size: int = 16
     ) -> list[dict[str, list[float]]]:
-        """`score` for many (prompt, steps), in their order."""
         encoded = [self.encoder.encode(prompt, steps) for prompt, steps in traces]
         return [
             {name: scores[:, h].tolist() for h, name in enumerate(self.objectives)}
@@ -61,7 +81,7 @@ class StepScorer(ABC):
 
     @torch.no_grad()
     def score_traces(self, traces: Sequence[TokenTrace], batch_size: int = 16) -> list[Tensor]:
-        """Scores [S, H] of every token trace, on the CPU, in their order; batches are made by length.
+        """Scores [S, H] of every token trace, on the CPU, in their order.
 
         ValueError for a trace longer than the model reads.
         """
@@ -83,19 +103,3 @@ class StepScorer(ABC):
                 results[number] = scores[row, : len(traces[number].ends)]
         module.train(training)
         return [results[number] for number in range(len(traces))]
-
-    def fit_calibration(
-        self, scores: Mapping[str, Sequence[float]], groups: Mapping[str, Sequence[Hashable]] | None = None
-    ) -> None:
-        """Measure mean, spread and quantiles of held-out scores (as `score` gives them) per objective.
-
-        `groups` names, per objective and score, the prompt it belongs to: then the within-prompt spread too.
-        """
-        for name, values in scores.items():
-            if name not in self.objectives:
-                raise ValueError(unknown_name("objective", name, self.objectives))
-            self.calibration[name] = calibrate(values, None if groups is None else groups[name])
-
-    def standardise(self, scores: Tensor, spread: Spread = "overall") -> Tensor:
-        """Scores [..., H] in units of their spread; see `calibration.standardised`."""
-        return standardised(scores, self.objectives, self.calibration, spread)

@@ -38,8 +38,7 @@ class StepEncoder:
 
     def encode(self, prompt: Messages, steps: Sequence[str]) -> TokenTrace:
         """Token ids of prompt and steps. ValueError for no steps or an empty one."""
-        if not steps or any(not step.strip() for step in steps):
-            raise ValueError(f"steps {list(steps)!r}: there must be at least one, and none may be empty")
+        check_steps(steps)
         if self.separator is None and len(steps) > 1:
             raise ValueError("a step is a whole turn here: put all turns but the last into the prompt")
         ids = self.format.prompt_ids([Message.model_validate(message) for message in prompt])
@@ -55,6 +54,12 @@ class StepEncoder:
             return self.format.encode_reply(step)
         text = step if step.endswith(self.separator) else step + self.separator
         return self.format.encode_reply(text)[:-1]
+
+
+def check_steps(steps: Sequence[str]) -> None:
+    """ValueError for no steps or an empty one."""
+    if isinstance(steps, str) or not steps or any(not step.strip() for step in steps):
+        raise ValueError(f"steps {steps!r}: a list of at least one step is wanted, and none may be empty")
 
 
 def pad_traces(

@@ -1,0 +1,209 @@
+"""Reward models of other makers behind the same `score` door.
+
+A sequence classifier judges whole conversations: every prefix of steps is one sequence. A token classifier in
+TRL's PRM format reads all steps in one forward, at the last token of the separator that follows each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from mahalo_ray.data.records import Message
+from mahalo_ray.models.backbone import load_tokenizer
+from mahalo_ray.models.calibration import ObjectiveCalibration
+from mahalo_ray.models.folder import METADATA_FILE
+from mahalo_ray.models.reward import ProcessRewardModel
+from mahalo_ray.models.scoring import StepScorer, TraceScorer
+from mahalo_ray.models.traces import Messages, TokenTrace, check_steps
+
+
+class SequenceClassifierScorer(nn.Module, StepScorer):
+    """A transformers sequence classifier: one label is a Bradley-Terry score, two are a probability.
+
+    The score of step t is what the classifier says of the prompt answered by steps 1..t, joined by
+    `step_separator`. Conversations go through the tokenizer's chat template; without one, prompt and answer
+    are given as a text pair, as encoder classifiers expect.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        objective: str,
+        positive_label: int = 1,
+        step_separator: str = "\n\n",
+    ) -> None:
+        super().__init__()
+        if model.config.num_labels not in (1, 2):
+            raise ValueError(
+                f"{type(model).__name__} has {model.config.num_labels} labels: a scorer has 1 "
+                "(Bradley-Terry) or 2 (no, yes)"
+            )
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.objectives = (objective,)
+        self.positive_label = positive_label
+        self.step_separator = step_separator
+        self.calibration: dict[str, ObjectiveCalibration] = {}
+
+    @torch.no_grad()
+    def score_batch(
+        self, traces: Sequence[tuple[Messages, Sequence[str]]], batch_size: int = 16
+    ) -> list[dict[str, list[float]]]:
+        sequences: list[Mapping[str, Any]] = []
+        for prompt, steps in traces:
+            check_steps(steps)
+            messages = [Message.model_validate(message) for message in prompt]
+            for count in range(1, len(steps) + 1):
+                sequences.append(self._encode(messages, self.step_separator.join(steps[:count])))
+        scores = iter(self._scores(sequences, batch_size))
+        return [{self.objectives[0]: [next(scores) for _ in steps]} for _, steps in traces]
+
+    def _encode(self, prompt: Sequence[Message], answer: str) -> Mapping[str, Any]:
+        if self.tokenizer.chat_template:
+            chat = [message.model_dump() for message in (*prompt, Message(role="assistant", content=answer))]
+            text = self.tokenizer.apply_chat_template(chat, tokenize=False)
+            # The template wrote the special tokens; the tokenizer must not add them again.
+            encoded = self.tokenizer(text, add_special_tokens=False)
+        else:
+            encoded = self.tokenizer("\n".join(message.content for message in prompt), answer)
+        limit = self.model.config.max_position_embeddings
+        if len(encoded["input_ids"]) > limit:
+            raise ValueError(
+                f"a conversation has {len(encoded['input_ids'])} tokens, the model reads {limit}"
+            )
+        return encoded
+
+    def _scores(self, sequences: Sequence[Mapping[str, Any]], batch_size: int) -> list[float]:
+        # Causal classifiers find the last token by looking for padding ids: without one, rows go singly.
+        if self.model.config.pad_token_id is None or self.tokenizer.pad_token_id is None:
+            batch_size = 1
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]["input_ids"]))
+        found: dict[int, float] = {}
+        for first in range(0, len(order), batch_size):
+            chosen = order[first : first + batch_size]
+            rows = [sequences[number] for number in chosen]
+            if batch_size == 1:
+                batch = {key: torch.tensor([values]) for key, values in rows[0].items()}
+            else:
+                batch = self.tokenizer.pad(rows, padding_side="right", return_tensors="pt")
+            logits = self.model(**{key: t.to(self.model.device) for key, t in batch.items()}).logits.float()
+            values = logits[:, 0] if logits.shape[1] == 1 else logits.softmax(-1)[:, self.positive_label]
+            found.update(zip(chosen, values.tolist(), strict=True))
+        return [found[number] for number in range(len(sequences))]
+
+
+class PlainStepEncoder:
+    """TRL's PRM format: plain prompt text, every step followed by the separator's own tokens.
+
+    Parts are tokenised apart, as TRL does, so that the separator is always the same tokens.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, separator: str) -> None:
+        self.tokenizer = tokenizer
+        self.separator = self._ids(separator)
+        if not self.separator:
+            raise ValueError("a token classifier reads its scores at the separator: it cannot be empty")
+
+    def encode(self, prompt: Messages, steps: Sequence[str]) -> TokenTrace:
+        """Token ids of prompt and steps. The prompt is one user message: the format knows nothing else."""
+        check_steps(steps)
+        messages = [Message.model_validate(message) for message in prompt]
+        if len(messages) != 1 or messages[0].role != "user":
+            raise ValueError("a token classifier in TRL's format takes one user message as its prompt")
+        bos = self.tokenizer.bos_token_id
+        ids = [*([] if bos is None else [bos]), *self._ids(messages[0].content)]
+        starts, ends = [], []
+        for step in steps:
+            starts.append(len(ids))
+            ids += self._ids(step) + self.separator
+            ends.append(len(ids) - 1)
+        return TokenTrace(ids, starts, ends)
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+class TokenClassifierScorer(nn.Module, TraceScorer):
+    """A transformers token classifier with two labels, as TRL's PRM trainer makes them: P(yes) per step."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        objective: str,
+        positive_label: int = 1,
+        step_separator: str = "\n",
+    ) -> None:
+        super().__init__()
+        if model.config.num_labels != 2:
+            raise ValueError(
+                f"{type(model).__name__} has {model.config.num_labels} labels: a step scorer has 2"
+            )
+        self.model = model.eval()
+        self.objectives = (objective,)
+        self.positive_label = positive_label
+        self.calibration: dict[str, ObjectiveCalibration] = {}
+        self._encoder = PlainStepEncoder(tokenizer, step_separator)
+
+    @property
+    def encoder(self) -> PlainStepEncoder:
+        return self._encoder
+
+    @property
+    def max_length(self) -> int:
+        return self.model.config.max_position_embeddings
+
+    def final_scores(self, input_ids: Tensor, attention_mask: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
+        logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits.float()
+        at = ends.clamp(min=0)[..., None].expand(-1, -1, logits.shape[-1])
+        return logits.gather(1, at).softmax(-1)[..., self.positive_label, None]
+
+
+def load_scorer(
+    source: str | Path,
+    objective: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    step_separator: str | None = None,
+) -> StepScorer:
+    """A scorer from a folder or hub id: our own reward model, or a sequence or token classifier.
+
+    `objective` names what a foreign model scores and is required for one; our own models know their
+    objectives. `step_separator` None takes the format's usual one.
+    """
+    if (Path(source) / METADATA_FILE).is_file():
+        if objective is not None or step_separator is not None:
+            raise ValueError(f"{source} knows its own objectives and step separator: do not give them")
+        return ProcessRewardModel.from_pretrained(source, dtype, device=device).eval()
+    if objective is None:
+        raise ValueError(f"{source} is not a mahalo_ray model: say which objective it scores")
+    architecture = (AutoConfig.from_pretrained(str(source)).architectures or ["no architecture"])[0]
+    chosen = "auto" if dtype is None else dtype
+    scorer: SequenceClassifierScorer | TokenClassifierScorer
+    if architecture.endswith("ForSequenceClassification"):
+        model = AutoModelForSequenceClassification.from_pretrained(str(source), dtype=chosen)
+        separator = "\n\n" if step_separator is None else step_separator
+        scorer = SequenceClassifierScorer(model, load_tokenizer(source), objective, step_separator=separator)
+    elif architecture.endswith("ForTokenClassification"):
+        model = AutoModelForTokenClassification.from_pretrained(str(source), dtype=chosen)
+        separator = "\n" if step_separator is None else step_separator
+        scorer = TokenClassifierScorer(model, load_tokenizer(source), objective, step_separator=separator)
+    else:
+        raise ValueError(
+            f"{source} is a {architecture}: a scorer is a mahalo_ray reward model, a sequence classifier or "
+            "a token classifier"
+        )
+    return scorer if device is None else scorer.to(device)
