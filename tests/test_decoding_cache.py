@@ -215,16 +215,27 @@ def test_architectures_the_cache_would_get_wrong_are_refused_by_name(config, mes
         CausalPolicy(AutoModelForCausalLM.from_config(config).eval())
 
 
-def test_sliding_window_works_inside_the_window_and_is_refused_beyond():
+def test_models_with_a_sliding_window_are_decoded_as_far_as_it_reaches():
     config = Gemma2Config(**COMMON, head_dim=8, sliding_window=8)
     torch.manual_seed(0)
     windowed = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     engine = BatchedConversations(CausalPolicy(windowed))
     rows = engine.add(1)
+    with pytest.raises(ValueError, match="context of 8"):
+        engine.append(rows, [[1] * 9])
     engine.append(rows, [[1, 2, 3, 4, 5]])
-    engine.sample(rows, 2, SamplingParams(), [0], 3, [])
-    with pytest.raises(ValueError, match="sliding window of 8 tokens and the context has 9"):
-        engine.sample(rows, 2, SamplingParams(), [0], 6, [])
+    got = engine.sample(rows, 2, SamplingParams(), [0], 6, [])
+    assert set(got.reasons[0]) == {"context"}
+    assert [len(ids) for ids in got.token_ids[0]] == [3, 3]
+
+
+def test_attention_beyond_a_sliding_window_is_refused_by_name():
+    config = Gemma2Config(**COMMON, head_dim=8, sliding_window=8)
+    backbone = CachedBackbone(AutoModelForCausalLM.from_config(config).eval().base_model)
+    cache = RaggedCache()
+    view = cache.append(cache.add(1), np.array([9]), 9)
+    with pytest.raises(ValueError, match="Gemma2Attention attends to a sliding window of 8 tokens"):
+        backbone(torch.ones(1, 9, dtype=torch.long), view.positions(9, torch.device("cpu")), view)
 
 
 def test_context_limit():

@@ -11,13 +11,14 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from mahalo_ray.data.records import Message
+from mahalo_ray.decoding.beam import subtrees
 from mahalo_ray.decoding.boundaries import MathBoundary, SentenceBoundary, TurnBoundary, boundary_for
 from mahalo_ray.decoding.candidates import StopReason
 from mahalo_ray.decoding.guidance import within_candidates
 from mahalo_ray.decoding.guided import GuidedDecoder
 from mahalo_ray.decoding.requests import GuidedRequest
 from mahalo_ray.decoding.sampling import SamplingParams
-from mahalo_ray.decoding.stopping import StopRule, TextStop, Vocabulary, last_step_start
+from mahalo_ray.decoding.stopping import StopRule, Vocabulary, last_step_start
 from mahalo_ray.domains.tutoring.corpus import train_tokenizer
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
 from mahalo_ray.models.reward import ProcessRewardModel
@@ -124,6 +125,69 @@ def test_a_batch_gives_each_request_what_it_gets_alone(strategy):
         (alone,) = made.generate_batch([request])
         assert alone.token_ids == result.token_ids and alone.stop_reason == result.stop_reason
         assert [s.chosen for s in alone.steps] == [s.chosen for s in result.steps]
+
+
+@pytest.mark.parametrize("strategy", ["beam", "dvts"])
+def test_tree_searches_end_with_a_response_made_of_their_steps(strategy):
+    made = decoder()
+    options = SHORT | {"strategy": strategy, "num_candidates": 6, "beam_width": 2, "seed": 2}
+    result = made.generate(ASK, **options)
+    assert result.token_ids == [i for step in result.steps for i in step.accepted.token_ids]
+    assert result.token_ids == made.generate(ASK, **options).token_ids
+    own = sum(len(c.token_ids) for step in result.steps for c in step.candidates)
+    assert result.policy_tokens > result.prompt_tokens + own  # the other beams and subtrees are paid for too
+    with pytest.raises(ValueError, match=r"use GuidedDecoder\.generate"):
+        made.session().submit(GuidedRequest(ASK, **options))
+
+
+def test_beam_search_with_one_beam_is_argmax_with_its_first_seed():
+    made = decoder()
+    beam = made.generate(ASK, **(SHORT | {"strategy": "beam", "beam_width": 4}))
+    first = made.generate(ASK, **(SHORT | {"max_steps": 1}))
+    assert beam.steps[0] == first.steps[0]
+    for step in beam.steps:
+        assert step.accepted.total == max(c.total for c in step.candidates)
+
+
+def test_beams_score_what_the_whole_text_would_score():
+    """Beams are copied, reordered and dropped: the kept caches must still be those of their own texts."""
+    made = decoder()
+    options = SHORT | {"strategy": "beam", "num_candidates": 6, "beam_width": 2, "seed": 7}
+    result = made.generate(ASK, **options)
+    before = made.format.prompt_ids([message(ASK[0])])
+    assert len(result.steps) > 2
+    for step in result.steps:
+        for candidate in step.candidates:
+            if candidate.reason in (StopReason.STEP, StopReason.LENGTH):
+                ids = before + candidate.token_ids
+                expected = reward().score_traces([TokenTrace(ids, [len(before)], [len(ids) - 1])])[0][0]
+                found = torch.tensor([candidate.scores[name] for name in reward().objectives])
+                torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        before = before + step.accepted.token_ids
+
+
+def test_dvts_takes_the_best_of_its_greedy_searches():
+    made = decoder()
+    options = SHORT | {"strategy": "dvts", "num_candidates": 6, "beam_width": 2, "seed": 2}
+    options["guidance"] = Weights.one("accuracy")
+    result = made.generate(ASK, **options)
+    trees = made.generate_batch(subtrees(GuidedRequest(ASK, **options)))
+    assert len(trees) == 3
+    ends = [tree.steps[-1].accepted.scores["accuracy"] for tree in trees]
+    assert result.token_ids == trees[ends.index(max(ends))].token_ids
+
+
+def test_one_bad_request_does_not_disturb_the_others():
+    session = GuidedDecoder(
+        MultiHeadCausalLM.from_base(model(), ["accuracy", "engagement"]), reward(), "math"
+    ).session()
+    good = session.submit(GuidedRequest(ASK, weights=Weights.one("accuracy"), **SHORT))
+    for weights in (None, Weights.one("speed")):
+        with pytest.raises(ValueError, match=r"give weights|unknown objective 'speed'"):
+            session.submit(GuidedRequest(ASK, weights=weights, **SHORT))
+    while session.is_busy:
+        session.advance()
+    assert good.result().token_ids
 
 
 def test_requests_can_join_while_others_run_and_leave_early():
@@ -258,10 +322,13 @@ def test_special_tokens_in_user_text_are_data():
     [
         ({"num_candidates": 0}, "num_candidates is 0"),
         ({"strategy": "argmaks"}, "Did you mean 'argmax'"),
-        ({"num_candidates": 1000}, "at most 256"),
+        ({"num_candidates": 1000}, "at most 256 run at once"),
         ({"guidance": Weights.one("speed")}, "unknown objective 'speed'"),
         ({"weights": Weights.one("accuracy")}, "single-head"),
         ({"stop": "abc"}, "tuple"),
+        ({"stop": ("a", "")}, "stop string is empty"),
+        ({"strategy": "beam", "num_candidates": 5}, "divides num_candidates"),
+        ({"strategy": "dvts", "num_candidates": 4, "beam_width": 1}, "at least 2"),
         ({"strategy": "none", "guidance": Weights.one("accuracy")}, "does not use it"),
     ],
 )
@@ -360,8 +427,3 @@ def test_last_step_of_a_whole_response():
     ids = tokenizer()(TEXT[0])["input_ids"]
     start = last_step_start(ids, MathBoundary(), Vocabulary(tokenizer()))
     assert tokenizer().decode(ids[start:]).strip() == "The answer is \\boxed{5}."
-
-
-def test_empty_stop_string_is_refused():
-    with pytest.raises(ValueError, match="stop string is empty"):
-        TextStop(Vocabulary(tokenizer()), [StopRule(MathBoundary(), ("",))])

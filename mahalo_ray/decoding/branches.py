@@ -13,11 +13,11 @@ from mahalo_ray.decoding.attention import shared_prefix_attention
 Slots = np.ndarray  # int64 [n]: places of rows in the cache
 
 
-def doubled(current: int, needed: int, least: int) -> int:
-    size = max(current, least)
-    while size < needed:
-        size *= 2
-    return size
+def grown(current: int, needed: int) -> int:
+    """A new size for a buffer that must hold `needed`: at least half as large again, so that copying stays
+    rare.
+    """
+    return current if needed <= current else max(needed, current + current // 2)
 
 
 def resized(old: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -125,7 +125,7 @@ class Branches:
         longest = int(self.trunk_lengths.max())
         if not np.array_equal(rows, np.arange(before)):
             index = torch.from_numpy(rows)
-            self._trunk = [tuple(t[index.to(t.device), :, :longest] for t in pair) for pair in self._trunk]  # type: ignore[misc]
+            self._trunk = [(k[index, :, :longest], v[index, :, :longest]) for k, v in self._trunk]
         self.branches = grid.shape[1]
         self._bias_known = False
 
@@ -149,7 +149,7 @@ class Branches:
 
     def _store(self, layer: int, key: Tensor, value: Tensor, end: int) -> None:
         if end > self._capacity:
-            self._capacity = doubled(self._capacity, end, 1)
+            self._capacity = grown(self._capacity, end)
         for buffers, new in ((self.keys, key), (self.values, value)):
             heads, dim = new.shape[1], new.shape[3]
             shape = (len(self.trunk_lengths), heads, self.branches, self._capacity, dim)

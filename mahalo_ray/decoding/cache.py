@@ -2,7 +2,7 @@
 copy.
 
 `RaggedCache` holds the trunks: rows of different lengths, left-aligned, in preallocated buffers that grow by
-doubling. `RaggedCache.fork(slots, K)` gives `Branches`: every branch sees its row's trunk, which exists once,
+half. `RaggedCache.fork(slots, K)` gives `Branches`: every branch sees its row's trunk, which exists once,
 and its own few tokens. `RaggedCache.accept` copies the chosen branch's own tokens, never the prefix, behind
 the trunk.
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mahalo_ray.decoding.attention import prefix_attention
-from mahalo_ray.decoding.branches import Branches, Parts, Slots, doubled, resized
+from mahalo_ray.decoding.branches import Branches, Parts, Slots, grown, resized
 
 
 class RaggedCache:
@@ -134,8 +134,8 @@ class RaggedCache:
                 buffer[rows.to(new.device)[:, None], :, positions] = new.transpose(1, 2)
 
     def _reserve(self, slots: int, capacity: int) -> None:
-        slots = doubled(self._slots, slots, 1)
-        capacity = doubled(self._capacity, capacity, 1)
+        slots = grown(self._slots, slots)
+        capacity = grown(self._capacity, capacity)
         if (slots, capacity) == (self._slots, self._capacity):
             return
         self._slots, self._capacity = slots, capacity

@@ -72,10 +72,12 @@ class Candidates:
             decoded.parts,
         )
 
-    def only(self, which: Sequence[int]) -> Candidates:
-        """The candidates of some of the sampled rows, by place."""
+    def only(self, which: Sequence[int], rows: Sequence[int] | None = None) -> Candidates:
+        """The candidates of some of the sampled rows, by place; `rows`: duplicates of those rows that take
+        over.
+        """
         return Candidates(
-            [self.rows[i] for i in which],
+            [self.rows[i] for i in which] if rows is None else list(rows),
             [self.token_ids[i] for i in which],
             [self.reasons[i] for i in which],
             None if self.logps is None else [self.logps[i] for i in which],

@@ -7,12 +7,16 @@ encoded again (MAHALO, arXiv 2510.01167, "continuing hidden state").
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mahalo_ray.data.templating import ChatFormat
+from mahalo_ray.decoding.beam import BeamSearch, subtrees
 from mahalo_ray.decoding.boundaries import Boundary, boundary_for
+from mahalo_ray.decoding.guidance import totals
 from mahalo_ray.decoding.policy import Policy, as_policy
 from mahalo_ray.decoding.requests import GuidedRequest, GuidedResult, Step
 from mahalo_ray.decoding.session import GuidedSession
@@ -48,8 +52,8 @@ class GuidedDecoder:
             raise ValueError("give a tokenizer: the reward model does not carry one")
         if judged is not None and judged is not tokenizer and judged.get_vocab() != tokenizer.get_vocab():
             raise ValueError(
-                "the policy's and the reward model's tokenizers differ: guided decoding hands over token ids, "
-                "so both must have the same vocabulary"
+                "the policy's and the reward model's tokenizers differ: guided decoding hands over token "
+                "ids, so both must have the same vocabulary"
             )
         self.format = ChatFormat(tokenizer)
         self.vocabulary = Vocabulary(tokenizer)
@@ -75,12 +79,43 @@ class GuidedDecoder:
         return self.generate_batch([GuidedRequest(messages, **options)])[0]
 
     def generate_batch(self, requests: Sequence[GuidedRequest]) -> list[GuidedResult]:
-        """Answer many conversations in one batch. Each answer is what `generate` would give for it alone."""
+        """Answer many conversations. Each answer is what `generate` would give for it alone.
+
+        All strategies but beam search share one batch; beam searches run one after the other.
+        """
         session = self.session()
-        running = [session.submit(request) for request in requests]
+        running = {
+            number: [session.submit(part) for part in subtrees(request)]
+            for number, request in enumerate(requests)
+            if request.strategy != "beam"
+        }
         while session.is_busy:
             session.advance()
-        return [one.result() for one in running]
+        return [
+            self._best(request, [part.result() for part in running[number]])
+            if number in running
+            else self._beam_search(request)
+            for number, request in enumerate(requests)
+        ]
+
+    def _beam_search(self, request: GuidedRequest) -> GuidedResult:
+        if self.reward_model is None:
+            raise ValueError("strategy 'beam' needs a reward model; this decoder has none")
+        return BeamSearch(self.session(), self.reward_model, request).run()
+
+    def _best(self, request: GuidedRequest, results: Sequence[GuidedResult]) -> GuidedResult:
+        """Of the subtrees' responses the one whose last step scores best, with what all of them cost."""
+        if len(results) == 1:
+            return results[0]
+        model = self.reward_model
+        assert model is not None
+        last = [[r.steps[-1].accepted.scores[name] for name in model.objectives] for r in results]
+        total = totals(torch.tensor(last), request.guidance_over(model.objectives), request, model)
+        return replace(
+            results[int(total.argmax())],
+            policy_tokens=sum(r.policy_tokens for r in results),
+            reward_tokens=sum(r.reward_tokens for r in results),
+        )
 
     def stream(
         self, messages: Sequence[Any], tokens: bool = False, **options: Any

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -40,6 +41,10 @@ class Policy(Protocol):
         """[B, T] new tokens at these positions -> final normalised hidden states [B, T, D]."""
         ...
 
+    def check_weights(self, weights: Weights | None) -> None:
+        """ValueError if no conversation can be decoded with these weights."""
+        ...
+
     def head(self, weights: RowWeights) -> LogitFunction:
         """The logits of these conversations; built once per batch, called once per token."""
         ...
@@ -67,7 +72,7 @@ class CachedBackbone:
         self._check()
         if not hasattr(config, "max_position_embeddings"):
             raise ValueError(f"the config of {self.name} does not say how long a context may be")
-        self.max_context: int = config.max_position_embeddings
+        self.max_context = min(config.max_position_embeddings, _window(values))
 
     def __call__(self, input_ids: Tensor, position_ids: Tensor, kv_cache: View) -> Tensor:
         """[B, T] -> [B, T, D], no gradients."""
@@ -107,6 +112,15 @@ class CachedBackbone:
             )
 
 
+def _window(config: dict[str, Any]) -> int:
+    """The sliding window of the layers that have one, else no limit: the cache keeps whole contexts, so a
+    model with windows is decoded as far as its window reaches.
+    """
+    kinds, window = config.get("layer_types"), config.get("sliding_window")
+    used = config.get("use_sliding_window", True) if kinds is None else "sliding_attention" in kinds
+    return int(window) if used and window else sys.maxsize
+
+
 def same_numbers(found: Tensor, expected: Tensor) -> bool:
     """Equal up to the rounding of the dtype, relative to the largest value."""
     tolerance = 1e-3 if expected.dtype == torch.float32 else 0.05
@@ -132,10 +146,13 @@ class CausalPolicy:
         """[.., D] -> [.., V]."""
         return self._transform(self._head(hidden))
 
+    def check_weights(self, weights: Weights | None) -> None:
+        if weights is not None:
+            raise ValueError(f"weights {weights.label()} were given, but this policy is a single-head model")
+
     def head(self, weights: RowWeights) -> LogitFunction:
-        named = next((w for w in weights if w is not None), None)
-        if named is not None:
-            raise ValueError(f"weights {named.label()} were given, but this policy is a single-head model")
+        for each in weights:
+            self.check_weights(each)
         return lambda hidden, rows: self.logits(hidden)
 
 
@@ -157,16 +174,19 @@ class MultiHeadPolicy:
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor, kv_cache: View) -> Tensor:
         return self._backbone(input_ids, position_ids, kv_cache)
 
+    def check_weights(self, weights: Weights | None) -> None:
+        if weights is None:
+            raise ValueError(
+                f"give weights: this policy has a head for each of {', '.join(self.model.objectives)}"
+            )
+        weights.over(self.model.objectives)
+
     def head(self, weights: RowWeights) -> LogitFunction:
         """Conversations that share one weight vector share one merged head: never H heads per token for
         them."""
-        chosen = []
-        for w in weights:
-            if w is None:
-                raise ValueError(
-                    f"give weights: this policy has a head for each of {', '.join(self.model.objectives)}"
-                )
-            chosen.append(w)
+        for each in weights:
+            self.check_weights(each)
+        chosen = [each for each in weights if each is not None]
         if len(set(chosen)) == 1:
             merged = self._merged_head(chosen[0])
             return lambda hidden, rows: merged(hidden)
@@ -175,7 +195,6 @@ class MultiHeadPolicy:
 
     def _merged_head(self, weights: Weights) -> FullHead:
         """sum_i w_i W_i of the most recently used weight vectors."""
-        weights.over(self.model.objectives)  # names the objective the policy does not have
         head = self._merged.pop(weights, None)
         self._merged[weights] = head = self.model.merged(weights) if head is None else head
         if len(self._merged) > self._merged_heads_kept:

@@ -11,7 +11,7 @@ from mahalo_ray.decoding.candidates import StopReason
 from mahalo_ray.decoding.sampling import SamplingParams
 from mahalo_ray.objectives import Weights, unknown_name
 
-Strategy = Literal["argmax", "sample", "best_of_n", "none"]
+Strategy = Literal["argmax", "sample", "beam", "dvts", "best_of_n", "none"]
 Standardisation = Literal["within_candidates", "calibrated"]
 
 
@@ -20,11 +20,14 @@ class GuidedRequest:
     """One prompt and how to answer it.
 
     weights: over the policy's heads (None for a single-head policy); guidance: over the reward model's
-    objectives (None: all alike). Strategies: `argmax` takes each step's best of num_candidates (the paper's),
-    `sample` draws one by softmax(total / score_temperature), `best_of_n` chooses among whole responses,
-    `none` samples one response. Totals are sums over objectives of guidance weight times standardised score:
-    `within_candidates` divides by the spread among this step's candidates, `calibrated` by the within-prompt
-    spread stored with the reward model.
+    objectives (None: all alike). Strategies: - `argmax` takes each step's best of num_candidates (the
+    paper's); - `sample` draws one by softmax(total / score_temperature); - `beam` keeps the num_candidates /
+    beam_width best beams over all their beam_width continuations each, and `dvts` follows that many greedy
+    searches of beam_width candidates apart from each other (both after Beeching, Tunstall and Rush, "Scaling
+    test-time compute with open models", 2024); the best end is taken; - `best_of_n` chooses among whole
+    responses; - `none` samples one response. Totals are sums over objectives of guidance weight times
+    standardised score: `within_candidates` divides by the spread among the candidates compared, `calibrated`
+    by the within-prompt spread stored with the reward model.
     """
 
     messages: Sequence[Message | Mapping[str, str]]
@@ -38,6 +41,7 @@ class GuidedRequest:
     max_steps: int = 256
     stop: tuple[str, ...] = ()
     strategy: Strategy = "argmax"
+    beam_width: int = 4
     score_temperature: float = 1.0
     standardisation: Standardisation = "within_candidates"
 
@@ -54,12 +58,25 @@ class GuidedRequest:
             raise ValueError(f"score_temperature is {self.score_temperature}: it must be above 0")
         if isinstance(self.stop, str):
             raise ValueError(f"stop is the string {self.stop!r}: give a tuple of strings")
+        if not all(self.stop):
+            raise ValueError("a stop string is empty: leave it out instead")
+        if self.strategy in ("beam", "dvts") and (
+            self.beam_width < 2 or self.num_candidates % self.beam_width
+        ):
+            raise ValueError(
+                f"num_candidates is {self.num_candidates} and beam_width {self.beam_width}: "
+                f"'{self.strategy}' needs a beam_width of at least 2 that divides num_candidates"
+            )
         if not self.messages:
             raise ValueError("messages are empty: give at least one message")
 
     @property
     def candidates_per_step(self) -> int:
         return 1 if self.strategy == "none" else self.num_candidates
+
+    def guidance_over(self, objectives: Sequence[str]) -> Weights:
+        """The guidance weights; all of the reward model's objectives alike if none were given."""
+        return self.guidance or Weights.balanced(objectives)
 
     @property
     def is_guided(self) -> bool:

@@ -81,6 +81,19 @@ class RewardConversations:
             self._scored.pop(row, None)
             self._last_state.pop(row, None)
 
+    def duplicate(self, rows: Sequence[int]) -> list[int]:
+        """Copies of conversations that go on independently, their scored candidates included."""
+        copies = self.add(len(rows))
+        for cache in self._caches:
+            cache.copy(self._rows.slots(rows), self._rows.slots(copies))
+        for row, copy in zip(rows, copies, strict=True):
+            self._ids[copy], self._pending[copy] = list(self._ids[row]), list(self._pending[row])
+            if row in self._scored:
+                self._scored[copy] = self._scored[row]
+            if row in self._last_state:
+                self._last_state[copy] = self._last_state[row]
+        return copies
+
     def append(self, rows: Sequence[int], token_ids: Sequence[Ids]) -> None:
         """Add text that is not scored: prompts, headers, the other speaker's turns. Encoded at the next
         scoring.

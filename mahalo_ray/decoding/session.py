@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,11 +11,12 @@ from mahalo_ray.data.records import Message
 from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.decoding.batch import BatchedConversations
 from mahalo_ray.decoding.boundaries import AnswerOnly, Boundary
-from mahalo_ray.decoding.candidates import StopReason
+from mahalo_ray.decoding.candidates import Candidates, StopReason
 from mahalo_ray.decoding.guidance import choose, totals
 from mahalo_ray.decoding.policy import Policy
-from mahalo_ray.decoding.requests import GuidedRequest, GuidedResult, Step, StepCandidate
+from mahalo_ray.decoding.requests import GuidedRequest, Step, StepCandidate
 from mahalo_ray.decoding.reward_cache import RewardConversations
+from mahalo_ray.decoding.running import Running
 from mahalo_ray.decoding.stopping import StopRule, TextStop, Vocabulary, last_step_start
 from mahalo_ray.models.reward import ProcessRewardModel
 from mahalo_ray.objectives import Weights
@@ -24,54 +24,6 @@ from mahalo_ray.objectives import Weights
 # Room for the tokens that close a step the policy left open, when it is scored.
 _CLOSING_ROOM = 16
 _STEP_GOES_ON = (StopReason.STEP, StopReason.LENGTH)
-
-
-@dataclass
-class Running:
-    """A request in play."""
-
-    request: GuidedRequest
-    guidance: Weights | None
-    prompt_ids: list[int]
-    token_by_token: bool
-    row: int = -1
-    reward_row: int = -1
-    token_ids: list[int] = field(default_factory=list)
-    text: str = ""
-    open_step: list[int] = field(default_factory=list)  # tokens of a step handed out token by token
-    steps: list[Step] = field(default_factory=list)
-    stop_reason: StopReason | None = None
-    policy_tokens: int = 0
-    reward_tokens: int = 0
-    cache_bytes: int = 0
-    _told: int = 0
-
-    def news(self) -> list[Step]:
-        """Steps accepted since the last call."""
-        new, self._told = self.steps[self._told :], len(self.steps)
-        return new
-
-    def result(self) -> GuidedResult:
-        """The finished response."""
-        assert self.stop_reason is not None, "the request is still running"
-        return GuidedResult(
-            self.text,
-            self.token_ids,
-            self.steps,
-            self.stop_reason,
-            len(self.prompt_ids),
-            self.policy_tokens,
-            self.reward_tokens,
-            self.cache_bytes,
-        )
-
-    @property
-    def step_limit(self) -> int:
-        """Tokens the next candidates may have."""
-        left = self.request.max_new_tokens - len(self.token_ids)
-        if self.token_by_token:
-            return 1
-        return left if self.request.strategy == "best_of_n" else min(left, self.request.max_step_tokens)
 
 
 class GuidedSession:
@@ -91,11 +43,11 @@ class GuidedSession:
     ) -> None:
         self._model, self._boundary, self._chat, self._vocabulary = reward_model, boundary, chat, vocabulary
         self._max_branches = max_branches
-        self._scorer = None if reward_model is None else RewardConversations(reward_model)
+        self.scorer = None if reward_model is None else RewardConversations(reward_model)
         context = policy.max_context if max_context is None else max_context
-        if self._scorer is not None:
-            context = min(context, self._scorer.max_context - _CLOSING_ROOM)
-        self._engine = BatchedConversations(policy, context)
+        if self.scorer is not None:
+            context = min(context, self.scorer.max_context - _CLOSING_ROOM)
+        self.engine = BatchedConversations(policy, context)
         self._waiting: deque[Running] = deque()
         self._active: list[Running] = []
 
@@ -104,31 +56,41 @@ class GuidedSession:
         """Whether any request is unfinished."""
         return bool(self._waiting or self._active)
 
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes of keys and values there have been, of both models."""
+        return self.engine.peak_bytes + (0 if self.scorer is None else self.scorer.peak_bytes)
+
     def submit(self, request: GuidedRequest, token_by_token: bool = False) -> Running:
         """Queue a request. ValueError if it can never run: too long, no reward model for it, unknown
         objectives.
         """
         if request.candidates_per_step > self._max_branches:
             raise ValueError(
-                f"num_candidates is {request.num_candidates}: at most {self._max_branches} are decoded at once"
+                f"num_candidates is {request.num_candidates}: at most {self._max_branches} run at once"
             )
         if token_by_token and request.is_guided:
             raise ValueError("single tokens can only be streamed without candidates: use num_candidates=1")
+        if request.strategy in ("beam", "dvts"):
+            raise ValueError(
+                f"strategy '{request.strategy}' needs more than one row: use GuidedDecoder.generate"
+            )
+        self.engine.policy.check_weights(request.weights)
         guidance = None
         if request.is_guided:
             if self._model is None:
                 raise ValueError(f"strategy '{request.strategy}' needs a reward model; this decoder has none")
-            guidance = request.guidance or Weights.balanced(self._model.objectives)
+            guidance = request.guidance_over(self._model.objectives)
             guidance.over(self._model.objectives)
         elif request.guidance is not None and request.strategy == "none":
             raise ValueError("guidance was given with strategy 'none', which does not use it")
         prompt = self._chat.prompt_ids([Message.model_validate(message) for message in request.messages])
-        if len(prompt) >= self._engine.max_context:
+        if len(prompt) >= self.engine.max_context:
             raise ValueError(
-                f"the prompt has {len(prompt)} tokens and the context holds {self._engine.max_context}: there is "
-                "no room for an answer"
+                f"the prompt has {len(prompt)} tokens and the context holds {self.engine.max_context}: "
+                "there is no room for an answer"
             )
-        running = Running(request, guidance, prompt, token_by_token)
+        running = Running(request, guidance, prompt, token_by_token, seed=request.seed)
         self._waiting.append(running)
         return running
 
@@ -141,15 +103,23 @@ class GuidedSession:
 
     def advance(self) -> None:
         """One step of every active request: candidates, scores, choice. Finished ones leave, others join."""
-        self._admit()
+        self.admit()
         active = list(self._active)
         if not active:
             return
-        candidates = self._engine.sample(
+        candidates, offered = self.offer(active, [one.request.candidates_per_step for one in active])
+        choice = [self._choice(one, own) for one, own in zip(active, offered, strict=True)]
+        self.engine.accept(candidates, choice)
+        for one, own, chosen in zip(active, offered, choice, strict=True):
+            self._take(one, own, chosen)
+
+    def offer(self, active: list[Running], counts: list[int]) -> tuple[Candidates, list[list[StepCandidate]]]:
+        """Candidates of these requests' next steps, scored where there is something to choose from."""
+        candidates = self.engine.sample(
             [one.row for one in active],
-            [one.request.candidates_per_step for one in active],
+            counts,
             [one.request.sampling for one in active],
-            [one.request.seed for one in active],
+            [one.seed for one in active],
             [one.step_limit for one in active],
             [self._chat.end_id],
             TextStop(self._vocabulary, [self._rule(one) for one in active]),
@@ -161,13 +131,9 @@ class GuidedSession:
             ]
             for one, own, reasons in zip(active, candidates.token_ids, candidates.reasons, strict=True)
         ]
-        offered = self._scored(active, offered)
-        choice = [self._choice(one, own) for one, own in zip(active, offered, strict=True)]
-        self._engine.accept(candidates, choice)
-        for one, own, chosen in zip(active, offered, choice, strict=True):
-            self._take(one, own, chosen)
+        return candidates, self._scored(active, offered)
 
-    def _admit(self) -> None:
+    def admit(self) -> None:
         """Let waiting requests in while there is room for their branches."""
         busy = sum(one.request.candidates_per_step for one in self._active)
         joining = []
@@ -176,18 +142,18 @@ class GuidedSession:
             busy += joining[-1].request.candidates_per_step
         if not joining:
             return
-        rows = self._engine.add(len(joining), [one.request.weights for one in joining])
+        rows = self.engine.add(len(joining), [one.request.weights for one in joining])
         for one, row in zip(joining, rows, strict=True):
             one.row = row
             one.policy_tokens = len(one.prompt_ids)
         self._active += joining
-        self._engine.append(rows, [one.prompt_ids for one in joining])
+        self.engine.append(rows, [one.prompt_ids for one in joining])
         guided = [one for one in joining if one.request.is_guided]
-        if self._scorer is not None and guided:
-            for one, row in zip(guided, self._scorer.add(len(guided)), strict=True):
+        if self.scorer is not None and guided:
+            for one, row in zip(guided, self.scorer.add(len(guided)), strict=True):
                 one.reward_row = row
                 one.reward_tokens = len(one.prompt_ids)
-            self._scorer.append([one.reward_row for one in guided], [one.prompt_ids for one in guided])
+            self.scorer.append([one.reward_row for one in guided], [one.prompt_ids for one in guided])
 
     def _rule(self, one: Running) -> StopRule:
         """How this request's next candidates may end. Whole responses are not cut at steps."""
@@ -210,9 +176,9 @@ class GuidedSession:
         ]
         if not guided:
             return offered
-        assert self._scorer is not None and self._model is not None
+        assert self.scorer is not None and self._model is not None
         views = [[self._as_scored(active[i], candidate) for candidate in offered[i]] for i in guided]
-        scores = self._scorer.score_candidates(
+        scores = self.scorer.score_candidates(
             [active[i].reward_row for i in guided],
             [[ids for ids, _ in own] for own in views],
             [[start for _, start in own] for own in views],
@@ -266,6 +232,14 @@ class GuidedSession:
 
     def _take(self, one: Running, own: list[StepCandidate], chosen: int) -> None:
         """Make the chosen candidate part of the response, and finish the request if that ends it."""
+        self.extend(one, own, chosen)
+        if one.stop_reason is not None:
+            self._leave(one)
+        elif self.scorer is not None and one.request.is_guided:
+            self.scorer.accept([one.reward_row], [own[chosen].token_ids])
+
+    def extend(self, one: Running, own: list[StepCandidate], chosen: int) -> None:
+        """Write the chosen candidate into the response."""
         accepted = own[chosen]
         one.policy_tokens += sum(len(candidate.token_ids) for candidate in own)
         one.token_ids += accepted.token_ids
@@ -273,13 +247,8 @@ class GuidedSession:
         if accepted.token_ids:
             one.steps.append(Step(own, chosen))
         one.stop_reason = self._end(one, accepted.reason)
-        if one.stop_reason is not None:
-            self._leave(one)
-            return
         if one.token_by_token:
             one.open_step = [] if accepted.reason is StopReason.STEP else one.open_step + accepted.token_ids
-        if self._scorer is not None and one.request.is_guided:
-            self._scorer.accept([one.reward_row], [accepted.token_ids])
 
     def _end(self, one: Running, reason: StopReason) -> StopReason | None:
         """Why the response is over, or None. A step cut at its own limit goes on as the next step."""
@@ -292,11 +261,11 @@ class GuidedSession:
         )
 
     def _leave(self, one: Running) -> None:
-        one.cache_bytes = self._engine.peak_bytes + (0 if self._scorer is None else self._scorer.peak_bytes)
+        one.cache_bytes = self.peak_bytes
         self._active.remove(one)
-        self._engine.drop([one.row])
-        if self._scorer is not None and one.request.is_guided:
-            self._scorer.drop([one.reward_row])
+        self.engine.drop([one.row])
+        if self.scorer is not None and one.request.is_guided:
+            self.scorer.drop([one.reward_row])
 
     def _text_after(self, one: Running, ids: list[int]) -> str:
         """The text these tokens add to the response, without special tokens."""

@@ -88,9 +88,6 @@ class TextStop:
 
     def __init__(self, vocabulary: Vocabulary, rules: Sequence[StopRule | None]) -> None:
         self.vocabulary, self.rules = vocabulary, list(rules)
-        for rule in self.rules:
-            if rule is not None and not all(rule.stop_strings):
-                raise ValueError("a stop string is empty: leave it out instead")
 
     def reordered(self, order: np.ndarray) -> TextStop:
         return TextStop(self.vocabulary, [self.rules[i] for i in order])

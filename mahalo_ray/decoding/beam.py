@@ -1,0 +1,119 @@
+"""Searches that follow several partial responses of one request at once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mahalo_ray.decoding.candidates import StopReason
+from mahalo_ray.decoding.guidance import totals
+from mahalo_ray.decoding.requests import GuidedRequest, GuidedResult, StepCandidate
+from mahalo_ray.decoding.sampling import draw_keys
+from mahalo_ray.decoding.session import GuidedSession, Running
+from mahalo_ray.models.reward import ProcessRewardModel
+
+
+def subtrees(request: GuidedRequest) -> list[GuidedRequest]:
+    """Diverse verifier tree search as its independent greedy searches; any other request as itself."""
+    if request.strategy != "dvts":
+        return [request]
+    count = request.num_candidates // request.beam_width
+    return [
+        replace(request, strategy="argmax", num_candidates=request.beam_width, seed=seed)
+        for seed in derived_seeds(request.seed, count)
+    ]
+
+
+def derived_seeds(seed: int, count: int) -> list[int]:
+    """`count` unrelated seeds from one."""
+    keys: list[int] = draw_keys([seed], count, torch.device("cpu"))[0].tolist()
+    return keys
+
+
+class BeamSearch:
+    """num_candidates / beam_width beams of one request; at every step the best of all their continuations go
+    on.
+
+    The first step has one beam, whose num_candidates continuations are compared. A beam that goes on in
+    several ways is copied. A response that ends keeps its place among the beams.
+    """
+
+    def __init__(self, session: GuidedSession, model: ProcessRewardModel, request: GuidedRequest) -> None:
+        self.session, self.model, self.request = session, model, request
+        self.keep = request.num_candidates // request.beam_width
+        self.guidance = request.guidance_over(model.objectives)
+        self.seeds = derived_seeds(request.seed, self.keep)
+        self.policy_tokens = self.reward_tokens = 0
+
+    def run(self) -> GuidedResult:
+        """Until every kept beam has ended; the one whose last step scores best."""
+        root = self.session.submit(replace(self.request, strategy="argmax"))
+        self.session.admit()
+        self.policy_tokens = len(root.prompt_ids)
+        beams, ended, count = [root], list[Running](), self.request.num_candidates
+        while beams:
+            grown = self._step(beams, count, self.keep - len(ended))
+            beams = [beam for beam in grown if beam.stop_reason is None]
+            ended += [beam for beam in grown if beam.stop_reason is not None]
+            count = self.request.beam_width
+        best = ended[int(self._totals([beam.steps[-1].accepted for beam in ended]).argmax())]
+        best.policy_tokens, best.reward_tokens = self.policy_tokens, self.reward_tokens
+        best.cache_bytes = self.session.peak_bytes
+        return best.result()
+
+    def _totals(self, candidates: list[StepCandidate]) -> Tensor:
+        scores = [[c.scores[name] for name in self.model.objectives] for c in candidates]
+        return totals(torch.tensor(scores), self.guidance, self.request, self.model)
+
+    def _step(self, beams: list[Running], count: int, keep: int) -> list[Running]:
+        """Each beam's continuations, the `keep` best of them all as beams; the others are dropped."""
+        scorer, engine = self.session.scorer, self.session.engine
+        assert scorer is not None
+        before = scorer.tokens_forwarded
+        candidates, offered = self.session.offer(beams, [count] * len(beams))
+        self.reward_tokens += scorer.tokens_forwarded - before
+        self.policy_tokens += candidates.num_tokens
+        pool = [(b, k) for b, own in enumerate(offered) for k in _distinct(own)]
+        order = torch.argsort(self._totals([offered[b][k] for b, k in pool]), descending=True, stable=True)
+        chosen = [pool[i] for i in order[:keep].tolist()]
+        grown: list[Running] = []
+        for b, _ in chosen:
+            first = all(beams[b].row != beam.row for beam in grown)
+            grown.append(self._beam(beams[b], self.seeds[len(grown)], first))
+        engine.accept(candidates.only([b for b, _ in chosen], [g.row for g in grown]), [k for _, k in chosen])
+        scorer.accept([g.reward_row for g in grown], [offered[b][k].token_ids for b, k in chosen])
+        for beam, (b, k) in zip(grown, chosen, strict=True):
+            self.session.extend(beam, offered[b], k)
+            if engine.length(beam.row) >= engine.max_context and beam.stop_reason is None:
+                beam.stop_reason = StopReason.CONTEXT
+        going_on = {beam.row for beam in grown if beam.stop_reason is None}
+        gone = [beam for beam in [*beams, *grown] if beam.row not in going_on]
+        engine.drop(list({beam.row for beam in gone}))
+        scorer.drop(list({beam.reward_row for beam in gone}))
+        return grown
+
+    def _beam(self, parent: Running, seed: int, first: bool) -> Running:
+        """A beam that goes on from `parent`: in its rows, or in copies of them if another beam has them."""
+        session = self.session
+        assert session.scorer is not None
+        row, reward_row = parent.row, parent.reward_row
+        if not first:
+            (row,), (reward_row,) = session.engine.duplicate([row]), session.scorer.duplicate([reward_row])
+        return replace(
+            parent,
+            row=row,
+            reward_row=reward_row,
+            seed=seed,
+            token_ids=list(parent.token_ids),
+            steps=list(parent.steps),
+        )
+
+
+def _distinct(own: list[StepCandidate]) -> list[int]:
+    """The first of every group of candidates with the same tokens: equal beams would search twice."""
+    first: dict[tuple[int, ...], int] = {}
+    for k, candidate in enumerate(own):
+        first.setdefault(tuple(candidate.token_ids), k)
+    return list(first.values())
