@@ -6,11 +6,13 @@ import errno
 import inspect
 import ipaddress
 import logging
+import re
+import signal
 import socket
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -96,6 +98,7 @@ def start(
         if not storage.exists(url):
             raise ServeError(f"there is no model at '{url}': train it first, or correct the path")
     _refuse_running_serve()
+    _check_resources(config, use_gpu)
     if key is None and not _is_loopback(config.host):
         logger.warning("serving on %s without an API key: whoever reaches this port can use it", config.host)
     port = free_port(config.host, config.port)
@@ -105,6 +108,8 @@ def start(
     source = ModelSource(storage.absolute(policy_url), reward, domain, placement)
     serving = Serving(f"http://{_reachable(config.host)}:{port}", model_name)
     started = False
+    # Serve tells at length what it does; its warnings are enough.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         serve.start(
             proxy_location="HeadOnly",
@@ -115,12 +120,22 @@ def start(
         _wait_until_healthy(serving.url)
         started = True
     except (RuntimeError, RayServeException) as error:
-        raise ServeError(f"the endpoint could not be started: {error}") from error
+        raise ServeError(f"the endpoint could not be started: {error}{_deployment_messages()}") from error
     finally:
         # Also on Ctrl-C while the models load: nothing of Serve may stay behind.
         if not started:
             serve.shutdown()
     return serving
+
+
+def _deployment_messages() -> str:
+    """What Serve knows of the reason, tracebacks cut down to the exception they end with."""
+    application = serve.status().applications.get(APP_NAME)
+    if application is None:
+        return ""
+    messages = [state.message for state in application.deployments.values() if state.message]
+    raised = [re.findall(r"^[\w.]+: .*(?:\n.*)*?(?=\n[\w.]+: |\Z)", text, re.MULTILINE) for text in messages]
+    return "".join(f"\n{own[-1] if own else text}" for own, text in zip(raised, messages, strict=True))
 
 
 class ChatIngress:
@@ -184,6 +199,18 @@ def _refuse_running_serve() -> None:
     )
 
 
+def _check_resources(config: ServeConfig, use_gpu: bool) -> None:
+    """Serve would wait for ever for replicas that the cluster cannot hold."""
+    needed = {"CPU": config.replicas * config.cpus_per_replica, "GPU": config.replicas if use_gpu else 0}
+    total = ray.cluster_resources()
+    for name, amount in needed.items():
+        if amount > total.get(name, 0):
+            raise ServeError(
+                f"{config.replicas} replica(s) need {amount:g} {name}, the Ray cluster has "
+                f"{total.get(name, 0):g}: lower serve.replicas or serve.cpus_per_replica, or use a larger cluster"
+            )
+
+
 def free_port(host: str, port: int) -> int:
     """The port itself if it can be bound on `host`, a free one for 0. ServeError if it is busy or not ours to
     take.
@@ -237,11 +264,15 @@ def _reachable(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def serve_until_interrupted(serving: Serving, wait: Callable[[], None]) -> None:
-    """Keep serving until `wait` returns or Ctrl-C, then stop."""
+def serve_forever(serving: Serving) -> None:
+    """Keep serving until Ctrl-C or SIGTERM, then stop. Main thread only, as signal handlers are."""
+    ended = threading.Event()
+    before = {
+        number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
-        wait()
-    except KeyboardInterrupt:
-        logger.info("stopping")
+        ended.wait()
     finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
         serving.stop()

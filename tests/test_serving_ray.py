@@ -1,0 +1,394 @@
+"""The whole endpoint on a real Ray Serve, asked through the official OpenAI client."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from openai import (
+    APIStatusError,
+    AuthenticationError,
+    BadRequestError,
+    InternalServerError,
+    NotFoundError,
+    OpenAI,
+)
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from mahalo_ray.config import SamplingConfig, ServeConfig
+from mahalo_ray.models.multi_head import MultiHeadCausalLM
+from mahalo_ray.models.reward import ProcessRewardModel
+from mahalo_ray.objectives import Weights
+from mahalo_ray.serving.launch import ServeError, Serving, start
+from mahalo_ray.serving.service import Defaults
+from mahalo_ray.serving.smoke import SmokeError, smoke
+
+pytestmark = pytest.mark.slow
+
+OBJECTIVES = ("accuracy", "engagement")
+KEY = "test-key-1234"
+MESSAGES = [{"role": "user", "content": "what is 2 plus 3?"}]
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    special = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    texts = ["what is 2 plus 3? well done. try the next step. the answer is 5."] * 3
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(texts, trainer)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+    wrapped.chat_template = TEMPLATE
+    return wrapped
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> tuple[str, str]:
+    """A random policy with two clearly different heads and a random reward model, saved to disk."""
+    root: Path = tmp_path_factory.mktemp("models")
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    policy = MultiHeadCausalLM.from_base(Qwen2ForCausalLM(config), OBJECTIVES, noise=0.3)
+    policy.save_pretrained(root / "policy", tokenizer)
+    kinds = {"accuracy": "value", "engagement": "probability"}
+    reward = ProcessRewardModel.from_base(
+        Qwen2ForCausalLM(config), kinds, inputs=["last", "pooled"], tokenizer=tokenizer, step_separator=None
+    )
+    generator = torch.Generator().manual_seed(1)
+    drawn = {name: torch.randn(40, generator=generator).tolist() for name in OBJECTIVES}
+    reward.fit_calibration(drawn, {name: [n // 4 for n in range(40)] for name in OBJECTIVES})
+    reward.save_pretrained(root / "reward")
+    return str(root / "policy"), str(root / "reward")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def serving(cluster, folders):
+    """One endpoint for most tests: with a key, small limits and room for three requests."""
+    environment = pytest.MonkeyPatch()
+    environment.setenv("MAHALO_TEST_KEY", KEY)
+    config = ServeConfig(
+        port=0,
+        max_ongoing_requests=2,
+        max_queued_requests=1,
+        max_candidates=4,
+        max_new_tokens=200,
+        max_request_bytes=20_000,
+        api_key_env="MAHALO_TEST_KEY",
+    )
+    defaults = Defaults(num_candidates=3, sampling=SamplingConfig(max_new_tokens=8))
+    with start(config, *folders, defaults=defaults) as running:
+        yield running
+    environment.undo()
+
+
+@pytest.fixture
+def client(serving):
+    with OpenAI(base_url=f"{serving.url}/v1", api_key=KEY, max_retries=0, timeout=60) as made:
+        yield made
+
+
+def ask(client: OpenAI, extra: dict | None = None, **fields):
+    return client.chat.completions.create(
+        **{"model": "mahalo", "messages": MESSAGES, "seed": 5, **fields}, extra_body=extra or {}
+    )
+
+
+def post(serving: Serving, path: str, body: bytes, **headers: str):
+    """(status, headers, JSON) of a plain request."""
+    own = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}", **headers}
+    request = urllib.request.Request(serving.url + path, body, own)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, answer.headers, json.load(answer)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.headers, json.load(error)
+
+
+def test_an_answer_carries_its_candidates_scores_and_counts(client):
+    weights = {"accuracy": 0.7, "engagement": 0.3}
+    answer = ask(client, {"objectives": weights, "guidance": {"engagement": 1.0}, "num_candidates": 4})
+    details = answer.model_extra["mahalo"]
+    assert details["objectives"] == pytest.approx(weights)
+    assert details["guidance"] == {"engagement": 1.0}
+    (step,) = details["steps"]
+    assert len(step["candidates"]) == 4
+    totals = [candidate["total"] for candidate in step["candidates"]]
+    engagement = [candidate["scores"]["engagement"] for candidate in step["candidates"]]
+    assert step["chosen"] == totals.index(max(totals)) == engagement.index(max(engagement))
+    assert set(step["candidates"][0]["scores"]) == set(OBJECTIVES)
+    assert answer.choices[0].message.content == step["candidates"][step["chosen"]]["text"]
+    assert answer.choices[0].finish_reason in ("stop", "length")
+    usage = answer.usage
+    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+    assert usage.completion_tokens == step["candidates"][step["chosen"]]["tokens"]
+    assert details["sampled_tokens"] == sum(candidate["tokens"] for candidate in step["candidates"])
+
+
+def test_the_same_seed_gives_the_same_answer_and_weights_matter(client):
+    first, again = ask(client), ask(client)
+    assert first.choices[0].message.content == again.choices[0].message.content
+    assert ask(client, seed=6).choices[0].message.content != first.choices[0].message.content
+    one, other = (ask(client, {"objectives": {name: 1}, "strategy": "none"}) for name in OBJECTIVES)
+    assert one.choices[0].message.content != other.choices[0].message.content
+    assert one.model_extra["mahalo"]["steps"][0]["candidates"][0]["scores"] is None
+
+
+def test_neighbours_in_a_batch_change_nothing(client):
+    alone = ask(client).choices[0].message.content
+    with ThreadPoolExecutor(2) as pool:
+        other = pool.submit(ask, client, {"objectives": {"engagement": 1}, "num_candidates": 2}, seed=9)
+        same = pool.submit(ask, client)
+        assert same.result().choices[0].message.content == alone
+        assert other.result().choices[0].message.content
+
+
+def test_streaming_gives_the_same_text_and_ends_properly(client):
+    whole = ask(client)
+    chunks = list(ask(client, stream=True, stream_options={"include_usage": True}))
+    text = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[0].model_extra["mahalo"]["candidates"]
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == whole.choices[0].finish_reason
+    assert chunks[-1].usage == whole.usage and not chunks[-1].choices
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_stop_strings_end_the_answer_before_them(client):
+    whole = ask(client, {"strategy": "none"}).choices[0].message.content
+    stop = whole[3]
+    cut = ask(client, {"strategy": "none"}, stop=[stop])
+    assert cut.choices[0].message.content == whole[: whole.index(stop)]
+    assert cut.choices[0].finish_reason == "stop"
+
+
+def test_temperature_zero_is_greedy_whatever_the_seed(client):
+    answers = {
+        ask(client, {"strategy": "none"}, temperature=0, seed=seed).choices[0].message.content
+        for seed in range(3)
+    }
+    assert len(answers) == 1
+
+
+@pytest.mark.parametrize(
+    ("extra", "param"),
+    [
+        ({"objectives": {"accuracy": 0.7, "engagment": 0.3}}, "objectives.engagment"),
+        ({"objectives": {"accuracy": -0.1}}, "objectives.accuracy"),
+        ({"objectives": {"accuracy": 0.0}}, "objectives"),
+        ({"guidance": {"kindness": 1.0}}, "guidance.kindness"),
+        ({"num_candidates": 5}, "num_candidates"),
+        ({"max_tokens": 201}, "max_tokens"),
+        ({"objectivs": {}}, "objectivs"),
+        ({"messages": [*MESSAGES, {"role": "assistant", "content": "5"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "far too long " * 200}]}, "messages"),
+    ],
+)
+def test_what_is_wrong_with_a_request_is_named(client, extra, param):
+    with pytest.raises(BadRequestError) as caught:
+        ask(client, extra)
+    assert caught.value.param == param
+    assert caught.value.type == "invalid_request_error"
+
+
+def test_an_unknown_model_is_not_found(client):
+    with pytest.raises(NotFoundError, match="'mahalo'") as caught:
+        ask(client, model="gpt-4")
+    assert caught.value.code == "model_not_found"
+
+
+def test_a_key_is_wanted_for_the_api_but_not_for_page_and_health(serving):
+    with OpenAI(base_url=f"{serving.url}/v1", api_key="wrong", max_retries=0) as stranger:
+        with pytest.raises(AuthenticationError):
+            ask(stranger)
+        with pytest.raises(AuthenticationError):
+            stranger.models.list()
+    for path in ("/", "/health", "/ready"):
+        with urllib.request.urlopen(serving.url + path, timeout=30) as answer:
+            assert answer.status == 200
+
+
+def test_too_large_a_request_is_413_whether_it_says_so_or_not(serving):
+    body = json.dumps({"model": "mahalo", "messages": [{"role": "user", "content": "x" * 30_000}]}).encode()
+    status, _, answer = post(serving, "/v1/chat/completions", body)
+    assert (status, answer["error"]["code"]) == (413, "too_large")
+    host, port = serving.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as raw:
+        raw.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
+            b"Content-Type: application/json\r\nAuthorization: Bearer " + KEY.encode() + b"\r\n\r\n"
+        )
+        raw.sendall(b"7530\r\n" + b"x" * 30_000 + b"\r\n0\r\n\r\n")
+        assert b" 413 " in raw.recv(4096).split(b"\r\n")[0]
+
+
+def test_only_json_is_read(serving):
+    status, _, answer = post(serving, "/v1/chat/completions", b"{}", **{"Content-Type": "text/plain"})
+    assert (status, answer["error"]["code"]) == (415, "unsupported_media_type")
+
+
+def test_scores_are_the_reward_models_own(serving, folders):
+    candidates = ["well done.", "the answer is 5."]
+    body = json.dumps({"messages": MESSAGES, "candidates": candidates}).encode()
+    status, _, answer = post(serving, "/v1/score", body)
+    assert status == 200
+    reward = ProcessRewardModel.from_pretrained(folders[1])
+    for text, item in zip(candidates, answer["data"], strict=True):
+        expected = {name: scores[0] for name, scores in reward.score(MESSAGES, [text]).items()}
+        assert item["scores"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_models_tell_objectives_and_limits(client):
+    (model,) = client.models.list()
+    assert model.id == "mahalo"
+    assert model.model_extra["objectives"] == list(OBJECTIVES)
+    assert model.model_extra["limits"]["max_candidates"] == 4
+
+
+def test_beyond_the_bound_requests_are_refused_at_once_and_none_hangs(client):
+    """Two may run and one wait: of twelve sent at once, some are answered, the others told when to return."""
+
+    def one(seed: int) -> int:
+        try:
+            ask(client, {"num_candidates": 4}, seed=seed, max_tokens=200)
+        except InternalServerError as error:
+            assert error.status_code == 503
+            assert int(error.response.headers["Retry-After"]) >= 1
+            assert error.code == "overloaded"
+            return 503
+        return 200
+
+    with ThreadPoolExecutor(12) as pool:
+        statuses = list(pool.map(one, range(12), timeout=120))
+    assert statuses.count(200) >= 3
+    assert statuses.count(503) >= 1
+    ask(client)
+
+
+def send_and_leave(serving: Serving) -> None:
+    body = json.dumps({"model": "mahalo", "messages": MESSAGES, "max_tokens": 100}).encode()
+    host, port = serving.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as raw:
+        raw.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Authorization: Bearer %s\r\nContent-Length: %d\r\n\r\n%s" % (KEY.encode(), len(body), body)
+        )
+        # Long enough to get through the proxy, not to be answered.
+        time.sleep(0.1)
+
+
+def test_clients_that_leave_do_not_block_the_endpoint(client, serving):
+    for _ in range(8):
+        send_and_leave(serving)
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            ask(client, max_tokens=2)
+            break
+        except APIStatusError as error:
+            assert error.status_code == 503
+            assert time.monotonic() < deadline, "places were not given back"
+            time.sleep(0.2)
+
+
+def test_the_page_may_load_nothing_and_post_nowhere_else(serving):
+    with urllib.request.urlopen(serving.url + "/", timeout=30) as answer:
+        page, headers = answer.read().decode(), answer.headers
+    assert "<title>mahalo_ray playground</title>" in page
+    assert headers["Content-Security-Policy"].startswith("default-src 'none'; script-src 'sha256-")
+
+
+def test_smoke_passes_here_and_says_why_it_does_not_elsewhere(serving):
+    weightings = [Weights({"accuracy": 0.7, "engagement": 0.3}), Weights.one("engagement")]
+    found = smoke(serving.url, serving.model, MESSAGES, weightings, api_key=KEY)
+    assert [Weights(answer["objectives"]) for answer in found["answers"]] == weightings
+    assert all(answer["latency_s"] > 0 for answer in found["answers"])
+    assert found["streamed"]["text"] == found["answers"][0]["text"]
+    with pytest.raises(SmokeError, match="not 'other'"):
+        smoke(serving.url, "other", MESSAGES, weightings, api_key=KEY)
+    with pytest.raises(SmokeError, match="API key"):
+        smoke(serving.url, serving.model, MESSAGES, weightings)
+
+
+def test_a_second_endpoint_on_the_cluster_is_refused(serving, folders):
+    with pytest.raises(ServeError, match="already runs"):
+        start(ServeConfig(port=0), *folders)
+
+
+# Keep these last: they need the cluster without the endpoint above.
+
+
+@pytest.fixture
+def stopped(serving):
+    serving.stop()
+
+
+def test_after_stop_nothing_answers_and_another_can_start(stopped, serving, folders):
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(serving.url + "/health", timeout=5)
+    # Nothing starts before its deadline, so that what waits can be looked at.
+    config = ServeConfig(
+        port=0, request_timeout_s=2, batch_window_s=4, max_ongoing_requests=4, max_queued_requests=1
+    )
+    with start(config, folders[0], None) as bare:
+        client = OpenAI(base_url=f"{bare.url}/v1", api_key="none", max_retries=0)
+
+        def status(_: int) -> int:
+            with pytest.raises(InternalServerError) as caught:
+                ask(client, max_tokens=2)
+            return caught.value.status_code
+
+        for _ in range(3):
+            send_and_leave(bare)
+        time.sleep(0.5)
+        with ThreadPoolExecutor(3) as pool:
+            # Five have room: if those who left still held their places, one of these would get 503.
+            assert list(pool.map(status, range(3))) == [504] * 3
+        with pytest.raises(BadRequestError) as refused:
+            ask(client, {"num_candidates": 2}, max_tokens=2)
+        assert refused.value.param == "num_candidates"
+        client.close()
+
+
+def test_models_that_cannot_be_loaded_are_named(stopped, folders, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ServeError, match=r"could not be started[\s\S]*empty") as caught:
+        start(ServeConfig(port=0), folders[0], str(tmp_path / "empty"))
+    assert "Traceback" not in str(caught.value)
+    with pytest.raises(ServeError, match=r"3 replica\(s\) need 3 CPU, the Ray cluster has 2"):
+        start(ServeConfig(port=0, replicas=3), *folders)
+    with pytest.raises(ServeError, match="no model at"):
+        start(ServeConfig(port=0), str(tmp_path / "nowhere"), None)
