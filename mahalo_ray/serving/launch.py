@@ -37,6 +37,7 @@ DEFAULT_MODEL_NAME = "mahalo"
 # through.
 _HEADROOM = 64
 _READY_TIMEOUT_S = 60.0
+_QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
 
 class ServeError(ValueError):
@@ -114,9 +115,14 @@ def start(
         serve.start(
             proxy_location="HeadOnly",
             http_options={"host": config.host, "port": port},
-            logging_config={"log_level": "WARNING", "enable_access_log": False},
+            logging_config=_QUIET,
         )
-        serve.run(_deployment(settings, source, use_gpu).bind(), name=APP_NAME, route_prefix="/")
+        serve.run(
+            _deployment(settings, source, use_gpu).bind(),
+            name=APP_NAME,
+            route_prefix="/",
+            logging_config=_QUIET,
+        )
         _wait_until_healthy(serving.url)
         started = True
     except (RuntimeError, RayServeException) as error:
@@ -207,7 +213,7 @@ def _check_resources(config: ServeConfig, use_gpu: bool) -> None:
         if amount > total.get(name, 0):
             raise ServeError(
                 f"{config.replicas} replica(s) need {amount:g} {name}, the Ray cluster has "
-                f"{total.get(name, 0):g}: lower serve.replicas or serve.cpus_per_replica, or use a larger cluster"
+                f"{total.get(name, 0):g}: lower serve.replicas or serve.cpus_per_replica, or use a larger one"
             )
 
 
