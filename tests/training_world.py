@@ -20,7 +20,10 @@ OBJECTIVES = ("accuracy", "engagement")
 MODEL = ModelConfig(base="unused", max_length=64)
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 VOCABULARY = 32
-TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 
 
 def make_base(folder: Path, weights: bool = True, tied: bool = True) -> str:

@@ -1,11 +1,11 @@
 """Which rows make up the global batch of a step, and how workers and micro-batches share it.
 
-Everything here is a pure function of the data's sizes, the seed and the step: every worker computes the same plan
-by itself, and a resumed run finds its place by the step number alone. Splitting changes nothing but rounding,
-because every row carries its weight within the global batch.
+Everything here is a pure function of the data's sizes, the seed and the step: every worker computes the same
+plan by itself, and a resumed run finds its place by the step number alone. Splitting changes nothing but
+rounding, because every row carries its weight within the global batch.
 
-A unit is what must not be torn apart: one SFT example, one preference pair (two sequences), or the candidates of one
-prompt that are ranked against each other.
+A unit is what must not be torn apart: one SFT example, one preference pair (two sequences), or the candidates
+of one prompt that are ranked against each other.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def plan_batches(
 ) -> list[Indices]:
     """Global batches of at most `batch_size` rows: all units `epochs` times, or exactly `max_steps` batches.
 
-    A batch takes units from the shuffled stream while they fit (at least one). With `epochs`, the last batch holds
-    what is left.
+    A batch takes units from the shuffled stream while they fit (at least one). With `epochs`, the last batch
+    holds what is left.
     """
     if len(rows) == 0:
         raise ValueError("there is nothing to train on: the data holds no rows")
@@ -68,16 +68,18 @@ def plan_batches(
 def plan_balanced_batches(
     groups: Sequence[Indices], batch_size: int, epochs: float, max_steps: int | None, seed: int
 ) -> list[Indices]:
-    """Global batches of exactly `batch_size` units, shared as evenly as possible between the groups (objectives).
+    """Global batches of exactly `batch_size` units, shared as evenly as possible between the groups
+    (objectives).
 
-    Each group has a shuffled cursor of its own. The run is as long as the group that needs most batches takes for
-    `epochs` passes (or `max_steps`); the others are repeated meanwhile, and nothing of a larger group is dropped.
+    Each group has a shuffled cursor of its own. The run is as long as the group that needs most batches takes
+    for `epochs` passes (or `max_steps`); the others are repeated meanwhile, and nothing of a larger group is
+    dropped.
     """
     if any(len(group) == 0 for group in groups):
         raise ValueError("a group has no rows: every objective needs some to be balanced")
     if batch_size < len(groups):
         raise ValueError(
-            f"batch_size is {batch_size}, but there are {len(groups)} objectives: every batch holds rows of each"
+            f"batch_size is {batch_size}, but there are {len(groups)} objectives: a batch holds rows of each"
         )
     shares = [batch_size // len(groups) + (i < batch_size % len(groups)) for i in range(len(groups))]
     steps = max_steps or max(
@@ -107,8 +109,8 @@ def split_batch(
 ) -> list[list[Indices]]:
     """[accumulation][workers] micro-batches of at most `micro_rows` rows, similar lengths together.
 
-    The cost of a micro-batch is its padded size (rows x longest); the largest cost is made as small as it can be, so
-    that workers finish together. Micro-batches may be empty.
+    The cost of a micro-batch is its padded size (rows x longest); the largest cost is made as small as it can
+    be, so that workers finish together. Micro-batches may be empty.
     """
     ordered = _by_length(batch, units)
     low, high = 0, int(units.rows[batch].sum() * units.lengths[batch].max())
@@ -149,7 +151,8 @@ def _by_length(batch: Indices, units: Units) -> Indices:
 
 
 def _fill(ordered: Indices, units: Units, micro_rows: int, cost: int | None) -> list[Indices]:
-    """Cut units in order of length into micro-batches within `micro_rows` and padded `cost` (one unit always fits)."""
+    """Cut units in order of length into micro-batches within `micro_rows` and padded `cost` (one unit always
+    fits)."""
     cuts, rows = [0], 0
     for position, (size, length) in enumerate(
         zip(units.rows[ordered].tolist(), units.lengths[ordered].tolist(), strict=True)

@@ -1,7 +1,7 @@
 """Exact resume: model, optimizer, schedule, step, history and random states, every worker its own part.
 
-A checkpoint counts from the moment Ray Train has recorded it, which happens after every worker has stored its part;
-until then the previous one stays the latest, and a half-written one is never read.
+A checkpoint counts from the moment Ray Train has recorded it, which happens after every worker has stored its
+part; until then the previous one stays the latest, and a half-written one is never read.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class RunIdentity:
         """Raise ValueError that says what changed."""
         if saved["workers"] != self.workers:
             raise ValueError(
-                f"the checkpoint in {where} was written by {saved['workers']} workers, this run has {self.workers}: "
-                f"its optimizer state is split by worker. Set cluster.train_workers to {saved['workers']}, or "
-                "delete the checkpoints to start again"
+                f"the checkpoint in {where} was written by {saved['workers']} workers, this run has "
+                f"{self.workers}: its optimizer state is split by worker. Set cluster.train_workers to "
+                f"{saved['workers']}, or delete the checkpoints to start again"
             )
         if saved != asdict(self):
             raise ValueError(

@@ -73,8 +73,8 @@ def optimizer_and_schedule(
 
 
 def learning_rate_factor(training: TrainingConfig, steps: int) -> Callable[[int], float]:
-    """Factor of step 0, 1, ...: linear warm-up over `warmup_fraction` of the steps, then constant, or linear or
-    cosine down to 0 after the last step."""
+    """Factor of step 0, 1, ...: linear warm-up over `warmup_fraction` of the steps, then constant, or linear
+    or cosine down to 0 after the last step."""
     warmup = math.ceil(training.warmup_fraction * steps)
 
     def factor(step: int) -> float:

@@ -23,7 +23,8 @@ from mahalo_ray.models.sharding import gathered, is_sharded
 from mahalo_ray.training.deepspeed_config import deepspeed_config, optimizer_and_schedule
 from mahalo_ray.training.recipe import LossModule, Recipe, Tensors
 
-# DeepSpeed would compile this CPU extension at first use: about a minute, and it needs a compiler. gloo does without.
+# DeepSpeed would compile this CPU extension at first use: about a minute, and it needs a compiler. gloo does
+# without.
 __compatible_ops__["deepspeed_shm_comm"] = False
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
@@ -32,8 +33,8 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
 def build_engine(
     recipe: Recipe, training: TrainingConfig, dtype: torch.dtype, seed: int, accumulation: int
 ) -> Any:
-    """The recipe's model under DeepSpeed, the same on every worker; random numbers (dropout) after this are each
-    worker's own."""
+    """The recipe's model under DeepSpeed, the same on every worker; random numbers (dropout) after this are
+    each worker's own."""
     config = deepspeed_config(training, dtype, accumulation)
     torch.manual_seed(seed)
     with sharded_loading(config):
@@ -52,7 +53,8 @@ def build_engine(
 
 @contextmanager
 def sharded_loading(config: dict[str, Any]) -> Iterator[None]:
-    """Inside, models are created sharded if the DeepSpeed config says ZeRO-3: no worker ever holds a full copy."""
+    """Inside, models are created sharded if the DeepSpeed config says ZeRO-3: no worker ever holds a full
+    copy."""
     if config["zero_optimization"]["stage"] < 3:
         yield
         return
@@ -65,8 +67,8 @@ def sharded_loading(config: dict[str, Any]) -> Iterator[None]:
 
 
 def optimizer_step(engine: Any) -> float | None:
-    """Update the parameters; the norm of the gradient before clipping, or None if it was not finite on some worker:
-    then nothing was updated."""
+    """Update the parameters; the norm of the gradient before clipping, or None if it was not finite on some
+    worker: then nothing was updated."""
     if engine.zero_optimization_stage() == 0 and not engine.bfloat16_enabled():
         # Without ZeRO DeepSpeed neither checks nor reports; the averaged gradients are whole on every worker.
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]

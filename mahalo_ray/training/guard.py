@@ -21,7 +21,8 @@ class NonFiniteError(ValueError):
         """The losses were finite, their gradient was not: any row of the batch may be the cause."""
         return cls(
             f"step {step + 1}: the gradient is not finite although every loss is; nothing was updated. "
-            f"Rows of the batch: {_listed(recipe.row_names(batch))}. Lower the learning rate, or look at these rows"
+            f"Rows of the batch: {_listed(recipe.row_names(batch))}. "
+            "Lower the learning rate, or look at these rows"
         )
 
 
@@ -40,7 +41,8 @@ def stop_unless_finite(recipe: Recipe, outputs: Sequence[tuple[Indices, Output]]
     dist.all_gather_object(gathered, names)
     rows_of_all = sorted({name for part in gathered for name in part})
     raise NonFiniteError(
-        f"step {step + 1}: the loss is not finite (NaN or infinity) for {_listed(rows_of_all)}; nothing was updated"
+        f"step {step + 1}: the loss is not finite (NaN or infinity) for {_listed(rows_of_all)}; "
+        "nothing was updated"
     )
 
 

@@ -45,11 +45,13 @@ _RAY_TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
 }
+_SMALL_FILE = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """`metrics`: final figures, held-out ones included. `history`: one entry per report, in order of steps."""
+    """`metrics`: final figures, held-out ones included. `history`: one entry per report, in order of
+    steps."""
 
     metrics: dict[str, float]
     history: list[dict[str, float]]
@@ -66,10 +68,12 @@ def train_sft(
     run_dir: str,
     progress: ProgressFunction | None = None,
 ) -> TrainingResult:
-    """Fine-tune (or train from scratch) on Parquet examples (id, input_ids, loss_mask); a transformers folder results.
+    """Fine-tune (or train from scratch) on Parquet examples (id, input_ids, loss_mask); a transformers folder
+    results.
 
-    `model_url`: folder with config and tokenizer; without weights the model starts from scratch. `run_dir`: folder or
-    URL for checkpoints; calling again with the same arguments after an interruption goes on from the latest.
+    `model_url`: folder with config and tokenizer; without weights the model starts from scratch. `run_dir`:
+    folder or URL for checkpoints; calling again with the same arguments after an interruption goes on from
+    the latest.
     """
     arguments = (storage.absolute(examples_url), storage.absolute(model_url), model, sft.training, seed)
     stage = Stage("sft", sft.training, model, cluster, seed, storage.absolute(output_url), arguments)
@@ -90,9 +94,11 @@ def train_reward(
     run_dir: str,
     progress: ProgressFunction | None = None,
 ) -> TrainingResult:
-    """A process reward model from StepTrace records and, for objectives supervised by pairs, PreferencePair records.
+    """A process reward model from StepTrace records and, for objectives supervised by pairs, PreferencePair
+    records.
 
-    `step_separator` ends every step of a trace that carries no token ids (None: a step is a whole assistant turn).
+    `step_separator` ends every step of a trace that carries no token ids (None: a step is a whole assistant
+    turn).
     `reward.held_out_fraction` of the prompts is kept for figures and calibration.
     """
     urls = [url for url in (traces_url, pairs_url) if url is not None]
@@ -123,10 +129,11 @@ def train_policy(
     run_dir: str,
     progress: ProgressFunction | None = None,
 ) -> TrainingResult:
-    """MAH-DPO on a folder of PreferencePair records, one head per objective; a MultiHeadCausalLM folder results.
+    """MAH-DPO on a folder of PreferencePair records, one head per objective; a MultiHeadCausalLM folder
+    results.
 
-    `model_url` is both start and reference; its log-probs are stored in `pairs_url`/reference. `held_out_fraction` of
-    the prompts is kept for the final figures.
+    `model_url` is both start and reference; its log-probs are stored in `pairs_url`/reference.
+    `held_out_fraction` of the prompts is kept for the final figures.
     """
     url, start = storage.absolute(pairs_url), storage.absolute(model_url)
     arguments = (url, start, tuple(objectives), policy, model, held_out_fraction, seed)
@@ -136,7 +143,8 @@ def train_policy(
 
 @dataclass(frozen=True)
 class Stage:
-    """One training stage as it is sent to the workers: which recipe, its arguments, and where the model goes."""
+    """One training stage as it is sent to the workers: which recipe, its arguments, and where the model
+    goes."""
 
     recipe: str
     training: TrainingConfig
@@ -153,10 +161,16 @@ class Stage:
             part.model_dump_json() if hasattr(part, "model_dump_json") else repr(part)
             for part in self.arguments
         ]
-        for url in inputs:
-            fs, _ = storage.filesystem(url)
-            parts += [str(fs.checksum(storage.filesystem(file)[1])) for file in storage.list_files(url)]
+        parts += [file_fingerprint(file) for url in inputs for file in storage.list_files(url)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+
+
+def file_fingerprint(url: str) -> str:
+    """Content of a small file; of a large one what its storage says (size, time of change, tag)."""
+    fs, path = storage.filesystem(url)
+    if fs.size(path) > _SMALL_FILE:
+        return str(fs.checksum(path))
+    return hashlib.sha256(storage.read_bytes(url)).hexdigest()
 
 
 def worker(stage: Stage) -> dict[str, Any]:
@@ -192,8 +206,9 @@ def run_stage(
 ) -> TrainingResult:
     """Run a stage with Ray Train; checkpoints are deleted once the finished model is stored.
 
-    Raises ValueError (what the user can mend, among it a loss that is not finite) or RuntimeError (workers failed more
-    often than cluster.max_failures). KeyboardInterrupt passes through; the actors end with the Ray job.
+    Raises ValueError (what the user can mend, among it a loss that is not finite) or RuntimeError (workers
+    failed more often than cluster.max_failures). KeyboardInterrupt passes through; the actors end with the
+    Ray job.
     """
     for name, value in _RAY_TRAIN_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -207,8 +222,8 @@ def run_stage(
 
 
 class QuickTrainer(ray.train.torch.TorchTrainer):
-    """Without the actor that removes placement groups after the controller's sudden death: they end with the Ray job
-    anyway, its start costs a second or two, and without a dashboard it complains every second."""
+    """Without the actor that removes placement groups after the controller's sudden death: they end with the
+    Ray job anyway, its start costs a second or two, and without a dashboard it complains every second."""
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()
@@ -254,7 +269,8 @@ def worker_environment(cluster: ClusterConfig) -> dict[str, str]:
 
 
 def fit(trainer: ray.train.torch.TorchTrainer, reader: ProgressReader) -> ray.train.Result:
-    """`trainer.fit()` in a thread of its own, so that this one can show progress and take Ctrl-C as Python does."""
+    """`trainer.fit()` in a thread of its own, so that this one can show progress and take Ctrl-C as Python
+    does."""
     outcome: Future[ray.train.Result] = Future()
 
     def run() -> None:

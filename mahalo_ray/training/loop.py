@@ -89,7 +89,8 @@ def save_model(recipe: Recipe, engine: Any, output_url: str) -> None:
 
 
 class Reporter:
-    """Where the run stands: sums figures up, tells Ray Train (and so the driver), keeps history and checkpoints."""
+    """Where the run stands: sums figures up, tells Ray Train (and so the driver), keeps history and
+    checkpoints."""
 
     def __init__(self, recipe: Recipe, engine: Any, training: TrainingConfig, identity: RunIdentity) -> None:
         """Resumes from the run's latest checkpoint, if there is one."""
@@ -105,7 +106,8 @@ class Reporter:
         gradient_norm: float,
         learning_rates: dict[str, float],
     ) -> None:
-        """Count one step; report it and save a checkpoint where due. Sums leave the device only for a report."""
+        """Count one step; report it and save a checkpoint where due. Sums leave the device only for a
+        report."""
         for _, (loss, _, sums) in outputs:
             self._sums += torch.cat([loss.detach()[None], sums]).double()
         self._steps += 1

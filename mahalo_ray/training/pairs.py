@@ -22,8 +22,8 @@ Ids = list[int]
 
 @dataclass(frozen=True)
 class TokenPairs:
-    """Pairs cut to a maximal length. One entry per pair; `objective` numbers the objectives; `cut` counts the pairs
-    that lost tokens."""
+    """Pairs cut to a maximal length. One entry per pair; `objective` numbers the objectives; `cut` counts the
+    pairs that lost tokens."""
 
     ids: list[str]
     objective: Indices
@@ -53,7 +53,8 @@ class TokenPairs:
         ]
 
     def tensors(self, rows: Indices, pad_id: int) -> Tensors:
-        """input_ids, attention_mask, labels [2R, T] of R pairs: first all chosen, then all rejected sequences.
+        """input_ids, attention_mask, labels [2R, T] of R pairs: first all chosen, then all rejected
+        sequences.
 
         Labels are shifted; only the completions' tokens count.
         """
@@ -77,10 +78,11 @@ class TokenPairs:
 def encode_pairs(
     pairs: Sequence[PreferencePair], objectives: Sequence[str], chat: ChatFormat, max_length: int
 ) -> TokenPairs:
-    """Token ids of all pairs: the stored ones where a pair has them, else made from its text by the chat template.
+    """Token ids of all pairs: the stored ones where a pair has them, else made from its text by the chat
+    template.
 
-    Too long pairs keep the end of the prompt and the start of the completions. Raises ValueError naming the pair whose
-    objective is unknown, whose id is not unique, or that has an empty or identical completion.
+    Too long pairs keep the end of the prompt and the start of the completions. Raises ValueError naming the
+    pair whose objective is unknown, whose id is not unique, or that has an empty or identical completion.
     """
     seen: set[str] = set()
     result = TokenPairs([], np.zeros(len(pairs), dtype=np.int64), [], [], [], 0)

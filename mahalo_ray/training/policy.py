@@ -1,5 +1,5 @@
-"""MAH-DPO: one head per objective over a shared backbone, trained on preference pairs of all objectives at once
-(MAHALO, arXiv 2510.01167).
+"""MAH-DPO: one head per objective over a shared backbone, trained on preference pairs of all objectives at
+once (MAHALO, arXiv 2510.01167).
 
 L = sum_i alpha_i * mean over the batch's pairs of objective i of the DPO loss under head i.
 """
@@ -35,8 +35,9 @@ _FIGURES = ("count", "loss", "reward_accuracy", "margin", "chosen_logps", "rejec
 
 
 class PolicyRecipe:
-    """Figures per objective: loss, reward accuracy (share of pairs whose chosen answer gained more over the reference),
-    margin (mean beta-scaled difference of these gains), mean log-probs of chosen and rejected answers."""
+    """Figures per objective: loss, reward accuracy (share of pairs whose chosen answer gained more over the
+    reference), margin (mean beta-scaled difference of these gains), mean log-probs of chosen and rejected
+    answers."""
 
     def __init__(
         self,
@@ -48,7 +49,8 @@ class PolicyRecipe:
         held_out_fraction: float,
         seed: int,
     ) -> None:
-        """Reads the pairs, and computes reference log-probs that are not stored yet; every worker takes part."""
+        """Reads the pairs, and computes reference log-probs that are not stored yet; every worker takes
+        part."""
         self._objectives, self._policy, self._model, self._seed = tuple(objectives), policy, model, seed
         self._training = policy.training
         self._folder = model_folder(model_url)

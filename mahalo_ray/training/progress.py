@@ -1,7 +1,7 @@
 """News from the workers to the driver while `TorchTrainer.fit` runs.
 
-Ray Train calls the callback below inside its controller, which lives on the driver's node: a file there is all the
-channel that is needed.
+Ray Train calls the callback below inside its controller, which lives on the driver's node: a file there is
+all the channel that is needed.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from ray.train import Checkpoint, UserCallback
 # (steps done, steps in all, metrics of the last report)
 ProgressFunction = Callable[[int, int, dict[str, float]], None]
 
-# What would come again on every retry: wrong input or a programming error. A lost process, a broken connection, a
-# hiccup of the storage or of the device are RuntimeErrors, OSErrors or Ray's own.
+# What would come again on every retry: wrong input or a programming error. A lost process, a broken
+# connection, a hiccup of the storage or of the device are RuntimeErrors, OSErrors or Ray's own.
 FINAL_ERRORS = (
     ValueError,
     TypeError,
@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 class ProgressFile(UserCallback):
     """Controller side: appends one JSON line per report or failure.
 
-    An error that would come again is not worth the retries of FailureConfig. Raised here, it ends the run; unless
-    another worker failed for another reason, of which it may be a consequence.
+    An error that would come again is not worth the retries of FailureConfig. Raised here, it ends the run;
+    unless another worker failed for another reason, of which it may be a consequence.
     """
 
     def __init__(self, path: Path) -> None:

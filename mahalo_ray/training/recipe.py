@@ -1,4 +1,5 @@
-"""What a recipe supplies to the training loop: data, a model, its parameter groups and the loss of a micro-batch."""
+"""What a recipe supplies to the training loop: data, a model, its parameter groups and the loss of a
+micro-batch."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ class Recipe(Protocol):
         """What the losses of the rows of this global batch are divided by."""
 
     def collate(self, units: Indices, normalisers: Mapping[str, float], counted: bool) -> Tensors:
-        """The tensors of one micro-batch. `counted` False: rows only fill a gap; weigh and count them as zero."""
+        """The tensors of one micro-batch. `counted` False: rows only fill a gap; weigh and count them as
+        zero."""
 
     def loss(self, model: nn.Module, **tensors: Tensor) -> Output:
         """Loss, row losses and metric sums (in the order of `metric_names`) of one micro-batch."""
@@ -56,7 +58,8 @@ class Recipe(Protocol):
         """ "objective id" of every row loss of a micro-batch of these units."""
 
     def finish(self, infer: Inference, rank: int, workers: int) -> dict[str, float]:
-        """Evaluation on held-out rows after the last step; every worker must make the same number of calls."""
+        """Evaluation on held-out rows after the last step; every worker must make the same number of
+        calls."""
 
     def save(self, model: nn.Module, state_dict: Mapping[str, Tensor], folder: Path) -> None:
         """Write the finished model; called on one worker with the whole state dict."""
@@ -66,8 +69,8 @@ class Recipe(Protocol):
 
 
 class LossModule(nn.Module):
-    """The model and its loss as one module, so that a recipe's whole computation runs inside the engine's forward
-    (under ZeRO-3 parameters exist only there)."""
+    """The model and its loss as one module, so that a recipe's whole computation runs inside the engine's
+    forward (under ZeRO-3 parameters exist only there)."""
 
     def __init__(self, model: nn.Module, loss: Callable[..., Output]) -> None:
         super().__init__()

@@ -1,8 +1,9 @@
-"""Reference log-probs of preference pairs: computed once by all workers, stored beside the data, checked row by row.
+"""Reference log-probs of preference pairs: computed once by all workers, stored beside the data, checked row
+by row.
 
-The store is keyed by the reference itself (a hash over its folder: weights, config, tokenizer, template) and by row
-id; every row carries a hash of its token ids. The reference of a policy with LoRA is its base with the adapter off,
-which is this same model.
+The store is keyed by the reference itself (a hash over its folder: weights, config, tokenizer, template) and
+by row id; every row carries a hash of its token ids. The reference of a policy with LoRA is its base with the
+adapter off, which is this same model.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ def reference_logps(
 ) -> Logps:
     """Summed completion log-probs [N, 2] (chosen, rejected) under the model in `folder`, from the store.
 
-    Rows the store lacks are computed first, shared among the workers; every worker must call this. Raises ValueError
-    naming a row that is missing or stale in the store.
+    Rows the store lacks are computed first, shared among the workers; every worker must call this. Raises
+    ValueError naming a row that is missing or stale in the store.
     """
     key = [reference_key(folder, model)] if dist.get_rank() == 0 else [""]
     dist.broadcast_object_list(key)
@@ -76,8 +77,8 @@ def select(
             raise ValueError(f"pair '{name}' has no reference log-probs in '{file}': delete the file")
         if known[name][0] != row_hash:
             raise ValueError(
-                f"the reference log-probs of pair '{name}' in '{file}' are stale: they belong to other tokens. "
-                "Delete the file"
+                f"the reference log-probs of pair '{name}' in '{file}' are stale: they belong to other "
+                "tokens. Delete the file"
             )
     return np.array([known[name][1:] for name in ids], dtype=np.float64).reshape(-1, 2)
 

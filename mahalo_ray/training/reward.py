@@ -1,11 +1,11 @@
-"""The process reward model: labelled steps by squared error or cross entropy, candidates of one prompt ranked against
-each other, whole responses by Bradley-Terry; all objectives at once.
+"""The process reward model: labelled steps by squared error or cross entropy, candidates of one prompt ranked
+against each other, whole responses by Bradley-Terry; all objectives at once.
 
 L = sum over objectives of [mean over the batch's labelled steps of the pointwise loss
                             + ranking_weight * mean over its within-prompt pairs of the ranking loss],
-and for objectives supervised by pairs the mean Bradley-Terry loss. Squared errors are divided by the variance of the
-labels (1 = as good as their mean), and ranked values by their spread within a prompt, so that objectives of any scale
-weigh alike.
+and for objectives supervised by pairs the mean Bradley-Terry loss. Squared errors are divided by the variance
+of the labels (1 = as good as their mean), and ranked values by their spread within a prompt, so that
+objectives of any scale weigh alike.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ _FIGURES = ("count", "loss", "correct", "ranked", "ranking_loss", "ranked_right"
 
 
 class RewardRecipe:
-    """Figures per objective: loss (pointwise or Bradley-Terry), accuracy (of judgements or pairs), ranking loss and
-    ranking accuracy (share of within-prompt pairs in the right order)."""
+    """Figures per objective: loss (pointwise or Bradley-Terry), accuracy (of judgements or pairs), ranking
+    loss and ranking accuracy (share of within-prompt pairs in the right order)."""
 
     def __init__(
         self,
@@ -119,7 +119,8 @@ class RewardRecipe:
                 raise ValueError(f"objective '{name}' has no labels (or pairs) to train the reward model on")
 
     def _measure_spread(self, trained: Indices) -> None:
-        """Scale of values: variance of all labels, and their spread within a prompt; 1 for judgements and pairs."""
+        """Scale of values: variance of all labels, and their spread within a prompt; 1 for judgements and
+        pairs."""
         self._variance, self._spread = np.ones(len(self._names)), np.ones(len(self._names))
         groups = [[self._data.labels[row] for row in self._data.members[unit]] for unit in trained]
         for column, objective in enumerate(self._objectives):
@@ -191,7 +192,7 @@ class RewardRecipe:
             "labels": labels,
             "unit": torch.from_numpy(number),
             "pair_objective": torch.from_numpy(pair),
-            "weights": torch.tensor(scale),
+            "weights": torch.tensor(scale, dtype=torch.float32),
             "present": torch.tensor(float(counted)),
         }
 
@@ -230,7 +231,8 @@ class RewardRecipe:
         return rows, [known.sum(), rows.detach().sum(), right.sum()]
 
     def _pair_loss(self, scores: Tensor, column: int, tensors: Tensors) -> tuple[Tensor, list[Tensor]]:
-        """Bradley-Terry loss of every pair, in the row of its chosen response [B]; count, sum, right order."""
+        """Bradley-Terry loss of every pair, in the row of its chosen response [B]; count, sum, right
+        order."""
         own = (tensors["pair_objective"] == column).nonzero()[:, 0]
         first, second = scores[own[0::2], 0], scores[own[1::2], 0]
         losses = bradley_terry(first, second)
@@ -265,7 +267,8 @@ class RewardRecipe:
         return [f"{name} trace {self._data.names[row]}" for name in self._names for row in rows]
 
     def finish(self, infer: Inference, rank: int, workers: int) -> dict[str, float]:
-        """Held-out figures, and the calibration stored with the model (on training rows if none are held out)."""
+        """Held-out figures, and the calibration stored with the model (on training rows if none are held
+        out)."""
         chosen = self._held_out if len(self._held_out) else np.arange(len(self.units))
         micro_rows = self._training.micro_batch_size_per_device
         scored = score_units(self, chosen, micro_rows, infer, rank, workers)

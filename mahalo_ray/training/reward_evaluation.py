@@ -1,4 +1,5 @@
-"""A trained reward model on rows it has not seen: how well it orders candidates of one prompt, and its calibration."""
+"""A trained reward model on rows it has not seen: how well it orders candidates of one prompt, and its
+calibration."""
 
 from __future__ import annotations
 
@@ -48,8 +49,8 @@ def _scores(model: nn.Module, **tensors: Tensor) -> Tensor:
 def held_out_figures(
     data: LabelledTraces, units: Indices, scores: Scores, objectives: Sequence[ObjectiveConfig], gap: float
 ) -> dict[str, float]:
-    """Per objective: correlation of score and label; `ranking_accuracy`: share of pairs of one prompt and step with
-    labels more than `gap` apart that the scores order rightly; for pairs: `accuracy`."""
+    """Per objective: correlation of score and label; `ranking_accuracy`: share of pairs of one prompt and
+    step with labels more than `gap` apart that the scores order rightly; for pairs: `accuracy`."""
     figures: dict[str, float] = {}
     for column, objective in enumerate(objectives):
         if objective.supervision == "pairwise":
@@ -105,8 +106,9 @@ def _ordering(
 
 
 def calibrate(model: ProcessRewardModel, data: LabelledTraces, units: Indices, scores: Scores) -> None:
-    """Store mean, spread and quantiles of the scores of all steps with the model, within-prompt spread included where
-    prompts have several candidates. Scores that do not vary cannot be calibrated: ValueError."""
+    """Store mean, spread and quantiles of the scores of all steps with the model, within-prompt spread
+    included where prompts have several candidates. Scores that do not vary cannot be calibrated:
+    ValueError."""
     rows = [(row, data.keys[unit]) for unit in units for row in data.members[unit]]
     activated = {row: model.activate(torch.from_numpy(scores[row])).numpy() for row, _ in rows}
     groups = [(key, step) for row, key in rows for step in range(len(activated[row]))]

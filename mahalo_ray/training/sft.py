@@ -1,4 +1,5 @@
-"""Supervised fine-tuning: next-token cross entropy on the tokens that count, from a base model or from scratch."""
+"""Supervised fine-tuning: next-token cross entropy on the tokens that count, from a base model or from
+scratch."""
 
 from __future__ import annotations
 
@@ -41,8 +42,8 @@ class SftRecipe:
     def __init__(
         self, examples_url: str, model_url: str, model: ModelConfig, training: TrainingConfig, seed: int
     ) -> None:
-        """`model_url`: a folder (or hub id) with config and tokenizer; without weights the model starts from scratch.
-        Examples longer than `model.max_length` are cut at the end."""
+        """`model_url`: a folder (or hub id) with config and tokenizer; without weights the model starts from
+        scratch. Examples longer than `model.max_length` are cut at the end."""
         self._model_url, self._model, self._training = model_url, model, training
         self._ids, self._inputs, self._masks = read_examples(examples_url, model.max_length)
         lengths = np.array([len(ids) for ids in self._inputs])

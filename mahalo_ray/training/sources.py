@@ -9,5 +9,6 @@ from mahalo_ray.models.folder import local_folder
 
 
 def model_folder(url: str) -> Path:
-    """A local folder with the model's files; what lies elsewhere is fetched. ValueError if there is nothing."""
+    """A local folder with the model's files; what lies elsewhere is fetched. ValueError if there is
+    nothing."""
     return Path(storage.local_copy(url)) if storage.exists(url) else local_folder(url)

@@ -1,4 +1,5 @@
-"""Step traces and whole-response pairs as token ids with labels: what a process reward model is trained on."""
+"""Step traces and whole-response pairs as token ids with labels: what a process reward model is trained
+on."""
 
 from __future__ import annotations
 
@@ -22,8 +23,9 @@ Labels = npt.NDArray[np.float32]
 
 @dataclass
 class LabelledTraces:
-    """Sequences in the order of their units. `labels[s]` is [steps, objectives], NaN where unknown; a pair is a unit
-    of two sequences without labels, chosen first, of objective `pair_objective[unit]` (-1 for traces)."""
+    """Sequences in the order of their units. `labels[s]` is [steps, objectives], NaN where unknown; a pair is
+    a unit of two sequences without labels, chosen first, of objective `pair_objective[unit]` (-1 for
+    traces)."""
 
     names: list[str] = field(default_factory=list)
     tokens: list[TokenTrace] = field(default_factory=list)
@@ -78,8 +80,9 @@ def add_traces(
 ) -> None:
     """Append traces, the candidates of a group as one unit if `by_group`, else each alone.
 
-    Steps beyond `max_length` tokens are cut off, and a trace without any label left is left out (both count as `cut`).
-    Raises ValueError naming the trace whose labels do not fit its steps or its objective's supervision.
+    Steps beyond `max_length` tokens are cut off, and a trace without any label left is left out (both count
+    as `cut`). Raises ValueError naming the trace whose labels do not fit its steps or its objective's
+    supervision.
     """
     units: dict[tuple[str, int], list[tuple[str, TokenTrace, Labels]]] = {}
     for number, trace in enumerate(traces):

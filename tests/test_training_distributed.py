@@ -1,0 +1,237 @@
+"""Two Ray Train workers with DeepSpeed against one plain torch loop; and what survives what."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+import torch.distributed as dist
+import training_world as world
+from safetensors.torch import load_file
+
+from mahalo_ray.config import ClusterConfig, PolicyConfig, RewardConfig, SftConfig, TrainingConfig
+from mahalo_ray.training.deepspeed_config import optimizer_and_schedule
+from mahalo_ray.training.guard import NonFiniteError
+from mahalo_ray.training.launch import TrainingResult, train_policy, train_reward, train_sft
+from mahalo_ray.training.policy import PolicyRecipe
+from mahalo_ray.training.recipe import Recipe
+from mahalo_ray.training.reference import read_store, write_store
+from mahalo_ray.training.reward import RewardRecipe
+from mahalo_ray.training.sft import SftRecipe
+
+pytestmark = pytest.mark.slow
+
+SEED = 5
+CLUSTER = ClusterConfig(train_workers=2, cpus_per_train_worker=1, max_failures=2)
+COMMON: dict[str, Any] = {
+    "batch_size": 7,
+    "micro_batch_size_per_device": 2,
+    "epochs": 3,
+    "learning_rate": 5e-3,
+    "weight_decay": 0.01,
+    "gradient_clipping": 0.3,
+    "report_every_steps": 1,
+    "checkpoint_every_steps": 4,
+    "logit_chunk_size": 7,
+}
+POLICY = PolicyConfig(head_learning_rate=2e-2, training=TrainingConfig(**COMMON, zero_stage=3))
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    start_ray()
+    yield
+    ray.shutdown()
+
+
+def start_ray() -> None:
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return world.make_base(tmp_path_factory.mktemp("base"))
+
+
+def plain_losses(make: Callable[[], Recipe], training: TrainingConfig) -> tuple[list[float], dict[str, Any]]:
+    """Loss of every step and the final weights of a plain loop: one process, whole batches, torch's own
+    clipping."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    recipe = make()
+    dist.destroy_process_group()
+    torch.manual_seed(SEED)
+    model = recipe.build_model()
+    optimizer, schedule = optimizer_and_schedule(
+        recipe.parameter_groups(model), training, len(recipe.batches)
+    )
+    losses = []
+    for batch in recipe.batches:
+        loss, _, _ = recipe.loss(model, **recipe.collate(batch, recipe.normalisers(batch), True))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), training.gradient_clipping)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    return losses, dict(model.state_dict())
+
+
+def check_same(result: TrainingResult, losses: list[float]) -> None:
+    assert [entry["step"] for entry in result.history] == list(range(1, len(losses) + 1))
+    assert [entry["loss"] for entry in result.history] == pytest.approx(losses, abs=1e-5)
+
+
+def run_policy(base: str, folder: Path, progress: Any = None) -> TrainingResult:
+    pairs = world.save_pairs(folder / "pairs", world.make_pairs())
+    out, run = f"{folder}/model", f"{folder}/run"
+    return train_policy(
+        pairs, out, base, world.OBJECTIVES, POLICY, world.MODEL, CLUSTER, 0.2, SEED, run, progress
+    )
+
+
+@pytest.fixture(scope="module")
+def unbroken(
+    cluster: None, base: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TrainingResult, Path]:
+    folder = tmp_path_factory.mktemp("unbroken")
+    return run_policy(base, folder), folder
+
+
+def test_policy_with_zero_3_equals_plain_torch(unbroken: tuple[TrainingResult, Path], base: str) -> None:
+    result, folder = unbroken
+    losses, state = plain_losses(
+        lambda: PolicyRecipe(f"{folder}/pairs", base, world.OBJECTIVES, POLICY, world.MODEL, 0.2, SEED),
+        POLICY.training,
+    )
+    check_same(result, losses)
+    assert losses[-1] < losses[0]
+    heads = load_file(folder / "model" / "heads.safetensors")
+    assert set(heads) == {f"heads.{name}.weight" for name in world.OBJECTIVES}
+    for name, weight in heads.items():
+        torch.testing.assert_close(weight, state[name], rtol=1e-4, atol=1e-5)
+    assert result.metrics["held_out/pairs"] > 0
+    assert not list((folder / "run").iterdir())  # checkpoints are for unfinished runs
+
+
+def test_sft_from_scratch_with_zero_2_equals_plain_torch(cluster: None, tmp_path: Path) -> None:
+    base = world.make_base(tmp_path / "base", weights=False)
+    examples = world.make_examples(tmp_path / "examples")
+    training = TrainingConfig(**COMMON, zero_stage=2)
+    seen: list[tuple[int, int]] = []
+    result = train_sft(
+        examples,
+        f"{tmp_path}/model",
+        base,
+        SftConfig(training=training),
+        world.MODEL,
+        CLUSTER,
+        SEED,
+        f"{tmp_path}/run",
+        lambda step, total, metrics: seen.append((step, total)),
+    )
+    losses, state = plain_losses(lambda: SftRecipe(examples, base, world.MODEL, training, SEED), training)
+    check_same(result, losses)
+    assert seen == [(step, len(losses)) for step in range(1, len(losses) + 1)]
+    saved = load_file(tmp_path / "model" / "model.safetensors")
+    weight = saved["model.embed_tokens.weight"]
+    torch.testing.assert_close(weight, state["model.model.embed_tokens.weight"], rtol=1e-4, atol=1e-5)
+    assert (tmp_path / "model" / "tokenizer.json").exists()
+
+
+def test_reward_with_zero_2_equals_plain_torch(cluster: None, base: str, tmp_path: Path) -> None:
+    traces = world.save_traces(tmp_path / "traces", world.make_traces())
+    pairs = world.save_pairs(tmp_path / "pairs", world.make_pairs((12,), ("safety",)))
+    training = TrainingConfig(**{**COMMON, "micro_batch_size_per_device": 3}, zero_stage=2)
+    reward = RewardConfig(training=training, held_out_fraction=0.3, head_learning_rate=1e-2)
+    out, run = f"{tmp_path}/model", f"{tmp_path}/run"
+    result = train_reward(
+        traces, pairs, out, base, world.SUPERVISION, reward, world.MODEL, CLUSTER, "\n\n", SEED, run
+    )
+    losses, _ = plain_losses(
+        lambda: RewardRecipe(traces, pairs, base, world.SUPERVISION, reward, world.MODEL, "\n\n", SEED),
+        training,
+    )
+    check_same(result, losses)
+    assert {"held_out/accuracy/ranking_accuracy", "held_out/safety/accuracy"} < set(result.metrics)
+
+
+def test_a_killed_worker_changes_nothing(
+    unbroken: tuple[TrainingResult, Path], base: str, tmp_path: Path
+) -> None:
+    steps: list[int] = []
+
+    def kill_once(step: int, total: int, metrics: dict[str, float]) -> None:
+        if step >= 6 and step == max(steps, default=0) + 1 and not killed:
+            killed.append(train_workers()[-1])
+            os.kill(killed[0], signal.SIGKILL)
+        steps.append(step)
+
+    killed: list[int] = []
+    result = run_policy(base, tmp_path, kill_once)
+    assert killed
+    assert steps.count(5) == 2  # it went back to the checkpoint of step 4
+    # Bit by bit, not only within 1e-5: same workers, fp32, CPU.
+    assert figures(result) == figures(unbroken[0])
+
+
+def test_a_lost_driver_goes_on_from_the_latest_checkpoint(
+    unbroken: tuple[TrainingResult, Path], base: str, tmp_path: Path
+) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(step: int, total: int, metrics: dict[str, float]) -> None:
+        if step >= 6:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run_policy(base, tmp_path, stop)
+    ray.shutdown()
+    start_ray()
+    steps: list[int] = []
+    result = run_policy(base, tmp_path, lambda step, total, metrics: steps.append(step))
+    assert steps[0] > 4
+    assert figures(result) == figures(unbroken[0])
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_at_once(
+    unbroken: tuple[TrainingResult, Path], base: str, tmp_path: Path
+) -> None:
+    (store,) = (unbroken[1] / "pairs" / "reference").glob("*.parquet")
+    known = read_store(str(store))
+    known["e3"] = (known["e3"][0], float("nan"), known["e3"][2])
+    write_store(f"{tmp_path}/pairs/reference/{store.name}", known)
+    reports: list[int] = []
+    with pytest.raises(
+        NonFiniteError, match=r"the loss is not finite .* for engagement pair e3; nothing was"
+    ):
+        run_policy(base, tmp_path, lambda step, total, metrics: reports.append(step))
+    assert len(reports) == len(set(reports))  # no second attempt
+    assert not (tmp_path / "model").exists()
+
+
+def figures(result: TrainingResult) -> list[dict[str, float]]:
+    """The history without its clock."""
+    return [{k: v for k, v in entry.items() if k != "tokens_per_second"} for entry in result.history]
+
+
+def train_workers() -> list[int]:
+    """Process ids of this process's Ray Train workers (other clusters may run on this machine)."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                stat = (entry / "stat").read_text()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            parents[int(entry.name)] = int(stat.rpartition(")")[2].split()[1])
+    mine = {os.getpid()}
+    while found := {child for child, parent in parents.items() if parent in mine} - mine:
+        mine |= found
+    return sorted(pid for pid in mine if b"TrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes())

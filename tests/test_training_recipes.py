@@ -1,0 +1,277 @@
+"""Recipes on their own, in one process: their losses by hand, and that splitting a batch changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import training_world as world
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from mahalo_ray.config import PolicyConfig, RewardConfig, TrainingConfig
+from mahalo_ray.training.batches import split_batch
+from mahalo_ray.training.checkpoints import RunIdentity
+from mahalo_ray.training.guard import NonFiniteError, stop_unless_finite
+from mahalo_ray.training.policy import PolicyRecipe
+from mahalo_ray.training.recipe import Recipe
+from mahalo_ray.training.reference import read_store, select, write_store
+from mahalo_ray.training.reward import RewardRecipe
+from mahalo_ray.training.sft import SftRecipe
+from mahalo_ray.training.traces import LabelledTraces, add_traces
+
+TRAINING = TrainingConfig(
+    batch_size=8, micro_batch_size_per_device=8, logit_chunk_size=5, epochs=2, zero_stage=2
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_process() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return world.make_base(tmp_path_factory.mktemp("base"))
+
+
+def make_recipe(kind: str, base: str, folder: Path) -> Any:
+    if kind == "sft":
+        return SftRecipe(world.make_examples(folder), base, world.MODEL, TRAINING, 5)
+    if kind == "policy":
+        pairs = world.save_pairs(folder, world.make_pairs())
+        policy = PolicyConfig(alpha={"engagement": 2.0}, head_noise=0.5, training=TRAINING)
+        return PolicyRecipe(pairs, base, world.OBJECTIVES, policy, world.MODEL, 0.2, 5)
+    traces = world.save_traces(folder / "traces", world.make_traces())
+    pairs = world.save_pairs(folder / "pairs", world.make_pairs((12,), ("safety",)))
+    reward = RewardConfig(training=TRAINING, held_out_fraction=0.2)
+    return RewardRecipe(traces, pairs, base, world.SUPERVISION, reward, world.MODEL, "\n\n", 5)
+
+
+@pytest.fixture(scope="module", params=["sft", "policy", "reward"])
+def recipe(request: pytest.FixtureRequest, base: str, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    return make_recipe(request.param, base, tmp_path_factory.mktemp(request.param))  # type: ignore[no-any-return]
+
+
+def built(recipe: Recipe) -> nn.Module:
+    torch.manual_seed(0)
+    return recipe.build_model()
+
+
+def step(
+    recipe: Recipe, model: nn.Module, batch: Any, workers: int, rows: int, accumulation: int
+) -> list[Tensor]:
+    """Loss, metric sums and gradients of one global batch, split in the given way."""
+    model.zero_grad()
+    normalisers = recipe.normalisers(batch)
+    loss, sums = torch.zeros(()), torch.zeros(len(recipe.metric_names))
+    for shares in split_batch(batch, recipe.units, rows, workers, accumulation):
+        for units in shares:
+            real = len(units) > 0
+            part, row_losses, metrics = recipe.loss(
+                model, **recipe.collate(units if real else batch[:1], normalisers, real)
+            )
+            part.backward()
+            assert len(row_losses) == len(recipe.row_names(units if real else batch[:1]))
+            loss, sums = loss + part.detach(), sums + metrics
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return [loss, sums, *gradients]
+
+
+@pytest.mark.parametrize(("workers", "rows", "accumulation"), [(1, 3, 4), (2, 4, 2), (3, 8, 1), (4, 3, 3)])
+def test_splitting_a_batch_changes_nothing(
+    recipe: Recipe, workers: int, rows: int, accumulation: int
+) -> None:
+    model, batch = built(recipe), recipe.batches[0]
+    whole = step(recipe, model, batch, 1, 64, 1)
+    whole = [tensor.clone() for tensor in whole]
+    parts = step(recipe, model, batch, workers, rows, accumulation)
+    for one, many in zip(whole, parts, strict=True):
+        torch.testing.assert_close(many, one, rtol=1e-4, atol=1e-6)
+
+
+def test_sft_loss_is_the_mean_over_all_counted_tokens(base: str, tmp_path: Path) -> None:
+    recipe = make_recipe("sft", base, tmp_path)
+    batch = recipe.batches[0]
+    reference, total, count = AutoModelForCausalLM.from_pretrained(base), torch.zeros(()), 0
+    for unit in batch:
+        ids, mask = torch.tensor(recipe._inputs[unit]), torch.tensor(recipe._masks[unit])
+        logps = reference(ids[None]).logits[0, :-1].log_softmax(-1)
+        total = total - logps.gather(1, ids[1:, None])[mask[1:]].sum()
+        count += int(mask[1:].sum())
+    loss = step(recipe, built(recipe), batch, 2, 3, 2)[0]
+    torch.testing.assert_close(loss, (total / count).detach())
+
+
+def test_policy_loss_by_hand(base: str, tmp_path: Path) -> None:
+    """sum_i alpha_i mean_i -log sigmoid(beta (gain of chosen - gain of rejected)), every pair under its own
+    head."""
+    recipe = make_recipe("policy", base, tmp_path)
+    model, batch = built(recipe), recipe.batches[0]
+    reference: Any = AutoModelForCausalLM.from_pretrained(base)
+    hidden_of = lambda ids: model.backbone(input_ids=ids).last_hidden_state  # noqa: E731
+    losses: dict[int, list[Tensor]] = {0: [], 1: []}
+    for unit in batch:
+        objective, pairs = int(recipe._pairs.objective[unit]), recipe._pairs
+        gains = []
+        for completion in (pairs.chosen[unit], pairs.rejected[unit]):
+            ids = torch.tensor([pairs.prompts[unit] + completion])
+            start = len(pairs.prompts[unit]) - 1
+            target = ids[0, start + 1 :, None]
+            head = model.heads[world.OBJECTIVES[objective]].weight
+            own = F.linear(hidden_of(ids), head)[0, start:-1].log_softmax(-1).gather(1, target).sum()
+            frozen = reference(ids).logits[0, start:-1].log_softmax(-1).gather(1, target).sum()
+            gains.append(own - frozen)
+        losses[objective].append(-F.logsigmoid(0.1 * (gains[0] - gains[1])))
+    expected = 1.0 * torch.stack(losses[0]).mean() + 2.0 * torch.stack(losses[1]).mean()
+    found = step(recipe, model, batch, 1, 64, 1)
+    torch.testing.assert_close(found[0], expected.detach(), rtol=1e-4, atol=1e-5)
+    figures = recipe.summarise(dict(zip(recipe.metric_names, found[1].tolist(), strict=True)))
+    assert figures["engagement/loss"] == pytest.approx(torch.stack(losses[1]).mean().item(), rel=1e-4)
+
+
+def test_policy_holds_whole_prompts_out(base: str, tmp_path: Path) -> None:
+    recipe = make_recipe("policy", base, tmp_path)
+    trained = set(np.concatenate(recipe.batches).tolist())
+    aside = set(recipe._held_out.tolist())
+    assert aside and not trained & aside and len(trained | aside) == len(recipe.units)
+    prompts = [tuple(ids) for ids in recipe._pairs.prompts]
+    assert not {prompts[row] for row in trained} & {prompts[row] for row in aside}
+
+
+def test_reward_loss_by_hand(base: str, tmp_path: Path) -> None:
+    recipe = make_recipe("reward", base, tmp_path)
+    model, batch, data = built(recipe), recipe.batches[0], recipe._data
+    values: dict[str, list[Tensor]] = {kind: [] for kind in ("mse", "bce", "bt", "rank0", "rank1")}
+    for unit in batch:
+        scores = [model.step_scores(*scoring(recipe, row))[0] for row in data.members[unit]]
+        labels = [torch.from_numpy(data.labels[row]) for row in data.members[unit]]
+        if data.pair_objective[unit] >= 0:
+            values["bt"].append(-F.logsigmoid(scores[0][0, 2] - scores[1][0, 2]))
+            continue
+        for own, known in zip(scores, labels, strict=True):
+            values["mse"] += [(own[1, 0] - known[1, 0]) ** 2 / recipe._variance[0]]
+            values["bce"] += [
+                F.binary_cross_entropy_with_logits(own[t, 1], known[t, 1]) for t in (0, 1) if known[t, 1] >= 0
+            ]
+        for column, scale in ((0, recipe._spread[0]), (1, 1.0)):
+            for t in (0, 1):
+                for i in range(len(scores)):
+                    for j in range(len(scores)):
+                        if labels[i][t, column] - labels[j][t, column] > 0.02:
+                            gap = (scores[i][t, column] - scores[j][t, column]) / scale
+                            values[f"rank{column}"].append(-F.logsigmoid(gap))
+    expected = torch.stack([torch.stack(v).mean() for v in values.values() if v]).sum()
+    found = step(recipe, model, batch, 1, 64, 1)[0]
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+def scoring(recipe: Any, row: int) -> tuple[Tensor, None, Tensor, Tensor]:
+    tokens = recipe._data.tokens[row]
+    return (
+        torch.tensor([tokens.input_ids]),
+        None,
+        torch.tensor([tokens.starts]),
+        torch.tensor([tokens.ends]),
+    )
+
+
+def test_a_loss_that_is_not_finite_names_objective_and_row(base: str, tmp_path: Path) -> None:
+    recipe = make_recipe("policy", base, tmp_path)
+    model, batch = built(recipe), recipe.batches[0]
+    bad = int(batch[2])
+    recipe._reference[bad, 0] = torch.nan
+    output = recipe.loss(model, **recipe.collate(batch, recipe.normalisers(batch), True))
+    with pytest.raises(NonFiniteError) as caught:
+        stop_unless_finite(recipe, [(batch, output)], step=6)
+    name = recipe.row_names(np.array([bad]))[0]
+    assert name.split()[0] in world.OBJECTIVES
+    assert f"step 7: the loss is not finite (NaN or infinity) for {name};" in str(caught.value)
+
+
+def test_reference_log_probs_are_computed_once_and_checked_row_by_row(base: str, tmp_path: Path) -> None:
+    recipe = make_recipe("policy", base, tmp_path)
+    (file,) = (tmp_path / "reference").glob("*.parquet")
+    written = file.stat().st_mtime_ns
+    pairs = recipe._pairs
+    make_recipe("policy", base, tmp_path)
+    # make_recipe wrote the same pairs again; their log-probs were found.
+    assert file.stat().st_mtime_ns == written
+    known = read_store(str(file))
+    select(known, pairs.ids, pairs.row_hashes(), "store")
+    stale = {**known, "a3": ("of other tokens", -1.0, -1.0)}
+    with pytest.raises(ValueError, match=r"pair 'a3' .* stale"):
+        select(stale, pairs.ids, pairs.row_hashes(), "store")
+    del known["e1"]
+    with pytest.raises(ValueError, match="pair 'e1' has no reference"):
+        select(known, pairs.ids, pairs.row_hashes(), "store")
+    # A row of the store that fits no more is computed again, the others stay.
+    write_store(str(file), {**stale, "a4": (*stale["a4"][:1], -7.0, -8.0)})
+    again = make_recipe("policy", base, tmp_path)
+    assert (
+        again._reference[pairs.ids.index("a3")].tolist() == recipe._reference[pairs.ids.index("a3")].tolist()
+    )
+    assert again._reference[pairs.ids.index("a4")].tolist() == [-7.0, -8.0]
+
+
+def test_bad_pairs_are_named(base: str, tmp_path: Path) -> None:
+    pairs = world.make_pairs()
+    same = pairs[3].model_copy(update={"rejected": pairs[3].chosen})
+    unknown = pairs[3].model_copy(update={"objective": "acuracy"})
+    for wrong, message in (
+        (same, "pair 'a3': chosen and rejected are the same"),
+        (unknown, "pair 'a3': .*Did you mean 'accuracy'"),
+        (pairs[4].model_copy(update={"id": "a5"}), "'a5' occurs twice"),
+    ):
+        folder = tmp_path / wrong.id / wrong.objective
+        url = world.save_pairs(folder, [*pairs[:3], wrong, *pairs[5:]])
+        with pytest.raises(ValueError, match=message):
+            PolicyRecipe(url, base, world.OBJECTIVES, PolicyConfig(), world.MODEL, 0.0, 5)
+    url = world.save_pairs(tmp_path / "one", [pair for pair in pairs if pair.objective == "accuracy"])
+    with pytest.raises(ValueError, match="'engagement' has no preference pairs"):
+        PolicyRecipe(url, base, world.OBJECTIVES, PolicyConfig(training=TRAINING), world.MODEL, 0.0, 5)
+
+
+def test_too_long_pairs_are_cut_and_counted(base: str, tmp_path: Path) -> None:
+    url = world.save_pairs(tmp_path, world.make_pairs())
+    short = world.MODEL.model_copy(update={"max_length": 14})
+    recipe = PolicyRecipe(url, base, world.OBJECTIVES, PolicyConfig(training=TRAINING), short, 0.0, 5)
+    assert recipe.units.lengths.max() == 14
+    assert 0 < recipe._pairs.cut < len(recipe.units)
+
+
+def test_traces_are_cut_at_steps_and_bad_labels_named() -> None:
+    traces = [
+        trace.model_copy(update={"token_ids": list(range(20)), "step_starts": [4, 9], "step_ends": [8, 19]})
+        for trace in world.make_traces(2)
+    ]
+    data = LabelledTraces()
+    add_traces(data, traces, world.SUPERVISION, None, 15, by_group=True)  # type: ignore[arg-type]
+    assert data.cut == 6 and [len(rows) for rows in data.members] == [3, 3]
+    assert all(tokens.ends == [8] and len(tokens.input_ids) == 15 for tokens in data.tokens)
+    for labels, message in (
+        ({"accuracy": [0.5]}, "2 steps, but 1 labels"),
+        ({"engagement": [0.5, 1.5]}, "must lie in 0..1"),
+        ({"safety": [1.0, None]}, "supervised by pairs"),
+        ({"acuracy": [1.0, None]}, "Did you mean 'accuracy'"),
+    ):
+        wrong = traces[0].model_copy(update={"labels": labels})
+        with pytest.raises(ValueError, match=f"'t0.0'.*{message}"):
+            add_traces(LabelledTraces(), [wrong], world.SUPERVISION, None, 15, by_group=True)  # type: ignore[arg-type]
+
+
+def test_checkpoints_of_another_run_are_refused() -> None:
+    saved = {"workers": 2, "accumulation": 1, "data": "abc"}
+    RunIdentity(2, 1, "abc").check(saved, "there")
+    with pytest.raises(ValueError, match=r"written by 2 workers, this run has 3.*train_workers to 2"):
+        RunIdentity(3, 1, "abc").check(saved, "there")
+    with pytest.raises(ValueError, match="other data"):
+        RunIdentity(2, 1, "xyz").check(saved, "there")
