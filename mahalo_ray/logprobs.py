@@ -1,13 +1,14 @@
 """Log-probabilities of given tokens, in chunks, so that [tokens, vocabulary] never exists whole.
 
 One projection serves every head: `logits = cap(scale * (h W^T + b + u A^T))`, where the low-rank part `u A^T`
-and all of bias, scale and soft-cap are optional. The forward pass keeps one fp32 number per token (the log of
-the normaliser); the backward pass computes the logits of a chunk again and turns them in place into their
-gradient.
+and all of bias, scale and soft-cap are optional. The forward pass keeps nothing but its inputs; the backward
+pass computes the logits of a chunk again and turns them into their gradient. Buffers of one chunk are made
+once and used for all chunks: fresh memory of that size costs as much as the arithmetic on it.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,31 +16,60 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORE_INDEX = -100
-DEFAULT_CHUNK_SIZE = 512
+DEFAULT_CHUNK_SIZE = 256
 
 
-def _chunk_logits(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    inner: Tensor | None,
-    outer: Tensor | None,
-    scale: float,
-    softcap: float | None,
-) -> Tensor:
-    """fp32 logits [C, V] of one chunk. Called without autograd, so the result may be changed in place."""
-    logits = hidden @ weight.T
-    if inner is not None:
-        assert outer is not None
-        logits.addmm_(inner, outer.T)
-    if bias is not None:
-        logits += bias
-    logits = logits.float()
-    if scale != 1.0:
-        logits *= scale
-    if softcap is not None:
-        logits.div_(softcap).tanh_().mul_(softcap)
-    return logits
+@dataclass
+class _Projection:
+    """Hidden states to fp32 logits, chunk by chunk, in buffers of its own. Used without autograd."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    inner: Tensor | None
+    outer: Tensor | None
+    chunk_size: int
+    scale: float
+    softcap: float | None
+    dtype: torch.dtype  # of the matrix products
+
+    def __post_init__(self) -> None:
+        self.weight = self.weight.to(self.dtype)
+        self.bias = None if self.bias is None else self.bias.to(self.dtype)
+        self.outer = None if self.outer is None else self.outer.to(self.dtype)
+        self._product, self._logits = self.buffer(self.dtype), self.buffer(torch.float32)
+        if self.dtype == torch.float32:
+            self._product = self._logits
+
+    def buffer(self, dtype: torch.dtype) -> Tensor:
+        """Uninitialised memory for one chunk of logits."""
+        rows = min(self.chunk_size, self.hidden.shape[0])
+        return torch.empty(rows, self.weight.shape[0], dtype=dtype, device=self.hidden.device)
+
+    def chunks(self) -> list[slice]:
+        """The tokens of every chunk."""
+        count = self.hidden.shape[0]
+        return [slice(i, min(i + self.chunk_size, count)) for i in range(0, count, self.chunk_size)]
+
+    def rows(self, tensor: Tensor, at: slice) -> Tensor:
+        """One chunk of hidden or inner states, in the dtype of the products."""
+        return tensor[at].to(self.dtype)
+
+    def logits(self, at: slice) -> Tensor:
+        """[C, V] in fp32, valid until the next call."""
+        hidden = self.rows(self.hidden, at)
+        product = torch.mm(hidden, self.weight.T, out=self._product[: len(hidden)])
+        if self.inner is not None:
+            assert self.outer is not None
+            product.addmm_(self.rows(self.inner, at), self.outer.T)
+        if self.bias is not None:
+            product += self.bias
+        logits = product if self._product is self._logits else self._logits[: len(hidden)].copy_(product)
+        if self.scale != 1.0:
+            logits *= self.scale
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -64,94 +94,84 @@ class _TokenLogps(torch.autograd.Function):
     ) -> Tensor:
         device_type = hidden.device.type
         autocast = torch.is_autocast_enabled(device_type)
-        ctx.compute_dtype = torch.get_autocast_dtype(device_type) if autocast else weight.dtype
-        ctx.options = (chunk_size, scale, softcap)
+        dtype = torch.get_autocast_dtype(device_type) if autocast else weight.dtype
+        ctx.options = (chunk_size, scale, softcap, dtype)
+        ctx.save_for_backward(hidden, weight, bias, inner, outer, labels)
         logps = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-        normaliser = torch.empty_like(logps)
         with torch.autocast(device_type, enabled=False):
-            weight_c, bias_c, outer_c = (_cast(t, ctx.compute_dtype) for t in (weight, bias, outer))
-            assert weight_c is not None
-            for at in _chunks(hidden.shape[0], chunk_size):
-                hidden_c, inner_c = (
-                    _cast(hidden[at], ctx.compute_dtype),
-                    _cast_rows(inner, at, ctx.compute_dtype),
-                )
-                assert hidden_c is not None
-                logits = _chunk_logits(hidden_c, weight_c, bias_c, inner_c, outer_c, scale, softcap)
-                normaliser[at] = logits.logsumexp(dim=-1)
-                logps[at] = logits.gather(1, labels[at, None])[:, 0] - normaliser[at]
-        ctx.save_for_backward(hidden, weight, bias, inner, outer, labels, normaliser)
+            projection = _Projection(hidden, weight, bias, inner, outer, *ctx.options)
+            normal = projection.buffer(torch.float32)
+            for at in projection.chunks():
+                logits = projection.logits(at)
+                torch.log_softmax(logits, -1, out=normal[: len(logits)])
+                logps[at] = normal[: len(logits)].gather(1, labels[at, None])[:, 0]
         return logps
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, inner, outer, labels, normaliser = ctx.saved_tensors
-        chunk_size, scale, softcap = ctx.options
-        dtype = ctx.compute_dtype
-        needed = ctx.needs_input_grad[:5]
-        grad_hidden = torch.empty_like(hidden) if needed[0] else None
-        grad_inner = torch.empty_like(inner) if needed[3] else None
-        # Sums over chunks are kept in fp32: adding chunk after chunk in bf16 would round every time.
-        grad_weight, grad_bias, grad_outer = (
-            torch.zeros_like(tensor, dtype=torch.float32) if wanted else None
-            for tensor, wanted in ((weight, needed[1]), (bias, needed[2]), (outer, needed[4]))
-        )
-        weight_c, bias_c, outer_c = (_cast(t, dtype) for t in (weight, bias, outer))
-        assert weight_c is not None
-        for at in _chunks(hidden.shape[0], chunk_size):
-            hidden_c, inner_c = _cast(hidden[at], dtype), _cast_rows(inner, at, dtype)
-            assert hidden_c is not None
-            logits = _chunk_logits(hidden_c, weight_c, bias_c, inner_c, outer_c, scale, softcap)
-            slope = None if softcap is None else 1 - (logits / softcap).square_()
+        hidden, weight, bias, inner, outer, labels = ctx.saved_tensors
+        projection = _Projection(hidden, weight, bias, inner, outer, *ctx.options)
+        softcap, scale = projection.softcap, projection.scale
+        wants_hidden, wants_weight, wants_bias, wants_inner, wants_outer = ctx.needs_input_grad[:5]
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_inner = torch.empty_like(inner) if wants_inner else None
+        grad_weight = _RowSum(weight) if wants_weight else None
+        grad_outer = _RowSum(outer) if wants_outer else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
+        gradients = projection.buffer(torch.float32)
+        for at in projection.chunks():
+            logits = projection.logits(at)
             # d log p(y) / d logits = onehot(y) - softmax(logits), times the gradient that arrives per token.
-            g = logits.sub_(normaliser[at, None]).exp_().mul_(-grad[at, None])
-            g.scatter_add_(1, labels[at, None], grad[at, None])
-            if slope is not None:
-                g *= slope
+            g = torch.softmax(logits, -1, out=gradients[: len(logits)])
+            g.mul_(-grad[at, None]).scatter_add_(1, labels[at, None], grad[at, None])
+            if softcap is not None:
+                g -= g * logits.div_(softcap).square_()
             if scale != 1.0:
                 g *= scale
             if grad_bias is not None:
                 grad_bias += g.sum(0)
-            g = g.to(dtype)
+            g = g.to(projection.dtype)
             if grad_hidden is not None:
-                grad_hidden[at] = (g @ weight_c).to(hidden.dtype)
-            _accumulate(grad_weight, g, hidden_c)
-            if inner_c is not None:
-                assert outer_c is not None
-                if grad_inner is not None:
-                    grad_inner[at] = (g @ outer_c).to(inner.dtype)
-                _accumulate(grad_outer, g, inner_c)
+                grad_hidden[at] = (g @ projection.weight).to(hidden.dtype)
+            if grad_weight is not None:
+                grad_weight.add(g, projection.rows(hidden, at))
+            if grad_inner is not None:
+                assert projection.outer is not None
+                grad_inner[at] = (g @ projection.outer).to(inner.dtype)
+            if grad_outer is not None:
+                grad_outer.add(g, projection.rows(inner, at))
         return (
             grad_hidden,
-            _cast(grad_weight, weight.dtype),
+            None if grad_weight is None else grad_weight.total(),
             None if grad_bias is None else grad_bias.to(bias.dtype),
             grad_inner,
-            None if grad_outer is None else grad_outer.to(outer.dtype),
+            None if grad_outer is None else grad_outer.total(),
             *(None,) * 4,
         )
 
 
-def _chunks(count: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+class _RowSum:
+    """The gradient of a weight, summed over chunks in fp32: adding chunk after chunk in bf16 would round each
+    time.
+    """
 
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
+        self._sum: Tensor | None = None
 
-def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype)
+    def add(self, g: Tensor, rows: Tensor) -> None:
+        """Add g^T rows; in fp32 without a temporary of the weight's size."""
+        if self._sum is None:
+            self._sum = (g.T @ rows).float()
+        elif g.dtype == torch.float32:
+            self._sum.addmm_(g.T, rows)
+        else:
+            self._sum += g.T @ rows
 
-
-def _cast_rows(tensor: Tensor | None, rows: slice, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor[rows].to(dtype)
-
-
-def _accumulate(total: Tensor | None, g: Tensor, rows: Tensor) -> None:
-    """total [V, D] += g^T rows; in fp32 without a temporary of that size."""
-    if total is None:
-        return
-    if g.dtype == torch.float32:
-        total.addmm_(g.T, rows)
-    else:
-        total += g.T @ rows
+    def total(self) -> Tensor:
+        """The sum in the weight's dtype; zeros if there was nothing to add."""
+        return torch.zeros_like(self._like) if self._sum is None else self._sum.to(self._like.dtype)
 
 
 def token_logps(
