@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -16,8 +17,11 @@ from rich.markup import escape
 
 from mahalo_ray import __version__
 from mahalo_ray.config import RunConfig, load_config
+from mahalo_ray.data import storage
+from mahalo_ray.pipeline.fingerprint import Manifest
 from mahalo_ray.pipeline.progress import RunProgress
 from mahalo_ray.pipeline.stages import Pipeline, RunInterrupted
+from mahalo_ray.pipeline.students import check_domain
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's YAML file.")]
 Overrides = Annotated[
@@ -46,7 +50,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out = Console(highlight=False, soft_wrap=True)
+out = Console(highlight=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -62,7 +66,7 @@ def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     if version:
-        out.print(f"mahalo_ray {__version__}")
+        say(f"mahalo_ray {__version__}")
         raise typer.Exit
 
 
@@ -71,11 +75,9 @@ def validate(config: ConfigFile, set_: Overrides = None, debug: Debug = False) -
     """Check a configuration without running anything."""
 
     def work() -> None:
-        loaded = load_config(config, set_)
-        out.print(
-            f"{escape(str(config))} is valid: run '{escape(loaded.name)}', objectives "
-            f"{', '.join(loaded.objective_names)}, output {escape(loaded.output)}"
-        )
+        loaded = load(config, set_)
+        objectives = ", ".join(loaded.objective_names)
+        say(f"{config} is valid: run '{loaded.name}', objectives {objectives}, output {loaded.output}")
 
     guarded(work, debug)
 
@@ -83,12 +85,12 @@ def validate(config: ConfigFile, set_: Overrides = None, debug: Debug = False) -
 @app.command()
 def run(config: ConfigFile, set_: Overrides = None, debug: Debug = False) -> None:
     """Run all stages."""
-    guarded(lambda: run_stages(load_config(config, set_), None, str(config)), debug)
+    guarded(lambda: run_stages(load(config, set_), None, str(config)), debug)
 
 
 def _add_verb(name: str, targets: tuple[str, ...], help_text: str) -> None:
     def verb(config: ConfigFile, set_: Overrides = None, debug: Debug = False) -> None:
-        guarded(lambda: run_stages(load_config(config, set_), targets, str(config)), debug)
+        guarded(lambda: run_stages(load(config, set_), targets, str(config)), debug)
 
     app.command(name, help=help_text)(verb)
 
@@ -102,32 +104,52 @@ def serve(config: ConfigFile, set_: Overrides = None, debug: Debug = False) -> N
     """Serve the run's policy and reward model in the foreground (OpenAI-compatible API) until Ctrl-C."""
 
     def work() -> None:
-        from mahalo_ray.pipeline.serve import serve_run
-
-        serve_run(load_config(config, set_), out)
+        serve_run(load(config, set_))
 
     guarded(work, debug)
 
 
 def run_stages(config: RunConfig, targets: tuple[str, ...] | None, config_name: str) -> None:
     """Bring stages up to date (None: all) and say what came of it."""
-    from mahalo_ray.pipeline.steps import PIPELINE, summary
+    from mahalo_ray.pipeline.evaluating import print_outcome
+    from mahalo_ray.pipeline.steps import PIPELINE
 
-    execute(PIPELINE, config, targets)
-    out.print(summary(config, targets, config_name))
+    manifests = execute(PIPELINE, config, targets)
+    if "report" in manifests:
+        print_outcome(out, config, manifests)
+        say(f"Serve it: mahalo serve {config_name}")
+    else:
+        for name in targets or ():
+            say(f"{name}: {storage.join(config.output, name)}")
 
 
-def execute(pipeline: Pipeline, config: RunConfig, targets: tuple[str, ...] | None) -> None:
+def serve_run(config: RunConfig) -> None:
+    """Make policy and reward model if they are not there yet, then serve them until Ctrl-C."""
+    from mahalo_ray.pipeline.serve import serve_in_foreground
+    from mahalo_ray.pipeline.steps import PIPELINE
+
+    manifests = execute(PIPELINE, config, ("policy",))
+    with open_session(config):
+        serve_in_foreground(config, manifests, out)
+
+
+def execute(pipeline: Pipeline, config: RunConfig, targets: tuple[str, ...] | None) -> dict[str, Manifest]:
     """Run stages of any pipeline with a Ray session of this configuration."""
+    return pipeline.run(config, targets, session=lambda: open_session(config), progress=RunProgress(out))
+
+
+def open_session(config: RunConfig) -> AbstractContextManager[None]:
+    """Ray, as this configuration wants it."""
     from mahalo_ray.pipeline.cluster import ray_session
 
-    serve_cpus = config.serve.replicas * config.serve.cpus_per_replica
-    pipeline.run(
-        config,
-        targets,
-        session=lambda: ray_session(config.cluster, serve_cpus),
-        progress=RunProgress(out),
-    )
+    return ray_session(config.cluster, config.serve.replicas * config.serve.cpus_per_replica)
+
+
+def load(file: Path, overrides: list[str] | None) -> RunConfig:
+    """The configuration, checked for what its domain can do."""
+    config = load_config(file, overrides)
+    check_domain(config)
+    return config
 
 
 def guarded(work: Callable[[], None], debug: bool) -> None:
@@ -146,6 +168,11 @@ def guarded(work: Callable[[], None], debug: bool) -> None:
         notes = "".join(f"\n({note})" for note in getattr(error, "__notes__", ()))
         err.print(f"[bold red]error:[/] {escape(_message(error))}{escape(notes)}")
         raise SystemExit(2) from None
+
+
+def say(message: str) -> None:
+    """Print one line as it is, however long."""
+    out.print(message, markup=False, soft_wrap=True)
 
 
 def _message(error: ValueError) -> str:

@@ -116,7 +116,7 @@ class StageProgress:
 
     def say(self, message: str) -> None:
         """Print a line that stays, above the bar."""
-        self._console.print(message, markup=False)
+        self._console.print(message, markup=False, soft_wrap=True)
 
     def _show(self, note: str) -> None:
         amount = f"{self._done:.0f}/{self._total:.0f} {self._unit}" if self._total else ""
@@ -168,7 +168,7 @@ class RunProgress:
 
     def say(self, message: str) -> None:
         """Print a line that stays."""
-        self.console.print(message, markup=False)
+        self.console.print(message, markup=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def stage(self, title: str, last_time: float | None = None) -> Iterator[StageProgress]:

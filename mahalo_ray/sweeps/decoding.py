@@ -84,9 +84,17 @@ class MethodTrial(tune.Trainable):
         """See save_checkpoint."""
 
 
+def _ignore(done: int, total: int, name: str) -> None:
+    """Stands for the caller's progress function in what Tune stores."""
+
+
 class _Progress(tune.Callback):
     def __init__(self, spec: SweepSpec, done: int, callback: PlayedCallback) -> None:
         self.spec, self.done, self.callback = spec, done, callback
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune stores its callbacks for a restore, which is not used: a progress bar cannot be pickled.
+        return {**self.__dict__, "callback": _ignore}
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self.done += 1

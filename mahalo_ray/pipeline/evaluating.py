@@ -1,0 +1,179 @@
+"""The last stages: the sweep, the other methods, and the report over all of them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from rich.console import Console
+
+from mahalo_ray.config import RunConfig
+from mahalo_ray.data import storage
+from mahalo_ray.data.records import Dialogue
+from mahalo_ray.decoding.loading import Placement
+from mahalo_ray.evaluation.claims import check_claims
+from mahalo_ray.evaluation.methods import Method, Played
+from mahalo_ray.evaluation.report import ReportContents, SampleDialogue, SampleTurn, write_report
+from mahalo_ray.evaluation.results import ComparisonTable, MethodResult
+from mahalo_ray.evaluation.terminal import print_claims, print_table
+from mahalo_ray.objectives import Weights
+from mahalo_ray.pipeline.fingerprint import Manifest
+from mahalo_ray.pipeline.stages import Context, StageResult
+from mahalo_ray.pipeline.students import first_seed
+from mahalo_ray.sweeps.decoding import SweepSpec, play_methods
+
+METHODS = "methods.json"
+PLAIN_WIDTH = 120  # columns of the table where the output is not a terminal
+
+
+def sweep_methods(config: RunConfig) -> list[Method]:
+    """The policy at every weight vector of the sweep."""
+    return [Method(w.label(), "weights", weights=w, sweep=True) for w in config.sweep.vectors()]
+
+
+def other_methods(config: RunConfig) -> list[Method]:
+    """SFT, guided SFT, each head alone, the guided policy, and that one unguided if the sweep has it not."""
+    guided = config.guided
+    weights, guidance = Weights(guided.weights), Weights(guided.guidance)
+    methods = [
+        Method("SFT", "sft"),
+        Method("guided SFT", "guided_sft", guidance=guidance, num_candidates=guided.num_candidates),
+        *(Method(f"{name} head", "head", weights=Weights.one(name)) for name in config.objective_names),
+        Method("guided policy", "guided", weights, guidance, guided.num_candidates),
+    ]
+    order = config.objective_names
+    known = [vector.over(order) for vector in config.sweep.vectors()]
+    if not any(_same(weights.over(order), vector) for vector in known):
+        methods.append(Method(f"{weights.label()} (unguided)", "weights", weights=weights, sweep=False))
+    return methods
+
+
+def _same(left: tuple[float, ...], right: tuple[float, ...]) -> bool:
+    return all(math.isclose(a, b, abs_tol=1e-6) for a, b in zip(left, right, strict=True))
+
+
+def sweep(context: Context) -> StageResult:
+    """Ray Tune over the decoding weights, every point against the same fresh students."""
+    return _play(context, sweep_methods(context.config))
+
+
+def evaluate(context: Context) -> StageResult:
+    """All that the sweep is compared with, against the same students as the sweep."""
+    return _play(context, other_methods(context.config))
+
+
+def _play(context: Context, methods: list[Method]) -> StageResult:
+    config = context.config
+    first = first_seed(config.seed, "evaluation")
+    spec = SweepSpec(
+        methods=tuple(methods),
+        sft_url=context.input("sft", "model"),
+        policy_url=context.input("policy", "model"),
+        reward_url=context.input("reward", "model"),
+        output_url=context.folder,
+        placement=Placement(config.cluster.device, config.model.dtype),
+        threads=max(1, math.floor(config.cluster.cpus_per_rollout_actor)),
+        config=config.evaluation,
+        seeds=tuple(range(first, first + config.evaluation.dialogues)),
+    )
+    context.progress.start(len(methods), "methods")
+    played = play_methods(
+        spec, config.cluster, "trials", lambda done, total, name: context.progress.update(done, total, name)
+    )
+    storage.write_json(context.path(METHODS), [_document(one) for one in played])
+    metrics = {one.result.name: _means(one.result) for one in played}
+    return StageResult(metrics, {"methods": METHODS})
+
+
+def _means(result: MethodResult) -> dict[str, float]:
+    return {name: sum(values) / len(values) for name, values in result.values.items()}
+
+
+def _document(played: Played) -> dict[str, Any]:
+    return {
+        "result": played.result.model_dump(mode="json"),
+        "samples": [dialogue.model_dump(mode="json") for dialogue in played.samples],
+    }
+
+
+def report(context: Context) -> StageResult:
+    """The table, what it shows in words, and how it was measured, as a page, a picture and JSON."""
+    config = context.config
+    files = [context.input(stage, "methods") for stage in ("evaluate", "sweep")]
+    documents = [document for file in files for document in storage.read_json(file)]
+    table = _table(config, documents)
+    claims = check_claims(table)
+    write_report(context.folder, table, claims, _contents(context, documents))
+    figures = {
+        "claims": len([c for c in claims if c.required]),
+        "claims_that_hold": len([c for c in claims if c.required and c.holds]),
+        "hypervolume": table.hypervolume_of_all(),
+    }
+    return StageResult(figures, {"results": "results.json", "page": "report.html", "picture": "front.png"})
+
+
+def _table(config: RunConfig, documents: list[dict[str, Any]]) -> ComparisonTable:
+    return ComparisonTable(
+        [MethodResult.model_validate(document["result"]) for document in documents],
+        config.objective_names,
+        confidence=config.evaluation.confidence,
+        resamples=config.evaluation.bootstrap_resamples,
+        seed=config.seed,
+    )
+
+
+def _contents(context: Context, documents: list[dict[str, Any]]) -> ReportContents:
+    config = context.config
+    trained = ("sft", "reward", "policy")
+    described = [f"{o.name} ({o.description})" if o.description else o.name for o in config.objectives]
+    return ReportContents(
+        title=config.name,
+        summary=f"One policy, aligned to {' and '.join(described)}.",
+        measurement={
+            "seed": config.seed,
+            "dialogues per method": config.evaluation.dialogues,
+            "students": "fresh, the same for every method",
+            "judges": "programs of the domain, independent of the reward model that guides",
+            "temperature": config.evaluation.sampling.temperature,
+            "guidance candidates": config.guided.num_candidates,
+        },
+        timings={name: manifest.seconds for name, (_, manifest) in context.upstream.items()},
+        samples=[_sample(Dialogue.model_validate(s)) for d in documents for s in d["samples"][:1]],
+        history={name: storage.read_json(context.input(name, "history")) for name in trained},
+        reward_metrics=_reward_metrics(context.metrics_of("reward"), config.objective_names),
+    )
+
+
+def _sample(dialogue: Dialogue) -> SampleDialogue:
+    turns = [SampleTurn(speaker=turn.speaker, content=turn.content) for turn in dialogue.turns]
+    return SampleDialogue(method=dialogue.source, topic=dialogue.topic, turns=turns, outcome=dialogue.outcome)
+
+
+def _reward_metrics(metrics: dict[str, float], objectives: tuple[str, ...]) -> dict[str, dict[str, float]]:
+    """`accuracy/correlation: 0.8` -> accuracy -> correlation -> 0.8."""
+    found: dict[str, dict[str, float]] = {name: {} for name in objectives}
+    for key, value in metrics.items():
+        objective, slash, metric = (
+            key.rpartition("/")[0].rpartition("/")[2],
+            "/" in key,
+            key.rpartition("/")[2],
+        )
+        if slash and objective in found:
+            found[objective][metric] = value
+    return found
+
+
+def print_outcome(console: Console, config: RunConfig, manifests: dict[str, Manifest]) -> None:
+    """What a finished report shows, for the terminal: table, claims, and where the page lies."""
+    output = storage.absolute(config.output)
+    documents = []
+    for stage in ("evaluate", "sweep"):
+        documents += storage.read_json(storage.join(output, stage, manifests[stage].outputs["methods"]))
+    table = _table(config, documents)
+    wide = console if console.is_terminal else Console(file=console.file, width=PLAIN_WIDTH, highlight=False)
+    wide.print()
+    print_table(wide, table)
+    wide.print()
+    print_claims(wide, check_claims(table))
+    page = storage.join(config.output, "report", manifests["report"].outputs["page"])
+    wide.print(f"\nReport: {page}", markup=False, soft_wrap=True)
