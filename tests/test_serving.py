@@ -82,6 +82,7 @@ def test_text_parts_and_developer_messages_become_plain_ones():
         ({"objectives": "accuracy=1"}, "objectives", "an object"),
         ({"num_candidates": 0}, "num_candidates", "greater than or equal to 1"),
         ({"strategy": "best"}, "strategy", "argmax"),
+        ({"strategy": "beam"}, "strategy", "argmax"),
         ({"strategy": "none", "num_candidates": 2}, "num_candidates", "one candidate"),
         ({"score_temperature": 2.0}, "score_temperature", "strategy 'sample'"),
         ({"strategy": "none", "guidance": {"a": 1}}, "guidance", "no reward model"),

@@ -195,6 +195,13 @@ def test_stop_strings_end_the_answer_before_them(client):
     assert cut.choices[0].finish_reason == "stop"
 
 
+@pytest.mark.parametrize("strategy", ["argmax", "sample", "best_of_n"])
+def test_every_guided_strategy_answers_with_scores(client, strategy):
+    details = ask(client, {"strategy": strategy, "num_candidates": 2}).model_extra["mahalo"]
+    assert details["strategy"] == strategy
+    assert all(candidate["scores"] for candidate in details["steps"][0]["candidates"])
+
+
 def test_temperature_zero_is_greedy_whatever_the_seed(client):
     answers = {
         ask(client, {"strategy": "none"}, temperature=0, seed=seed).choices[0].message.content

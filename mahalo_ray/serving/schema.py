@@ -14,8 +14,10 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mahalo_ray.data.records import Message
-from mahalo_ray.decoding.requests import Strategy
 from mahalo_ray.objectives import Weights, unknown_name
+
+# Those that a running batch can be joined with; beam searches need one of their own.
+ServedStrategy = Literal["argmax", "sample", "best_of_n", "none"]
 
 MAX_STOP_STRINGS = 4
 MAX_STOP_LENGTH = 256
@@ -130,7 +132,7 @@ class ChatRequest(Payload):
     objectives: WeightMap | None = None
     guidance: WeightMap | None = None
     num_candidates: Annotated[int, Field(ge=1)] | None = None
-    strategy: Strategy | None = None
+    strategy: ServedStrategy | None = None
     score_temperature: Annotated[float, Field(gt=0, le=1000)] | None = None
 
     @field_validator("stop", mode="before")

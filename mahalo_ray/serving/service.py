@@ -9,12 +9,11 @@ from typing import Any, Protocol
 
 from mahalo_ray.config import SamplingConfig, ServeConfig
 from mahalo_ray.data.records import Message
-from mahalo_ray.decoding.requests import Strategy
 from mahalo_ray.decoding.sampling import SamplingParams
 from mahalo_ray.objectives import Weights
 from mahalo_ray.serving.auth import KeyDigest
 from mahalo_ray.serving.responses import Choices, Completion
-from mahalo_ray.serving.schema import ApiError, ChatRequest, Limits, ScoreRequest, weights_of
+from mahalo_ray.serving.schema import ApiError, ChatRequest, Limits, ScoreRequest, ServedStrategy, weights_of
 from mahalo_ray.serving.worker import Engine, Job, Worker
 
 
@@ -54,7 +53,7 @@ class ChatJob:
     max_new_tokens: int
     stop: tuple[str, ...]
     seed: int
-    strategy: Strategy
+    strategy: ServedStrategy
     score_temperature: float
 
 
@@ -180,7 +179,7 @@ class ChatService:
             return None
         return weights_of(request.objectives, self.backend.objectives, self.weights, "objectives")
 
-    def _strategy(self, request: ChatRequest) -> Strategy:
+    def _strategy(self, request: ChatRequest) -> ServedStrategy:
         """The asked-for strategy: with a reward model "argmax" unless said otherwise, without one "none"."""
         if self.backend.guidance_objectives:
             return request.strategy or "argmax"
@@ -194,7 +193,9 @@ class ChatService:
                 raise ApiError(400, message, name, "no_reward_model")
         return "none"
 
-    def _guidance(self, request: ChatRequest, strategy: Strategy, weights: Weights | None) -> Weights | None:
+    def _guidance(
+        self, request: ChatRequest, strategy: ServedStrategy, weights: Weights | None
+    ) -> Weights | None:
         if strategy == "none":
             return None
         known = self.backend.guidance_objectives
