@@ -422,3 +422,25 @@ def test_a_family_with_hidden_tricks_is_refused() -> None:
     )
     with pytest.raises(ValueError, match="not supported"):
         MultiHeadCausalLM.from_base(tf.AutoModelForCausalLM.from_config(config), ["a"])
+
+
+def test_an_adapter_on_a_loaded_policy_is_saved_on_that_policys_backbone(tmp_path: Path) -> None:
+    """Not on the base the policy was once made from."""
+    tiny().save_pretrained(tmp_path / "base")
+    model, data = MultiHeadCausalLM.from_base(tmp_path / "base", OBJECTIVES), batch()
+    with torch.no_grad():
+        for parameter in model.backbone.parameters():
+            parameter.mul_(1.5)
+    with pytest.raises(ValueError, match="only a policy with a LoRA adapter"):
+        model.save_pretrained(tmp_path / "trained", with_backbone=False)
+    model.save_pretrained(tmp_path / "trained")
+    loaded = MultiHeadCausalLM.from_pretrained(tmp_path / "trained")
+    loaded.add_lora(LoraSettings(rank=2))
+    loaded.save_pretrained(tmp_path / "adapted")
+    assert not (tmp_path / "adapted" / "backbone").exists()
+    again = MultiHeadCausalLM.from_pretrained(tmp_path / "adapted").eval()
+    index = torch.tensor([0, 1, 2, 0])
+    torch.testing.assert_close(
+        again.completion_logps(**data, head_index=index),
+        model.eval().completion_logps(**data, head_index=index),
+    )

@@ -149,9 +149,12 @@ def load_saved_backbone(
     dtype: torch.dtype | None,
     attn_implementation: str | None,
     source: str | Path | None,
-    trainable: bool = True,
-) -> nn.Module:
-    """The backbone of a folder written by `save_backbone`, its base from `source` or from where it came."""
+) -> tuple[PreTrainedModel, str]:
+    """(backbone, where its base was found) of a folder written by `save_backbone`; `source` overrides the
+    latter.
+
+    An adapter comes trainable, so that training can go on.
+    """
     if source is None:
         source = folder / BACKBONE_FOLDER if metadata["saved_backbone"] else metadata["base"]
     try:
@@ -161,7 +164,9 @@ def load_saved_backbone(
             f"{folder} was saved without its backbone, which cannot be loaded from '{source}': pass "
             f"backbone=, the folder or hub id of that model ({error})"
         ) from error
-    return load_adapter(backbone, folder / ADAPTER_FOLDER, trainable) if metadata["adapter"] else backbone
+    if metadata["adapter"]:
+        backbone = load_adapter(backbone, folder / ADAPTER_FOLDER)
+    return backbone, str(source)
 
 
 def prefixed(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -46,9 +46,9 @@ def with_lora(backbone: nn.Module, settings: LoraSettings) -> PeftModel:
     return get_peft_model(backbone, config)
 
 
-def load_adapter(backbone: nn.Module, folder: Path, trainable: bool) -> PeftModel:
-    """The backbone with the adapter saved in `folder`."""
-    return PeftModel.from_pretrained(backbone, str(folder), is_trainable=trainable)
+def load_adapter(backbone: nn.Module, folder: Path) -> PeftModel:
+    """The backbone with the adapter saved in `folder`, trainable."""
+    return PeftModel.from_pretrained(backbone, str(folder), is_trainable=True)
 
 
 def plain_backbone(backbone: nn.Module, copied: bool) -> nn.Module:

@@ -137,7 +137,11 @@ class MultiHeadCausalLM(BackboneModel):
         return [cast(Head, head) for head in self.heads.values()]
 
     def add_lora(self, settings: lora.LoraSettings | None = None) -> None:
-        """Freeze the backbone and train a LoRA adapter on it instead; the heads stay trainable."""
+        """Freeze the backbone and train a LoRA adapter on it instead; the heads stay trainable.
+
+        An adapter is saved alone, on the backbone as it was loaded: one trained in full before must be saved
+        and loaded first.
+        """
         self.backbone = lora.with_lora(self.backbone, settings or lora.LoraSettings())
 
     def disable_adapter(self) -> AbstractContextManager[None]:

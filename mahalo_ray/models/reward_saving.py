@@ -79,7 +79,7 @@ def save_reward_model(
             "reference": describe_reference(reward),
             "calibration": reward.calibration,
             "tokenizer": reward.tokenizer is not None,
-            "base": reward.base_name,
+            "base": None if with_backbone else reward.base_name,
             "saved_backbone": with_backbone,
             "adapter": reward.tuning == "lora",
         },
@@ -168,7 +168,7 @@ def load_reward_model(
     """Read a reward model's folder (or hub repository); `backbone` overrides where its base is found."""
     path = local_folder(folder)
     metadata = read_metadata(path, KIND)
-    model = load_saved_backbone(path, metadata, dtype, attn_implementation, backbone)
+    model, base_name = load_saved_backbone(path, metadata, dtype, attn_implementation, backbone)
     reference = None
     if metadata["reference"] is not None:
         reference = load_reference(path, metadata["reference"], model, dtype, attn_implementation)
@@ -181,7 +181,7 @@ def load_reward_model(
         reference,
         load_tokenizer(path) if metadata["tokenizer"] else None,
         metadata["step_separator"],
-        base_name=metadata["base"],
+        base_name=base_name,
     )
     reward.calibration = metadata["calibration"]
     fill_parameters(path / HEADS_FILE, own_parameters(reward))

@@ -54,6 +54,8 @@ def save_policy(
     state = dict(policy.state_dict() if state_dict is None else state_dict)
     if with_backbone is None:
         with_backbone = not policy.has_lora or policy.base_name is None
+    if not with_backbone and not policy.has_lora:
+        raise ValueError("only a policy with a LoRA adapter can be saved without its backbone")
     if not with_backbone and policy.base_name is None:
         raise ValueError(
             "the backbone comes from a model in memory, without a name to load it from: save it too"
@@ -74,7 +76,7 @@ def save_policy(
             "head_bias": any(name.endswith("bias") for name in heads),
             "logit_scale": policy.transform.scale,
             "logit_softcap": policy.transform.softcap,
-            "base": policy.base_name,
+            "base": None if with_backbone else policy.base_name,
             "saved_backbone": with_backbone,
             "adapter": policy.has_lora,
         },
@@ -107,7 +109,7 @@ def load_policy(
     """
     path = local_folder(folder)
     metadata = read_metadata(path, KIND)
-    model = load_saved_backbone(path, metadata, dtype, attn_implementation, backbone)
+    model, base_name = load_saved_backbone(path, metadata, dtype, attn_implementation, backbone)
     generation = path / "generation_config.json"
     policy = cls(
         model,
@@ -121,7 +123,7 @@ def load_policy(
         rank=metadata["rank"],
         keep_base_head=metadata["keep_base_head"],
         generation_config=GenerationConfig.from_pretrained(str(path)) if generation.is_file() else None,
-        base_name=metadata["base"],
+        base_name=base_name,
     )
     fill_parameters(path / HEADS_FILE, head_parameters(policy))
     return policy.to(device) if device is not None else policy
