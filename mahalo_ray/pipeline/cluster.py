@@ -29,6 +29,7 @@ WORKER_ENV = {
     "PYTHONWARNINGS": "ignore::FutureWarning",  # torch 2.13 prints one at every collective
     "TOKENIZERS_PARALLELISM": "false",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # it gates report(): the default costs 2 s each
+    "RAY_AIR_NEW_OUTPUT": "0",  # Ray Tune's newer output cannot be switched off
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # 60 is too short on a busy machine
 }
 PRIVATE_ENV = {"RAY_USAGE_STATS_ENABLED": "0"}

@@ -28,7 +28,12 @@ PLAIN_WIDTH = 120  # columns of the table where the output is not a terminal
 
 def sweep_methods(config: RunConfig) -> list[Method]:
     """The policy at every weight vector of the sweep."""
-    return [Method(w.label(), "weights", weights=w, sweep=True) for w in config.sweep.vectors()]
+    return [Method(_name(config, w), "weights", weights=w, sweep=True) for w in config.sweep.vectors()]
+
+
+def _name(config: RunConfig, weights: Weights) -> str:
+    """`weights 0.7 / 0.3`, in the order of the objectives: short enough for a table."""
+    return "weights " + " / ".join(f"{value:.3g}" for value in weights.over(config.objective_names))
 
 
 def other_methods(config: RunConfig) -> list[Method]:
@@ -44,7 +49,7 @@ def other_methods(config: RunConfig) -> list[Method]:
     order = config.objective_names
     known = [vector.over(order) for vector in config.sweep.vectors()]
     if not any(_same(weights.over(order), vector) for vector in known):
-        methods.append(Method(f"{weights.label()} (unguided)", "weights", weights=weights, sweep=False))
+        methods.append(Method(_name(config, weights), "weights", weights=weights, sweep=False))
     return methods
 
 

@@ -53,13 +53,13 @@ class Estimate:
         self._first, self._latest = None, (self._clock(), 0.0)
 
     def total(self) -> float | None:
-        """Expected seconds for the whole stage; None while nothing is known."""
-        own = self._own_total()
-        if own is None:
-            return None if self._last_time is None else max(self._last_time, self.elapsed)
-        share = self._latest[1]
-        blend = own if self._last_time is None else (1 - share) * self._last_time + share * own
-        return max(blend, self.elapsed)
+        """Expected seconds for the whole stage; None while nothing is known, or more time has passed."""
+        own, last, share = self._own_total(), self._last_time, self._latest[1]
+        if own is None or last is None:
+            expected = last if own is None else own
+        else:
+            expected = (1 - share) * last + share * own
+        return expected if expected is not None and expected >= self.elapsed else None
 
     def _own_total(self) -> float | None:
         if self._first is None:
