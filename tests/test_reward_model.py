@@ -250,6 +250,9 @@ def test_bad_input_is_refused() -> None:
         ProcessRewardModel.from_base(base(), {"a": "score"})  # type: ignore[dict-item]
     with pytest.raises(ValueError, match="not among the head inputs"):
         reward(inputs=["last"], reference=base())
+    same = base()
+    with pytest.raises(ValueError, match="the reference is the base itself"):
+        ProcessRewardModel.from_base(same, KINDS, reference=same)
     with pytest.raises(ValueError, match="the backbone is 'full'"):
         reward(lora_settings=LoraSettings())
     with pytest.raises(ValueError, match="tuning 'half'"):

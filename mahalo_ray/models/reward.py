@@ -113,6 +113,10 @@ class ProcessRewardModel(BackboneModel, TraceScorer):
         wanted = "reference_logps" in check_inputs(inputs)
         if reference is not None and not wanted:
             raise ValueError("a reference was given, but 'reference_logps' is not among the head inputs")
+        if reference is model:
+            raise ValueError(
+                "the reference is the base itself: leave it out, and the base as it is now is taken"
+            )
         frozen = None
         if wanted and reference is None and tuning != "full":
             frozen = FrozenReference.of(model, shared=True)
