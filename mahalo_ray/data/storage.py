@@ -29,6 +29,11 @@ def absolute(url: str) -> str:
     return path if isinstance(fs, LocalFileSystem) else url
 
 
+def is_local(url: str) -> bool:
+    """Whether it lies on this machine's own filesystem."""
+    return isinstance(filesystem(url)[0], LocalFileSystem)
+
+
 def join(url: str, *parts: str) -> str:
     """Append path parts to a path or URL."""
     return posixpath.join(url, *parts)

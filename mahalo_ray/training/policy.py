@@ -29,7 +29,7 @@ from mahalo_ray.training.engine import training_device
 from mahalo_ray.training.pairs import encode_pairs, pair_logps, prompt_key
 from mahalo_ray.training.recipe import Inference, Output, Tensors
 from mahalo_ray.training.reference import reference_logps
-from mahalo_ray.training.sources import model_folder
+from mahalo_ray.training.sources import keeps_backbone, model_folder
 
 _FIGURES = ("count", "loss", "reward_accuracy", "margin", "chosen_logps", "rejected_logps")
 
@@ -53,7 +53,7 @@ class PolicyRecipe:
         part."""
         self._objectives, self._policy, self._model, self._seed = tuple(objectives), policy, model, seed
         self._training = policy.training
-        self._folder = model_folder(model_url)
+        self._url, self._folder = model_url, model_folder(model_url)
         self._tokenizer = AutoTokenizer.from_pretrained(
             self._folder, trust_remote_code=model.trust_remote_code
         )
@@ -192,7 +192,8 @@ class PolicyRecipe:
 
     def save(self, model: nn.Module, state_dict: Mapping[str, Tensor], folder: Path) -> None:
         policy = cast(MultiHeadCausalLM, model)
-        policy.save_pretrained(folder, self._tokenizer, self._figures, state_dict)
+        backbone = keeps_backbone(self._url) if policy.has_lora else None
+        policy.save_pretrained(folder, self._tokenizer, self._figures, state_dict, backbone)
 
     def fingerprint(self) -> str:
         return hashlib.sha256("\n".join([*self._pairs.ids, *self._pairs.row_hashes()]).encode()).hexdigest()

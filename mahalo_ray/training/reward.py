@@ -31,7 +31,7 @@ from mahalo_ray.training.deepspeed_config import parameter_group
 from mahalo_ray.training.pairs import encode_pairs, prompt_key
 from mahalo_ray.training.recipe import Inference, Output, Tensors
 from mahalo_ray.training.reward_evaluation import calibrate, held_out_figures, score_units
-from mahalo_ray.training.sources import model_folder
+from mahalo_ray.training.sources import keeps_backbone, model_folder
 from mahalo_ray.training.traces import LabelledTraces, add_pairs, add_traces, ordered_pairs
 
 OUTPUT_KINDS: dict[str, OutputKind] = {
@@ -62,7 +62,7 @@ class RewardRecipe:
         self._objectives, self._reward, self._model, self._seed = list(objectives), reward, model, seed
         self._names = [objective.name for objective in objectives]
         self._training, self._separator = reward.training, step_separator
-        self._folder = model_folder(model_url)
+        self._url, self._folder = model_url, model_folder(model_url)
         self._tokenizer = AutoTokenizer.from_pretrained(
             self._folder, trust_remote_code=model.trust_remote_code
         )
@@ -284,7 +284,7 @@ class RewardRecipe:
     def save(self, model: nn.Module, state_dict: Mapping[str, Tensor], folder: Path) -> None:
         reward = cast(ProcessRewardModel, model)
         calibrate(reward, self._data, self._calibrated, self._scores)
-        reward.save_pretrained(folder, self._figures, state_dict)
+        reward.save_pretrained(folder, self._figures, state_dict, keeps_backbone(self._url))
 
     def fingerprint(self) -> str:
         return self._data.fingerprint()
