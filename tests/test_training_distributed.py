@@ -208,9 +208,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_once(
     known["e3"] = (known["e3"][0], float("nan"), known["e3"][2])
     write_store(f"{tmp_path}/pairs/reference/{store.name}", known)
     reports: list[int] = []
-    with pytest.raises(
-        NonFiniteError, match=r"the loss is not finite .* for engagement pair e3; nothing was"
-    ):
+    message = r"the loss is not finite .* for engagement pair e3; nothing was"
+    with pytest.raises(NonFiniteError, match=message):
         run_policy(base, tmp_path, lambda step, total, metrics: reports.append(step))
     assert len(reports) == len(set(reports))  # no second attempt
     assert not (tmp_path / "model").exists()

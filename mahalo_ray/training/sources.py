@@ -15,6 +15,6 @@ def model_folder(url: str) -> Path:
 
 
 def keeps_backbone(url: str) -> bool | None:
-    """Whether an adapter trained on the model at `url` must be saved with its base: yes if only a temporary copy of
-    the base lies here; else None, the model's own choice."""
+    """Whether an adapter trained on the model at `url` must be saved with its base: yes if only a temporary
+    copy of the base lies here; else None, the model's own choice."""
     return True if storage.exists(url) and not storage.is_local(url) else None
