@@ -37,6 +37,7 @@ DEFAULT_MODEL_NAME = "mahalo"
 # through.
 _HEADROOM = 64
 _READY_TIMEOUT_S = 60.0
+_GONE_TIMEOUT_S = 10.0
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
 
@@ -68,7 +69,7 @@ class Serving:
 
     def stop(self) -> None:
         """End the endpoint and Ray Serve with it. Ray itself stays."""
-        serve.shutdown()
+        _shutdown()
 
     def __enter__(self) -> Self:
         return self
@@ -130,7 +131,7 @@ def start(
     finally:
         # Also on Ctrl-C while the models load: nothing of Serve may stay behind.
         if not started:
-            serve.shutdown()
+            _shutdown()
     return serving
 
 
@@ -194,10 +195,24 @@ def _load_app(settings: ServiceSettings, source: ModelSource) -> FastAPI:
     return create_app(ChatService(backend, settings))
 
 
-def _refuse_running_serve() -> None:
+def _shutdown() -> None:
+    """End Serve and wait until Ray has forgotten it, so that the next start does not meet its remains."""
+    serve.shutdown()
+    deadline = time.monotonic() + _GONE_TIMEOUT_S
+    while _serve_runs() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _serve_runs() -> bool:
     try:
         ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
     except ValueError:
+        return False
+    return True
+
+
+def _refuse_running_serve() -> None:
+    if not _serve_runs():
         return
     raise ServeError(
         "Ray Serve already runs on this Ray cluster, and its port cannot be changed: stop it with "
