@@ -1,21 +1,33 @@
-"""Serving a finished run: as a stage that tries it once, and in the foreground."""
+"""Serving a finished run: once as a stage, in the foreground, and from a Ray Serve config file."""
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Mapping
 
+import yaml
+from pydantic import BaseModel, ConfigDict
+from ray import serve
 from rich.console import Console
 
 from mahalo_ray.config import RunConfig, ServeConfig
 from mahalo_ray.data import storage
+from mahalo_ray.decoding.loading import Placement
 from mahalo_ray.domains.tutoring.episode import Episode
 from mahalo_ray.objectives import Weights
 from mahalo_ray.pipeline.fingerprint import Manifest
 from mahalo_ray.pipeline.stages import Context, StageResult
 from mahalo_ray.pipeline.students import first_seed
+from mahalo_ray.serving import launch
+from mahalo_ray.serving.auth import KeyDigest
 from mahalo_ray.serving.launch import Serving, serve_forever, start
-from mahalo_ray.serving.service import Defaults
+from mahalo_ray.serving.service import Defaults, ServiceSettings
 from mahalo_ray.serving.smoke import smoke
+
+DOMAIN = "tutoring"
+
+logger = logging.getLogger(__name__)
 
 
 def try_serving(context: Context) -> StageResult:
@@ -66,18 +78,69 @@ def serve_in_foreground(config: RunConfig, manifests: dict[str, Manifest], conso
     serve_forever(serving)
 
 
-def _start(config: RunConfig, serve: ServeConfig, policy_url: str, reward_url: str) -> Serving:
-    defaults = Defaults(
-        objectives=Weights(config.guided.weights),
-        guidance=Weights(config.guided.guidance),
-        num_candidates=min(config.guided.num_candidates, serve.max_candidates),
-        sampling=config.evaluation.sampling,
+class Deployed(BaseModel):
+    """`args` of `application` in a Ray Serve config file. `run`: the output folder or URL of a finished run;
+    `api_key_env`: the variable with the API key, in place of the run's own `serve.api_key_env`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    run: str
+    api_key_env: str | None = None
+
+
+def application(args: Mapping[str, str]) -> serve.Application:
+    """The endpoint of a finished run for `serve deploy` and KubeRay's RayService:
+    `import_path: mahalo_ray.pipeline.serve:application`, with the fields of `Deployed` as `args`.
+
+    Host and port are those of Ray Serve's own HTTP options, not of the run's `serve` section. Raises
+    ValueError when the run has no finished policy or the API key's variable is empty.
+    """
+    deployed = Deployed.model_validate(dict(args))
+    resolved = storage.join(deployed.run, "config.yaml")
+    if not storage.exists(resolved):
+        raise ValueError(f"there is no run at '{deployed.run}': it holds no config.yaml")
+    config = RunConfig.model_validate(yaml.safe_load(storage.read_bytes(resolved)))
+    own = config.serve.model_copy(update={"api_key_env": deployed.api_key_env or config.serve.api_key_env})
+    key = KeyDigest.from_environment(own)
+    if key is None:
+        logger.warning("serving '%s' without an API key: whoever reaches its port can use it", deployed.run)
+    return launch.application(
+        ServiceSettings(own, launch.DEFAULT_MODEL_NAME, _defaults(config), key),
+        launch.ModelSource(
+            _finished_model(deployed.run, "policy"),
+            _finished_model(deployed.run, "reward"),
+            DOMAIN,
+            Placement(config.cluster.device, config.model.dtype),
+        ),
+        config.cluster.use_gpu,
     )
+
+
+def _finished_model(run: str, stage: str) -> str:
+    folder = storage.join(storage.absolute(run), stage)
+    manifest = Manifest.read(folder)
+    if manifest is None:
+        raise ValueError(f"stage '{stage}' of the run at '{run}' is not finished: run `mahalo policy` first")
+    return storage.join(folder, manifest.outputs["model"])
+
+
+def _start(config: RunConfig, settings: ServeConfig, policy_url: str, reward_url: str) -> Serving:
     return start(
-        serve,
+        settings,
         policy_url,
         reward_url,
-        defaults=defaults,
+        domain=DOMAIN,
+        defaults=_defaults(config),
         use_gpu=config.cluster.use_gpu,
         dtype=config.model.dtype,
+    )
+
+
+def _defaults(config: RunConfig) -> Defaults:
+    """What the run was evaluated with is what a request gets that does not say otherwise."""
+    return Defaults(
+        objectives=Weights(config.guided.weights),
+        guidance=Weights(config.guided.guidance),
+        num_candidates=min(config.guided.num_candidates, config.serve.max_candidates),
+        sampling=config.evaluation.sampling,
     )

@@ -119,7 +119,7 @@ def start(
             logging_config=_QUIET,
         )
         serve.run(
-            _deployment(settings, source, use_gpu).bind(),
+            application(settings, source, use_gpu),
             name=APP_NAME,
             route_prefix="/",
             logging_config=_QUIET,
@@ -146,7 +146,7 @@ def _deployment_messages() -> str:
 
 
 class ChatIngress:
-    """The replica, as far as Serve looks at it between requests; the app itself is built by `_deployment`."""
+    """The replica, as far as Serve looks at it between requests; the app itself is built by `application`."""
 
     app: FastAPI
 
@@ -156,8 +156,8 @@ class ChatIngress:
             raise RuntimeError("the model's thread has ended")
 
 
-def _deployment(settings: ServiceSettings, source: ModelSource, use_gpu: bool) -> Any:
-    """The Serve deployment: every replica loads the models once and builds its app around them."""
+def application(settings: ServiceSettings, source: ModelSource, use_gpu: bool) -> serve.Application:
+    """The Serve application: every replica loads the models once and builds its app around them."""
     config = settings.config
     capacity = config.max_ongoing_requests + config.max_queued_requests + _HEADROOM
 
@@ -179,7 +179,7 @@ def _deployment(settings: ServiceSettings, source: ModelSource, use_gpu: bool) -
         options["backpressure_config"] = {"retry_after_s": 5}
     if "max_constructor_retry_count" not in known:
         del options["max_constructor_retry_count"]
-    return serve.deployment(name=APP_NAME, **options)(serve.ingress(build_app)(ChatIngress))
+    return serve.deployment(name=APP_NAME, **options)(serve.ingress(build_app)(ChatIngress)).bind()
 
 
 def _load_app(settings: ServiceSettings, source: ModelSource) -> FastAPI:
