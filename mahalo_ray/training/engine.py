@@ -13,6 +13,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.ops import __compatible_ops__
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
@@ -93,9 +94,8 @@ def infer(engine: Any, function: Callable[..., Tensor], tensors: Tensors) -> Ten
 
 def training_device() -> torch.device:
     """This worker's device, the one DeepSpeed takes too."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    return torch.device("cpu")
+    kind = get_accelerator().device_name()
+    return torch.device(kind) if kind == "cpu" else torch.device(kind, int(os.environ["LOCAL_RANK"]))
 
 
 def to_device(tensors: Tensors, device: torch.device) -> Tensors:
