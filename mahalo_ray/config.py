@@ -6,11 +6,12 @@ name says `per_device`; times are seconds; lengths are tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from mahalo_ray.objectives import Weights, unknown_name
@@ -19,6 +20,11 @@ PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+# Told apart first, so that an error speaks of the form that was written.
+PerObjective = Annotated[
+    Annotated[PositiveFloat, Tag("number")] | Annotated[dict[str, PositiveFloat], Tag("by_objective")],
+    Discriminator(lambda value: "by_objective" if isinstance(value, dict) else "number"),
+]
 
 
 class ConfigError(ValueError):
@@ -197,10 +203,13 @@ class PairsConfig(Section):
 
 
 class PolicyConfig(Section):
-    """Multi-Action-Head DPO: one head per objective over a shared backbone."""
+    """Multi-Action-Head DPO: one head per objective over a shared backbone.
+
+    `beta`: one number, or a mapping that gives every objective its own.
+    """
 
     loss: Literal["sigmoid", "ipo"] = "sigmoid"
-    beta: PositiveFloat = 0.1
+    beta: PerObjective = 0.1
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     average_log_probs: bool = False
     alpha: dict[str, PositiveFloat] = {}
@@ -210,6 +219,20 @@ class PolicyConfig(Section):
     head_learning_rate: PositiveFloat = 6e-4
     lora: LoraConfig | None = None
     training: TrainingConfig = TrainingConfig(zero_stage=3, learning_rate=1e-4)
+
+    def beta_of(self, objective: str) -> float:
+        """The DPO temperature of one objective's pairs."""
+        return self.beta[objective] if isinstance(self.beta, dict) else self.beta
+
+    def check_objectives(self, names: Sequence[str]) -> None:
+        """ValueError if the settings name an objective that is not one of `names`, or leave one out."""
+        named = {"alpha": self.alpha, "beta": self.beta if isinstance(self.beta, dict) else {}}
+        for where, values in named.items():
+            for name in values:
+                if name not in names:
+                    raise ValueError(f"'policy.{where}': {unknown_name('objective', name, names)}")
+        if isinstance(self.beta, dict) and (missing := [name for name in names if name not in self.beta]):
+            raise ValueError(f"'policy.beta' has no value for {', '.join(missing)}")
 
 
 class SweepConfig(Section):
@@ -243,8 +266,8 @@ class ServeConfig(Section):
     """The OpenAI-compatible endpoint. Binds to loopback unless told otherwise; port 0 takes a free one.
 
     Per replica, up to `max_ongoing_requests` are decoded together and `max_queued_requests` more may wait;
-    beyond that the answer is 503 with Retry-After. Requests that arrive within `batch_window_s` seconds share a
-    batch.
+    beyond that the answer is 503 with Retry-After. Requests that arrive within `batch_window_s` seconds
+    share a batch.
     """
 
     host: str = "127.0.0.1"
@@ -300,8 +323,8 @@ class RunConfig(Section):
         names = self.objective_names
         if len(set(names)) != len(names):
             raise ValueError(f"'objectives' names an objective twice: {', '.join(names)}")
-        named = {"policy.alpha": self.policy.alpha, "guided.weights": self.guided.weights}
-        named["guided.guidance"] = self.guided.guidance
+        self.policy.check_objectives(names)
+        named = {"guided.weights": self.guided.weights, "guided.guidance": self.guided.guidance}
         named |= {f"sweep.weights[{i}]": w for i, w in enumerate(self.sweep.weights)}
         for where, values in named.items():
             for name in values:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,44 @@ def test_sft_loss_is_the_mean_over_all_counted_tokens(base: str, tmp_path: Path)
         count += int(mask[1:].sum())
     loss = step(recipe, built(recipe), batch, 2, 3, 2)[0]
     torch.testing.assert_close(loss, (total / count).detach())
+
+
+def test_policy_loss_with_weights_margins_and_a_beta_per_objective(base: str, tmp_path: Path) -> None:
+    """Per objective sum w loss / sum w, with its own beta and every pair's margin within the sigmoid."""
+    rng = np.random.default_rng(8)
+    pairs = [
+        pair.model_copy(update={"weight": float(rng.uniform(0.2, 3)), "margin": float(rng.normal())})
+        for pair in world.make_pairs()
+    ]
+    beta = {"accuracy": 0.4, "engagement": 1.5}
+    policy = PolicyConfig(alpha={"engagement": 2.0}, beta=beta, head_noise=0.5, training=TRAINING)
+    plain = make_recipe("policy", base, tmp_path / "plain")
+    recipe = PolicyRecipe(
+        world.save_pairs(tmp_path, pairs), base, world.OBJECTIVES, policy, world.MODEL, 0.2, 5
+    )
+    assert recipe.fingerprint() != plain.fingerprint()
+    model, batch = built(recipe), recipe.batches[0]
+    tensors = recipe.collate(batch, recipe.normalisers(batch), True)
+    heads = tensors["objective"].repeat(2)
+    with torch.no_grad():
+        own = model(tensors["input_ids"], tensors["attention_mask"], tensors["labels"], heads)
+    gains = own.view(2, -1).T - recipe._reference[batch]
+    expected, losses = 0.0, {}
+    for number, (name, alpha) in enumerate(zip(world.OBJECTIVES, (1.0, 2.0), strict=True)):
+        total, weights = 0.0, 0.0
+        for row, unit in enumerate(batch):
+            pair = pairs[unit]
+            if recipe._pairs.objective[unit] == number:
+                x = beta[name] * (gains[row, 0] - gains[row, 1]).item() - pair.margin
+                total += pair.weight * math.log1p(math.exp(-x))
+                weights += pair.weight
+        losses[name] = total / weights
+        expected += alpha * losses[name]
+    for split in ((1, 64, 1), (2, 3, 3)):
+        found = step(recipe, model, batch, *split)
+        assert found[0].item() == pytest.approx(expected, rel=1e-4)
+        figures = recipe.summarise(dict(zip(recipe.metric_names, found[1].tolist(), strict=True)))
+        assert {name: figures[f"{name}/loss"] for name in losses} == pytest.approx(losses, rel=1e-4)
 
 
 def test_policy_loss_by_hand(base: str, tmp_path: Path) -> None:

@@ -6,10 +6,10 @@ Token ids, where present, are what the policy really read or sampled: they are n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from mahalo_ray.data import storage
 
@@ -60,7 +60,12 @@ class Record(BaseModel):
 
 
 class PreferencePair(Record):
-    """For one objective: which of two completions of a prompt is better."""
+    """For one objective: which of two completions of a prompt is better.
+
+    The policy's loss reads `weight` (the pair's share in the mean over its objective's pairs is weight / sum
+    of weights) and `margin` (by how much the beta-scaled gain of chosen over rejected must exceed zero; see
+    `dpo_loss`). `chosen_scores` and `rejected_scores` are the rewards of all objectives, where known.
+    """
 
     id: str
     objective: str
@@ -73,6 +78,10 @@ class PreferencePair(Record):
     prompt_ids: list[int] | None = None
     chosen_ids: list[int] | None = None
     rejected_ids: list[int] | None = None
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    margin: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    chosen_scores: dict[str, float] | None = None
+    rejected_scores: dict[str, float] | None = None
 
     schema: ClassVar[pa.Schema] = pa.schema(
         [
@@ -87,6 +96,10 @@ class PreferencePair(Record):
             ("prompt_ids", _IDS),
             ("chosen_ids", _IDS),
             ("rejected_ids", _IDS),
+            ("weight", pa.float64()),
+            ("margin", pa.float64()),
+            ("chosen_scores", _SCORES),
+            ("rejected_scores", _SCORES),
         ]
     )
 

@@ -116,6 +116,8 @@ def _pair(
         prompt_ids=candidate_set.prompt_ids,
         chosen_ids=chosen.token_ids,
         rejected_ids=rejected.token_ids,
+        chosen_scores=chosen.scores,
+        rejected_scores=rejected.scores,
     )
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from mahalo_ray.data.records import PreferencePair
@@ -18,18 +19,21 @@ from mahalo_ray.training.batches import Indices, Units
 from mahalo_ray.training.recipe import Tensors, pad
 
 Ids = list[int]
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class TokenPairs:
-    """Pairs cut to a maximal length. One entry per pair; `objective` numbers the objectives; `cut` counts the
-    pairs that lost tokens."""
+    """Pairs cut to a maximal length. One entry per pair; `objective` numbers the objectives; `weights` and
+    `margins` are the pairs' own (see `PreferencePair`); `cut` counts the pairs that lost tokens."""
 
     ids: list[str]
     objective: Indices
     prompts: list[Ids]
     chosen: list[Ids]
     rejected: list[Ids]
+    weights: Floats
+    margins: Floats
     cut: int
 
     def __len__(self) -> int:
@@ -85,7 +89,10 @@ def encode_pairs(
     pair whose objective is unknown, whose id is not unique, or that has an empty or identical completion.
     """
     seen: set[str] = set()
-    result = TokenPairs([], np.zeros(len(pairs), dtype=np.int64), [], [], [], 0)
+    numbers = np.zeros(len(pairs), dtype=np.int64)
+    weights = np.array([pair.weight for pair in pairs], dtype=np.float64)
+    margins = np.array([pair.margin for pair in pairs], dtype=np.float64)
+    result = TokenPairs([], numbers, [], [], [], weights, margins, 0)
     cut = 0
     for number, pair in enumerate(pairs):
         if pair.objective not in objectives:
@@ -108,7 +115,7 @@ def encode_pairs(
         result.prompts.append(prompt)
         result.chosen.append(chosen)
         result.rejected.append(rejected)
-    return TokenPairs(result.ids, result.objective, result.prompts, result.chosen, result.rejected, cut)
+    return replace(result, cut=cut)
 
 
 def prompt_key(pair: PreferencePair) -> str:

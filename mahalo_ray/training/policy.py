@@ -1,7 +1,8 @@
 """MAH-DPO: one head per objective over a shared backbone, trained on preference pairs of all objectives at
 once (MAHALO, arXiv 2510.01167).
 
-L = sum_i alpha_i * mean over the batch's pairs of objective i of the DPO loss under head i.
+L = sum_i alpha_i * mean over the batch's pairs of objective i (weighted by the pairs' weights) of the DPO loss
+with beta_i under head i.
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ from mahalo_ray.training.recipe import Inference, Output, Tensors
 from mahalo_ray.training.reference import reference_logps
 from mahalo_ray.training.sources import keeps_backbone, model_folder
 
-_FIGURES = ("count", "loss", "reward_accuracy", "margin", "chosen_logps", "rejected_logps")
+# Sums over pairs: of what the figures are divided by, of weight x loss, and of the other figures.
+_SUMS = ("count", "weight", "loss", "reward_accuracy", "margin", "chosen_logps", "rejected_logps")
 
 
 class PolicyRecipe:
-    """Figures per objective: loss, reward accuracy (share of pairs whose chosen answer gained more over the
-    reference), margin (mean beta-scaled difference of these gains), mean log-probs of chosen and rejected
-    answers."""
+    """Figures per objective: loss (mean weighted by the pairs' weights), reward accuracy (share of pairs whose
+    chosen answer gained more over the reference), margin (mean beta-scaled difference of these gains), mean
+    log-probs of chosen and rejected answers."""
 
     def __init__(
         self,
@@ -51,7 +53,9 @@ class PolicyRecipe:
     ) -> None:
         """Reads the pairs, and computes reference log-probs that are not stored yet; every worker takes
         part."""
+        policy.check_objectives(objectives)
         self._objectives, self._policy, self._model, self._seed = tuple(objectives), policy, model, seed
+        self._betas = torch.tensor([policy.beta_of(name) for name in self._objectives])
         self._training = policy.training
         self._url, self._folder = model_url, model_folder(model_url)
         self._tokenizer = AutoTokenizer.from_pretrained(
@@ -73,7 +77,7 @@ class PolicyRecipe:
             self._training.max_steps,
             seed,
         )
-        self.metric_names = tuple(f"{name}/{figure}" for name in self._objectives for figure in _FIGURES)
+        self.metric_names = tuple(f"{name}/{figure}" for name in self._objectives for figure in _SUMS)
 
     def _rows_of(self, objective: int, among: np.ndarray[Any, np.dtype[np.bool_]]) -> Indices:
         rows = np.flatnonzero((self._pairs.objective == objective) & among)
@@ -110,26 +114,30 @@ class PolicyRecipe:
         ]
 
     def normalisers(self, batch: Indices) -> dict[str, float]:
-        counts = np.bincount(self._pairs.objective[batch], minlength=len(self._objectives))
-        return {name: float(count) for name, count in zip(self._objectives, counts, strict=True)}
+        """Sum of the pairs' weights per objective."""
+        objective, weights = self._pairs.objective[batch], self._pairs.weights[batch]
+        sums = np.bincount(objective, weights, minlength=len(self._objectives))
+        return dict(zip(self._objectives, sums.tolist(), strict=True))
 
     def collate(self, units: Indices, normalisers: Mapping[str, float], counted: bool) -> Tensors:
-        shares = [
-            self._policy.alpha.get(name, 1.0) / max(1.0, normalisers[name]) for name in self._objectives
-        ]
+        shares = [self._policy.alpha.get(name, 1.0) / (normalisers[name] or 1.0) for name in self._objectives]
         objective = torch.from_numpy(self._pairs.objective[units])
+        weight = torch.from_numpy(self._pairs.weights[units]).float()
         present = torch.full((len(units),), float(counted))
         return {
             **self._pairs.tensors(units, self._tokenizer.pad_token_id or 0),
             "reference": self._reference[units],
             "objective": objective,
-            "weight": torch.tensor(shares)[objective] * present,
+            "beta": self._betas[objective],
+            "margin": torch.from_numpy(self._pairs.margins[units]).float(),
+            "weight": weight,
+            "share": torch.tensor(shares)[objective] * weight * present,
             "present": present,
         }
 
     def loss(self, model: nn.Module, **tensors: Tensor) -> Output:
         losses, sums = self._losses(model, **tensors)
-        return (losses * tensors["weight"]).sum(), losses.detach(), sums.flatten()
+        return (losses * tensors["share"]).sum(), losses.detach(), sums.flatten()
 
     def _losses(self, model: nn.Module, **tensors: Tensor) -> tuple[Tensor, Tensor]:
         """DPO loss [R] of every pair under its own head, and sums [H, figures] over counted pairs."""
@@ -143,7 +151,7 @@ class PolicyRecipe:
             self._policy.average_log_probs,
         )
         chosen, rejected = pair_logps(logps)
-        beta = self._policy.beta
+        beta, weight = tensors["beta"], tensors["weight"]
         losses = dpo_loss(
             chosen,
             rejected,
@@ -152,21 +160,23 @@ class PolicyRecipe:
             beta,
             self._policy.loss,
             self._policy.label_smoothing,
+            tensors["margin"],
         )
         with torch.no_grad():
             gain = (chosen - reference[:, 0]) - (rejected - reference[:, 1])
-            figures = (torch.ones_like(gain), losses, (gain > 0).float(), beta * gain, chosen, rejected)
+            right, one = (gain > 0).float(), torch.ones_like(gain)
+            figures = (one, weight, weight * losses, right, beta * gain, chosen, rejected)
             counted = torch.stack(figures, dim=1) * tensors["present"][:, None]
-            sums = counted.new_zeros(len(self._objectives), len(_FIGURES)).index_add(0, objective, counted)
+            sums = counted.new_zeros(len(self._objectives), len(_SUMS)).index_add(0, objective, counted)
         return losses, sums
 
     def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
-        return {
-            f"{name}/{figure}": sums[f"{name}/{figure}"] / sums[f"{name}/count"]
-            for name in self._objectives
-            for figure in _FIGURES[1:]
-            if sums[f"{name}/count"] > 0
-        }
+        figures: dict[str, float] = {}
+        for name in self._objectives:
+            if sums[f"{name}/count"] > 0:
+                figures[f"{name}/loss"] = sums[f"{name}/loss"] / sums[f"{name}/weight"]
+                figures |= {f"{name}/{f}": sums[f"{name}/{f}"] / sums[f"{name}/count"] for f in _SUMS[3:]}
+        return figures
 
     def row_names(self, units: Indices) -> list[str]:
         return [
@@ -196,4 +206,7 @@ class PolicyRecipe:
         policy.save_pretrained(folder, self._tokenizer, self._figures, state_dict, backbone)
 
     def fingerprint(self) -> str:
-        return hashlib.sha256("\n".join([*self._pairs.ids, *self._pairs.row_hashes()]).encode()).hexdigest()
+        pairs = self._pairs
+        numbers = np.stack([pairs.weights, pairs.margins]).tobytes()
+        text = "\n".join([*pairs.ids, *pairs.row_hashes()])
+        return hashlib.sha256(text.encode() + numbers).hexdigest()
