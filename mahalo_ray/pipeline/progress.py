@@ -10,6 +10,7 @@ from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 PLAIN_INTERVAL_S = 20.0
@@ -84,7 +85,7 @@ class StageProgress:
         self._last_line = time.monotonic()
         self._task: TaskID | None = None
         if bars is not None:
-            self._task = bars.add_task(title, total=None, note="", estimate=self.estimate)
+            self._task = bars.add_task(title, total=None, note="starting", estimate=self.estimate)
         else:
             expected = self.estimate.total()
             self.say(f"{title} ..." + (f" about {duration(expected)}" if expected else ""))
@@ -148,10 +149,15 @@ class RunProgress:
         if self.console.is_terminal:
             columns = [
                 SpinnerColumn(),
-                TextColumn("{task.description}", markup=False),
-                BarColumn(bar_width=28),
-                _Expected(),
-                TextColumn("{task.fields[note]}", style="dim", markup=False),
+                TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+                BarColumn(bar_width=20),
+                _Expected(table_column=Column(no_wrap=True)),
+                TextColumn(
+                    "{task.fields[note]}",
+                    style="dim",
+                    markup=False,
+                    table_column=Column(no_wrap=True, overflow="ellipsis"),
+                ),
             ]
             self._bars = Progress(*columns, console=self.console, transient=True)
 
@@ -188,5 +194,5 @@ class _Expected(ProgressColumn):
     def render(self, task: Task) -> Text:
         estimate: Estimate = task.fields["estimate"]
         total = estimate.total()
-        expected = "…" if total is None else f"about {duration(total)}"
-        return Text(f"{duration(estimate.elapsed)} of {expected}")
+        expected = "" if total is None else f" of ~{duration(total)}"
+        return Text(duration(estimate.elapsed) + expected)

@@ -163,7 +163,7 @@ PIPELINE = Pipeline(
     [
         Stage(
             "sft_data",
-            "Make the miniature's text, tokenizer and start model",
+            "Make training text and tokenizer",
             make_sft_data,
             sections("domain", "sft.loss_on", "model"),
             uses_ray=False,
@@ -178,7 +178,7 @@ PIPELINE = Pipeline(
         ),
         Stage(
             "reward_rollouts",
-            "Play and label dialogues for the reward model",
+            "Play and label dialogues",
             reward_rollouts,
             sections("reward_rollouts", "objective_names", "model.dtype"),
             needs=("sft",),
@@ -194,7 +194,7 @@ PIPELINE = Pipeline(
         ),
         Stage(
             "pair_rollouts",
-            "Play dialogues and score their candidates",
+            "Play and score dialogues",
             pair_rollouts,
             sections("pair_rollouts", "model.dtype"),
             needs=("sft", "reward"),
@@ -226,7 +226,7 @@ PIPELINE = Pipeline(
         ),
         Stage(
             "evaluate",
-            "Evaluate SFT, each head and guided decoding",
+            "Evaluate heads and guidance",
             evaluate,
             sections("guided", "sweep", "evaluation", "objective_names", "model.dtype"),
             needs=("sft", "reward", "policy"),
@@ -234,7 +234,7 @@ PIPELINE = Pipeline(
         ),
         Stage(
             "serve",
-            "Serve the decoder and ask it through the OpenAI client",
+            "Serve and ask once",
             try_serving,
             sections("serve", "guided", "sweep", "evaluation.sampling", "model.dtype"),
             needs=("reward", "policy"),
