@@ -18,6 +18,7 @@ PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3 python; d
 
 quickstart: setup
 	$(BIN)/mahalo run $(CONFIG)
+	@echo "Serve the result with: make serve"
 
 serve: setup
 	$(BIN)/mahalo serve $(CONFIG)

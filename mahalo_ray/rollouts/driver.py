@@ -109,7 +109,7 @@ class _Pool:
 
     def _start(self) -> ActorHandle:
         cluster = self.cluster
-        return RolloutActor.options(  # type: ignore[attr-defined]
+        return RolloutActor.options(
             num_cpus=cluster.cpus_per_rollout_actor, num_gpus=1 if cluster.use_gpu else 0
         ).remote(self.spec)
 
