@@ -221,13 +221,18 @@ def run_stage(
     return TrainingResult(**result.return_value)
 
 
+# Parts of Ray Train that start an actor of their own, a second or two each, and do nothing here: the first
+# serves Ray Data sets, of which there are none; the second removes placement groups after the controller's
+# sudden death, which the end of the Ray job does too, and without a dashboard it complains every second.
+_UNUSED_CALLBACKS = ("DatasetsCallback", "PlacementGroupCleanerCallback")
+
+
 class QuickTrainer(ray.train.torch.TorchTrainer):
-    """Without the actor that removes placement groups after the controller's sudden death: they end with the
-    Ray job anyway, its start costs a second or two, and without a dashboard it complains every second."""
+    """A TorchTrainer without the parts that are not used here."""
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()
-        return [c for c in callbacks if type(c).__name__ != "PlacementGroupCleanerCallback"]
+        return [callback for callback in callbacks if type(callback).__name__ not in _UNUSED_CALLBACKS]
 
 
 def make_trainer(stage: Stage, run_dir: str, name: str, news: Path) -> QuickTrainer:
