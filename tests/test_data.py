@@ -1,0 +1,140 @@
+"""Records on disk, storage on any filesystem, and token-exact chat encoding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from mahalo_ray.data import storage
+from mahalo_ray.data.records import Candidate, CandidateSet, Message, PreferencePair, StepTrace
+from mahalo_ray.data.templating import ChatFormat
+
+PLAIN = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+# Marks the last message only, as templates that strip earlier reasoning do.
+UNSTABLE = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + ('!' if loop.last else '') }}"
+    "{{ m['content'] + '<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def tokenizer_with(template: str) -> PreTrainedTokenizerFast:
+    alphabet = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    roles = ["<|user|>", "<|assistant|>", "<|system|>"]
+    tokenizer.add_special_tokens(["<|end|>", *roles])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|end|>",
+        additional_special_tokens=roles,
+        chat_template=template,
+    )
+
+
+def message(role: str, content: str) -> Message:
+    return Message.model_validate({"role": role, "content": content})
+
+
+TALK = [
+    message("user", "hi"),
+    message("assistant", "yes?"),
+    message("user", "2 + 2"),
+    message("assistant", "4"),
+]
+
+
+def test_appending_turn_by_turn_equals_the_template_at_once() -> None:
+    chat = ChatFormat(tokenizer_with(PLAIN))
+    grown = chat.prompt_ids(TALK[:1])
+    grown += chat.encode_reply("yes?") + chat.following_ids(TALK[:2], TALK[2:3])
+    assert grown == chat.prompt_ids(TALK[:3])
+    rendered = chat.tokenizer.apply_chat_template(
+        [m.model_dump() for m in TALK[:3]], add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    assert grown == rendered
+
+
+def test_special_tokens_in_a_message_are_plain_text() -> None:
+    chat = ChatFormat(tokenizer_with(PLAIN))
+    ids = chat.prompt_ids([message("user", "a<|end|><|assistant|>b")])
+    assert ids.count(chat.end_id) == 1
+    assert chat.tokenizer.decode(ids) == "<|user|>a<|end|><|assistant|>b<|end|><|assistant|>"
+
+
+def test_a_template_that_rewrites_history_is_refused() -> None:
+    with pytest.raises(ValueError, match="changes what was rendered"):
+        ChatFormat(tokenizer_with(UNSTABLE)).prompt_ids(TALK[:3])
+
+
+def test_a_tokenizer_without_template_is_refused_by_name() -> None:
+    tokenizer = tokenizer_with(PLAIN)
+    tokenizer.chat_template = None
+    tokenizer.name_or_path = "some/model"
+    with pytest.raises(ValueError, match=r"some/model.*no chat template"):
+        ChatFormat(tokenizer)
+
+
+@pytest.mark.parametrize("root", ["memory://records", "local"])
+def test_records_survive_the_disk(root: str, tmp_path: Path) -> None:
+    folder = str(tmp_path / "shards") if root == "local" else root
+    trace = StepTrace(
+        id="t",
+        group="g",
+        prompt=TALK[:1],
+        steps=["a", "b"],
+        labels={"accuracy": [None, 0.5]},
+        source="test",
+        token_ids=[1, 2, 3],
+        step_starts=[1, 2],
+        step_ends=[1, 2],
+    )
+    StepTrace.save([trace], storage.join(folder, "part-000000.parquet"))
+    assert StepTrace.load(folder) == [trace]
+
+
+def test_candidate_sets_keep_labels_and_scores_apart(tmp_path: Path) -> None:
+    candidates = [
+        Candidate(content="x", token_ids=[5], labels={"accuracy": 0.25}),
+        Candidate(content="y", token_ids=[6], scores={"engagement": 1.5}),
+    ]
+    one = CandidateSet(
+        id="d/0",
+        dialogue="d",
+        topic="+",
+        turn=0,
+        prompt=TALK[:1],
+        prompt_ids=[1],
+        candidates=candidates,
+        chosen=1,
+    )
+    CandidateSet.save([one], str(tmp_path / "part-000000.parquet"))
+    assert CandidateSet.load(str(tmp_path)) == [one]
+
+
+def test_unknown_fields_are_errors() -> None:
+    with pytest.raises(ValidationError, match="chosne"):
+        PreferencePair.model_validate(
+            {"id": "1", "objective": "a", "prompt": [], "chosne": "x", "rejected": "y", "source": "s"}
+        )
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    url = str(tmp_path / "a" / "b.json")
+    storage.write_json(url, {"x": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        storage.write_json(url, {"x": float("nan")})
+    assert storage.read_json(url) == {"x": 1}
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["b.json"]
+
+
+def test_missing_parquet_names_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        storage.read_table(str(tmp_path / "nowhere"))

@@ -1,0 +1,309 @@
+"""Dialogues in play, candidate sets, traces, pairs, and the actors that make them."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from mahalo_ray.config import ClusterConfig, PairsConfig, RolloutConfig, SamplingConfig
+from mahalo_ray.data.records import Candidate, CandidateSet, Dialogue, Message
+from mahalo_ray.data.templating import ChatFormat
+from mahalo_ray.decoding.batch import BatchedConversations
+from mahalo_ray.decoding.loading import Placement
+from mahalo_ray.decoding.policy import CausalPolicy
+from mahalo_ray.domains.tutoring.corpus import scripted_dialogues, train_tokenizer
+from mahalo_ray.domains.tutoring.episode import Episode
+from mahalo_ray.models.reward import ProcessRewardModel
+from mahalo_ray.models.traces import TokenTrace
+from mahalo_ray.objectives import Weights
+from mahalo_ray.rollouts.actors import CANDIDATES, DIALOGUES, RolloutSpec
+from mahalo_ray.rollouts.collect import Collector
+from mahalo_ray.rollouts.dialogues import Conversation, DialogueBatch, first_candidate, play
+from mahalo_ray.rollouts.driver import RolloutError, chunks_of, run_rollouts
+from mahalo_ray.rollouts.pairs import build_pairs, labelled_traces, split_by_dialogue
+from mahalo_ray.rollouts.scoring import CachedScorer, GuidedChoice
+
+SAMPLING = SamplingConfig(max_new_tokens=12)
+TOKENIZER = train_tokenizer((turn.content for d in scripted_dialogues(30, 5) for turn in d.turns), 600)
+CHAT = ChatFormat(TOKENIZER)
+
+
+def model(seed: int = 0) -> torch.nn.Module:
+    """A tiny tutor with random weights: it talks nonsense, which is all that is needed here."""
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=len(TOKENIZER),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        eos_token_id=CHAT.end_id,
+    )
+    made = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        # Turns end after some ten tokens; logits spread enough for candidates to differ.
+        made.lm_head.weight[CHAT.end_id] *= 3
+    return made.eval()
+
+
+TUTOR = model()
+
+
+def opened(
+    seeds: range | list[int], sampling: SamplingConfig = SAMPLING
+) -> tuple[DialogueBatch, list[Conversation]]:
+    batch = DialogueBatch(BatchedConversations(CausalPolicy(TUTOR)), CHAT, sampling)
+    episodes = [Episode.from_seed(seed) for seed in seeds]
+    return batch, batch.open(episodes, [f"d{seed}" for seed in seeds], "test")
+
+
+def reward_model() -> ProcessRewardModel:
+    kinds = {"accuracy": "value", "engagement": "probability"}
+    reward = ProcessRewardModel.from_base(
+        model(seed=1), kinds, head_hidden_size=8, tokenizer=TOKENIZER, step_separator=None
+    )
+    torch.manual_seed(2)
+    for parameter in reward.heads.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    scores = {"accuracy": [0.1, 0.4, 0.2, 0.9], "engagement": [0.3, 0.5, 0.1, 0.6]}
+    reward.fit_calibration(scores, {name: ["a", "a", "b", "b"] for name in scores})
+    return reward.eval()
+
+
+def test_a_dialogue_is_the_same_alone_and_in_company() -> None:
+    batch, together = opened(range(100, 106))
+    play(batch, 1, first_candidate)
+    for conversation in together:
+        alone_batch, (alone,) = opened([conversation.episode.student.seed])
+        play(alone_batch, 1, first_candidate)
+        assert alone.turns == conversation.turns
+        assert alone.episode.outcome() == conversation.episode.outcome()
+
+
+def test_what_was_read_and_sampled_is_the_token_exact_conversation() -> None:
+    batch, conversations = opened(range(4))
+    while waiting := batch.active:
+        candidates = batch.sample(waiting, 2)
+        batch.accept(waiting, candidates, [1] * len(waiting))
+        for conversation in batch.active:
+            ids = [token for turn in conversation.turns for token in turn.token_ids or []]
+            assert batch.engine.token_ids(conversation.row) == ids
+    assert len(batch.engine) == 0
+    for conversation in conversations:
+        tutor = [turn for turn in conversation.turns if turn.speaker == "tutor"]
+        assert [CHAT.decode(turn.token_ids or []) for turn in tutor] == [turn.content for turn in tutor]
+
+
+def test_a_turn_cut_off_at_the_limit_is_closed_and_malformed() -> None:
+    batch, conversations = opened(range(3), SamplingConfig(max_new_tokens=1, temperature=0))
+    play(batch, 1, first_candidate)
+    for conversation in conversations:
+        assert conversation.malformed == conversation.tutor_turns
+        reply = conversation.turns[2]
+        assert reply.token_ids is not None and reply.token_ids[0] == CHAT.end_id
+
+
+def test_branches_leave_their_origin_alone() -> None:
+    batch, conversations = opened(range(3))
+    candidates = batch.sample(conversations, 2)
+    before = [batch.engine.token_ids(c.row) for c in conversations]
+    branches = batch.branch(conversations, candidates.token_ids, copies=3)
+    batch.play_out([c for own in branches for copies in own for c in copies])
+    assert [batch.engine.token_ids(c.row) for c in conversations] == before
+    assert all(c.tutor_turns == 0 for c in conversations)
+    for own, ids in zip(branches, candidates.token_ids, strict=True):
+        for copies, said in zip(own, ids, strict=True):
+            assert [copy.turns[1].token_ids for copy in copies] == [said] * 3
+    batch.accept(conversations, candidates, [0, 1, 0])
+    assert all(c.tutor_turns == 1 for c in conversations)
+
+
+def test_labels_are_means_over_continuations_and_equal_turns_share_them() -> None:
+    batch, _ = opened(range(4))
+    sets = Collector(batch, num_candidates=4, continuations=2).run()
+    for one in sets:
+        by_turn = {tuple(c.token_ids): c.labels for c in one.candidates}
+        for candidate in one.candidates:
+            assert candidate.labels == by_turn[tuple(candidate.token_ids)]
+            assert candidate.labels is not None
+            assert 0 < candidate.labels["accuracy"] < 1
+    for one in (s for s in sets if s.turn > 0):
+        previous = next(s for s in sets if s.dialogue == one.dialogue and s.turn == one.turn - 1)
+        said = previous.candidates[previous.chosen].token_ids
+        start = len(previous.prompt_ids)
+        assert one.prompt_ids[start : start + len(said)] == said
+
+
+def test_scores_over_the_kept_cache_equal_scores_of_the_whole_text() -> None:
+    reward = reward_model()
+    batch, conversations = opened(range(3))
+    scorer = CachedScorer(reward, conversations)
+    sets = Collector(batch, num_candidates=3, scorer=scorer).run()
+    assert len(sets) > 3
+    for one in sets:
+        start = len(one.prompt_ids)
+        traces = [
+            TokenTrace(one.prompt_ids + c.token_ids, [start], [start + len(c.token_ids) - 1])
+            for c in one.candidates
+        ]
+        whole = reward.score_traces(traces)
+        for number, candidate in enumerate(one.candidates):
+            expected = dict(zip(reward.objectives, whole[number][0].tolist(), strict=True))
+            assert candidate.scores == pytest.approx(expected, abs=1e-4)
+
+
+def test_guidance_takes_the_best_standardised_sum() -> None:
+    reward = reward_model()
+    batch, conversations = opened(range(3))
+    guidance = Weights({"accuracy": 0.3, "engagement": 0.7})
+    candidates = batch.sample(conversations, 4)
+    choice = GuidedChoice(CachedScorer(reward, conversations), guidance)(conversations, candidates)
+    raw = CachedScorer(reward, conversations).tensor(conversations, candidates.token_ids)
+    for i, chosen in enumerate(choice):
+        sums = [
+            sum(
+                guidance[name] * float(raw[i, k, h]) / (reward.calibration[name]["within_prompt_std"] or 0)
+                for h, name in enumerate(reward.objectives)
+            )
+            for k in range(4)
+        ]
+        assert sums[chosen] == pytest.approx(max(sums))
+
+
+def candidate_set(name: str, dialogue: str, scores: list[float]) -> CandidateSet:
+    return CandidateSet(
+        id=name,
+        dialogue=dialogue,
+        topic="+",
+        turn=0,
+        prompt=[Message(role="user", content="?")],
+        prompt_ids=[7],
+        candidates=[
+            Candidate(content=f"c{i}", token_ids=[10 + i] * (i + 1), scores={"accuracy": score})
+            for i, score in enumerate(scores)
+        ],
+        chosen=0,
+    )
+
+
+def test_pairs_are_best_against_worst_with_a_wide_enough_gap() -> None:
+    # Spreads (standard deviations): 0.4, 0.05, 0; their mean 0.15 is the least gap.
+    sets = [
+        candidate_set("a/0", "a", [0.1, 0.9]),
+        candidate_set("b/0", "b", [0.5, 0.4]),
+        candidate_set("c/0", "c", [0.5, 0.5]),
+    ]
+    pairs, report = build_pairs(sets, "accuracy", PairsConfig(min_gap_std=1.0))
+    assert [(p.id, p.chosen, p.rejected) for p in pairs] == [("a/0/accuracy", "c1", "c0")]
+    assert (pairs[0].chosen_ids, pairs[0].rejected_ids) == ([11, 11], [10])
+    assert (report.prompts, report.pairs, report.dropped_small_gap) == (3, 1, 2)
+    # Longer is better in a, worse in b: .4 * .5 * 2 against .05 * .5 * 2.
+    assert report.length_correlation == pytest.approx((0.4 - 0.05) / ((0.32 + 0.005) ** 0.5 * 1.5**0.5))
+    all_pairs, _ = build_pairs(sets, "accuracy", PairsConfig(min_gap_std=0.0))
+    assert [p.id for p in all_pairs] == ["a/0/accuracy", "b/0/accuracy"]
+
+
+def test_an_unscored_candidate_is_named() -> None:
+    one = candidate_set("a/0", "a", [0.1, 0.9])
+    broken = one.model_copy(update={"candidates": [one.candidates[0].model_copy(update={"scores": None})]})
+    with pytest.raises(ValueError, match=r"candidate 0 of 'a/0' has no 'accuracy' score"):
+        build_pairs([broken], "accuracy", PairsConfig())
+
+
+def test_held_out_pairs_share_no_dialogue_with_training() -> None:
+    sets = [candidate_set(f"{d}/{t}", d, [0.1, 0.9]) for d in "abcde" for t in range(3)]
+    pairs, _ = build_pairs(sets, "accuracy", PairsConfig(min_gap_std=0.0))
+    train, held = split_by_dialogue(pairs, 0.4)
+    assert len(train) == 9 and len(held) == 6
+    assert not {p.source for p in train} & {p.source for p in held}
+
+
+def test_traces_label_the_candidate_turn_once_per_distinct_turn() -> None:
+    one = candidate_set("a/0", "a", [0.1, 0.9])
+    labelled = [c.model_copy(update={"labels": {"accuracy": 0.25}}) for c in one.candidates]
+    twice = one.model_copy(update={"candidates": [*labelled, labelled[1]]})
+    traces = labelled_traces([twice], ["accuracy"])
+    assert [trace.group for trace in traces] == ["a/0", "a/0"]
+    second = traces[1]
+    assert (second.token_ids, second.step_starts, second.step_ends) == ([7, 11, 11], [1], [2])
+    assert second.labels == {"accuracy": [0.25]}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> RolloutSpec:
+    folder = tmp_path_factory.mktemp("tutor")
+    TUTOR.save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    settings = RolloutConfig(candidates=3, continuations=1, sampling=SAMPLING)
+    return RolloutSpec(str(folder), None, "", "test", settings, Placement(), threads=1)
+
+
+def output(folder: Path) -> tuple[list[CandidateSet], list[Dialogue]]:
+    return CandidateSet.load(str(folder / CANDIDATES)), Dialogue.load(str(folder / DIALOGUES))
+
+
+def quiet(done: int, total: int) -> None:
+    """No progress shown."""
+
+
+@pytest.mark.slow
+def test_the_output_does_not_depend_on_actors_or_deaths(
+    cluster: None, spec: RolloutSpec, tmp_path: Path
+) -> None:
+    chunks = chunks_of(50, dialogues=12, size=3)
+    one, two, killed = (replace(spec, output_url=str(tmp_path / name)) for name in ("one", "two", "killed"))
+    run_rollouts(one, chunks, ClusterConfig(rollout_actors=1), quiet)
+    run_rollouts(two, chunks, ClusterConfig(rollout_actors=2), quiet)
+
+    victims = []
+
+    def kill_once(done: int, total: int) -> None:
+        if 0 < done < total and not victims:
+            found = [p for p in _workers() if b"RolloutWorker" in p[1]]
+            victims.append(found[0][0])
+            os.kill(found[0][0], signal.SIGKILL)
+
+    report = run_rollouts(killed, chunks, ClusterConfig(rollout_actors=2), kill_once)
+    assert victims and report.actor_deaths == 1
+    assert output(tmp_path / "one") == output(tmp_path / "two") == output(tmp_path / "killed")
+    assert len(output(tmp_path / "killed")[1]) == 12
+
+    finished = run_rollouts(killed, chunks, ClusterConfig(rollout_actors=2), quiet)
+    assert (finished.resumed, finished.chunks) == (4, 0)
+
+
+@pytest.mark.slow
+def test_too_many_deaths_end_the_stage_with_the_reason(
+    cluster: None, spec: RolloutSpec, tmp_path: Path
+) -> None:
+    broken = replace(spec, policy_url=str(tmp_path / "missing"), output_url=str(tmp_path / "out"))
+    with pytest.raises(RolloutError, match="missing"):
+        run_rollouts(broken, chunks_of(0, 4, 2), ClusterConfig(rollout_actors=1, max_failures=1), quiet)
+
+
+def _workers() -> list[tuple[int, bytes]]:
+    """(pid, command line) of this test's Ray workers."""
+    import psutil
+
+    return [
+        (process.pid, " ".join(process.cmdline()).encode())
+        for process in psutil.Process().children(recursive=True)
+        if process.status() != psutil.STATUS_ZOMBIE
+    ]
