@@ -205,7 +205,11 @@ class PairsConfig(Section):
 class PolicyConfig(Section):
     """Multi-Action-Head DPO: one head per objective over a shared backbone.
 
-    `beta`: one number, or a mapping that gives every objective its own.
+    `beta`: one number, or a mapping that gives every objective its own. Every `metrics_every_steps` steps
+    (0 = never) training also measures every head's KL to the reference on up to `metrics_rows` held-out pairs
+    and, with `gradient_cosine`, the cosine between the objectives' gradients on the backbone, on as many
+    training pairs. ZeRO-3 leaves no worker with the whole parameters this cosine needs: it works with stages
+    0 to 2.
     """
 
     loss: Literal["sigmoid", "ipo"] = "sigmoid"
@@ -218,7 +222,23 @@ class PolicyConfig(Section):
     head_noise: Annotated[float, Field(ge=0)] = 1e-3
     head_learning_rate: PositiveFloat = 6e-4
     lora: LoraConfig | None = None
+    metrics_every_steps: NonNegativeInt = 0
+    metrics_rows: PositiveInt = 64
+    gradient_cosine: bool = False
     training: TrainingConfig = TrainingConfig(zero_stage=3, learning_rate=1e-4)
+
+    @model_validator(mode="after")
+    def _metrics_can_be_measured(self) -> Self:
+        if self.gradient_cosine and self.metrics_every_steps == 0:
+            raise ValueError(
+                "'gradient_cosine' is measured every 'metrics_every_steps' steps: set them above 0"
+            )
+        if self.gradient_cosine and self.training.zero_stage == 3:
+            raise ValueError(
+                "'gradient_cosine' needs whole parameters on every worker, which 'training.zero_stage: 3' "
+                "does not leave: set the stage to 2 or lower, or 'gradient_cosine' to false"
+            )
+        return self
 
     def beta_of(self, objective: str) -> float:
         """The DPO temperature of one objective's pairs."""
@@ -233,6 +253,8 @@ class PolicyConfig(Section):
                     raise ValueError(f"'policy.{where}': {unknown_name('objective', name, names)}")
         if isinstance(self.beta, dict) and (missing := [name for name in names if name not in self.beta]):
             raise ValueError(f"'policy.beta' has no value for {', '.join(missing)}")
+        if self.gradient_cosine and len(names) < 2:
+            raise ValueError("'policy.gradient_cosine' compares objectives, and there is only one")
 
 
 class SweepConfig(Section):
@@ -324,6 +346,11 @@ class RunConfig(Section):
         if len(set(names)) != len(names):
             raise ValueError(f"'objectives' names an objective twice: {', '.join(names)}")
         self.policy.check_objectives(names)
+        if self.policy.metrics_every_steps and self.pairs.held_out_fraction == 0:
+            raise ValueError(
+                "'policy.metrics_every_steps' measures on held-out pairs: "
+                "set 'pairs.held_out_fraction' above 0"
+            )
         named = {"guided.weights": self.guided.weights, "guided.guidance": self.guided.guidance}
         named |= {f"sweep.weights[{i}]": w for i, w in enumerate(self.sweep.weights)}
         for where, values in named.items():

@@ -102,6 +102,8 @@ def test_the_resolved_document_loads_to_the_same_config(file: Path, tmp_path: Pa
         ("policy.beta={acuracy: 0.1}", "policy.beta", "Did you mean 'accuracy'"),
         ("policy.beta={accuracy: 0}", "policy.beta.by_objective.accuracy", "greater than 0"),
         ("policy.beta=much", "policy.beta.number", "valid number"),
+        ("policy.gradient_cosine=true", "policy", "set them above 0"),
+        ("policy={metrics_every_steps: 5, gradient_cosine: true}", "policy", "zero_stage: 3"),
         ("reward.backbone=lora", "reward", "'lora' settings go with 'backbone: lora'"),
         ("reward.inputs=[]", "reward", "'inputs' is empty"),
         ("sft.training.offload_parameters=true", "sft.training", "needs 'zero_stage: 3'"),
@@ -112,6 +114,17 @@ def test_errors_name_file_and_key(file: Path, override: str, key: str, message: 
         load_config(file, [override])
     text = str(caught.value)
     assert str(file) in text and key in text and message in text
+
+
+def test_metrics_need_held_out_pairs_and_two_objectives(file: Path) -> None:
+    measured = ["policy.metrics_every_steps=5", "policy.training.zero_stage=2", "policy.gradient_cosine=true"]
+    assert load_config(file, measured).policy.metrics_rows == 64
+    with pytest.raises(ConfigError, match=r"'pairs.held_out_fraction' above 0"):
+        load_config(file, [*measured, "pairs.held_out_fraction=0"])
+    one = "objectives=[{name: accuracy, supervision: rollout_value}]"
+    only = ["sweep.weights=[{accuracy: 1}]", "guided={weights: {accuracy: 1}, guidance: {accuracy: 1}}"]
+    with pytest.raises(ConfigError, match="compares objectives, and there is only one"):
+        load_config(file, [*measured, one, *only])
 
 
 def test_every_wrong_key_is_named_at_once(file: Path) -> None:

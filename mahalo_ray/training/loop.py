@@ -48,6 +48,8 @@ def train(make_recipe: Callable[[], Recipe], settings: LoopSettings) -> dict[str
     rank, workers, micro_rows = dist.get_rank(), dist.get_world_size(), training.micro_batch_size_per_device
     accumulation = accumulation_steps(recipe.batches, recipe.units, micro_rows, workers)
     engine = build_engine(recipe, training, settings.dtype, settings.seed, accumulation)
+    if recipe.probe is not None:
+        recipe.probe.prepare(partial(infer, engine))
     reporter = Reporter(recipe, engine, training, RunIdentity(workers, accumulation, recipe.fingerprint()))
 
     for step in range(reporter.progress.step, len(recipe.batches)):
@@ -115,10 +117,14 @@ class Reporter:
         self.progress.step += 1
         step, last = self.progress.step, self.progress.step == self.total_steps
         checkpoint_due = step % self.training.checkpoint_every_steps == 0 and not last
-        if not (checkpoint_due or last or step % self.training.report_every_steps == 0):
+        probe = self.recipe.probe
+        probe_due = probe is not None and step % probe.every_steps == 0
+        if not (checkpoint_due or last or probe_due or step % self.training.report_every_steps == 0):
             return
         metrics = {"step": step, **self._flush(), "grad_norm": gradient_norm}
         metrics |= {f"learning_rate/{name}": value for name, value in learning_rates.items()}
+        if probe is not None and probe_due:
+            metrics |= probe.figures(partial(infer, self.engine), self.engine.module.model)
         self.progress.history.append(metrics)
         news = {**metrics, "total_steps": self.total_steps}
         if checkpoint_due:

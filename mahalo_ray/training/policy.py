@@ -1,8 +1,8 @@
 """MAH-DPO: one head per objective over a shared backbone, trained on preference pairs of all objectives at
 once (MAHALO, arXiv 2510.01167).
 
-L = sum_i alpha_i * mean over the batch's pairs of objective i (weighted by the pairs' weights) of the DPO loss
-with beta_i under head i.
+L = sum_i alpha_i * mean over the batch's pairs of objective i (weighted by the pairs' weights) of the DPO
+loss with beta_i under head i.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from mahalo_ray.training.batches import Indices, held_out, plan_balanced_batches
 from mahalo_ray.training.deepspeed_config import parameter_group
 from mahalo_ray.training.engine import training_device
 from mahalo_ray.training.pairs import encode_pairs, pair_logps, prompt_key
-from mahalo_ray.training.recipe import Inference, Output, Tensors
+from mahalo_ray.training.policy_metrics import GradientConflict, HeldOutKl, PolicyProbe
+from mahalo_ray.training.recipe import Inference, Output, Probe, Tensors
 from mahalo_ray.training.reference import reference_logps
 from mahalo_ray.training.sources import keeps_backbone, model_folder
 
@@ -37,9 +38,9 @@ _SUMS = ("count", "weight", "loss", "reward_accuracy", "margin", "chosen_logps",
 
 
 class PolicyRecipe:
-    """Figures per objective: loss (mean weighted by the pairs' weights), reward accuracy (share of pairs whose
-    chosen answer gained more over the reference), margin (mean beta-scaled difference of these gains), mean
-    log-probs of chosen and rejected answers."""
+    """Figures per objective: loss (mean weighted by the pairs' weights), reward accuracy (share of pairs
+    whose chosen answer gained more over the reference), margin (mean beta-scaled difference of these gains),
+    mean log-probs of chosen and rejected answers."""
 
     def __init__(
         self,
@@ -69,15 +70,42 @@ class PolicyRecipe:
         self._reference = torch.from_numpy(sums / per_token).float()
         self.units = self._pairs.units
         aside = held_out([prompt_key(record) for record in records], held_out_fraction, seed)
-        self._held_out = np.flatnonzero(aside)
+        self._held_out, self._trained = np.flatnonzero(aside), ~aside
         self.batches = plan_balanced_batches(
-            [self._rows_of(number, ~aside) for number in range(len(self._objectives))],
+            [self._rows_of(number, self._trained) for number in range(len(self._objectives))],
             self._training.batch_size,
             self._training.epochs,
             self._training.max_steps,
             seed,
         )
         self.metric_names = tuple(f"{name}/{figure}" for name in self._objectives for figure in _SUMS)
+        self.probe: Probe | None = self._make_probe() if policy.metrics_every_steps else None
+
+    def _make_probe(self) -> PolicyProbe:
+        settings, training = self._policy, self._training
+        micro_rows = training.micro_batch_size_per_device
+        # The rows come objective by objective; shuffled, a few of them stand for all.
+        rows = np.random.default_rng(self._seed).permutation(self._held_out)[: settings.metrics_rows]
+        kl = HeldOutKl(self._pairs, rows, self._objectives, micro_rows, training.logit_chunk_size)
+        conflict = None
+        if settings.gradient_cosine:
+            fixed = plan_balanced_batches(
+                [self._rows_of(number, self._trained) for number in range(len(self._objectives))],
+                max(settings.metrics_rows, len(self._objectives)),
+                1,
+                1,
+                self._seed,
+            )[0]
+            normalisers = self.normalisers(fixed)
+            parts = shard(fixed, self.units, micro_rows, dist.get_rank(), dist.get_world_size())
+            tensors = [self.collate(part, normalisers, counted) for part, counted in parts]
+            conflict = GradientConflict(self._objectives, tensors, self._objective_losses)
+        return PolicyProbe(settings.metrics_every_steps, kl, conflict)
+
+    def _objective_losses(self, model: nn.Module, tensors: Tensors) -> Tensor:
+        """Every objective's part of the loss, [H]."""
+        losses = self._losses(model, **tensors)[0] * tensors["share"]
+        return losses.new_zeros(len(self._objectives)).index_add(0, tensors["objective"], losses)
 
     def _rows_of(self, objective: int, among: np.ndarray[Any, np.dtype[np.bool_]]) -> Indices:
         rows = np.flatnonzero((self._pairs.objective == objective) & among)
@@ -97,6 +125,7 @@ class PolicyRecipe:
             rank=self._policy.head_rank,
             dtype=getattr(torch, self._model.dtype),
             attn_implementation=self._model.attn_implementation,
+            keep_base_head=self.probe is not None,
         )
         if self._policy.lora is not None:
             model.add_lora(LoraSettings(**self._policy.lora.model_dump()))
@@ -202,6 +231,8 @@ class PolicyRecipe:
 
     def save(self, model: nn.Module, state_dict: Mapping[str, Tensor], folder: Path) -> None:
         policy = cast(MultiHeadCausalLM, model)
+        if policy.head_kind == "full":
+            policy.base_head = None  # it served the probe only
         backbone = keeps_backbone(self._url) if policy.has_lora else None
         policy.save_pretrained(folder, self._tokenizer, self._figures, state_dict, backbone)
 

@@ -21,6 +21,18 @@ Output = tuple[Tensor, Tensor, Tensor]
 Inference = Callable[[Callable[..., Tensor], Tensors], Tensor]
 
 
+class Probe(Protocol):
+    """Figures too dear for every step."""
+
+    every_steps: int
+
+    def prepare(self, infer: Inference) -> None:
+        """Called once on every worker with the model as it was built, before a checkpoint is loaded."""
+
+    def figures(self, infer: Inference, model: nn.Module) -> dict[str, float]:
+        """Called after every `every_steps` steps on every worker; `model` is the engine's own."""
+
+
 class Recipe(Protocol):
     """A training stage. Every worker builds the same recipe from the same data.
 
@@ -31,6 +43,7 @@ class Recipe(Protocol):
     units: Units
     batches: list[Indices]
     metric_names: tuple[str, ...]
+    probe: Probe | None
 
     def build_model(self) -> nn.Module:
         """The model on the CPU (or sharded, when ZeRO-3 is on)."""

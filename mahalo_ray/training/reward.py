@@ -29,7 +29,7 @@ from mahalo_ray.models.traces import StepEncoder, pad_traces
 from mahalo_ray.training.batches import Indices, held_out, plan_batches
 from mahalo_ray.training.deepspeed_config import parameter_group
 from mahalo_ray.training.pairs import encode_pairs, prompt_key
-from mahalo_ray.training.recipe import Inference, Output, Tensors
+from mahalo_ray.training.recipe import Inference, Output, Probe, Tensors
 from mahalo_ray.training.reward_evaluation import calibrate, held_out_figures, score_units
 from mahalo_ray.training.sources import keeps_backbone, model_folder
 from mahalo_ray.training.traces import LabelledTraces, add_pairs, add_traces, ordered_pairs
@@ -46,6 +46,8 @@ _FIGURES = ("count", "loss", "correct", "ranked", "ranking_loss", "ranked_right"
 class RewardRecipe:
     """Figures per objective: loss (pointwise or Bradley-Terry), accuracy (of judgements or pairs), ranking
     loss and ranking accuracy (share of within-prompt pairs in the right order)."""
+
+    probe: Probe | None = None
 
     def __init__(
         self,

@@ -22,7 +22,7 @@ from mahalo_ray.models import ChunkedCausalLM
 from mahalo_ray.models.backbone import load_causal_lm
 from mahalo_ray.training.batches import Indices, Units, plan_batches
 from mahalo_ray.training.deepspeed_config import parameter_group
-from mahalo_ray.training.recipe import Inference, Output, Tensors, pad
+from mahalo_ray.training.recipe import Inference, Output, Probe, Tensors, pad
 from mahalo_ray.training.sources import model_folder
 
 EXAMPLE_SCHEMA = pa.schema(
@@ -38,6 +38,7 @@ class SftRecipe:
     """
 
     metric_names: tuple[str, ...] = ()
+    probe: Probe | None = None
 
     def __init__(
         self, examples_url: str, model_url: str, model: ModelConfig, training: TrainingConfig, seed: int

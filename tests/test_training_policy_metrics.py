@@ -1,0 +1,164 @@
+"""KL to the reference and gradient cosines against the textbook, and under DeepSpeed."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import training_world as world
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from mahalo_ray.config import LoraConfig, PolicyConfig, TrainingConfig
+from mahalo_ray.training.policy import PolicyRecipe
+from mahalo_ray.training.policy_metrics import cosines
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_process() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch, socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        settings = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
+        for name, value in {**settings, "MASTER_PORT": probe.getsockname()[1]}.items():
+            patch.setenv(name, str(value))
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        yield
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return world.make_base(tmp_path_factory.mktemp("base"))
+
+
+def make_recipe(base: str, folder: Path, stage: int = 2, **settings: Any) -> PolicyRecipe:
+    training = TrainingConfig(
+        batch_size=8, micro_batch_size_per_device=3, logit_chunk_size=5, zero_stage=stage, learning_rate=1e-2
+    )
+    policy = PolicyConfig(
+        head_noise=0.3,
+        training=training,
+        metrics_every_steps=1,
+        metrics_rows=7,
+        gradient_cosine=stage < 3,
+        **settings,
+    )
+    pairs = world.save_pairs(folder, world.make_pairs())
+    return PolicyRecipe(pairs, base, world.OBJECTIVES, policy, world.MODEL, 0.3, 5)
+
+
+def textbook_kl(model: Any, base: str, recipe: PolicyRecipe) -> dict[str, float]:
+    reference: Any = AutoModelForCausalLM.from_pretrained(base)
+    rows = np.random.default_rng(5).permutation(recipe._held_out)[:7]
+    totals, tokens = dict.fromkeys(world.OBJECTIVES, 0.0), 0
+    for row in rows:
+        prompt, chosen = recipe._pairs.prompts[row], recipe._pairs.chosen[row]
+        ids, start = torch.tensor([prompt + chosen]), len(prompt) - 1
+        q = reference(ids).logits[0, start:-1].log_softmax(-1)
+        hidden = model.hidden_states(ids)[0, start:-1]
+        for name in totals:
+            p = model.heads[name](hidden).log_softmax(-1)
+            totals[name] += float((p.exp() * (p - q)).sum())
+        tokens += len(chosen)
+    return {f"{name}/kl": total / tokens for name, total in totals.items()}
+
+
+@pytest.mark.parametrize("kind", ["full", "low_rank", "lora"])
+def test_kl_equals_the_textbook(base: str, tmp_path: Path, kind: str) -> None:
+    lora = LoraConfig(rank=2, alpha=4) if kind == "lora" else None
+    recipe = make_recipe(base, tmp_path, head_kind="low_rank" if kind == "low_rank" else "full", lora=lora)
+    model: Any = recipe.build_model()
+    assert recipe.probe is not None and len(recipe._held_out) > 3
+
+    def infer(function: Any, tensors: dict[str, Tensor]) -> Any:
+        with torch.no_grad():
+            return function(model, **tensors)
+
+    recipe.probe.prepare(infer)
+    with torch.no_grad():
+        for parameter in (*model.backbone_parameters(), *model.head_parameters()):
+            parameter += 0.05 * torch.randn_like(parameter)
+        expected = textbook_kl(model, base, recipe)
+    found = recipe.probe.figures(infer, model)
+    assert min(expected.values()) > 1e-3
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_cosine_is_that_of_the_objectives_own_gradients(base: str, tmp_path: Path) -> None:
+    recipe = make_recipe(base, tmp_path)
+    model: Any = recipe.build_model()
+    conflict: Any = recipe.probe._conflict  # type: ignore[union-attr]
+    gradients: list[Tensor] = []
+    for number in range(2):
+        model.zero_grad()
+        for part in conflict._parts:
+            losses = recipe._losses(model, **part)[0] * part["share"]
+            losses[part["objective"] == number].sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.backbone_parameters()]))
+        model.zero_grad()
+    expected = torch.cosine_similarity(*gradients, dim=0).item()
+    assert sum(len(part["objective"]) for part in conflict._parts) == 7
+    assert conflict.figures(model) == pytest.approx(
+        {"gradient_cosine/accuracy/engagement": expected}, rel=1e-4
+    )
+    assert all(parameter.grad is None for parameter in model.parameters()) and model.training
+
+
+def test_cosines_by_hand() -> None:
+    a, b, c = [torch.tensor([3.0, 0.0]), torch.tensor([4.0])], [torch.zeros(2), torch.ones(1)], torch.zeros(2)
+    found = cosines({"a": a, "b": b, "c": [c, torch.zeros(1)], "d": [-x for x in b]})
+    assert found == pytest.approx(
+        {"gradient_cosine/a/b": 0.8, "gradient_cosine/a/d": -0.8, "gradient_cosine/b/d": -1.0}
+    )
+
+
+def test_without_held_out_pairs_the_figures_are_refused(base: str, tmp_path: Path) -> None:
+    pairs = world.save_pairs(tmp_path, world.make_pairs())
+    policy = PolicyConfig(metrics_every_steps=1)
+    with pytest.raises(ValueError, match="needs held-out pairs"):
+        PolicyRecipe(pairs, base, world.OBJECTIVES, policy, world.MODEL, 0.0, 5)
+
+
+def test_the_saved_model_has_no_extra_head(base: str, tmp_path: Path) -> None:
+    recipe = make_recipe(base, tmp_path / "pairs")
+    model: Any = recipe.build_model()
+    recipe._figures = {}
+    recipe.save(model, model.state_dict(), tmp_path / "model")
+    again = type(model).from_pretrained(tmp_path / "model")
+    assert again.base_head is None and tuple(again.heads) == world.OBJECTIVES
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_figures_under_deepspeed(base: str, tmp_path: Path, stage: int) -> None:
+    """Between steps, at the values of the plain model, and without touching training."""
+    from mahalo_ray.training.engine import build_engine, infer, optimizer_step
+
+    runs: list[list[dict[str, float]]] = []
+    for measured in (True, False):
+        recipe = make_recipe(base, tmp_path, stage)
+        probe: Any = recipe.probe
+        engine = build_engine(recipe, recipe._training, torch.float32, 5, 1)
+        ask = lambda function, tensors, engine=engine: infer(engine, function, tensors)  # noqa: E731
+        probe.prepare(ask)
+        losses = []
+        for batch in recipe.batches[:3]:
+            loss = engine(**recipe.collate(batch, recipe.normalisers(batch), True))[0]
+            engine.backward(loss)
+            assert optimizer_step(engine) is not None
+            figures = probe.figures(ask, engine.module.model) if measured else {}
+            losses.append({"loss": loss.item(), **figures})
+        runs.append(losses)
+        if measured and stage < 3:
+            with torch.no_grad():
+                expected = textbook_kl(engine.module.model, base, recipe)
+            assert {name: losses[-1][name] for name in expected} == pytest.approx(expected, rel=1e-3)
+            assert -1 <= losses[-1]["gradient_cosine/accuracy/engagement"] <= 1
+    assert [entry["loss"] for entry in runs[0]] == [entry["loss"] for entry in runs[1]]
+    assert all(entry["accuracy/kl"] > 0 for entry in runs[0])
