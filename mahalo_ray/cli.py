@@ -18,6 +18,7 @@ from rich.markup import escape
 from mahalo_ray import __version__
 from mahalo_ray.config import RunConfig, load_config
 from mahalo_ray.data import storage
+from mahalo_ray.objectives import Weights, unknown_name
 from mahalo_ray.pipeline.fingerprint import Manifest
 from mahalo_ray.pipeline.progress import RunProgress
 from mahalo_ray.pipeline.stages import Pipeline, RunInterrupted
@@ -107,6 +108,35 @@ def serve(config: ConfigFile, set_: Overrides = None, debug: Debug = False) -> N
         serve_run(load(config, set_))
 
     guarded(work, debug)
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL_FOLDER", help="A run's output or a policy.")],
+    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="The new folder.")],
+    weights: Annotated[str, typer.Option("--weights", help="For example accuracy=0.7,engagement=0.3.")],
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: as stored.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Merge a policy's heads at fixed weights into an ordinary transformers folder."""
+
+    def work() -> None:
+        merged = Weights.parse(weights)
+        export_policy(source, output, merged, dtype)
+        say(f"{output}: the policy at {merged.label()}, for AutoModelForCausalLM.from_pretrained")
+
+    guarded(work, debug)
+
+
+def export_policy(source: str, output: str, weights: Weights, dtype: str | None) -> None:
+    """`mahalo_ray.pipeline.export.export` with a dtype by name."""
+    if dtype not in (None, "float32", "bfloat16"):
+        raise ValueError(unknown_name("dtype", str(dtype), ("float32", "bfloat16")))
+    import torch
+
+    from mahalo_ray.pipeline.export import export as merge_and_save
+
+    merge_and_save(source, output, weights, None if dtype is None else getattr(torch, dtype))
 
 
 def run_stages(config: RunConfig, targets: tuple[str, ...] | None, config_name: str) -> None:
