@@ -1,0 +1,332 @@
+"""Time and memory of one DPO step: the textbook's, TRL's and ours, on the same shapes, pairs and dtype.
+
+    python benchmarks/policy_step.py --preset smollm2-135m --output policy_step.json
+
+Every measurement runs in a process of its own, so that its peak memory is its own; the variants take turns,
+round after round, so that a slow minute of the machine does not fall on one of them alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from measuring import PeakMemory, installed, machine, mib, synchronise, table, write_results
+from step_variants import PRESETS, Pairs, Setting, Step, make_pairs, ours, reference_logps, textbook, trl
+
+_WARM_UP_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is measured: a kind of step and its number of heads."""
+
+    kind: Literal["textbook", "trl", "trl_precomputed", "full", "low_rank"]
+    heads: int
+
+    @property
+    def name(self) -> str:
+        return {
+            "textbook": f"textbook, H={self.heads}",
+            "trl": "TRL",
+            "trl_precomputed": "TRL, reference precomputed",
+            "full": f"ours, full, H={self.heads}",
+            "low_rank": f"ours, low_rank, H={self.heads}",
+        }[self.kind]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _parser().parse_args(arguments)
+    if options.measure is not None:
+        print(json.dumps(measure(options)))
+        return
+    if options.steps < 1 or options.rounds < 1 or options.pairs < 1:
+        raise SystemExit("--steps, --rounds and --pairs must be at least 1")
+    variants = _variants(options)
+    results: dict[str, Any] = {
+        "benchmark": "policy_step",
+        "machine": machine(),
+        "sizes": _sizes(options),
+        "rounds": options.rounds,
+        "steps_per_round": options.steps,
+    }
+    runs: dict[Variant, list[dict[str, Any]]] = {variant: [] for variant in variants}
+    with tempfile.TemporaryDirectory() as folder:
+        reference = Path(folder) / "reference.json"
+        results["reference_seconds"] = _run(options, Variant("textbook", 0), reference)["seconds"]
+        for number in range(options.rounds):
+            for variant in variants:
+                runs[variant].append(_run(options, variant, reference))
+                one = runs[variant][-1]
+                print(
+                    f"round {number + 1} of {options.rounds}: {variant.name}: "
+                    f"{statistics.median(one['seconds']):.3f} s, {mib(one['peak'] - one['base'])}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            results["variants"] = {v.name: summary(each) for v, each in runs.items() if each}
+            results["ratios"], results["checks"] = ratios(results["variants"]), checks(results["variants"])
+            if options.output is not None:
+                write_results(options.output, results)
+    print(report(results))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--preset", choices=list(PRESETS), default="smollm2-135m")
+    parser.add_argument("--pairs", type=int, default=2, help="pairs per step")
+    parser.add_argument("--heads", type=_numbers, default=(1, 2, 3, 4, 8), help="H of ours: 1,2,3,4,8")
+    parser.add_argument("--textbook-heads", type=_numbers, default=(3,), help="H of the textbook step: 3")
+    parser.add_argument(
+        "--variants",
+        type=lambda text: tuple(text.split(",")),
+        default=("textbook", "trl", "trl_precomputed", "full", "low_rank"),
+        help="a selection, separated by commas",
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="processes per variant")
+    parser.add_argument("--steps", type=int, default=1, help="timed steps per process")
+    parser.add_argument("--threads", type=int, default=None, help="of torch; default: its own choice")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--output", type=Path, default=None, help="results as JSON")
+    parser.add_argument("--measure", default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--reference", type=Path, default=None, help=argparse.SUPPRESS)
+    return parser
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(","))
+
+
+def _variants(options: argparse.Namespace) -> list[Variant]:
+    known = ("textbook", "trl", "trl_precomputed", "full", "low_rank")
+    unknown = [name for name in options.variants if name not in known]
+    if unknown:
+        raise SystemExit(f"unknown variant '{unknown[0]}'. Known: {', '.join(known)}.")
+    with_trl = installed("trl") is not None
+    if not with_trl and any(name.startswith("trl") for name in options.variants):
+        print("TRL is not installed (pip install mahalo_ray[benchmarks]): left out", file=sys.stderr)
+    found = []
+    for name in options.variants:
+        if name.startswith("trl"):
+            found += [Variant(name, 1)] if with_trl else []
+        else:
+            heads = options.textbook_heads if name == "textbook" else options.heads
+            found += [Variant(name, number) for number in heads]
+    return found
+
+
+def _sizes(options: argparse.Namespace) -> dict[str, Any]:
+    preset = PRESETS[options.preset]
+    pairs = make_pairs(preset, options.pairs, 1)
+    return {
+        "preset": options.preset,
+        "pairs": options.pairs,
+        "prompt_tokens": preset.prompt_tokens,
+        "lengths_chosen": [len(p) + len(c) for p, c in zip(pairs.prompts, pairs.chosen, strict=True)],
+        "lengths_rejected": [len(p) + len(r) for p, r in zip(pairs.prompts, pairs.rejected, strict=True)],
+        "vocabulary": preset.shape.vocab_size,
+        "logit_chunk": preset.chunk_size,
+        "dtype": options.dtype,
+        "device": options.device,
+    }
+
+
+def _run(options: argparse.Namespace, variant: Variant, reference: Path) -> dict[str, Any]:
+    """Measure in a process of its own."""
+    command = [sys.executable, __file__, "--measure", f"{variant.kind}:{variant.heads}"]
+    command += ["--reference", str(reference)]
+    for name in ("preset", "pairs", "steps", "dtype", "device", "threads"):
+        value = getattr(options, name)
+        command += [] if value is None else [f"--{name}", str(value)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"{variant.name} failed:\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# -- in the measured process ---------------------------------------------------------------------------------
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Figures of one variant; `textbook:0` writes the reference's log-probs instead."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    kind, heads = options.measure.split(":")
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    setting = Setting(PRESETS[options.preset], options.pairs, device, dtype)
+    pairs = make_pairs(setting.preset, setting.pairs, max(int(heads), 1))
+    if heads == "0":
+        started = time.perf_counter()
+        logps = reference_logps(setting, pairs)
+        options.reference.write_text(json.dumps(logps.tolist()))
+        return {"seconds": time.perf_counter() - started}
+    stored = torch.tensor(json.loads(options.reference.read_text()))
+    if kind == "textbook":
+        step = textbook(setting, int(heads))
+    elif kind in ("full", "low_rank"):
+        step = ours(setting, int(heads), kind)
+    else:
+        step = trl(setting, kind == "trl_precomputed", pairs)
+    return _timed(step, pairs, stored, setting, options.steps)
+
+
+def _timed(step: Step, pairs: Pairs, stored: torch.Tensor, setting: Setting, steps: int) -> dict[str, Any]:
+    trained = [parameter for parameter in step.trained.parameters() if parameter.requires_grad]
+    # Learning rate 0: a real update at its real price that leaves the weights, so every step is the same.
+    optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)
+    memory = PeakMemory(setting.device)
+    base = memory.now()
+    short = pairs.cut_short(_WARM_UP_TOKENS)
+    _step(step, optimizer, short, stored, setting)
+    seconds, forward_backward, losses = [], [], []
+    memory.now()
+    memory.reset()
+    for _ in range(steps):
+        loss, until_update, whole = _step(step, optimizer, pairs, stored, setting)
+        losses.append(loss)
+        forward_backward.append(until_update)
+        seconds.append(whole)
+    size = {p: p.numel() * p.element_size() for p in (*step.trained.parameters(), *_frozen(step))}
+    return {
+        "seconds": seconds,
+        "forward_backward": forward_backward,
+        "losses": losses,
+        "base": base,
+        "peak": memory.peak(),
+        "weights": sum(size.values()),
+        "gradients": sum(size[p] for p in trained),
+        "optimizer": sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.dim()),
+    }
+
+
+def _frozen(step: Step) -> list[torch.nn.Parameter]:
+    return [] if step.frozen is None else list(step.frozen.parameters())
+
+
+def _step(
+    step: Step, optimizer: torch.optim.Optimizer, pairs: Pairs, stored: torch.Tensor, setting: Setting
+) -> tuple[float, float, float]:
+    """(loss, seconds until the update, seconds)."""
+    synchronise(setting.device)
+    started = time.perf_counter()
+    loss = step.loss(pairs, stored)
+    loss.backward()
+    synchronise(setting.device)
+    until_update = time.perf_counter() - started
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    synchronise(setting.device)
+    return loss.item(), until_update, time.perf_counter() - started
+
+
+# -- reading the figures -------------------------------------------------------------------------------------
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over all timed steps and processes."""
+    seconds = [value for run in runs for value in run["seconds"]]
+    above = statistics.median(run["peak"] - run["base"] for run in runs)
+    fixed = runs[0]["gradients"] + runs[0]["optimizer"]
+    return {
+        "seconds": statistics.median(seconds),
+        "all_seconds": seconds,
+        "forward_backward": statistics.median(value for run in runs for value in run["forward_backward"]),
+        "loss": runs[0]["losses"][0],
+        "weights": runs[0]["weights"],
+        "gradients_and_optimizer": fixed,
+        "above_weights": above,
+        "workspace": above - fixed,
+    }
+
+
+def ratios(variants: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """How many times faster, how much of the memory: for every pair of variants that has a reading."""
+    found: dict[str, float] = {}
+
+    def compare(label: str, ours_name: str, other_name: str) -> None:
+        if ours_name in variants and other_name in variants:
+            own, other = variants[ours_name], variants[other_name]
+            found[f"{label}: times as fast"] = other["seconds"] / own["seconds"]
+            for figure in ("above_weights", "workspace"):
+                found[f"{label}: share of {figure}"] = own[figure] / other[figure]
+
+    for kind in ("full", "low_rank"):
+        for heads in sorted(
+            {int(name.rpartition("=")[2]) for name in variants if name.startswith("textbook")}
+        ):
+            label = f"{kind} against textbook, H={heads}"
+            compare(label, f"ours, {kind}, H={heads}", f"textbook, H={heads}")
+        trl_names = [name for name in variants if name.startswith("TRL")]
+        if trl_names:
+            best = min(trl_names, key=lambda name: variants[name]["seconds"])
+            compare(f"{kind}, H=1 against {best}", f"ours, {kind}, H=1", best)
+        one = variants.get(f"ours, {kind}, H=1")
+        for name, own in variants.items():
+            if one is not None and name.startswith(f"ours, {kind}") and own is not one:
+                heads = int(name.rpartition("=")[2])
+                found[f"{kind}, H={heads}: time over that of H=1"] = own["seconds"] / one["seconds"]
+    return found
+
+
+def checks(variants: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Differences of losses that must be the same number."""
+    found = {}
+    for name, figures in variants.items():
+        if name.startswith("textbook"):
+            partners = [f"ours, full, {name.partition(', ')[2]}"]
+        elif name.startswith("TRL"):
+            partners = ["ours, full, H=1", "ours, low_rank, H=1"]
+        else:
+            continue
+        for partner in partners:
+            if partner in variants:
+                difference = abs(figures["loss"] - variants[partner]["loss"])
+                found[f"loss of {name} against {partner}"] = difference
+    return found
+
+
+def report(results: dict[str, Any]) -> str:
+    """Everything for the terminal."""
+    sizes, about = results["sizes"], results["machine"]
+    header = ["variant", "step s", "fwd+bwd s", "weights", "above weights", "workspace", "loss"]
+    rows = [
+        [
+            name,
+            f"{one['seconds']:.3f}",
+            f"{one['forward_backward']:.3f}",
+            *(mib(one[figure]) for figure in ("weights", "above_weights", "workspace")),
+            f"{one['loss']:.6f}",
+        ]
+        for name, one in results["variants"].items()
+    ]
+    lines = [
+        f"{sizes['preset']}, {sizes['pairs']} pairs, {sizes['dtype']} on {sizes['device']}; chosen "
+        f"{sizes['lengths_chosen']}, rejected {sizes['lengths_rejected']} tokens, prompts "
+        f"{sizes['prompt_tokens']}",
+        f"{about['processor']}, {about['threads']} threads, load at the start "
+        f"{about['load_average_at_start']}",
+        f"median of {results['rounds'] * results['steps_per_round']} steps; reference log-probs once: "
+        f"{results['reference_seconds']:.1f} s",
+        "",
+        table(header, rows),
+        "",
+        *(f"{label}: {value:.2f}" for label, value in results["ratios"].items()),
+        "",
+        *(f"{label}: {value:.1e} apart" for label, value in results["checks"].items()),
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
