@@ -6,6 +6,7 @@ from mahalo_ray.models.multi_head import MultiHeadCausalLM
 from mahalo_ray.models.reference import ChunkedCausalLM, causal_lm_completion_logps
 from mahalo_ray.models.reward import ProcessRewardModel
 from mahalo_ray.models.scoring import StepScorer, TraceScorer
+from mahalo_ray.models.soup import average_models
 from mahalo_ray.models.traces import StepEncoder, TokenTrace
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "TokenClassifierScorer",
     "TokenTrace",
     "TraceScorer",
+    "average_models",
     "causal_lm_completion_logps",
     "load_scorer",
 ]

@@ -1,8 +1,8 @@
-"""MAH-DPO: one head per objective over a shared backbone, trained on preference pairs of all objectives at
-once (MAHALO, arXiv 2510.01167).
+"""The policy's recipe. MAH-DPO: one head per objective over a shared backbone, trained on preference pairs
+of all objectives at once (MAHALO, arXiv 2510.01167); and the methods it is compared with.
 
 L = sum_i alpha_i * mean over the batch's pairs of objective i (weighted by the pairs' weights) of the DPO
-loss with beta_i under head i.
+loss with beta_i under head i. The baselines have one head; see `mahalo_ray.training.methods`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from mahalo_ray.models import LoraSettings, MultiHeadCausalLM
 from mahalo_ray.training.batches import Indices, held_out, plan_balanced_batches, shard
 from mahalo_ray.training.deepspeed_config import parameter_group
 from mahalo_ray.training.engine import training_device
+from mahalo_ray.training.methods import method_margins, plan_method
 from mahalo_ray.training.pairs import encode_pairs, pair_logps, prompt_key
 from mahalo_ray.training.policy_metrics import GradientConflict, HeldOutKl, PolicyProbe
 from mahalo_ray.training.recipe import Inference, Output, Probe, Tensors
@@ -54,16 +55,18 @@ class PolicyRecipe:
     ) -> None:
         """Reads the pairs, and computes reference log-probs that are not stored yet; every worker takes
         part."""
-        policy.check_objectives(objectives)
-        self._objectives, self._policy, self._model, self._seed = tuple(objectives), policy, model, seed
-        self._betas = torch.tensor([policy.beta_of(name) for name in self._objectives])
+        self._plan = plan_method(policy, objectives)
+        self._objectives, self._policy, self._model, self._seed = self._plan.objectives, policy, model, seed
         self._training = policy.training
         self._url, self._folder = model_url, model_folder(model_url)
         self._tokenizer = AutoTokenizer.from_pretrained(
             self._folder, trust_remote_code=model.trust_remote_code
         )
-        records = PreferencePair.load(pairs_url)
+        # Pairs of an objective that does not exist are kept: they are an error, and named, below.
+        unused = set(objectives) - set(self._objectives)
+        records = [pair for pair in PreferencePair.load(pairs_url) if pair.objective not in unused]
         self._pairs = encode_pairs(records, self._objectives, ChatFormat(self._tokenizer), model.max_length)
+        self._margins = self._pairs.margins + method_margins(policy, records)
         store = storage.join(pairs_url, "reference")
         sums = reference_logps(self._pairs, store, self._folder, model, self._training, training_device())
         per_token = self._pairs.completion_tokens() if policy.average_log_probs else 1
@@ -86,7 +89,7 @@ class PolicyRecipe:
         micro_rows = training.micro_batch_size_per_device
         # The rows come objective by objective; shuffled, a few of them stand for all.
         rows = np.random.default_rng(self._seed).permutation(self._held_out)[: settings.metrics_rows]
-        kl = HeldOutKl(self._pairs, rows, self._objectives, micro_rows, training.logit_chunk_size)
+        kl = HeldOutKl(self._pairs, rows, self._plan.heads, micro_rows, training.logit_chunk_size)
         conflict = None
         if settings.gradient_cosine:
             fixed = plan_balanced_batches(
@@ -118,7 +121,7 @@ class PolicyRecipe:
     def build_model(self) -> nn.Module:
         model = MultiHeadCausalLM.from_base(
             self._folder,
-            self._objectives,
+            self._plan.heads,
             noise=self._policy.head_noise,
             seed=self._seed,
             head_kind=self._policy.head_kind,
@@ -149,7 +152,7 @@ class PolicyRecipe:
         return dict(zip(self._objectives, sums.tolist(), strict=True))
 
     def collate(self, units: Indices, normalisers: Mapping[str, float], counted: bool) -> Tensors:
-        shares = [self._policy.alpha.get(name, 1.0) / (normalisers[name] or 1.0) for name in self._objectives]
+        sums = torch.tensor([normalisers[name] or 1.0 for name in self._objectives])
         objective = torch.from_numpy(self._pairs.objective[units])
         weight = torch.from_numpy(self._pairs.weights[units]).float()
         present = torch.full((len(units),), float(counted))
@@ -157,10 +160,11 @@ class PolicyRecipe:
             **self._pairs.tensors(units, self._tokenizer.pad_token_id or 0),
             "reference": self._reference[units],
             "objective": objective,
-            "beta": self._betas[objective],
-            "margin": torch.from_numpy(self._pairs.margins[units]).float(),
+            "head": self._plan.head_of[objective],
+            "beta": self._plan.beta[objective],
+            "margin": torch.from_numpy(self._margins[units]).float(),
             "weight": weight,
-            "share": torch.tensor(shares)[objective] * weight * present,
+            "share": (self._plan.alpha / sums)[objective] * weight * present,
             "present": present,
         }
 
@@ -175,7 +179,7 @@ class PolicyRecipe:
             tensors["input_ids"],
             tensors["attention_mask"],
             tensors["labels"],
-            objective.repeat(2),
+            tensors["head"].repeat(2),
             self._training.logit_chunk_size,
             self._policy.average_log_probs,
         )
@@ -238,6 +242,6 @@ class PolicyRecipe:
 
     def fingerprint(self) -> str:
         pairs = self._pairs
-        numbers = np.stack([pairs.weights, pairs.margins]).tobytes()
+        numbers = np.stack([pairs.weights, self._margins]).tobytes()
         text = "\n".join([*pairs.ids, *pairs.row_hashes()])
         return hashlib.sha256(text.encode() + numbers).hexdigest()

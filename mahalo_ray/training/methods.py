@@ -1,0 +1,85 @@
+"""What distinguishes the policy's methods: which pairs, under which head, with which weight, beta and margin.
+
+MAH-DPO (MAHALO, arXiv 2510.01167) and its baselines run through one recipe; all they differ in is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mahalo_ray.config import PolicyConfig
+from mahalo_ray.data.records import PreferencePair
+from mahalo_ray.losses import modpo_margin
+from mahalo_ray.objectives import Weights
+
+
+@dataclass(frozen=True)
+class MethodPlan:
+    """L = sum_i alpha_i * mean over the pairs of objective i of the DPO loss with beta_i under head_of_i.
+
+    `alpha`, `beta` [objectives] and `head_of` [objectives] (a number into `heads`) follow `objectives`, the
+    ones whose pairs are trained on.
+    """
+
+    objectives: tuple[str, ...]
+    heads: tuple[str, ...]
+    head_of: Tensor
+    alpha: Tensor
+    beta: Tensor
+
+
+def plan_method(policy: PolicyConfig, objectives: Sequence[str]) -> MethodPlan:
+    """The plan of `policy.method` where these are all objectives. The one head of DPO is named after its
+    objective, that of scalarised DPO and MODPO after the method."""
+    policy.check_objectives(objectives)
+    trained = policy.trained_objectives(objectives)
+    alpha = [1.0] * len(trained)
+    beta = [policy.beta_of(name) for name in trained]
+    heads: tuple[str, ...] = (policy.method,)
+    if policy.method == "mah_dpo":
+        heads, alpha = trained, [policy.alpha.get(name, 1.0) for name in trained]
+    elif policy.method == "dpo":
+        heads = trained
+    elif policy.method == "scalarised":
+        alpha = [Weights(policy.mixture)[name] for name in trained]
+    else:
+        beta = [beta[0] / Weights(policy.mixture)[trained[0]]]
+    head_of = torch.arange(len(trained)) if len(heads) > 1 else torch.zeros(len(trained), dtype=torch.int64)
+    return MethodPlan(trained, heads, head_of, torch.tensor(alpha), torch.tensor(beta))
+
+
+def method_margins(policy: PolicyConfig, pairs: Sequence[PreferencePair]) -> npt.NDArray[np.float64]:
+    """What the method adds to the pairs' own margins [N]: for MODPO (Zhou et al. 2024) the weighted
+    differences of the other objectives' rewards, in the units they are stored in, else 0.
+
+    Raises ValueError naming a pair without the rewards.
+    """
+    if policy.method != "modpo":
+        return np.zeros(len(pairs))
+    weights = {name: value for name, value in Weights(policy.mixture).items() if value > 0}
+    names = list(weights)
+    own = names.index(policy.objective or "")
+    chosen = [_rewards(pair, pair.chosen_scores, names, own) for pair in pairs]
+    rejected = [_rewards(pair, pair.rejected_scores, names, own) for pair in pairs]
+    scores = torch.tensor([chosen, rejected], dtype=torch.float64)
+    return modpo_margin(scores[0], scores[1], list(weights.values()), own).numpy()
+
+
+def _rewards(
+    pair: PreferencePair, scores: dict[str, float] | None, names: Sequence[str], own: int
+) -> list[float]:
+    """Rewards [H] of one completion; that of the pair's own objective is not needed."""
+    known = scores or {}
+    for number, name in enumerate(names):
+        if number != own and name not in known:
+            raise ValueError(
+                f"pair '{pair.id}' has no '{name}' reward of its completions ('chosen_scores', "
+                "'rejected_scores'), which MODPO's margin is made of: build the pairs from scored candidates"
+            )
+    return [known.get(name, float("nan")) for name in names]
