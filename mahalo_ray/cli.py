@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from mahalo_ray import __version__
-from mahalo_ray.config import RunConfig, load_config
+from mahalo_ray.config import ConfigError, RunConfig, load_config
 from mahalo_ray.data import storage
+from mahalo_ray.errors import StageError
 from mahalo_ray.objectives import Weights, unknown_name
 from mahalo_ray.pipeline.fingerprint import Manifest
 from mahalo_ray.pipeline.progress import RunProgress
@@ -56,7 +57,8 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def main() -> NoReturn:
-    """Entry point of the command. Exit codes: 0 done, 2 wrong input, 130 Ctrl-C, 143 SIGTERM, 1 a defect."""
+    """Entry point of the command. Exit codes: 0 done, 2 wrong input, 130 Ctrl-C, 143 SIGTERM, 1 a stage
+    that failed for good, or a defect."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     app()
     raise AssertionError("typer exits by itself")
@@ -142,25 +144,38 @@ def export_policy(source: str, output: str, weights: Weights, dtype: str | None)
 def run_stages(config: RunConfig, targets: tuple[str, ...] | None, config_name: str) -> None:
     """Bring stages up to date (None: all) and say what came of it."""
     from mahalo_ray.pipeline.evaluating import print_outcome
-    from mahalo_ray.pipeline.steps import PIPELINE
 
-    manifests = execute(PIPELINE, config, targets)
+    manifests = execute(pipeline_of(config, targets or ()), config, targets)
     if "report" in manifests:
         print_outcome(out, config, manifests)
         say(f"Serve it: mahalo serve {config_name}")
     else:
-        for name in targets or ():
+        for name in targets or manifests:
             say(f"{name}: {storage.join(config.output, name)}")
 
 
 def serve_run(config: RunConfig) -> None:
     """Make policy and reward model if they are not there yet, then serve them until Ctrl-C."""
     from mahalo_ray.pipeline.serve import serve_in_foreground
-    from mahalo_ray.pipeline.steps import PIPELINE
 
-    manifests = execute(PIPELINE, config, ("policy",))
+    manifests = execute(pipeline_of(config, ("policy", "reward")), config, ("policy",))
     with open_session(config):
         serve_in_foreground(config, manifests, out)
+
+
+def pipeline_of(config: RunConfig, targets: tuple[str, ...]) -> Pipeline:
+    """The stages of this kind of run; ConfigError for a target that a run on own pairs does not have."""
+    from mahalo_ray.pipeline import own_pairs, steps
+
+    if config.data is None:
+        return steps.PIPELINE
+    for name in targets:
+        if name not in own_pairs.PIPELINE.stages:
+            raise ConfigError(
+                f"a run on own pairs ('data') has no stage '{name}': it has "
+                f"{', '.join(own_pairs.PIPELINE.stages)}; `mahalo export` hands its policy to other engines"
+            )
+    return own_pairs.PIPELINE
 
 
 def execute(pipeline: Pipeline, config: RunConfig, targets: tuple[str, ...] | None) -> dict[str, Manifest]:
@@ -178,7 +193,8 @@ def open_session(config: RunConfig) -> AbstractContextManager[None]:
 def load(file: Path, overrides: list[str] | None) -> RunConfig:
     """The configuration, checked for what its domain can do."""
     config = load_config(file, overrides)
-    check_domain(config)
+    if config.data is None:
+        check_domain(config)
     return config
 
 
@@ -192,6 +208,11 @@ def guarded(work: Callable[[], None], debug: bool) -> None:
     except KeyboardInterrupt:
         err.print("Stopped.")
         _leave(130)
+    except StageError as error:
+        if debug:
+            traceback.print_exception(error)
+        err.print(f"[bold red]failed:[/] {escape(str(error))}")
+        raise SystemExit(1) from None
     except ValueError as error:
         if debug:
             traceback.print_exception(error)

@@ -100,7 +100,6 @@ class ModelConfig(Section):
     max_length: PositiveInt = 1024
     dtype: Literal["float32", "bfloat16"] = "float32"
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    trust_remote_code: bool = False
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -165,8 +164,15 @@ class RolloutConfig(Section):
     dialogues: PositiveInt = 240
     candidates: PositiveInt = 6
     continuations: NonNegativeInt = 0
+    gamma: Annotated[float, Field(gt=0, le=1, description="discount of the outcome per later turn")] = 1.0
     batch_size_per_actor: PositiveInt = 64
     sampling: SamplingConfig = SamplingConfig()
+
+    @model_validator(mode="after")
+    def _gamma_needs_continuations(self) -> Self:
+        if self.gamma != 1.0 and self.continuations == 0:
+            raise ValueError("'gamma' discounts the outcome of continuations, and 'continuations' is 0")
+        return self
 
 
 class RewardConfig(Section):
@@ -178,7 +184,6 @@ class RewardConfig(Section):
     head_hidden_size: NonNegativeInt = 128
     ranking_weight: Annotated[float, Field(ge=0)] = 1.0
     ranking_min_gap: Annotated[float, Field(ge=0)] = 0.02
-    gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
     held_out_fraction: Fraction = 0.1
     head_learning_rate: PositiveFloat | None = None
     training: TrainingConfig = TrainingConfig(learning_rate=5e-4, batch_size=32)
@@ -306,7 +311,7 @@ class PolicyConfig(Section):
 class SweepConfig(Section):
     """Decoding weight vectors tried by Ray Tune; each is played against the same fresh students."""
 
-    weights: list[dict[str, Annotated[float, Field(ge=0)]]]
+    weights: list[dict[str, Annotated[float, Field(ge=0)]]] = []
 
     def vectors(self) -> list[Weights]:
         """The weight vectors as points on the simplex."""
@@ -317,8 +322,8 @@ class GuidedConfig(Section):
     """PRM-guided decoding at fixed decoding weights (heads) and guidance weights (reward objectives)."""
 
     num_candidates: PositiveInt = 5
-    weights: dict[str, Annotated[float, Field(ge=0)]]
-    guidance: dict[str, Annotated[float, Field(ge=0)]]
+    weights: dict[str, Annotated[float, Field(ge=0)]] = {}
+    guidance: dict[str, Annotated[float, Field(ge=0)]] = {}
 
 
 class EvaluationConfig(Section):
@@ -360,6 +365,41 @@ class MiniatureConfig(Section):
     sft_dialogues: PositiveInt = 12000
 
 
+class PairsSource(Section):
+    """A file or folder of preference pairs (see `mahalo_ray.data.readers`), and which objective they are for:
+    `objective` for all rows, or `objective_field`, the field of each row that names it."""
+
+    path: str
+    format: Literal["auto", "trl", "mahalo"] = "auto"
+    objective: str | None = None
+    objective_field: str | None = None
+
+    @model_validator(mode="after")
+    def _one_way_to_the_objective(self) -> Self:
+        if (self.objective is None) == (self.objective_field is None):
+            raise ValueError(
+                "give exactly one of 'objective' (that of all rows) and 'objective_field' (the field of a "
+                "row that names it)"
+            )
+        return self
+
+
+class DataConfig(Section):
+    """Own preference pairs, in place of a domain's rollouts: the policy is trained on them from `model.base`.
+
+    Rows that cannot be used are written to quarantine.parquet; more than `max_bad_fraction` of them is an
+    error.
+    """
+
+    pairs: Annotated[list[PairsSource], Field(min_length=1)]
+    max_bad_fraction: Fraction = 0.01
+
+
+# What a run on own pairs has no use for: setting it is an error, never ignored.
+_ROLLOUT_SECTIONS = ("domain", "sft", "reward_rollouts", "reward", "pair_rollouts")
+_ROLLOUT_SECTIONS += ("sweep", "guided", "evaluation", "serve")
+
+
 class RunConfig(Section):
     """One run. `output` is a folder or any fsspec URL that every node can reach."""
 
@@ -367,6 +407,7 @@ class RunConfig(Section):
     output: str
     seed: NonNegativeInt = 17
     domain: MiniatureConfig = MiniatureConfig()
+    data: DataConfig | None = None
     objectives: Annotated[list[ObjectiveConfig], Field(min_length=1)]
     cluster: ClusterConfig = ClusterConfig()
     model: ModelConfig
@@ -376,8 +417,8 @@ class RunConfig(Section):
     pair_rollouts: RolloutConfig = RolloutConfig()
     pairs: PairsConfig = PairsConfig()
     policy: PolicyConfig = PolicyConfig()
-    sweep: SweepConfig
-    guided: GuidedConfig
+    sweep: SweepConfig = SweepConfig()
+    guided: GuidedConfig = GuidedConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     serve: ServeConfig = ServeConfig()
 
@@ -385,6 +426,32 @@ class RunConfig(Section):
     def objective_names(self) -> tuple[str, ...]:
         """Names in config order: the order of heads, scores and table columns."""
         return tuple(objective.name for objective in self.objectives)
+
+    @model_validator(mode="after")
+    def _rollouts_or_own_pairs(self) -> Self:
+        if self.data is None:
+            given = {"sweep.weights": self.sweep.weights, "guided.weights": self.guided.weights}
+            given["guided.guidance"] = self.guided.guidance
+            for key, value in given.items():
+                if not value:
+                    raise ValueError(f"'{key}' is missing: only a run on own pairs ('data') goes without it")
+            return self
+        if self.model.base is None:
+            raise ValueError("'data' needs 'model.base': a model made from scratch has nothing to align")
+        for name in _ROLLOUT_SECTIONS:
+            if getattr(self, name).model_dump() != type(self).model_fields[name].default.model_dump():
+                raise ValueError(f"'{name}' is set, but a run on own pairs ('data') makes no use of it")
+        unused = self.pairs.model_dump(exclude={"held_out_fraction"})
+        if unused != PairsConfig().model_dump(exclude={"held_out_fraction"}):
+            raise ValueError("of 'pairs', a run on own pairs ('data') uses 'held_out_fraction' alone")
+        for index, objective in enumerate(self.objectives):
+            if objective.supervision != "pairwise":
+                raise ValueError(f"'objectives.{index}.supervision': own pairs ('data') are 'pairwise'")
+        for index, source in enumerate(self.data.pairs):
+            if source.objective is not None and source.objective not in self.objective_names:
+                unknown = unknown_name("objective", source.objective, self.objective_names)
+                raise ValueError(f"'data.pairs.{index}.objective': {unknown}")
+        return self
 
     @model_validator(mode="after")
     def _objectives_agree(self) -> Self:

@@ -12,7 +12,7 @@ PACKAGE = Path(mahalo_ray.__file__).parent
 
 # From the ground up. What stands in one line may not use each other.
 ORDER = [
-    ["objectives", "logprobs"],
+    ["objectives", "logprobs", "errors"],
     ["config"],
     ["data"],
     ["domains"],
@@ -30,7 +30,7 @@ ORDER = [
 RANK = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 
 # Rooms that only compute: what they may not import.
-WITHOUT_RAY = {"objectives", "logprobs", "config", "data", "domains", "models", "losses", "decoding"}
+WITHOUT_RAY = {room for rooms in ORDER[:7] for room in rooms}  # up to and with decoding
 TORCH_ONLY = {"losses", "logprobs"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from collections.abc import Iterator
@@ -142,6 +143,20 @@ def test_labels_are_means_over_continuations_and_equal_turns_share_them() -> Non
         said = previous.candidates[previous.chosen].token_ids
         start = len(previous.prompt_ids)
         assert one.prompt_ids[start : start + len(said)] == said
+
+
+def test_values_are_discounted_by_the_turns_that_follow() -> None:
+    def values(gamma: float) -> list[tuple[CandidateSet, list[float]]]:
+        batch, _ = opened(range(3))
+        sets = Collector(batch, num_candidates=2, continuations=1, gamma=gamma).run()
+        return [(one, [(c.labels or {})["accuracy"] for c in one.candidates]) for one in sets]
+
+    limits = {f"d{seed}": Episode.from_seed(seed).problem.turn_limit for seed in range(3)}
+    for (one, plain), (_, discounted) in zip(values(1.0), values(0.5), strict=True):
+        for full, value in zip(plain, discounted, strict=True):
+            following = round(math.log2(full / value))
+            assert value == pytest.approx(full * 0.5**following)
+            assert 0 <= following <= limits[one.dialogue] - one.turn - 1
 
 
 def test_scores_over_the_kept_cache_equal_scores_of_the_whole_text() -> None:

@@ -13,8 +13,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from mahalo_ray.config import ModelConfig, ObjectiveConfig
 from mahalo_ray.data import storage
-from mahalo_ray.data.records import Message, PreferencePair, StepTrace
-from mahalo_ray.training.sft import EXAMPLE_SCHEMA
+from mahalo_ray.data.records import EXAMPLE_SCHEMA, Message, PreferencePair, StepTrace
 
 OBJECTIVES = ("accuracy", "engagement")
 MODEL = ModelConfig(base="unused", max_length=64)

@@ -21,6 +21,9 @@ _CANDIDATE = pa.struct(
     [("content", pa.string()), ("token_ids", _IDS), ("labels", _SCORES), ("scores", _SCORES)]
 )
 
+# SFT examples: token ids as they will be read, and which of them to learn.
+EXAMPLE_SCHEMA = pa.schema([("id", pa.string()), ("input_ids", _IDS), ("loss_mask", pa.list_(pa.bool_()))])
+
 
 class Message(BaseModel):
     """One chat message."""

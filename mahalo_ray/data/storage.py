@@ -19,8 +19,14 @@ from fsspec.implementations.local import LocalFileSystem
 
 
 def filesystem(url: str | Path) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The filesystem behind a path or URL, and the path within it."""
-    return fsspec.core.url_to_fs(str(url))
+    """The filesystem behind a path or URL, and the path within it.
+
+    Raises ValueError for a protocol that nothing installed can read, with what to install.
+    """
+    try:
+        return fsspec.core.url_to_fs(str(url))
+    except ImportError as error:
+        raise ValueError(f"'{url}' cannot be opened: {error}") from error
 
 
 def absolute(url: str) -> str:

@@ -1,4 +1,4 @@
-"""Methods played against fresh students: one policy, its decoding weights, and perhaps guidance. No Ray here."""
+"""Methods played against fresh students: a policy, its decoding weights, perhaps guidance. No Ray here."""
 
 from __future__ import annotations
 

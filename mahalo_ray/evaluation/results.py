@@ -39,7 +39,7 @@ class MethodResult(BaseModel):
         None  # nats per token to the SFT model on own samples; None = not measured
     )
     malformed_rate: Annotated[float, Field(ge=0, le=1)]  # share of the method's turns
-    tokens: Annotated[int, Field(ge=0)]  # sampled by the method, candidates included
+    tokens: Annotated[int, Field(ge=0)]  # through the policy: prompts, replies and all candidates
     sweep: bool | None = None  # whether it is a point of the sweep; None: it is when its kind is "weights"
 
     @model_validator(mode="after")

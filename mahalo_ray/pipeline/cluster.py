@@ -47,13 +47,13 @@ def ray_session(cluster: ClusterConfig, serve_cpus: float = 0) -> Iterator[None]
     if ray.is_initialized():
         raise ConfigError("Ray is already running in this process: call ray.shutdown() first")
     address = cluster.address or os.environ.get("RAY_ADDRESS")
-    opened = _connected(address) if address else _private(cluster, serve_cpus)
+    opened = _connected(address, cluster, serve_cpus) if address else _private(cluster, serve_cpus)
     with opened, _sigterm_raises():
         yield
 
 
 @contextlib.contextmanager
-def _connected(address: str) -> Iterator[None]:
+def _connected(address: str, cluster: ClusterConfig, serve_cpus: float) -> Iterator[None]:
     missing = {key: value for key, value in WORKER_ENV.items() if key not in os.environ}
     with _environment(missing):
         try:
@@ -66,6 +66,7 @@ def _connected(address: str) -> Iterator[None]:
         except ConnectionError as error:
             raise ConfigError(f"no Ray cluster answers at '{address}': {error}") from error
         try:
+            _check_size(cluster, serve_cpus)
             yield
         finally:
             ray.shutdown()
@@ -89,7 +90,7 @@ def _private(cluster: ClusterConfig, serve_cpus: float) -> Iterator[None]:
                 logging_level=logging.ERROR,
                 _temp_dir=folder,
             )
-            _check_gpus(cluster)
+            _check_size(cluster, serve_cpus)
             yield
         finally:
             _shut_down(before)
@@ -103,12 +104,21 @@ def cpus_needed(cluster: ClusterConfig, serve_cpus: float = 0) -> int:
     return math.ceil(max(training, rollouts, serve_cpus)) + 1
 
 
-def _check_gpus(cluster: ClusterConfig) -> None:
-    found = int(ray.cluster_resources().get("GPU", 0))
-    if cluster.use_gpu and found < cluster.train_workers:
+def _check_size(cluster: ClusterConfig, serve_cpus: float) -> None:
+    """What a stage asks for must exist: Ray would wait for it without a word."""
+    found = ray.cluster_resources()
+    cpus, gpus = int(found.get("CPU", 0)), int(found.get("GPU", 0))
+    if cpus < cpus_needed(cluster, serve_cpus):
         raise ConfigError(
-            f"'cluster.use_gpu' is set with {cluster.train_workers} training workers, but this machine has "
-            f"{found} GPU(s): lower 'cluster.train_workers', or set 'cluster.use_gpu=false'"
+            f"the Ray cluster has {cpus} CPU(s) and the run needs {cpus_needed(cluster, serve_cpus)}: lower "
+            "'cluster.train_workers', 'cluster.rollout_actors' or their CPUs, or add nodes"
+        )
+    needed = max(cluster.train_workers, cluster.rollout_actors) if cluster.use_gpu else 0
+    if gpus < needed:
+        raise ConfigError(
+            f"'cluster.use_gpu' is set and the run needs {needed} GPU(s) for its training workers or rollout "
+            f"actors, but there are {gpus}: lower 'cluster.train_workers' and 'cluster.rollout_actors', or set "
+            "'cluster.use_gpu=false'"
         )
 
 

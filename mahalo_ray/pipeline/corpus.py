@@ -11,10 +11,9 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config
 
 from mahalo_ray.config import RunConfig, ScratchModelConfig
 from mahalo_ray.data import storage
-from mahalo_ray.data.records import Dialogue
+from mahalo_ray.data.records import EXAMPLE_SCHEMA, Dialogue
 from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.domains.tutoring.corpus import (
-    EXAMPLE_SCHEMA,
     encode_example,
     scripted_dialogues,
     train_tokenizer,

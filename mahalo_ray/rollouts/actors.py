@@ -82,7 +82,7 @@ class RolloutWorker:
         ids = [f"{spec.purpose}-{seed}" for seed in chunk.seeds]
         opened = batch.open([Episode.from_seed(seed) for seed in chunk.seeds], ids, spec.purpose)
         scorer = CachedScorer(self.reward, opened) if self.reward else None
-        sets = Collector(batch, settings.candidates, settings.continuations, scorer).run()
+        sets = Collector(batch, settings.candidates, settings.continuations, settings.gamma, scorer).run()
         CandidateSet.save(sets, chunk.shard(spec.output_url, CANDIDATES))
         dialogues = [conversation.dialogue(f"{spec.purpose}/policy") for conversation in opened]
         Dialogue.save(dialogues, chunk.shard(spec.output_url, DIALOGUES))

@@ -34,14 +34,16 @@ class Collector:
     """Plays a batch and keeps every candidate turn.
 
     `continuations` M > 0 labels each distinct candidate by M independent continuations to the end: accuracy
-    is the mean checked outcome (`rollout_value`), engagement the mean judged rating of the dialogue right
-    after the candidate (`judged_prefix`).
+    is the mean checked outcome, discounted by `gamma` per tutor turn that follows the candidate
+    (`rollout_value`), engagement the mean judged rating of the dialogue right after the candidate
+    (`judged_prefix`).
     A uniformly drawn candidate goes on, so that later turns are met as the policy meets them.
     """
 
     batch: DialogueBatch
     num_candidates: int
     continuations: int = 0
+    gamma: float = 1.0
     scorer: CandidateScorer | None = None
 
     def run(self) -> list[CandidateSet]:
@@ -99,13 +101,17 @@ class Collector:
         return [
             [
                 {
-                    "accuracy": _mean([c.episode.outcome()["accuracy"] for c in copies]),
+                    "accuracy": _mean([self._value(c, conversation) for c in copies]),
                     "engagement": rating,
                 }
                 for copies, rating in zip(own, own_ratings, strict=True)
             ]
-            for own, own_ratings in zip(branches, ratings, strict=True)
+            for conversation, own, own_ratings in zip(waiting, branches, ratings, strict=True)
         ]
+
+    def _value(self, continued: Conversation, origin: Conversation) -> float:
+        later_turns = continued.tutor_turns - origin.tutor_turns - 1
+        return continued.episode.outcome()["accuracy"] * self.gamma**later_turns
 
 
 def _distinct(turns: Sequence[list[int]]) -> list[list[int]]:

@@ -13,12 +13,13 @@ from ray.exceptions import RayActorError
 
 from mahalo_ray.config import ClusterConfig
 from mahalo_ray.data import storage
+from mahalo_ray.errors import StageError
 from mahalo_ray.rollouts.actors import DIALOGUES, Chunk, ChunkSummary, RolloutActor, RolloutSpec
 
 IN_FLIGHT_PER_ACTOR = 2  # one playing, one waiting: enough to keep an actor busy
 
 
-class RolloutError(RuntimeError):
+class RolloutError(StageError):
     """A rollout stage could not finish; finished chunks are kept and are skipped next time."""
 
 

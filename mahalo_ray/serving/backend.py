@@ -12,7 +12,7 @@ from mahalo_ray.decoding.candidates import StopReason
 from mahalo_ray.decoding.guided import GuidedDecoder
 from mahalo_ray.decoding.loading import Placement, load_policy
 from mahalo_ray.decoding.policy import MultiHeadPolicy
-from mahalo_ray.decoding.requests import GuidedRequest, StepCandidate
+from mahalo_ray.decoding.requests import GuidedRequest, Standardisation, StepCandidate
 from mahalo_ray.decoding.session import Running
 from mahalo_ray.models.reward import ProcessRewardModel
 from mahalo_ray.serving.responses import Reply, ScoredCandidate, Step
@@ -99,6 +99,9 @@ class GuidedBackend:
         self.objectives = policy.model.objectives if isinstance(policy, MultiHeadPolicy) else ()
         self.guidance_objectives = () if self._reward_model is None else self._reward_model.objectives
         self._whole_turns = isinstance(decoder.boundary, TurnBoundary)
+        # As in evaluation, where the reward model knows the usual spread of its scores.
+        calibrated = self._reward_model is not None and self._reward_model.calibration
+        self._standardisation: Standardisation = "calibrated" if calibrated else "within_candidates"
         self.reset()
 
     @classmethod
@@ -155,6 +158,7 @@ class GuidedBackend:
             stop=job.stop,
             strategy=job.strategy,
             score_temperature=job.score_temperature,
+            standardisation=self._standardisation,
             # Where a step is a whole turn, no shorter limit may cut it in two.
             max_step_tokens=job.max_new_tokens if self._whole_turns else GuidedRequest.max_step_tokens,
         )

@@ -199,11 +199,16 @@ class ChatService:
         if strategy == "none":
             return None
         known = self.backend.guidance_objectives
-        return weights_of(request.guidance, known, self._default_guidance(weights), "guidance")
+        # Who asks for other objectives wants to be guided by them too, unless told otherwise.
+        default = self._shared(weights) if request.objectives is not None else self._default_guidance(weights)
+        return weights_of(request.guidance, known, default, "guidance")
 
     def _default_guidance(self, weights: Weights | None) -> Weights:
-        if self.settings.defaults.guidance is not None:
-            return self.settings.defaults.guidance
+        configured = self.settings.defaults.guidance
+        return self._shared(weights) if configured is None else configured
+
+    def _shared(self, weights: Weights | None) -> Weights:
+        """The decoding weights over the reward model's objectives; balanced if it has none of them."""
         known = self.backend.guidance_objectives
         shared = {name: value for name, value in (weights or {}).items() if name in known and value > 0}
         return Weights(shared) if shared else Weights.balanced(known)

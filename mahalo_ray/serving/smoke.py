@@ -9,12 +9,13 @@ from typing import Any, cast
 from openai import OpenAI, OpenAIError
 from openai.types.chat import ChatCompletionChunk, ChatCompletionMessageParam
 
+from mahalo_ray.errors import StageError
 from mahalo_ray.objectives import Weights
 
 SEED = 7
 
 
-class SmokeError(RuntimeError):
+class SmokeError(StageError):
     """The endpoint answered, but not as it should, or did not answer."""
 
 

@@ -19,13 +19,14 @@ from mahalo_ray.config import ClusterConfig, EvaluationConfig
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import Dialogue
 from mahalo_ray.decoding.loading import Placement
+from mahalo_ray.errors import StageError
 from mahalo_ray.evaluation.methods import Method, MethodPlayer, Played
 from mahalo_ray.evaluation.results import MethodResult
 
 PlayedCallback = Callable[[int, int, str], None]
 
 
-class SweepError(RuntimeError):
+class SweepError(StageError):
     """Some methods could not be played; finished ones are kept and are skipped next time."""
 
 

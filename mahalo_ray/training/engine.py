@@ -104,13 +104,15 @@ def to_device(tensors: Tensors, device: torch.device) -> Tensors:
 
 
 def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers on the CPU of rank 0 (empty elsewhere), gathered one at a time.
+    """All parameters and saved buffers on the CPU of rank 0 (empty elsewhere), gathered one at a time.
 
     Every worker must call it.
     """
     keep = dist.get_rank() == 0
     state: dict[str, Tensor] = {}
-    tensors: Mapping[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    saved = model.state_dict().keys()  # without buffers that are made anew at loading
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
+    tensors: Mapping[str, Tensor] = {**dict(model.named_parameters()), **buffers}
     for name, tensor in tensors.items():
         with gathered([tensor] if isinstance(tensor, nn.Parameter) and is_sharded(tensor) else []):
             if keep:

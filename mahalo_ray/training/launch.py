@@ -30,6 +30,7 @@ from mahalo_ray.config import (
     TrainingConfig,
 )
 from mahalo_ray.data import storage
+from mahalo_ray.errors import StageError
 from mahalo_ray.training.progress import FINAL_ERRORS, ProgressFile, ProgressFunction, ProgressReader
 
 if TYPE_CHECKING:
@@ -206,7 +207,7 @@ def run_stage(
 ) -> TrainingResult:
     """Run a stage with Ray Train; checkpoints are deleted once the finished model is stored.
 
-    Raises ValueError (what the user can mend, among it a loss that is not finite) or RuntimeError (workers
+    Raises ValueError (what the user can mend, among it a loss that is not finite) or StageError (workers
     failed more often than cluster.max_failures). KeyboardInterrupt passes through; the actors end with the
     Ray job.
     """
@@ -290,11 +291,11 @@ def fit(trainer: ray.train.torch.TorchTrainer, reader: ProgressReader) -> ray.tr
         thread.join(0.2)
         reader.poll()
     if not outcome.done():
-        raise RuntimeError("Ray Train could not be started; the traceback above says why")
+        raise StageError("Ray Train could not be started; the traceback above says why")
     error = outcome.exception()
     if error is None:
         return outcome.result()
     cause = getattr(error, "controller_failure", error)
     if isinstance(cause, FINAL_ERRORS):
         raise cause from None
-    raise RuntimeError(f"training failed for good: {cause}") from error
+    raise StageError(f"training failed for good: {cause}") from error

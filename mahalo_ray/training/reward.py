@@ -65,9 +65,7 @@ class RewardRecipe:
         self._names = [objective.name for objective in objectives]
         self._training, self._separator = reward.training, step_separator
         self._url, self._folder = model_url, model_folder(model_url)
-        self._tokenizer = AutoTokenizer.from_pretrained(
-            self._folder, trust_remote_code=model.trust_remote_code
-        )
+        self._tokenizer = AutoTokenizer.from_pretrained(self._folder)
         self._data = self._read(traces_url, pairs_url)
         self.units = self._data.units
         aside = held_out(self._data.keys, reward.held_out_fraction, seed)

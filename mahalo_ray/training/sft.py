@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from mahalo_ray.config import ModelConfig, TrainingConfig
 from mahalo_ray.data import storage
+from mahalo_ray.data.records import EXAMPLE_SCHEMA
 from mahalo_ray.logprobs import IGNORE_INDEX
 from mahalo_ray.losses import sft_loss, shift_labels
 from mahalo_ray.models import ChunkedCausalLM
@@ -25,9 +25,6 @@ from mahalo_ray.training.deepspeed_config import parameter_group
 from mahalo_ray.training.recipe import Inference, Output, Probe, Tensors, pad
 from mahalo_ray.training.sources import model_folder
 
-EXAMPLE_SCHEMA = pa.schema(
-    [("id", pa.string()), ("input_ids", pa.list_(pa.int32())), ("loss_mask", pa.list_(pa.bool_()))]
-)
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -55,9 +52,7 @@ class SftRecipe:
 
     def build_model(self) -> nn.Module:
         folder = model_folder(self._model_url)
-        self._tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=self._model.trust_remote_code
-        )
+        self._tokenizer = AutoTokenizer.from_pretrained(folder)
         dtype, attention = getattr(torch, self._model.dtype), self._model.attn_implementation
         if any((folder / name).exists() for name in _WEIGHT_FILES):
             return ChunkedCausalLM(load_causal_lm(folder, dtype, attention))
