@@ -117,8 +117,8 @@ def _check_size(cluster: ClusterConfig, serve_cpus: float) -> None:
     if gpus < needed:
         raise ConfigError(
             f"'cluster.use_gpu' is set and the run needs {needed} GPU(s) for its training workers or rollout "
-            f"actors, but there are {gpus}: lower 'cluster.train_workers' and 'cluster.rollout_actors', or set "
-            "'cluster.use_gpu=false'"
+            f"actors, but there are {gpus}: lower 'cluster.train_workers' and 'cluster.rollout_actors', or "
+            "set 'cluster.use_gpu=false'"
         )
 
 
