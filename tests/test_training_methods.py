@@ -14,12 +14,13 @@ import torch.distributed as dist
 import training_world as world
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mahalo_ray.config import PolicyConfig, TrainingConfig
+from mahalo_ray.config import PolicyConfig, TrainingConfig, load_config
 from mahalo_ray.data.records import PreferencePair
 from mahalo_ray.losses import modpo_loss
 from mahalo_ray.models import MultiHeadCausalLM
 from mahalo_ray.models.soup import average_models
 from mahalo_ray.objectives import Weights
+from mahalo_ray.pipeline.evaluating import check_heads
 from mahalo_ray.training.policy import PolicyRecipe
 
 TRAINING = TrainingConfig(batch_size=8, micro_batch_size_per_device=8, epochs=4, zero_stage=2)
@@ -166,6 +167,14 @@ def test_every_method_trains_and_saves_its_heads(base: str, tmp_path: Path, meth
     recipe._figures = {}
     recipe.save(model, model.state_dict(), tmp_path / "model")
     assert MultiHeadCausalLM.from_pretrained(tmp_path / "model").objectives == HEADS[method]
+
+
+def test_a_policy_with_one_head_is_not_swept() -> None:
+    example = Path(__file__).parent.parent / "examples" / "quickstart.yaml"
+    check_heads(load_config(example))
+    config = load_config(example, ["policy.method=dpo", "policy.objective=accuracy"])
+    with pytest.raises(ValueError, match=r"'policy\.method' is 'dpo': that policy has one head"):
+        check_heads(config)
 
 
 def single(base: str, folder: Path, objective: str, seed: int) -> Path:

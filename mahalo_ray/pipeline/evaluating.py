@@ -57,6 +57,17 @@ def _same(left: tuple[float, ...], right: tuple[float, ...]) -> bool:
     return all(math.isclose(a, b, abs_tol=1e-6) for a, b in zip(left, right, strict=True))
 
 
+def check_heads(config: RunConfig) -> None:
+    """ValueError unless the policy has a head per objective, whose decoding weights can be varied."""
+    method = config.policy.method
+    if method != "mah_dpo":
+        raise ValueError(
+            f"'policy.method' is '{method}': that policy has one head, so there are no decoding weights to "
+            "sweep and compare. It is trained and can be exported ('mahalo policy', 'mahalo export'); the "
+            "stages after it need 'policy.method: mah_dpo'"
+        )
+
+
 def sweep(context: Context) -> StageResult:
     """Ray Tune over the decoding weights, every point against the same fresh students."""
     return _play(context, sweep_methods(context.config))
@@ -69,6 +80,7 @@ def evaluate(context: Context) -> StageResult:
 
 def _play(context: Context, methods: list[Method]) -> StageResult:
     config = context.config
+    check_heads(config)
     first = first_seed(config.seed, "evaluation")
     spec = SweepSpec(
         methods=tuple(methods),

@@ -206,6 +206,7 @@ PIPELINE = Pipeline(
             pairs,
             sections("pairs.min_gap_std", "pairs.max_pairs_per_objective", "objective_names"),
             needs=("pair_rollouts",),
+            version=2,
             uses_ray=False,
         ),
         Stage(
