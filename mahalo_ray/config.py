@@ -396,8 +396,10 @@ class DataConfig(Section):
 
 
 # What a run on own pairs has no use for: setting it is an error, never ignored.
-_ROLLOUT_SECTIONS = ("domain", "sft", "reward_rollouts", "reward", "pair_rollouts")
-_ROLLOUT_SECTIONS += ("sweep", "guided", "evaluation", "serve")
+_ROLLOUT_SECTIONS = (
+    *("domain", "sft", "reward_rollouts", "reward", "pair_rollouts"),
+    *("sweep", "guided", "evaluation", "serve"),
+)
 
 
 class RunConfig(Section):

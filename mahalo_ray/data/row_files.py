@@ -1,0 +1,77 @@
+"""Rows of the files people have: JSON, JSON Lines and Parquet, one file or a folder of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mahalo_ray.data import storage
+from mahalo_ray.data.quarantine import BadRow
+
+SUFFIXES = (".jsonl", ".json", ".parquet")
+Row = dict[str, Any]
+
+
+def data_files(path: str) -> list[str]:
+    """The file itself, or the JSON, JSON Lines and Parquet files directly in a folder, by name.
+
+    ValueError when there is nothing to read.
+    """
+    if not storage.exists(path):
+        raise ValueError(f"there is no file or folder '{path}'")
+    fs, inner = storage.filesystem(path)
+    if not fs.isdir(inner):
+        if not path.endswith(SUFFIXES):
+            raise ValueError(f"'{path}' cannot be read: its name must end with {', '.join(SUFFIXES)}")
+        return [path]
+    files = [file for file in storage.list_files(path) if file.endswith(SUFFIXES)]
+    if not files:
+        raise ValueError(f"the folder '{path}' holds no files that end with {', '.join(SUFFIXES)}")
+    return files
+
+
+def read_rows(file: str) -> Iterator[tuple[int, Row | BadRow]]:
+    """(line from 1, row) of one file; what is not a JSON object comes as a BadRow.
+
+    ValueError when the file as a whole cannot be read.
+    """
+    data = storage.read_bytes(file)
+    if file.endswith(".parquet"):
+        yield from _parquet_rows(file, data)
+    elif file.endswith(".json") and data.lstrip()[:1] == b"[":
+        yield from _array_rows(file, data)
+    else:
+        yield from _lines(file, data)
+
+
+def _parquet_rows(file: str, data: bytes) -> Iterator[tuple[int, Row]]:
+    try:
+        table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"'{file}' is not a Parquet file: {error}") from error
+    yield from enumerate(table.to_pylist(), start=1)
+
+
+def _array_rows(file: str, data: bytes) -> Iterator[tuple[int, Row | BadRow]]:
+    try:
+        rows = json.loads(data)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"'{file}' is not valid JSON: {error}") from error
+    for line, row in enumerate(rows, start=1):
+        yield line, row if isinstance(row, dict) else BadRow.of(file, line, "not a JSON object", row)
+
+
+def _lines(file: str, data: bytes) -> Iterator[tuple[int, Row | BadRow]]:
+    for line, raw in enumerate(data.split(b"\n"), start=1):
+        if not raw.strip():
+            continue
+        try:
+            row = json.loads(raw)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            yield line, BadRow.of(file, line, f"not valid JSON: {error}", raw.decode(errors="replace"))
+            continue
+        yield line, row if isinstance(row, dict) else BadRow.of(file, line, "not a JSON object", row)

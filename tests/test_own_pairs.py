@@ -1,0 +1,132 @@
+"""Runs on own preference pairs: what the config allows, what reruns, and a whole run with LoRA."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import training_world as world
+import yaml
+from typer.testing import CliRunner
+
+from mahalo_ray.cli import app
+from mahalo_ray.config import ConfigError, RunConfig, dump_config, load_config
+from mahalo_ray.models import MultiHeadCausalLM
+from mahalo_ray.pipeline.own_pairs import PIPELINE
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "real_pairs.yaml"
+
+
+def document(folder: Path, rows: int = 12) -> Path:
+    """A run on two made files and the tiny model; one row of one file has no rejected answer."""
+    pairs = world.make_pairs((rows, rows))
+    for name in world.OBJECTIVES:
+        own = [p for p in pairs if p.objective == name]
+        lines = [
+            {"prompt": p.prompt[0].content, "chosen": p.chosen, "rejected": p.rejected, "topic": name}
+            for p in own
+        ]
+        lines += [{"prompt": "a", "chosen": "b", "topic": name}] if name == "engagement" else []
+        (folder / f"{name}.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    (folder / "run.yaml").write_text(f"""
+name: own
+output: {folder}/out
+objectives: [{{name: accuracy, supervision: pairwise}}, {{name: engagement, supervision: pairwise}}]
+data:
+  max_bad_fraction: 0.1
+  pairs:
+    - {{path: {folder}/accuracy.jsonl, objective: accuracy}}
+    - {{path: {folder}/engagement.jsonl, objective_field: topic}}
+model: {{base: {world.make_base(folder / "base")}, max_length: 64}}
+cluster: {{train_workers: 1}}
+pairs: {{held_out_fraction: 0.2}}
+policy: {{lora: {{rank: 2}}, training: {{max_steps: 2, batch_size: 4, zero_stage: 0}}}}
+""")
+    return folder / "run.yaml"
+
+
+def load(file: Path, *overrides: str) -> RunConfig:
+    return load_config(file, list(overrides))
+
+
+def test_the_example_is_valid_and_writes_itself() -> None:
+    config = load_config(EXAMPLE)
+    assert config.data is not None and config.policy.lora is not None
+    assert RunConfig.model_validate(yaml.safe_load(dump_config(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data=null", "'sweep.weights' is missing"),
+        ("reward.head_hidden_size=3", "'reward' is set, but a run on own pairs"),
+        ("sweep.weights=[{accuracy: 1}]", "'sweep' is set"),
+        ("pairs.min_gap_std=0.5", "'held_out_fraction' alone"),
+        ("objectives.0.supervision=judged_prefix", "own pairs \\('data'\\) are 'pairwise'"),
+        ("data.pairs.0.objective=acuracy", "Did you mean 'accuracy'"),
+        ("data.pairs.0.objective_field=x", "exactly one of 'objective'"),
+        ("model={scratch: {}}", "needs 'model.base'"),
+        ("data.pairs=[]", "at least 1 item"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(EXAMPLE, [override])
+
+
+def test_other_stages_are_refused() -> None:
+    for verb in ("sweep", "serve", "evaluate"):
+        result = CliRunner().invoke(app, [verb, str(EXAMPLE)])
+        assert result.exit_code == 2 and "a run on own pairs ('data') has no stage" in result.output
+
+
+def test_changed_files_rerun_the_stages(tmp_path: Path) -> None:
+    config = load(document(tmp_path))
+    before = PIPELINE.fingerprints(config)
+    assert PIPELINE.fingerprints(config) == before
+    (tmp_path / "accuracy.jsonl").write_text((tmp_path / "accuracy.jsonl").read_text() + "\n")
+    changed = PIPELINE.fingerprints(config)
+    assert all(before[name] != changed[name] for name in ("pairs", "policy"))
+    other = PIPELINE.fingerprints(load(tmp_path / "run.yaml", "policy.beta=0.5"))
+    assert other["pairs"] == changed["pairs"] and other["policy"] != changed["policy"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.max_bad_fraction=0", "1 of 25 rows cannot be used"),
+        ("data.pairs.1.path=nowhere.jsonl", "there is no file or folder 'nowhere.jsonl'"),
+        ("data.pairs.1.objective_field=nothing", "'nothing' is missing"),
+    ],
+)
+def test_bad_data_is_said_before_training(override: str, message: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["pairs", str(document(tmp_path)), "--set", override])
+    assert result.exit_code == 2 and message in result.output
+    assert "Traceback" not in result.output
+
+
+def test_an_objective_without_pairs_is_said(tmp_path: Path) -> None:
+    file = document(tmp_path)
+    lines = (tmp_path / "engagement.jsonl").read_text().replace('"topic": "engagement"', '"topic": "other"')
+    (tmp_path / "engagement.jsonl").write_text(lines)
+    result = CliRunner().invoke(app, ["pairs", str(file)])
+    assert result.exit_code == 2 and "no pairs of objective 'engagement'" in result.output
+    assert "left out: other" in result.output
+
+
+@pytest.mark.slow
+def test_a_whole_run_trains_exports_and_skips_what_is_done(tmp_path: Path) -> None:
+    file = str(document(tmp_path))
+    result = CliRunner().invoke(app, ["policy", file])
+    assert result.exit_code == 0, result.output
+    out = tmp_path / "out"
+    assert pq.read_table(out / "pairs" / "quarantine.parquet")["line"].to_pylist() == [13]
+    manifest = json.loads((out / "policy" / "manifest.json").read_text())
+    assert manifest["metrics"]["step"] == 2 and manifest["metrics"]["held_out/pairs"] > 0
+    assert MultiHeadCausalLM.from_pretrained(out / "policy" / "model").has_lora
+    result = CliRunner().invoke(app, ["export", str(out), str(tmp_path / "x"), "--weights", "accuracy=1"])
+    assert result.exit_code == 0, result.output
+    again = CliRunner().invoke(app, ["run", file])
+    assert again.exit_code == 0 and again.output.count("done before, skipped") == 2
