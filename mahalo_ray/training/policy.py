@@ -28,7 +28,7 @@ from mahalo_ray.training.batches import Indices, held_out, plan_balanced_batches
 from mahalo_ray.training.deepspeed_config import parameter_group
 from mahalo_ray.training.engine import training_device
 from mahalo_ray.training.methods import method_margins, plan_method
-from mahalo_ray.training.pairs import encode_pairs, pair_logps, prompt_key
+from mahalo_ray.training.pairs import encode_pairs, pair_logps, split_key
 from mahalo_ray.training.policy_metrics import GradientConflict, HeldOutKl, PolicyProbe
 from mahalo_ray.training.recipe import Inference, Output, Probe, Tensors
 from mahalo_ray.training.reference import reference_logps
@@ -59,9 +59,7 @@ class PolicyRecipe:
         self._objectives, self._policy, self._model, self._seed = self._plan.objectives, policy, model, seed
         self._training = policy.training
         self._url, self._folder = model_url, model_folder(model_url)
-        self._tokenizer = AutoTokenizer.from_pretrained(
-            self._folder, trust_remote_code=model.trust_remote_code
-        )
+        self._tokenizer = AutoTokenizer.from_pretrained(self._folder)
         # Pairs of an objective that does not exist are kept: they are an error, and named, below.
         unused = set(objectives) - set(self._objectives)
         records = [pair for pair in PreferencePair.load(pairs_url) if pair.objective not in unused]
@@ -72,7 +70,7 @@ class PolicyRecipe:
         per_token = self._pairs.completion_tokens() if policy.average_log_probs else 1
         self._reference = torch.from_numpy(sums / per_token).float()
         self.units = self._pairs.units
-        aside = held_out([prompt_key(record) for record in records], held_out_fraction, seed)
+        aside = held_out([split_key(record) for record in records], held_out_fraction, seed)
         self._held_out, self._trained = np.flatnonzero(aside), ~aside
         self.batches = plan_balanced_batches(
             [self._rows_of(number, self._trained) for number in range(len(self._objectives))],
