@@ -160,5 +160,15 @@ def test_figures_under_deepspeed(base: str, tmp_path: Path, stage: int) -> None:
                 expected = textbook_kl(engine.module.model, base, recipe)
             assert {name: losses[-1][name] for name in expected} == pytest.approx(expected, rel=1e-3)
             assert -1 <= losses[-1]["gradient_cosine/accuracy/engagement"] <= 1
+        if measured:
+            engine.save_checkpoint(str(tmp_path / "checkpoint"), "now")
+            expected = figures
     assert [entry["loss"] for entry in runs[0]] == [entry["loss"] for entry in runs[1]]
-    assert all(entry["accuracy/kl"] > 0 for entry in runs[0])
+    # A resumed run measures against the reference, not against where it went on.
+    resumed: Any = make_recipe(base, tmp_path, stage)
+    engine = build_engine(resumed, resumed._training, torch.float32, 5, 1)
+    ask = lambda function, tensors: infer(engine, function, tensors)  # noqa: E731
+    resumed.probe.prepare(ask)
+    engine.load_checkpoint(str(tmp_path / "checkpoint"), "now")
+    assert resumed.probe.figures(ask, engine.module.model) == pytest.approx(expected, rel=1e-5)
+    assert expected["accuracy/kl"] > 0

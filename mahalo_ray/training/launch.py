@@ -130,8 +130,8 @@ def train_policy(
     run_dir: str,
     progress: ProgressFunction | None = None,
 ) -> TrainingResult:
-    """MAH-DPO on a folder of PreferencePair records, one head per objective; a MultiHeadCausalLM folder
-    results.
+    """The method `policy.method` (MAH-DPO: one head per objective) on a folder of PreferencePair records; a
+    MultiHeadCausalLM folder results.
 
     `model_url` is both start and reference; its log-probs are stored in `pairs_url`/reference.
     `held_out_fraction` of the prompts is kept for the final figures.
