@@ -1,0 +1,327 @@
+"""Guided decoding three ways, and unguided: the same models, prompt, random draws and, so, the same answer.
+
+Every way samples with mahalo_ray's own draws, which depend on (seed, candidate, position) only; what differs
+is which state is kept and what is computed again.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from shapes import ASSISTANT, Shape, words
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from mahalo_ray.decoding.boundaries import TurnBoundary
+from mahalo_ray.decoding.guidance import within_candidates
+from mahalo_ray.decoding.guided import GuidedDecoder
+from mahalo_ray.decoding.policy import CausalPolicy
+from mahalo_ray.decoding.requests import GuidedRequest
+from mahalo_ray.decoding.sampling import SamplingBatch, SamplingParams, draw, draw_keys, uniforms
+from mahalo_ray.decoding.session import GuidedSession
+from mahalo_ray.models import ProcessRewardModel, TokenTrace
+from mahalo_ray.models.reward_heads import OutputKind
+
+_POLICY_SEED, _REWARD_SEED, _PROMPT_SEED = 1, 2, 3
+_OBJECTIVES: dict[str, OutputKind] = {"accuracy": "value", "engagement": "probability"}
+
+
+class EndlessPolicy(CausalPolicy):
+    """A policy that never ends its turn: every step then has the length asked for."""
+
+    def __init__(self, model: PreTrainedModel, end_id: int) -> None:
+        super().__init__(model)
+        self._end_id = end_id
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return _without(super().logits(hidden), self._end_id)
+
+
+def _without(logits: Tensor, token: int) -> Tensor:
+    logits[..., token] = float("-inf")
+    return logits
+
+
+@dataclass
+class Models:
+    """A policy and a reward model of one shape, with random weights."""
+
+    shape: Shape
+    policy: PreTrainedModel
+    reward: ProcessRewardModel
+    decoder: GuidedDecoder
+
+    @classmethod
+    def build(cls, shape: Shape, device: torch.device, dtype: torch.dtype) -> Models:
+        policy = shape.build(_POLICY_SEED, dtype, device)
+        tokenizer = shape.tokenizer()
+        reward = ProcessRewardModel.from_base(
+            shape.build(_REWARD_SEED, dtype, device),
+            _OBJECTIVES,
+            tuning="frozen",
+            tokenizer=tokenizer,
+            step_separator=None,
+        ).eval()
+        decoder = GuidedDecoder(EndlessPolicy(policy, shape.end_id), reward, TurnBoundary())
+        return cls(shape, policy, reward, decoder)
+
+    def cache_bytes_per_token(self) -> int:
+        """Of one model."""
+        shape, size = self.shape, torch.finfo(self.policy.dtype).bits // 8
+        return 2 * shape.layers * shape.kv_heads * (shape.hidden_size // shape.heads) * size
+
+
+@dataclass(frozen=True)
+class Task:
+    """One request: `steps` steps of `step_tokens` tokens each, every time the best of `candidates`."""
+
+    prompt_tokens: int
+    candidates: int
+    steps: int
+    step_tokens: int
+    temperature: float
+    seed: int = 0
+
+    def request(self, shape: Shape) -> GuidedRequest:
+        # The template adds the two speakers and the end of the user's turn.
+        generator = torch.Generator().manual_seed(_PROMPT_SEED + self.seed)
+        drawn = torch.randint(shape.end_id, (self.prompt_tokens - 3,), generator=generator).tolist()
+        return GuidedRequest(
+            [{"role": "user", "content": words(drawn)}],
+            num_candidates=self.candidates,
+            seed=self.seed,
+            sampling=SamplingParams(self.temperature),
+            max_new_tokens=self.steps * self.step_tokens,
+            max_step_tokens=self.step_tokens,
+            max_steps=self.steps,
+        )
+
+    def prompt(self, models: Models) -> list[int]:
+        """The prompt as the guided decoder encodes it, ASSISTANT last."""
+        content = self.request(models.shape).messages[0]
+        assert isinstance(content, dict)
+        tokenizer = models.shape.tokenizer() if models.reward.tokenizer is None else models.reward.tokenizer
+        text = tokenizer.apply_chat_template([content], tokenize=False, add_generation_prompt=True)
+        assert text.endswith(ASSISTANT)
+        return tokenizer.encode(text, add_special_tokens=False)
+
+
+@dataclass
+class Outcome:
+    """What was answered and what it cost. scores[step][candidate][objective]; tokens went through a model.
+
+    Cache bytes are the peak; those copied are of both models.
+    """
+
+    seconds: float = 0.0
+    token_ids: list[int] = field(default_factory=list)
+    choices: list[int] = field(default_factory=list)
+    scores: list[list[list[float]]] = field(default_factory=list)
+    policy_tokens: int = 0
+    reward_tokens: int = 0
+    policy_cache_bytes: int = 0
+    reward_cache_bytes: int = 0
+    cache_bytes_copied: int = 0
+    phases: dict[str, float] = field(default_factory=dict)
+
+
+class _Baseline:
+    """The policy over a transformers cache and the reward model over whole texts; counts what it does."""
+
+    def __init__(self, models: Models, task: Task) -> None:
+        self.models, self.task = models, task
+        self.device = models.policy.device
+        self.keys = draw_keys([task.seed], task.candidates, self.device)[0]
+        self.done = Outcome()
+
+    def forward(self, input_ids: Tensor, cache: DynamicCache) -> Tensor:
+        """Logits [B, V] behind the last of input_ids [B, T]; the cache grows by T."""
+        self.done.policy_tokens += input_ids.numel()
+        out = self.models.policy(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return _without(out.logits[:, -1], self.models.shape.end_id)
+
+    def decode(self, logits: Tensor, cache: DynamicCache, keys: Tensor, position: int) -> list[list[int]]:
+        """A step of every row. The last token has not gone through the model yet."""
+        params = SamplingBatch.of([SamplingParams(self.task.temperature)] * len(keys), self.device)
+        drawn: list[Tensor] = []
+        for at in range(self.task.step_tokens):
+            if drawn:
+                logits = self.forward(drawn[-1][:, None], cache)
+            uniform = uniforms(keys, torch.full_like(keys, position + at))
+            drawn.append(draw(logits, params, uniform, with_logps=False)[0])
+        return torch.stack(drawn, dim=1).tolist()
+
+    def score(self, ids: list[int], candidates: list[list[int]]) -> Tensor:
+        """Scores [n, H] of candidates as the next step after `ids`; the whole texts are encoded, as one
+        batch."""
+        traces = [TokenTrace(ids + own, [len(ids)], [len(ids) + len(own) - 1]) for own in candidates]
+        self.done.reward_tokens += sum(len(trace.input_ids) for trace in traces)
+        return torch.cat(self.models.reward.score_traces(traces, batch_size=len(traces)))
+
+    def choose(self, scores: Tensor | None) -> int:
+        """The best candidate by scores [K, H]; None where there is only one."""
+        if scores is None:
+            self.done.scores.append([])
+            chosen = 0
+        else:
+            self.done.scores.append(scores.tolist())
+            chosen = int(within_candidates(scores.double()).mean(dim=1).argmax())
+        self.done.choices.append(chosen)
+        return chosen
+
+    def tensor(self, ids: Sequence[int]) -> Tensor:
+        return torch.tensor([list(ids)], device=self.device)
+
+
+def cache_size(cache: DynamicCache) -> int:
+    """Bytes of keys and values."""
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+@torch.no_grad()
+def published(models: Models, task: Task) -> Outcome:
+    """One candidate at a time over a deep copy of the kept cache; the reward model reads each whole text."""
+    base = _Baseline(models, task)
+    ids = task.prompt(models)
+    cache = DynamicCache(config=models.policy.config)
+    logits = base.forward(base.tensor(ids), cache)
+    for _ in range(task.steps):
+        offered, caches, scores = [], [], []
+        for candidate in range(task.candidates):
+            own = copy.deepcopy(cache)
+            base.done.cache_bytes_copied += cache_size(own)
+            caches.append(own)
+            offered += base.decode(logits.clone(), own, base.keys[candidate : candidate + 1], len(ids))
+            if task.candidates > 1:
+                scores.append(base.score(ids, offered[-1:]))
+        held = sum(map(cache_size, [cache, *caches]))
+        base.done.policy_cache_bytes = max(base.done.policy_cache_bytes, held)
+        chosen = base.choose(torch.cat(scores) if scores else None)
+        ids = ids + offered[chosen]
+        base.done.token_ids += offered[chosen]
+        cache = caches[chosen]
+        if len(base.done.choices) < task.steps:
+            logits = base.forward(base.tensor(ids[-1:]), cache)
+    return base.done
+
+
+@torch.no_grad()
+def reencoded(models: Models, task: Task) -> Outcome:
+    """Candidates as one batch, but both models read the whole text again at every step."""
+    base = _Baseline(models, task)
+    ids = task.prompt(models)
+    for _ in range(task.steps):
+        cache = DynamicCache(config=models.policy.config)
+        logits = base.forward(base.tensor(ids).expand(task.candidates, -1), cache)
+        offered = base.decode(logits, cache, base.keys, len(ids))
+        base.done.policy_cache_bytes = max(base.done.policy_cache_bytes, cache_size(cache))
+        chosen = base.choose(base.score(ids, offered) if task.candidates > 1 else None)
+        ids = ids + offered[chosen]
+        base.done.token_ids += offered[chosen]
+    return base.done
+
+
+@torch.no_grad()
+def plain(models: Models, task: Task) -> Outcome:
+    """transformers' own `generate`, no guidance."""
+    ids = torch.tensor([task.prompt(models)], device=models.policy.device)
+    torch.manual_seed(task.seed)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if task.temperature > 0:
+        sampling = {"do_sample": True, "temperature": task.temperature, "top_k": 0}
+    out = models.policy.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=task.steps * task.step_tokens,
+        pad_token_id=models.shape.end_id,
+        suppress_tokens=[models.shape.end_id],
+        **sampling,
+    )
+    answer = out[0, ids.shape[1] :].tolist()
+    return Outcome(token_ids=answer, policy_tokens=ids.shape[1] + len(answer) - 1)
+
+
+def ours(models: Models, task: Task) -> Outcome:
+    """mahalo_ray: both models keep their state, candidates share the prefix."""
+    return ours_at_once(models, [task])
+
+
+def ours_at_once(models: Models, tasks: Sequence[Task]) -> Outcome:
+    """Many requests in one session; the answer reported is the first one's."""
+    session = models.decoder.session()
+    phases = _timed_phases(session)
+    running = [session.submit(task.request(models.shape)) for task in tasks]
+    while session.is_busy:
+        session.advance()
+    assert session.scorer is not None
+    first = running[0].result()
+    return Outcome(
+        token_ids=first.token_ids,
+        choices=[step.chosen for step in first.steps],
+        scores=[[list(c.scores.values()) for c in step.candidates if c.scores] for step in first.steps],
+        policy_tokens=session.engine.tokens_forwarded,
+        reward_tokens=session.scorer.tokens_forwarded,
+        policy_cache_bytes=session.engine.peak_bytes,
+        reward_cache_bytes=session.scorer.peak_bytes,
+        # Accepting copies a step of each request behind both trunks; nothing else is copied.
+        cache_bytes_copied=sum(_accepted_bytes(models, task) for task in tasks),
+        phases=phases,
+    )
+
+
+def _accepted_bytes(models: Models, task: Task) -> int:
+    read_by = 2 if task.candidates > 1 else 1
+    return task.steps * task.step_tokens * models.cache_bytes_per_token() * read_by
+
+
+def _timed_phases(session: GuidedSession) -> dict[str, float]:
+    """Seconds per phase, filled while the session runs. The session's public parts are timed from outside.
+
+    `prefill`: the policy reads prompts; `decode`: candidates, token by token; `score_first`: the reward model
+    scores a first step, for which it reads the prompt; `score`: all other steps; `fork_accept`: forking the
+    policy's cache and taking the chosen candidates' keys and values over.
+    """
+    phases = dict.fromkeys(("prefill", "decode", "score_first", "score", "fork_accept"), 0.0)
+    scorer = session.scorer
+    assert scorer is not None
+    scored = 0
+
+    def timed(owner: object, name: str, phase: Callable[[], str]) -> None:
+        call = getattr(owner, name)
+
+        def clocked(*arguments: Any, **options: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return call(*arguments, **options)
+            finally:
+                phases[phase()] += time.perf_counter() - started
+
+        setattr(owner, name, clocked)
+
+    def score_phase() -> str:
+        nonlocal scored
+        scored += 1
+        return "score_first" if scored == 1 else "score"
+
+    timed(session.engine, "append", lambda: "prefill")
+    timed(session.engine, "sample", lambda: "decode")
+    timed(session.engine, "accept", lambda: "fork_accept")
+    timed(scorer, "score_candidates", score_phase)
+    timed(scorer, "accept", lambda: "fork_accept")
+    fork = session.engine.cache.fork
+
+    def clocked_fork(*arguments: Any) -> Any:  # inside `sample`: moved from one phase to the other
+        started = time.perf_counter()
+        branches = fork(*arguments)
+        spent = time.perf_counter() - started
+        phases["fork_accept"] += spent
+        phases["decode"] -= spent
+        return branches
+
+    setattr(session.engine.cache, "fork", clocked_fork)  # noqa: B010 (a method is not assignable)
+    return phases

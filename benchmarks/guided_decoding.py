@@ -1,0 +1,310 @@
+"""Time and tokens of guided decoding: the published way, re-encoding, plain generation, and ours.
+
+    python benchmarks/guided_decoding.py --output guided_decoding.json     # all models
+    python benchmarks/guided_decoding.py --quick                           # the 1M model only
+
+The variants of a cell (model, prompt length, K) take turns, repeat after repeat. Results are written after
+every cell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from decoding_variants import Models, Outcome, Task, ours, ours_at_once, plain, published, reencoded
+from measuring import machine, mib, synchronise, table, write_results
+from shapes import ABOUT_1M, ABOUT_30M, SMOLLM2_135M, TINY, Shape
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model's shape, and how often a cell of it is measured by default."""
+
+    shape: Shape
+    repeats: int
+
+
+SIZES = {
+    "tiny": Size(TINY, 1),
+    "1m": Size(ABOUT_1M, 3),
+    "30m": Size(ABOUT_30M, 2),
+    "135m": Size(SMOLLM2_135M, 1),
+}
+WAYS: dict[str, Callable[[Models, Task], Outcome]] = {
+    "published": published,
+    "reencoded": reencoded,
+    "plain": plain,
+    "ours": ours,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _parser().parse_args(arguments)
+    unknown = sorted(set(options.ways) - set(WAYS)) + sorted(set(options.models) - set(SIZES))
+    if unknown:
+        raise SystemExit(f"unknown '{unknown[0]}'. Models: {', '.join(SIZES)}. Ways: {', '.join(WAYS)}.")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    results: dict[str, Any] = {
+        "benchmark": "guided_decoding",
+        "machine": machine(),
+        "sizes": {
+            name: getattr(options, name)
+            for name in ("steps", "step_tokens", "temperature", "dtype", "device")
+        },
+        "cells": [],
+    }
+    for name in ["1m"] if options.quick else options.models:
+        size = SIZES[name]
+        models = Models.build(size.shape, device, dtype)
+        about = {"model": name, "parameters": sum(p.numel() for p in models.policy.parameters())}
+        _warm_up(models, options)
+        for prompt_tokens in options.prompts:
+            for candidates in options.candidates:
+                task = Task(
+                    prompt_tokens, candidates, options.steps, options.step_tokens, options.temperature
+                )
+                found = cell(models, task, options.ways, options.repeats or size.repeats)
+                results["cells"].append({**about, **asdict(task), **found})
+                _save(options, results)
+            if options.requests > 1 and "ours" in options.ways:
+                found = at_once(models, task_of(options, prompt_tokens), options.requests)
+                results.setdefault("at_once", []).append({**about, "prompt_tokens": prompt_tokens, **found})
+                _save(options, results)
+    print(report(results))
+
+
+def task_of(options: argparse.Namespace, prompt_tokens: int) -> Task:
+    """The request that runs many at once."""
+    return Task(
+        prompt_tokens, options.requests_candidates, options.steps, options.step_tokens, options.temperature
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the 1M model only")
+    parser.add_argument("--models", type=_names, default=("1m", "30m", "135m"), help="of tiny,1m,30m,135m")
+    parser.add_argument("--prompts", type=_numbers, default=(100, 500), help="prompt lengths in tokens")
+    parser.add_argument("--candidates", type=_numbers, default=(1, 5, 16), help="values of K")
+    parser.add_argument("--ways", type=_names, default=tuple(WAYS), help=f"of {','.join(WAYS)}")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--step-tokens", type=int, default=40)
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: greedy, all candidates alike")
+    parser.add_argument("--requests", type=int, default=16, help="requests at once, 1: leave that part out")
+    parser.add_argument("--requests-candidates", type=int, default=5, help="their K")
+    parser.add_argument("--repeats", type=int, default=None, help="default: 3, 2 and 1 for 1m, 30m and 135m")
+    parser.add_argument("--threads", type=int, default=None, help="of torch; default: its own choice")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--output", type=Path, default=None, help="results as JSON")
+    return parser
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(","))
+
+
+def _save(options: argparse.Namespace, results: dict[str, Any]) -> None:
+    if options.output is not None:
+        write_results(options.output, results)
+
+
+def _warm_up(models: Models, options: argparse.Namespace) -> None:
+    """What happens once per process or model (tables of the vocabulary, the first touch of every weight)."""
+    task = Task(prompt_tokens=8, candidates=2, steps=2, step_tokens=2, temperature=options.temperature)
+    for name in options.ways:
+        WAYS[name](models, task)
+
+
+# -- measuring -----------------------------------------------------------------------------------------------
+
+
+def clocked(models: Models, run: Callable[[], Outcome]) -> Outcome:
+    synchronise(models.policy.device)
+    started = time.perf_counter()
+    outcome = run()
+    synchronise(models.policy.device)
+    outcome.seconds = time.perf_counter() - started
+    return outcome
+
+
+def cell(models: Models, task: Task, ways: Sequence[str], repeats: int) -> dict[str, Any]:
+    """Every way on one task; the ways take turns."""
+    runs: dict[str, list[Outcome]] = {name: [] for name in ways}
+    for number in range(repeats):
+        for name in ways:
+            runs[name].append(clocked(models, partial(WAYS[name], models, task)))
+            print(
+                f"prompt {task.prompt_tokens}, K={task.candidates}, repeat {number + 1} of {repeats}: "
+                f"{name}: {runs[name][-1].seconds:.2f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+    figures = {name: summary(each) for name, each in runs.items()}
+    figures_of_ours = runs.get("ours")
+    agreement = {}
+    if figures_of_ours:
+        for name in ("published", "reencoded"):
+            if name in runs:
+                agreement[name] = agree(runs[name][0], figures_of_ours[0])
+    return {
+        "ways": figures,
+        "ratios": ratios(figures),
+        "agreement": agreement,
+        "cache_bytes_per_token": models.cache_bytes_per_token(),
+    }
+
+
+def summary(runs: list[Outcome]) -> dict[str, Any]:
+    """Medians; counts are the same in every repeat."""
+    one = runs[0]
+    seconds = statistics.median(run.seconds for run in runs)
+    return {
+        "seconds": seconds,
+        "all_seconds": [run.seconds for run in runs],
+        "seconds_per_output_token": seconds / len(one.token_ids),
+        "output_tokens": len(one.token_ids),
+        "policy_tokens": one.policy_tokens,
+        "reward_tokens": one.reward_tokens,
+        "policy_cache_bytes": one.policy_cache_bytes,
+        "reward_cache_bytes": one.reward_cache_bytes,
+        "cache_bytes_copied": one.cache_bytes_copied,
+        "phases": {name: statistics.median(run.phases[name] for run in runs) for name in one.phases},
+    }
+
+
+def agree(other: Outcome, own: Outcome) -> dict[str, Any]:
+    """Whether two ways gave the same answer, and how far their scores are apart where texts are the same."""
+    same_until = 0
+    for own_choice, other_choice in zip(own.choices, other.choices, strict=True):
+        if own_choice != other_choice:
+            break
+        same_until += 1
+    apart = [
+        abs(x - y)
+        for own_step, other_step in zip(own.scores[: same_until + 1], other.scores, strict=False)
+        for own_scores, other_scores in zip(own_step, other_step, strict=True)
+        for x, y in zip(own_scores, other_scores, strict=True)
+    ]
+    return {
+        "same_tokens": own.token_ids == other.token_ids,
+        "same_choices": own.choices == other.choices,
+        "largest_score_difference": max(apart, default=0.0),
+    }
+
+
+def ratios(ways: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """How ours stands to the others."""
+    own = ways.get("ours")
+    found: dict[str, float] = {}
+    if own is None:
+        return found
+    for name in ("published", "reencoded"):
+        if name in ways:
+            found[f"times as fast as {name}"] = ways[name]["seconds"] / own["seconds"]
+            if own["reward_tokens"]:
+                found[f"{name}: reward tokens over ours"] = ways[name]["reward_tokens"] / own["reward_tokens"]
+    if "plain" in ways:
+        found["time per output token over plain"] = (
+            own["seconds_per_output_token"] / ways["plain"]["seconds_per_output_token"]
+        )
+    return found
+
+
+def at_once(models: Models, task: Task, requests: int) -> dict[str, Any]:
+    """Throughput of many guided requests in one batch against one at a time."""
+    one = clocked(models, partial(ours, models, task))
+    tasks = [replace(task, seed=number) for number in range(requests)]
+    many = clocked(models, partial(ours_at_once, models, tasks))
+    output = task.steps * task.step_tokens
+    return {
+        "requests": requests,
+        "candidates": task.candidates,
+        "seconds_one": one.seconds,
+        "seconds_all": many.seconds,
+        "tokens_per_second_one": output / one.seconds,
+        "tokens_per_second_all": requests * output / many.seconds,
+        "throughput_ratio": requests * one.seconds / many.seconds,
+        "same_first_answer": one.token_ids == many.token_ids,
+        "policy_cache_bytes": many.policy_cache_bytes,
+        "reward_cache_bytes": many.reward_cache_bytes,
+    }
+
+
+# -- reading the figures -------------------------------------------------------------------------------------
+
+
+_CACHE = ("policy_cache_bytes", "reward_cache_bytes", "cache_bytes_copied")
+
+
+def report(results: dict[str, Any]) -> str:
+    """Everything for the terminal."""
+    about, sizes = results["machine"], results["sizes"]
+    lines = [
+        f"{sizes['steps']} steps of {sizes['step_tokens']} tokens, temperature {sizes['temperature']}, "
+        f"{sizes['dtype']} on {sizes['device']}",
+        f"{about['processor']}, {about['threads']} threads, load at the start "
+        f"{about['load_average_at_start']}",
+    ]
+    for one in results["cells"]:
+        lines += ["", _cell_report(one)]
+    for one in results.get("at_once", []):
+        lines += [
+            "",
+            f"{one['model']}, prompt {one['prompt_tokens']}, K={one['candidates']}, {one['requests']} "
+            f"requests: {one['tokens_per_second_all']:.1f} tokens/s all at once, "
+            f"{one['tokens_per_second_one']:.1f} one "
+            f"after the other: {one['throughput_ratio']:.2f} times; policy cache "
+            f"{mib(one['policy_cache_bytes'])}",
+        ]
+    return "\n".join(lines)
+
+
+def _cell_report(one: dict[str, Any]) -> str:
+    header = ["way", "s", "ms/token", "policy tokens", "PRM tokens", "policy cache", "PRM cache", "copied"]
+    rows = [
+        [
+            name,
+            f"{way['seconds']:.2f}",
+            f"{1000 * way['seconds_per_output_token']:.1f}",
+            str(way["policy_tokens"]),
+            str(way["reward_tokens"]),
+            *(mib(way[figure]) if way[figure] else "-" for figure in _CACHE),
+        ]
+        for name, way in one["ways"].items()
+    ]
+    title = (
+        f"{one['model']} ({one['parameters'] / 1e6:.1f}M parameters), prompt {one['prompt_tokens']}, "
+        f"K={one['candidates']}"
+    )
+    lines = [title, table(header, rows)]
+    if "ours" in one["ways"]:
+        phases = one["ways"]["ours"]["phases"]
+        lines.append("ours: " + ", ".join(f"{name} {spent:.2f} s" for name, spent in phases.items()))
+        held = one["ways"]["ours"]["policy_cache_bytes"] / one["cache_bytes_per_token"]
+        needed = one["prompt_tokens"] + (one["steps"] + one["candidates"]) * one["step_tokens"]
+        lines.append(f"ours: policy cache {held:.0f} tokens; prompt + answer + K steps are {needed}")
+    lines += [f"{label}: {value:.2f}" for label, value in one["ratios"].items()]
+    for name, found in one["agreement"].items():
+        same = "the same answer" if found["same_tokens"] else "ANOTHER ANSWER"
+        lines.append(f"{name}: {same}, scores {found['largest_score_difference']:.1e} apart at most")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

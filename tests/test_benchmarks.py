@@ -1,0 +1,105 @@
+"""The benchmarks at tiny sizes: what they compare must be the same loss and the same answer."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+
+pytestmark = pytest.mark.slow
+
+
+def run(script: str, output: Path, *options: str) -> dict[str, Any]:
+    command = [sys.executable, str(FOLDER / script), "--threads", "1", "--output", str(output), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    results = json.loads(output.read_text())
+    results["printed"] = done.stdout
+    return results
+
+
+def test_a_policy_step_run_compares_steps_with_one_loss(tmp_path):
+    results = run(
+        "policy_step.py",
+        tmp_path / "results.json",
+        *("--preset", "tiny", "--heads", "1,2", "--textbook-heads", "2", "--rounds", "1"),
+        *("--variants", "textbook,full,low_rank"),
+    )
+    found = results["variants"]
+    assert set(found) == {
+        "textbook, H=2",
+        *(f"ours, {kind}, H={heads}" for kind in ("full", "low_rank") for heads in (1, 2)),
+    }
+    assert results["checks"]["loss of textbook, H=2 against ours, full, H=2"] < 1e-4
+    # Losses of log 2 would be equal whatever was computed; two heads must not be one head either.
+    assert abs(found["textbook, H=2"]["loss"] - torch.tensor(2.0).log().item()) > 1e-3
+    assert abs(found["ours, full, H=1"]["loss"] - found["ours, full, H=2"]["loss"]) > 1e-4
+    assert all(one["seconds"] > 0 and one["above_weights"] > 0 for one in found.values())
+    assert results["ratios"]["full against textbook, H=2: times as fast"] > 0
+    assert "ours, low_rank, H=2" in results["printed"]
+
+
+def test_policy_step_finds_trl_s_loss_with_one_head(tmp_path):
+    pytest.importorskip("trl")
+    results = run(
+        "policy_step.py",
+        tmp_path / "results.json",
+        *("--preset", "tiny", "--heads", "1", "--rounds", "1"),
+        *("--variants", "trl,trl_precomputed,full,low_rank"),
+    )
+    assert len(results["checks"]) == 4
+    assert max(results["checks"].values()) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["full", "low_rank"])
+def test_the_textbook_step_has_our_loss_and_our_gradients(kind, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import step_variants as steps
+
+    setting = steps.Setting(steps.PRESETS["tiny"], 3, torch.device("cpu"), torch.float32)
+    pairs = steps.make_pairs(setting.preset, 3, 2)
+    stored = steps.reference_logps(setting, pairs)
+    losses, gradients = [], []
+    for step in (steps.ours(setting, 2, kind), steps.textbook(setting, 2, kind)):
+        loss = step.loss(pairs, stored)
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append({name: p.grad for name, p in step.trained.named_parameters() if p.requires_grad})
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], atol=1e-5, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("temperature", ["0", "1"])
+def test_every_way_of_guided_decoding_gives_one_answer(tmp_path, temperature):
+    results = run(
+        "guided_decoding.py",
+        tmp_path / "results.json",
+        *("--models", "tiny", "--prompts", "20", "--candidates", "1,3", "--steps", "3"),
+        *("--step-tokens", "5", "--requests", "3", "--requests-candidates", "3"),
+        *("--temperature", temperature),
+    )
+    alone, guided = results["cells"]
+    for cell in (alone, guided):
+        for name in ("published", "reencoded"):
+            assert cell["agreement"][name]["same_tokens"], (cell["candidates"], name)
+            assert cell["agreement"][name]["same_choices"], (cell["candidates"], name)
+            assert cell["agreement"][name]["largest_score_difference"] < 1e-4
+        assert {way["output_tokens"] for way in cell["ways"].values()} == {15}
+    assert results["at_once"][0]["same_first_answer"]
+    # Counted by hand: prompt 20, 3 steps of 5 tokens, 3 candidates.
+    ours, published = guided["ways"]["ours"], guided["ways"]["published"]
+    assert published["policy_tokens"] == 20 + 3 * 3 * 4 + 2
+    assert published["reward_tokens"] == 3 * (25 + 30 + 35)
+    assert ours["policy_tokens"] == published["policy_tokens"]
+    # Candidates that are the same are scored once: greedy ones all are.
+    assert ours["reward_tokens"] == 20 + 3 * 5 * (1 if temperature == "0" else 3)
+    assert alone["ways"]["ours"]["reward_tokens"] == 0
+    assert "published: the same answer" in results["printed"]
