@@ -29,7 +29,7 @@ from mahalo_ray.rollouts.actors import CANDIDATES, DIALOGUES, RolloutSpec
 from mahalo_ray.rollouts.collect import Collector
 from mahalo_ray.rollouts.dialogues import Conversation, DialogueBatch, first_candidate, play
 from mahalo_ray.rollouts.driver import RolloutError, chunks_of, run_rollouts
-from mahalo_ray.rollouts.pairs import build_pairs, labelled_traces, split_by_dialogue
+from mahalo_ray.rollouts.pairs import build_pairs, labelled_traces
 from mahalo_ray.rollouts.scoring import CachedScorer, GuidedChoice
 
 SAMPLING = SamplingConfig(max_new_tokens=12)
@@ -220,7 +220,7 @@ def test_pairs_are_best_against_worst_with_a_wide_enough_gap() -> None:
     ]
     pairs, report = build_pairs(sets, "accuracy", PairsConfig(min_gap_std=1.0))
     assert [(p.id, p.chosen, p.rejected) for p in pairs] == [("a/0/accuracy", "c1", "c0")]
-    assert (pairs[0].chosen_ids, pairs[0].rejected_ids) == ([11, 11], [10])
+    assert (pairs[0].chosen_ids, pairs[0].rejected_ids, pairs[0].dialogue) == ([11, 11], [10], "a")
     assert (report.prompts, report.pairs, report.dropped_small_gap) == (3, 1, 2)
     # Longer is better in a, worse in b: .4 * .5 * 2 against .05 * .5 * 2.
     assert report.length_correlation == pytest.approx((0.4 - 0.05) / ((0.32 + 0.005) ** 0.5 * 1.5**0.5))
@@ -233,14 +233,6 @@ def test_an_unscored_candidate_is_named() -> None:
     broken = one.model_copy(update={"candidates": [one.candidates[0].model_copy(update={"scores": None})]})
     with pytest.raises(ValueError, match=r"candidate 0 of 'a/0' has no 'accuracy' score"):
         build_pairs([broken], "accuracy", PairsConfig())
-
-
-def test_held_out_pairs_share_no_dialogue_with_training() -> None:
-    sets = [candidate_set(f"{d}/{t}", d, [0.1, 0.9]) for d in "abcde" for t in range(3)]
-    pairs, _ = build_pairs(sets, "accuracy", PairsConfig(min_gap_std=0.0))
-    train, held = split_by_dialogue(pairs, 0.4)
-    assert len(train) == 9 and len(held) == 6
-    assert not {p.source for p in train} & {p.source for p in held}
 
 
 def test_traces_label_the_candidate_turn_once_per_distinct_turn() -> None:

@@ -20,6 +20,7 @@ from mahalo_ray.config import PolicyConfig, RewardConfig, TrainingConfig
 from mahalo_ray.training.batches import split_batch
 from mahalo_ray.training.checkpoints import RunIdentity
 from mahalo_ray.training.guard import NonFiniteError, stop_unless_finite
+from mahalo_ray.training.pairs import split_key
 from mahalo_ray.training.policy import PolicyRecipe
 from mahalo_ray.training.recipe import Recipe
 from mahalo_ray.training.reference import read_store, select, write_store
@@ -184,6 +185,15 @@ def test_policy_holds_whole_prompts_out(base: str, tmp_path: Path) -> None:
     assert aside and not trained & aside and len(trained | aside) == len(recipe.units)
     prompts = [tuple(ids) for ids in recipe._pairs.prompts]
     assert not {prompts[row] for row in trained} & {prompts[row] for row in aside}
+
+
+def test_a_dialogue_falls_on_one_side_of_a_split() -> None:
+    first, second = world.make_pairs((1, 1))
+    together = [pair.model_copy(update={"dialogue": "d1"}) for pair in (first, second)]
+    apart = second.model_copy(update={"prompt": [*second.prompt, *second.prompt]})
+    assert split_key(together[0]) == split_key(together[1].model_copy(update={"prompt": apart.prompt}))
+    assert split_key(first) == split_key(second)  # the same prompt
+    assert split_key(first) != split_key(apart)
 
 
 def test_reward_loss_by_hand(base: str, tmp_path: Path) -> None:

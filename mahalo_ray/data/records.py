@@ -65,6 +65,8 @@ class Record(BaseModel):
 class PreferencePair(Record):
     """For one objective: which of two completions of a prompt is better.
 
+    Pairs of one `dialogue` never fall on both sides of a held-out split; without one, pairs of one prompt.
+
     The policy's loss reads `weight` (the pair's share in the mean over its objective's pairs is weight / sum
     of weights) and `margin` (by how much the beta-scaled gain of chosen over rejected must exceed zero; see
     `dpo_loss`). `chosen_scores` and `rejected_scores` are the rewards of all objectives, where known.
@@ -85,6 +87,7 @@ class PreferencePair(Record):
     margin: Annotated[float, Field(allow_inf_nan=False)] = 0.0
     chosen_scores: dict[str, float] | None = None
     rejected_scores: dict[str, float] | None = None
+    dialogue: str | None = None
 
     schema: ClassVar[pa.Schema] = pa.schema(
         [
@@ -103,6 +106,7 @@ class PreferencePair(Record):
             ("margin", pa.float64()),
             ("chosen_scores", _SCORES),
             ("rejected_scores", _SCORES),
+            ("dialogue", pa.string()),
         ]
     )
 
@@ -111,7 +115,8 @@ class StepTrace(Record):
     """A prompt, its steps, and per objective one label per step (None where unknown).
 
     With `token_ids`, `step_starts[t]` and `step_ends[t]` are the positions of the first and last token of
-    step t in them. `group` names what is compared within (candidates of one prompt share it).
+    step t in them. `group` names what is compared within (candidates of one prompt share it). Traces of one
+    `dialogue` never fall on both sides of a held-out split; without one, traces of one group.
     """
 
     id: str
@@ -124,6 +129,7 @@ class StepTrace(Record):
     token_ids: list[int] | None = None
     step_starts: list[int] | None = None
     step_ends: list[int] | None = None
+    dialogue: str | None = None
 
     schema: ClassVar[pa.Schema] = pa.schema(
         [
@@ -137,6 +143,7 @@ class StepTrace(Record):
             ("token_ids", _IDS),
             ("step_starts", _IDS),
             ("step_ends", _IDS),
+            ("dialogue", pa.string()),
         ]
     )
 

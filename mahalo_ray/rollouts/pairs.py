@@ -10,6 +10,8 @@ import numpy as np
 from mahalo_ray.config import PairsConfig
 from mahalo_ray.data.records import Candidate, CandidateSet, PreferencePair, StepTrace
 
+ROLLOUTS = "rollouts"
+
 
 def labelled_traces(sets: Iterable[CandidateSet], objectives: Sequence[str]) -> list[StepTrace]:
     """One trace per distinct labelled candidate: the conversation so far, then this turn as the one step that
@@ -30,7 +32,8 @@ def labelled_traces(sets: Iterable[CandidateSet], objectives: Sequence[str]) -> 
                     prompt=candidate_set.prompt,
                     steps=[candidate.content],
                     labels={objective: [candidate.labels[objective]] for objective in objectives},
-                    source=candidate_set.dialogue,
+                    source=ROLLOUTS,
+                    dialogue=candidate_set.dialogue,
                     token_ids=candidate_set.prompt_ids + candidate.token_ids,
                     step_starts=[start],
                     step_ends=[start + len(candidate.token_ids) - 1],
@@ -92,15 +95,6 @@ def build_pairs(
     )
 
 
-def split_by_dialogue(
-    pairs: Sequence[PreferencePair], held_out_fraction: float
-) -> tuple[list[PreferencePair], list[PreferencePair]]:
-    """Training and held-out pairs; all pairs of a dialogue (`source`) fall on the same side."""
-    dialogues = sorted({pair.source for pair in pairs})
-    held = set(dialogues[: round(len(dialogues) * held_out_fraction)])
-    return [p for p in pairs if p.source not in held], [p for p in pairs if p.source in held]
-
-
 def _pair(
     candidate_set: CandidateSet, objective: str, chosen: Candidate, rejected: Candidate
 ) -> PreferencePair:
@@ -112,7 +106,8 @@ def _pair(
         rejected=rejected.content,
         chosen_score=_score(chosen, objective),
         rejected_score=_score(rejected, objective),
-        source=candidate_set.dialogue,
+        source=ROLLOUTS,
+        dialogue=candidate_set.dialogue,
         prompt_ids=candidate_set.prompt_ids,
         chosen_ids=chosen.token_ids,
         rejected_ids=rejected.token_ids,

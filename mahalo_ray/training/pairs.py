@@ -118,9 +118,9 @@ def encode_pairs(
     return replace(result, cut=cut)
 
 
-def prompt_key(pair: PreferencePair) -> str:
-    """The same for all pairs of one prompt."""
-    return repr([(message.role, message.content) for message in pair.prompt])
+def split_key(pair: PreferencePair) -> str:
+    """The same for all pairs of one dialogue, or, where that is not known, of one prompt."""
+    return pair.dialogue or repr([(message.role, message.content) for message in pair.prompt])
 
 
 def _token_ids(pair: PreferencePair, chat: ChatFormat) -> tuple[Ids, Ids, Ids]:

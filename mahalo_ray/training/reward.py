@@ -28,7 +28,7 @@ from mahalo_ray.models.reward_heads import OutputKind
 from mahalo_ray.models.traces import StepEncoder, pad_traces
 from mahalo_ray.training.batches import Indices, held_out, plan_batches
 from mahalo_ray.training.deepspeed_config import parameter_group
-from mahalo_ray.training.pairs import encode_pairs, prompt_key
+from mahalo_ray.training.pairs import encode_pairs, split_key
 from mahalo_ray.training.recipe import Inference, Output, Probe, Tensors
 from mahalo_ray.training.reward_evaluation import calibrate, held_out_figures, score_units
 from mahalo_ray.training.sources import keeps_backbone, model_folder
@@ -96,7 +96,7 @@ class RewardRecipe:
             by_pairs = [o.name for o in self._objectives if o.supervision == "pairwise"]
             pairs = [pair for pair in PreferencePair.load(pairs_url) if pair.objective in by_pairs]
             tokens = encode_pairs(pairs, self._names, ChatFormat(self._tokenizer), length)
-            add_pairs(data, tokens, [prompt_key(pair) for pair in pairs], len(self._names))
+            add_pairs(data, tokens, [split_key(pair) for pair in pairs], len(self._names))
         return data
 
     def _count_labels(self) -> None:

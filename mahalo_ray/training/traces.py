@@ -84,7 +84,7 @@ def add_traces(
     as `cut`). Raises ValueError naming the trace whose labels do not fit its steps or its objective's
     supervision.
     """
-    units: dict[tuple[str, int], list[tuple[str, TokenTrace, Labels]]] = {}
+    units: dict[tuple[str, str, int], list[tuple[str, TokenTrace, Labels]]] = {}
     for number, trace in enumerate(traces):
         labels, tokens = _label_matrix(trace, objectives), _tokens(trace, encoder)
         kept = sum(end < max_length for end in tokens.ends)
@@ -92,11 +92,11 @@ def add_traces(
         labelled = not np.isnan(labels[:kept]).all()
         data.cut += kept < len(tokens.ends) or not labelled
         if labelled:
-            unit = (trace.group, 0 if by_group else number)
+            unit = (trace.dialogue or trace.group, trace.group, 0 if by_group else number)
             units.setdefault(unit, []).append((trace.id, short, labels[:kept]))
-    for (group, _), rows in units.items():
+    for (split_key, _, _), rows in units.items():
         names, tokens_of, labels_of = (list(column) for column in zip(*rows, strict=True))
-        data.add_unit(names, tokens_of, labels_of, group)
+        data.add_unit(names, tokens_of, labels_of, split_key)
 
 
 def add_pairs(data: LabelledTraces, pairs: TokenPairs, keys: Sequence[str], objectives: int) -> None:
