@@ -130,6 +130,30 @@ def export(
     guarded(work, debug)
 
 
+@app.command()
+def plan(
+    config: ConfigFile,
+    gpu_memory_gb: Annotated[float, typer.Option(min=0.1, help="Memory of one GPU (GiB).")] = 80.0,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Default: cluster.train_workers.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    set_: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Parameters and memory of the policy's training by ZeRO stage, without loading weights."""
+
+    def work() -> None:
+        from mahalo_ray.pipeline.show_plan import plan_of, print_plan, to_json
+
+        loaded = load(config, set_)
+        made = plan_of(loaded, gpus)
+        if json_:
+            typer.echo(to_json(made, gpu_memory_gb))
+        else:
+            print_plan(out, made, gpu_memory_gb)
+
+    guarded(work, debug)
+
+
 def export_policy(source: str, output: str, weights: Weights, dtype: str | None) -> None:
     """`mahalo_ray.pipeline.export.export` with a dtype by name."""
     if dtype not in (None, "float32", "bfloat16"):

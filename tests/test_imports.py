@@ -20,6 +20,7 @@ ORDER = [
     ["losses"],
     ["decoding"],
     ["training"],
+    ["planning"],
     ["rollouts"],
     ["evaluation"],
     ["sweeps"],

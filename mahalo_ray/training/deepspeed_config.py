@@ -15,7 +15,7 @@ from mahalo_ray.config import TrainingConfig
 from mahalo_ray.models.heads import full_shape
 
 # Elements, not bytes. DeepSpeed allocates buffers of this size; its default of 5e8 is 2 GB in fp32.
-_BUCKET = 50_000_000
+BUCKET_ELEMENTS = 50_000_000
 
 
 def deepspeed_config(training: TrainingConfig, dtype: torch.dtype, accumulation: int) -> dict[str, Any]:
@@ -25,8 +25,8 @@ def deepspeed_config(training: TrainingConfig, dtype: torch.dtype, accumulation:
     zero: dict[str, Any] = {
         "stage": training.zero_stage,
         "contiguous_gradients": True,
-        "reduce_bucket_size": _BUCKET,
-        "allgather_bucket_size": _BUCKET,
+        "reduce_bucket_size": BUCKET_ELEMENTS,
+        "allgather_bucket_size": BUCKET_ELEMENTS,
     }
     if training.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}

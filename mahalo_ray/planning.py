@@ -1,0 +1,209 @@
+"""What training a policy takes, told from the model's config alone: parameters and bytes, no weights loaded.
+
+Bytes per GPU follow what DeepSpeed keeps with torch's AdamW. Activations are not among them: they depend on
+sequence lengths and checkpointing, and have what is left.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Qwen2Config
+
+from mahalo_ray.config import ModelConfig, PolicyConfig
+from mahalo_ray.models import LoraSettings, MultiHeadCausalLM
+from mahalo_ray.models.heads import LogitTransform
+from mahalo_ray.training.deepspeed_config import BUCKET_ELEMENTS
+
+GIGABYTE = 2**30
+_FP32 = 4
+_MOMENTS = 2  # of AdamW, in the dtype of the master weights: fp32
+# DeepSpeed's default of how many gathered parameters may lie on a GPU at once with ZeRO-3.
+_LIVE_PARAMETERS = 1_000_000_000
+Stage = Literal[0, 1, 2, 3]
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Numbers of parameters; `base_head` is the frozen head that low-rank heads differ from."""
+
+    backbone: int
+    adapter: int
+    base_head: int
+    heads: int
+    trained: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.backbone + self.adapter + self.base_head + self.heads
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one way to train. `host_per_gpu` is main memory, per GPU of the node."""
+
+    zero_stage: int
+    offload_optimizer: bool
+    offload_parameters: bool
+    parameters: int
+    gradients: int
+    optimizer: int
+    buffers: int
+    log_probs: int
+    host_per_gpu: int
+
+    @property
+    def total(self) -> int:
+        """Per GPU, without activations."""
+        return self.parameters + self.gradients + self.optimizer + self.buffers + self.log_probs
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`checkpoint`: bytes of one checkpoint to resume from; `model`: of the finished model's folder."""
+
+    counts: ParameterCount
+    dtype: str
+    gpus: int
+    memory: list[Memory]
+    checkpoint: int
+    model: int
+
+
+def make_plan(model: ModelConfig, policy: PolicyConfig, objectives: int, gpus: int) -> Plan:
+    """Of training `policy` with this number of objectives' heads on `gpus` GPUs.
+
+    ValueError when `model.base` holds no config or is no causal language model.
+    """
+    dtype = getattr(torch, model.dtype)
+    built = policy_on_meta(base_config(model), policy, objectives, dtype)
+    counts = count_parameters(built)
+    ways: list[tuple[Stage, bool, bool]] = [(0, False, False)]
+    for stage in (1, 2, 3):
+        ways += [(stage, False, False), (stage, True, False)]
+    ways.append((3, True, True))
+    chunk = policy.training.logit_chunk_size
+    workspace = log_prob_workspace(chunk, built.vocab_size, dtype)
+    saved = counts.total - (counts.backbone if policy.lora is not None else 0)
+    return Plan(
+        counts,
+        model.dtype,
+        gpus,
+        [memory_of(counts, way, dtype, gpus, workspace) for way in ways],
+        counts.total * dtype.itemsize + counts.trained * _FP32 * (1 + _MOMENTS),
+        saved * dtype.itemsize,
+    )
+
+
+def base_config(model: ModelConfig) -> PretrainedConfig:
+    """The transformers config of the base, or of the model made from scratch (with its largest
+    vocabulary)."""
+    if model.scratch is not None:
+        scratch = model.scratch
+        return Qwen2Config(
+            vocab_size=scratch.vocab_size,
+            hidden_size=scratch.hidden_size,
+            num_hidden_layers=scratch.num_layers,
+            num_attention_heads=scratch.num_attention_heads,
+            num_key_value_heads=scratch.num_attention_heads,
+            intermediate_size=scratch.intermediate_size,
+            tie_word_embeddings=False,
+        )
+    assert model.base is not None
+    try:
+        return AutoConfig.from_pretrained(model.base)
+    except (OSError, ValueError) as error:  # ValueError: a config.json of no known kind of model
+        raise ValueError(
+            f"'model.base': no config of a model can be read from '{model.base}' ({error})"
+        ) from error
+
+
+def policy_on_meta(
+    config: PretrainedConfig, policy: PolicyConfig, objectives: int, dtype: torch.dtype
+) -> MultiHeadCausalLM:
+    """The policy as it will be trained, without memory: its parameters have shapes only."""
+    with torch.device("meta"):
+        causal = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        head = causal.get_output_embeddings()
+        if head is None:
+            raise ValueError(f"{type(causal).__name__} is not a causal language model with a head")
+        built = MultiHeadCausalLM(
+            causal.base_model,
+            [f"objective{number}" for number in range(objectives)],
+            policy.head_kind,
+            LogitTransform(),
+            vocab_size=head.weight.shape[0],
+            hidden_size=head.weight.shape[1],
+            bias=head.bias is not None,
+            dtype=dtype,
+            rank=policy.head_rank,
+        )
+        if policy.lora is not None:
+            built.add_lora(LoraSettings(**policy.lora.model_dump()))
+    return built
+
+
+def count_parameters(policy: MultiHeadCausalLM) -> ParameterCount:
+    """Every parameter once, by what it belongs to."""
+    adapter = sum(p.numel() for name, p in policy.backbone.named_parameters() if ".lora_" in name)
+    base_head = 0 if policy.base_head is None else _count(policy.base_head)
+    return ParameterCount(
+        backbone=_count(policy.backbone) - adapter,
+        adapter=adapter,
+        base_head=base_head,
+        heads=sum(p.numel() for p in policy.head_parameters()),
+        trained=sum(p.numel() for p in policy.parameters() if p.requires_grad),
+    )
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def memory_of(
+    counts: ParameterCount, way: tuple[Stage, bool, bool], dtype: torch.dtype, gpus: int, workspace: int
+) -> Memory:
+    """What DeepSpeed keeps for (ZeRO stage, optimizer offload, parameter offload).
+
+    Parameters: whole below stage 3. Gradients in the model's dtype: whole below stage 2. Optimizer: AdamW's
+    two fp32 moments and fp32 master weights, of which ZeRO keeps its shard apart from the parameters even
+    where these are fp32 (without ZeRO there is no such copy). Buffers: one bucket of gradients on their way
+    to their owners, and with stage 3 the parameters that may be gathered at once. Offloaded are optimizer
+    and gradients, or the parameters.
+    """
+    stage, offload_optimizer, offload_parameters = way
+    width = dtype.itemsize
+    own_copy = dtype != torch.float32 or stage > 0
+    parameters = _share(counts.total, gpus if stage == 3 else 1) * width
+    gradients = _share(counts.trained, gpus if stage >= 2 else 1) * width
+    states = _share(counts.trained, gpus if stage >= 1 else 1) * _FP32 * (_MOMENTS + own_copy)
+    buffers = BUCKET_ELEMENTS * width if stage > 0 else 0
+    if stage == 3:
+        buffers += min(counts.total, _LIVE_PARAMETERS) * width
+    host = 0
+    if offload_optimizer:
+        host += states + gradients
+        states = gradients = 0
+    if offload_parameters:
+        host += parameters
+        parameters = 0
+    return Memory(
+        *(stage, offload_optimizer, offload_parameters),
+        *(parameters, gradients, states, buffers, workspace, host),
+    )
+
+
+def _share(count: int, gpus: int) -> int:
+    """Of the GPU with the largest share."""
+    return -(-count // gpus)
+
+
+def log_prob_workspace(chunk_size: int, vocab_size: int, dtype: torch.dtype) -> int:
+    """Bytes of the chunked log-probs: logits and their gradient in fp32, and both again in a narrower
+    dtype."""
+    narrow = 0 if dtype == torch.float32 else 2 * dtype.itemsize
+    return chunk_size * vocab_size * (2 * _FP32 + narrow)

@@ -1,0 +1,173 @@
+"""Plans against what a real run of the same model holds in memory and on disk."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import training_world as world
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+from mahalo_ray.cli import app
+from mahalo_ray.config import LoraConfig, ModelConfig, PolicyConfig, TrainingConfig
+from mahalo_ray.models import LoraSettings, MultiHeadCausalLM
+from mahalo_ray.planning import Memory, Plan, make_plan
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "quickstart.yaml"
+IDS = torch.tensor([[7, 9, 11, 5, 30], [8, 8, 12, 29, 6]])
+KINDS: dict[str, dict[str, Any]] = {
+    "full heads": {},
+    "low-rank heads": {"head_kind": "low_rank", "head_rank": 3},
+    "LoRA": {"lora": LoraConfig(rank=3)},
+}
+
+
+def real_policy(base: str, policy: PolicyConfig) -> MultiHeadCausalLM:
+    model = MultiHeadCausalLM.from_base(
+        base, world.OBJECTIVES, head_kind=policy.head_kind, rank=policy.head_rank
+    )
+    if policy.lora is not None:
+        model.add_lora(LoraSettings(**policy.lora.model_dump()))
+    return model
+
+
+def plan_of(base: str, policy: PolicyConfig, gpus: int = 1, dtype: str = "float32") -> Plan:
+    return make_plan(ModelConfig(base=base, dtype=dtype), policy, 2, gpus)  # type: ignore[arg-type]
+
+
+def way(plan: Plan, stage: int, optimizer: bool = False, parameters: bool = False) -> Memory:
+    wanted = (stage, optimizer, parameters)
+    return next(m for m in plan.memory if (m.zero_stage, m.offload_optimizer, m.offload_parameters) == wanted)
+
+
+def bytes_of(tensors: Any) -> int:
+    """Of the storages, each once."""
+    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(found.values())
+
+
+def loss_of(model: MultiHeadCausalLM) -> Tensor:
+    logps: Tensor = model(IDS, None, torch.roll(IDS, -1, 1), torch.tensor([0, 1]), 4)
+    return -logps.sum()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return world.make_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_plain_run_holds_what_the_plan_says(kind: str, base: str, tmp_path: Path) -> None:
+    settings = PolicyConfig(**KINDS[kind])
+    planned, model = plan_of(base, settings), real_policy(base, settings)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    loss_of(model).backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    optimizer.step()
+    states = [t for state in optimizer.state.values() for t in state.values() if t.dim() > 0]
+    plain = way(planned, 0)
+    assert plain.parameters == pytest.approx(bytes_of(model.parameters()), rel=0.05)
+    assert plain.gradients == pytest.approx(bytes_of(gradients), rel=0.05)
+    assert plain.optimizer == pytest.approx(bytes_of(states), rel=0.05)
+    model.save_pretrained(tmp_path)
+    saved = sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors"))
+    assert planned.model == pytest.approx(saved, abs=20_000)  # names and shapes weigh something too
+
+
+def test_arithmetic_of_stages_in_bfloat16(base: str) -> None:
+    whole, sharded = (plan_of(base, PolicyConfig(), gpus, "bfloat16") for gpus in (1, 4))
+    n = whole.counts.total
+    assert whole.counts.trained == n
+    one = way(whole, 0)
+    assert (one.parameters, one.gradients, one.optimizer) == (2 * n, 2 * n, 12 * n)
+    first, second, third = (way(sharded, stage) for stage in (1, 2, 3))
+    assert (first.parameters, first.gradients) == (2 * n, 2 * n)
+    assert first.optimizer == pytest.approx(3 * n, abs=48)
+    assert (second.parameters, third.parameters) == (2 * n, pytest.approx(n / 2, abs=8))
+    assert second.gradients == third.gradients == pytest.approx(n / 2, abs=8)
+    away = way(sharded, 3, True, True)
+    assert away.parameters == away.gradients == away.optimizer == 0
+    assert away.host_per_gpu == third.parameters + third.gradients + third.optimizer
+
+
+class PlanRecipe:
+    """A policy with both heads under DeepSpeed, as the engine wants it."""
+
+    batches = (IDS,) * 4
+
+    def __init__(self, base: str) -> None:
+        self.base = base
+
+    def build_model(self) -> nn.Module:
+        return real_policy(self.base, PolicyConfig())
+
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        return [{"name": "all", "params": list(model.parameters()), "lr": 1e-3, "weight_decay": 0.0}]
+
+    def loss(self, model: nn.Module, **tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        loss = loss_of(model)  # type: ignore[arg-type]
+        return loss, loss.detach(), torch.zeros(0)
+
+
+@pytest.fixture(scope="module")
+def one_process() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch, socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        settings = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
+        for name, value in {**settings, "MASTER_PORT": probe.getsockname()[1]}.items():
+            patch.setenv(name, str(value))
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        yield
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeed_holds_what_the_plan_says(
+    stage: int, dtype: torch.dtype, base: str, one_process: None
+) -> None:
+    from mahalo_ray.training.engine import build_engine
+
+    training = TrainingConfig(zero_stage=stage, gradient_clipping=0.0, warmup_fraction=0.0)  # type: ignore[arg-type]
+    engine = build_engine(PlanRecipe(base), training, dtype, seed=0, accumulation=1)  # type: ignore[arg-type]
+    engine.backward(engine()[0])
+    engine.step()
+    held = engine.optimizer
+    if stage == 3:
+        masters, shards = held.fp32_partitioned_groups_flat, held.fp16_partitioned_groups_flat
+    else:
+        masters, shards = held.single_partition_of_fp32_groups, held.bit16_groups_flat
+    states = [t for state in held.state.values() for t in state.values() if t.dim() > 0]
+    of_shards = {shard.untyped_storage().data_ptr() for shard in shards}
+    own = [t for t in masters if t.untyped_storage().data_ptr() not in of_shards]
+    planned = way(plan_of(base, PolicyConfig(), 1, str(dtype).removeprefix("torch.")), stage)
+    assert planned.optimizer == pytest.approx(bytes_of([*own, *states]), rel=0.05)
+    assert planned.parameters == pytest.approx(bytes_of(shards), rel=0.05)
+
+
+def test_command_prints_tables_and_json(base: str) -> None:
+    shown = CliRunner().invoke(app, ["plan", str(EXAMPLE), "--gpus", "2"])
+    assert shown.exit_code == 0 and "2 x 80 GiB, float32" in shown.output and "backbone" in shown.output
+    small = CliRunner().invoke(app, ["plan", str(EXAMPLE), "--json", "--gpu-memory-gb", "0.1"])
+    document = json.loads(small.output)
+    assert document["gpus"] == 2 and document["counts"]["total"] > 0
+    assert {m["zero_stage"]: m["fits"] for m in document["memory"] if not m["offload_optimizer"]} == {
+        0: True,
+        1: False,
+        2: False,
+        3: False,
+    }
+
+
+def test_a_base_without_config_is_said(tmp_path: Path) -> None:
+    arguments = ["plan", str(EXAMPLE), "--set", "model.scratch=null", "--set", f"model.base={tmp_path}"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2 and "no config of a model can be read" in result.output
