@@ -101,6 +101,7 @@ def test_objectives_by_field_and_scores(tmp_path: Path) -> None:
         ({"prompt": ASKED, "chosen": ASKED, "rejected": FIVE}, "exactly one assistant message"),
         ({"prompt": [{"role": "wizard", "content": ""}], "chosen": FOUR, "rejected": FIVE}, "messages: role"),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "chosen_score": "x"}, "not a finite number"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "weight": -1}, "'weight' is -1"),
     ],
 )
 def test_a_bad_row_is_kept_with_its_reason(row: Any, reason: str, tmp_path: Path) -> None:
@@ -110,6 +111,20 @@ def test_a_bad_row_is_kept_with_its_reason(row: Any, reason: str, tmp_path: Path
     (bad,) = found.bad
     assert bad.file == str(file) and bad.line == 3
     assert reason in bad.reason
+
+
+def test_loss_weights_and_dialogues(tmp_path: Path) -> None:
+    """Cuts of one conversation share a dialogue; another conversation, or the row itself, names its own."""
+    later = [*ASKED, *FOUR, {"role": "user", "content": "sure?"}]
+    other = [{"role": "user", "content": "3+3?"}]
+    prompts = (ASKED, later, other, ASKED)
+    rows: list[dict[str, Any]] = [{"prompt": p, "chosen": FOUR, "rejected": FIVE} for p in prompts]
+    rows[0] |= {"weight": 2, "margin": -0.5}
+    rows[3] |= {"dialogue": 7}
+    first, cut, another, named = read(lines(tmp_path / "a.jsonl", *rows)).pairs
+    assert (first.weight, first.margin, cut.weight, cut.margin) == (2.0, -0.5, 1.0, 0.0)
+    assert first.dialogue == cut.dialogue != another.dialogue
+    assert named.dialogue == "7"
 
 
 def test_an_id_may_occur_once(tmp_path: Path) -> None:

@@ -4,10 +4,15 @@ trl      `prompt`, `chosen`, `rejected` as TRL takes them: text, or lists of mes
          repeat the prompt; without `prompt`, it is what both conversations begin with
 mahalo   `question`, `chosen`, `rejected` as in the MAHALO code: the question is a text of turns, each opened
          by `Student:`, `Assistant:` (or User, Human, Tutor, Teacher) at its beginning or after a blank line
+
+Both may have `id`, `dialogue` (else pairs whose conversations open alike count as one dialogue, which a
+held-out split keeps together), `weight` and `margin` of the loss, and scores: `chosen_score` or
+`score_chosen`, `rejected_score` or `score_rejected`, in the row or its `metadata`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 import posixpath
@@ -94,7 +99,11 @@ def _pair(row: Row, row_format: str, objective: str, default_id: str, source: st
         raise _Refused("the prompt is empty")
     metadata = row.get("metadata")
     places = [row, metadata] if isinstance(metadata, Mapping) else [row]
-    return PreferencePair(
+    own_dialogue = row.get("dialogue")
+    extra = {name: row[name] for name in ("weight", "margin") if row.get(name) is not None}
+    return _checked(
+        extra,
+        dialogue=_opening(prompt) if own_dialogue is None else str(own_dialogue),
         id=default_id if row.get("id") is None else str(row["id"]),
         objective=objective,
         prompt=prompt,
@@ -104,6 +113,22 @@ def _pair(row: Row, row_format: str, objective: str, default_id: str, source: st
         rejected_score=_score(places, "rejected"),
         source=source,
     )
+
+
+def _checked(extra: Row, **fields: Any) -> PreferencePair:
+    """The pair with the loss's own numbers, as the record accepts them."""
+    try:
+        return PreferencePair(**fields, **extra)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise _Refused(f"'{first['loc'][0]}' is {first['input']!r}: {first['msg']}") from error
+
+
+def _opening(prompt: Sequence[Message]) -> str:
+    """The same for all pairs cut from one conversation: what was said up to the user's first message."""
+    first_user = next((n for n, message in enumerate(prompt) if message.role == "user"), len(prompt))
+    said = [(message.role, message.content) for message in prompt[: first_user + 1]]
+    return hashlib.blake2b(repr(said).encode(), digest_size=12).hexdigest()
 
 
 def _trl(row: Row) -> tuple[list[Message], str, str]:
