@@ -1,0 +1,57 @@
+"""The whole run as one typed document: load, override, validate, write resolved.
+
+Unknown keys are errors that name the file, the key and the nearest known key. Sizes are global unless their
+name says `per_device`; times are seconds; lengths are tokens.
+"""
+
+from mahalo_ray.config.loading import dump_config, load_config
+from mahalo_ray.config.policy import PolicyConfig
+from mahalo_ray.config.run import RunConfig
+from mahalo_ray.config.section import ConfigError, Section
+from mahalo_ray.config.stages import (
+    ClusterConfig,
+    DataConfig,
+    EvaluationConfig,
+    GuidedConfig,
+    LoraConfig,
+    MiniatureConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    PairsConfig,
+    PairsSource,
+    RewardConfig,
+    RolloutConfig,
+    SamplingConfig,
+    ScratchModelConfig,
+    ServeConfig,
+    SftConfig,
+    SweepConfig,
+    TrainingConfig,
+)
+
+__all__ = [
+    "ClusterConfig",
+    "ConfigError",
+    "DataConfig",
+    "EvaluationConfig",
+    "GuidedConfig",
+    "LoraConfig",
+    "MiniatureConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "PairsConfig",
+    "PairsSource",
+    "PolicyConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "SamplingConfig",
+    "ScratchModelConfig",
+    "Section",
+    "ServeConfig",
+    "SftConfig",
+    "SweepConfig",
+    "TrainingConfig",
+    "dump_config",
+    "load_config",
+]

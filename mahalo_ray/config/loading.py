@@ -1,0 +1,104 @@
+"""Configuration files: load, override, explain what is wrong, write resolved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from mahalo_ray.config.run import RunConfig
+from mahalo_ray.config.section import ConfigError
+from mahalo_ray.objectives import unknown_name
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a YAML file, apply `a.b=c` overrides (values are YAML) and validate.
+
+    Raises ConfigError naming the file and every wrong key.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"no config file at '{path}'")
+    try:
+        document = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path} must hold a mapping of sections, not {type(document).__name__}")
+    for override in overrides or []:
+        _apply_override(document, override)
+    try:
+        return RunConfig.model_validate(document)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, str(path))) from error
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved config as YAML, every default written out; loads back to the same config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _apply_override(document: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"cannot read override '{override}': write --set section.key=value")
+    node: Any = document
+    for depth, key in enumerate(keys[:-1]):
+        if isinstance(node, list):
+            node = _list_item(node, key, override)
+            continue
+        if node.get(key) is None:
+            node[key] = {}
+        node = node[key]
+        if not isinstance(node, dict | list):
+            raise ConfigError(
+                f"override '{override}': '{'.'.join(keys[: depth + 1])}' is a value, not a section"
+            )
+    value = yaml.safe_load(text)
+    if isinstance(node, list):
+        _list_item(node, keys[-1], override)
+        node[int(keys[-1])] = value
+    else:
+        node[keys[-1]] = value
+
+
+def _list_item(items: list[Any], key: str, override: str) -> Any:
+    if not key.isdigit() or int(key) >= len(items):
+        raise ConfigError(f"override '{override}': '{key}' is not an index below {len(items)}")
+    return items[int(key)]
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    lines = []
+    for item in error.errors():
+        location = ".".join(str(part) for part in item["loc"]) or "(top level)"
+        if item["type"] == "extra_forbidden":
+            known = _known_keys(item["loc"][:-1])
+            lines.append(f"  {location}: {unknown_name('key', str(item['loc'][-1]), known)}")
+        else:
+            given = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
+            lines.append(f"  {location}: {item['msg'].removeprefix('Value error, ')}{given}")
+    return f"{source} cannot be used:\n" + "\n".join(lines)
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    section: type[BaseModel] = RunConfig
+    for part in location:
+        if isinstance(part, int):
+            continue
+        section = _section_of(section.model_fields[part])
+    return list(section.model_fields)
+
+
+def _section_of(field: FieldInfo) -> type[BaseModel]:
+    candidates: list[Any] = [field.annotation]
+    while candidates:
+        annotation = candidates.pop()
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            return annotation
+        candidates.extend(getattr(annotation, "__args__", ()))
+    raise AssertionError(f"{field} holds no section")
