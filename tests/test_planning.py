@@ -139,8 +139,12 @@ def test_deepspeed_holds_what_the_plan_says(
     training = TrainingConfig(zero_stage=stage, gradient_clipping=0.0, warmup_fraction=0.0)  # type: ignore[arg-type]
     engine = build_engine(PlanRecipe(base), training, dtype, seed=0, accumulation=1)  # type: ignore[arg-type]
     engine.backward(engine()[0])
-    engine.step()
     held = engine.optimizer
+    if stage == 3:
+        gradients = bytes_of([held.grad_partitions_flat_buffer])
+    else:
+        gradients = bytes_of(g for group in held.averaged_gradients.values() for g in group)
+    engine.step()
     if stage == 3:
         masters, shards = held.fp32_partitioned_groups_flat, held.fp16_partitioned_groups_flat
     else:
@@ -151,6 +155,7 @@ def test_deepspeed_holds_what_the_plan_says(
     planned = way(plan_of(base, PolicyConfig(), 1, str(dtype).removeprefix("torch.")), stage)
     assert planned.optimizer == pytest.approx(bytes_of([*own, *states]), rel=0.05)
     assert planned.parameters == pytest.approx(bytes_of(shards), rel=0.05)
+    assert planned.gradients == pytest.approx(gradients, rel=0.05)
 
 
 def test_command_prints_tables_and_json(base: str) -> None:
