@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import training_world as world
 from torch import Tensor, nn
 from typer.testing import CliRunner
@@ -116,23 +113,11 @@ class PlanRecipe:
         return loss, loss.detach(), torch.zeros(0)
 
 
-@pytest.fixture(scope="module")
-def one_process() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch, socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        settings = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
-        for name, value in {**settings, "MASTER_PORT": probe.getsockname()[1]}.items():
-            patch.setenv(name, str(value))
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        yield
-        dist.destroy_process_group()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_deepspeed_holds_what_the_plan_says(
-    stage: int, dtype: torch.dtype, base: str, one_process: None
+    stage: int, dtype: torch.dtype, base: str, deepspeed_alone: None
 ) -> None:
     from mahalo_ray.training.engine import build_engine
 

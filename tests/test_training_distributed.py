@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import ray
 import torch
-import torch.distributed as dist
 import training_world as world
 from safetensors.torch import load_file
 
@@ -25,7 +24,7 @@ from mahalo_ray.training.reference import read_store, write_store
 from mahalo_ray.training.reward import RewardRecipe
 from mahalo_ray.training.sft import SftRecipe
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_process")]
 
 SEED = 5
 CLUSTER = ClusterConfig(train_workers=2, cpus_per_train_worker=1, max_failures=2)
@@ -62,9 +61,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 def plain_losses(make: Callable[[], Recipe], training: TrainingConfig) -> tuple[list[float], dict[str, Any]]:
     """Loss of every step and the final weights of a plain loop: one process, whole batches, torch's own
     clipping."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     recipe = make()
-    dist.destroy_process_group()
     torch.manual_seed(SEED)
     model = recipe.build_model()
     optimizer, schedule = optimizer_and_schedule(

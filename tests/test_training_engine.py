@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from mahalo_ray.config import TrainingConfig
@@ -18,19 +16,7 @@ from mahalo_ray.training.deepspeed_config import parameter_group
 from mahalo_ray.training.engine import build_engine, infer, optimizer_step, whole_state_dict
 from mahalo_ray.training.recipe import Output, Tensors
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_process() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch, socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        settings = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
-        for name, value in {**settings, "MASTER_PORT": probe.getsockname()[1]}.items():
-            patch.setenv(name, str(value))
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        yield
-        dist.destroy_process_group()
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("deepspeed_alone")]
 
 
 class RootRecipe:

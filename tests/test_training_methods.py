@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import training_world as world
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -22,6 +20,9 @@ from mahalo_ray.models.soup import average_models
 from mahalo_ray.objectives import Weights
 from mahalo_ray.pipeline.evaluating import check_heads
 from mahalo_ray.training.policy import PolicyRecipe
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
 
 TRAINING = TrainingConfig(batch_size=8, micro_batch_size_per_device=8, epochs=4, zero_stage=2)
 METHODS: dict[str, dict[str, Any]] = {
@@ -36,13 +37,6 @@ HEADS = {
     "scalarised": ("scalarised",),
     "modpo": ("modpo",),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_process() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

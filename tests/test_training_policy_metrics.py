@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import training_world as world
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -19,17 +16,7 @@ from mahalo_ray.config import LoraConfig, PolicyConfig, TrainingConfig
 from mahalo_ray.training.policy import PolicyRecipe
 from mahalo_ray.training.policy_metrics import cosines
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_process() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch, socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        settings = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
-        for name, value in {**settings, "MASTER_PORT": probe.getsockname()[1]}.items():
-            patch.setenv(name, str(value))
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        yield
-        dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("deepspeed_alone")
 
 
 @pytest.fixture(scope="module")

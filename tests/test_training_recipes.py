@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import training_world as world
 from torch import Tensor, nn
@@ -28,16 +26,12 @@ from mahalo_ray.training.reward import RewardRecipe
 from mahalo_ray.training.sft import SftRecipe
 from mahalo_ray.training.traces import LabelledTraces, add_traces
 
+pytestmark = pytest.mark.usefixtures("one_process")
+
+
 TRAINING = TrainingConfig(
     batch_size=8, micro_batch_size_per_device=8, logit_chunk_size=5, epochs=2, zero_stage=2
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_process() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,34 @@
+"""What all tests share: an interruptible process, and one process group for the code that needs one."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections.abc import Iterator
+
+import pytest
+import torch.distributed as dist
+
+
+def pytest_configure() -> None:
+    """Started in the background, a suite ignores SIGINT, and so would the runs that it stops with it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def one_process() -> Iterator[None]:
+    """A process group of one, as long as the session: DeepSpeed holds on to the first it sees."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def deepspeed_alone(one_process: None) -> Iterator[None]:
+    """What DeepSpeed reads from the environment, for an engine in this process."""
+    with pytest.MonkeyPatch.context() as patch, socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        settings = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
+        for name, value in {**settings, "MASTER_PORT": probe.getsockname()[1]}.items():
+            patch.setenv(name, str(value))
+        yield
