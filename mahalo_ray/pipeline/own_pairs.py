@@ -13,8 +13,9 @@ from mahalo_ray.data.records import PreferencePair
 from mahalo_ray.data.row_files import data_files
 from mahalo_ray.models.folder import local_folder
 from mahalo_ray.pipeline.corpus import START_MODEL
+from mahalo_ray.pipeline.heads import train_heads
 from mahalo_ray.pipeline.stages import Context, Pipeline, Stage, StageResult
-from mahalo_ray.training.launch import file_fingerprint, train_policy
+from mahalo_ray.training.launch import file_fingerprint
 
 
 def pairs(context: Context) -> StageResult:
@@ -50,23 +51,8 @@ def pairs(context: Context) -> StageResult:
 
 
 def policy(context: Context) -> StageResult:
-    """MAH-DPO from the base model, which is the reference too."""
-    config = context.config
-    result = train_policy(
-        context.input("pairs", "pairs"),
-        context.path("model"),
-        _base_url(context),
-        config.objective_names,
-        config.policy,
-        config.model,
-        config.cluster,
-        config.pairs.held_out_fraction,
-        config.seed,
-        context.path("checkpoints"),
-        context.progress.training,
-    )
-    storage.write_json(context.path("history.json"), result.history)
-    return StageResult(dict(result.metrics), {"model": "model", "history": "history.json"})
+    """MAH-DPO from the base model."""
+    return train_heads(context, _base_url(context))
 
 
 def _base_url(context: Context) -> str:

@@ -10,18 +10,18 @@ from typing import Any
 from pydantic import BaseModel
 
 from mahalo_ray.config import RolloutConfig, RunConfig
-from mahalo_ray.data import storage
 from mahalo_ray.data.records import CandidateSet, PreferencePair, StepTrace
 from mahalo_ray.decoding.loading import Placement
 from mahalo_ray.pipeline.corpus import make_sft_data, start_model_url
 from mahalo_ray.pipeline.evaluating import evaluate, report, sweep
+from mahalo_ray.pipeline.heads import train_heads, trained
 from mahalo_ray.pipeline.serve import try_serving
 from mahalo_ray.pipeline.stages import Context, Pipeline, Stage, StageResult
 from mahalo_ray.pipeline.students import first_seed
 from mahalo_ray.rollouts.actors import CANDIDATES, RolloutSpec
 from mahalo_ray.rollouts.driver import chunks_of, run_rollouts
 from mahalo_ray.rollouts.pairs import build_pairs, labelled_traces
-from mahalo_ray.training.launch import TrainingResult, train_policy, train_reward, train_sft
+from mahalo_ray.training.launch import train_reward, train_sft
 
 
 def sft(context: Context) -> StageResult:
@@ -38,7 +38,7 @@ def sft(context: Context) -> StageResult:
         context.path("checkpoints"),
         context.progress.training,
     )
-    return _trained(context, result)
+    return trained(context, result)
 
 
 def reward_rollouts(context: Context) -> StageResult:
@@ -68,7 +68,7 @@ def reward(context: Context) -> StageResult:
         context.path("checkpoints"),
         context.progress.training,
     )
-    return _trained(context, result)
+    return trained(context, result)
 
 
 def pair_rollouts(context: Context) -> StageResult:
@@ -100,26 +100,7 @@ def pairs(context: Context) -> StageResult:
 
 def policy(context: Context) -> StageResult:
     """MAH-DPO: one head per objective over a shared backbone."""
-    config = context.config
-    result = train_policy(
-        context.input("pairs", "pairs"),
-        context.path("model"),
-        context.input("sft", "model"),
-        config.objective_names,
-        config.policy,
-        config.model,
-        config.cluster,
-        config.pairs.held_out_fraction,
-        config.seed,
-        context.path("checkpoints"),
-        context.progress.training,
-    )
-    return _trained(context, result)
-
-
-def _trained(context: Context, result: TrainingResult) -> StageResult:
-    storage.write_json(context.path("history.json"), result.history)
-    return StageResult(dict(result.metrics), {"model": "model", "history": "history.json"})
+    return train_heads(context, context.input("sft", "model"))
 
 
 def _play(context: Context, settings: RolloutConfig, reward_url: str | None, purpose: str) -> dict[str, Any]:
