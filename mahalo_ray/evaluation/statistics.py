@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -123,20 +122,6 @@ def paired_difference(
     """
     difference = align(ids, values, ids) - align(baseline_ids, baseline, ids)
     return mean_interval(difference, confidence=confidence, resamples=resamples, seed=seed)
-
-
-def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> Estimate:
-    """A rate with Wilson's score interval (Wilson 1927), which stays sensible at 0 and at 1."""
-    if trials < 1 or not 0 <= successes <= trials:
-        raise ValueError(f"need 0 <= successes <= trials and trials >= 1, got {successes} of {trials}")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    rate = successes / trials
-    scale = 1 + z * z / trials
-    center = (rate + z * z / (2 * trials)) / scale
-    half = z / scale * math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials * trials))
-    return Estimate(value=rate, low=max(0.0, center - half), high=min(1.0, center + half))
 
 
 def finite_or_none(value: Any) -> Any:
