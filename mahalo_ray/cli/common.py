@@ -1,0 +1,86 @@
+"""What all verbs share: consoles, options, loading a configuration, and errors as people should see them."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from mahalo_ray.config import RunConfig, load_config
+from mahalo_ray.errors import StageError
+from mahalo_ray.pipeline.stages import RunInterrupted
+from mahalo_ray.pipeline.students import check_domain
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="a.b=c", help="Override one key; may be given many times."),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def open_session(config: RunConfig) -> AbstractContextManager[None]:
+    """Ray, as this configuration wants it."""
+    from mahalo_ray.pipeline.cluster import ray_session
+
+    return ray_session(config.cluster, config.serve.replicas * config.serve.cpus_per_replica)
+
+
+def load(file: Path, overrides: list[str] | None) -> RunConfig:
+    """The configuration, checked for what its domain can do."""
+    config = load_config(file, overrides)
+    if config.data is None:
+        check_domain(config)
+    return config
+
+
+def guarded(work: Callable[[], None], debug: bool) -> None:
+    """Do the work; what the user can mend becomes one clear message and exit code 2."""
+    try:
+        work()
+    except RunInterrupted as stop:
+        err.print(escape(str(stop)))
+        _leave(stop.exit_code)
+    except KeyboardInterrupt:
+        err.print("Stopped.")
+        _leave(130)
+    except StageError as error:
+        if debug:
+            traceback.print_exception(error)
+        err.print(f"[bold red]failed:[/] {escape(str(error))}")
+        raise SystemExit(1) from None
+    except ValueError as error:
+        if debug:
+            traceback.print_exception(error)
+        notes = "".join(f"\n({note})" for note in getattr(error, "__notes__", ()))
+        err.print(f"[bold red]error:[/] {escape(_message(error))}{escape(notes)}")
+        raise SystemExit(2) from None
+
+
+def say(message: str) -> None:
+    """Print one line as it is, however long."""
+    out.print(message, markup=False, soft_wrap=True)
+
+
+def _message(error: ValueError) -> str:
+    """Without the remote traceback that Ray adds to an error from a worker."""
+    cause = getattr(error, "cause", None)
+    return str(cause if isinstance(cause, ValueError) else error)
+
+
+def _leave(code: int) -> NoReturn:
+    """End at once: a stage's thread may still be computing, and nothing it does counts any more."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
