@@ -14,6 +14,7 @@ PACKAGE = Path(mahalo_ray.__file__).parent
 ORDER = [
     ["objectives", "logprobs", "errors"],
     ["config"],
+    ["endpoints"],
     ["data"],
     ["domains"],
     ["models"],
@@ -31,7 +32,7 @@ ORDER = [
 RANK = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 
 # Rooms that only compute: what they may not import.
-WITHOUT_RAY = {room for rooms in ORDER[:7] for room in rooms}  # up to and with decoding
+WITHOUT_RAY = {room for rooms in ORDER[:8] for room in rooms}  # up to and with decoding
 TORCH_ONLY = {"losses", "logprobs"}
 
 

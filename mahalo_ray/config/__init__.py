@@ -4,6 +4,7 @@ Unknown keys are errors that name the file, the key and the nearest known key. S
 name says `per_device`; times are seconds; lengths are tokens.
 """
 
+from mahalo_ray.config.endpoint import EndpointConfig
 from mahalo_ray.config.loading import dump_config, load_config
 from mahalo_ray.config.policy import PolicyConfig
 from mahalo_ray.config.run import RunConfig
@@ -33,6 +34,7 @@ __all__ = [
     "ClusterConfig",
     "ConfigError",
     "DataConfig",
+    "EndpointConfig",
     "EvaluationConfig",
     "GuidedConfig",
     "LoraConfig",
