@@ -28,8 +28,9 @@ from mahalo_ray.objectives import Weights
 from mahalo_ray.rollouts.actors import CANDIDATES, DIALOGUES, RolloutSpec
 from mahalo_ray.rollouts.collect import Collector
 from mahalo_ray.rollouts.dialogues import Conversation, DialogueBatch, first_candidate, play
-from mahalo_ray.rollouts.driver import RolloutError, chunks_of, run_rollouts
+from mahalo_ray.rollouts.driver import chunks_of, run_rollouts
 from mahalo_ray.rollouts.pairs import build_pairs, labelled_traces
+from mahalo_ray.rollouts.pool import RolloutError
 from mahalo_ray.rollouts.scoring import CachedScorer, GuidedChoice
 
 SAMPLING = SamplingConfig(max_new_tokens=12)

@@ -1,26 +1,16 @@
-"""The driver of a rollout stage: chunks out to actors, few in flight at a time, whatever dies is redone."""
+"""The driver of a rollout stage: chunks of dialogues out to a pool of actors, and what they came to."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
-
-import ray
-from ray.actor import ActorHandle
-from ray.exceptions import RayActorError
 
 from mahalo_ray.config import ClusterConfig
 from mahalo_ray.data import storage
-from mahalo_ray.errors import StageError
 from mahalo_ray.rollouts.actors import DIALOGUES, Chunk, ChunkSummary, RolloutActor, RolloutSpec
-
-IN_FLIGHT_PER_ACTOR = 2  # one playing, one waiting: enough to keep an actor busy
-
-
-class RolloutError(StageError):
-    """A rollout stage could not finish; finished chunks are kept and are skipped next time."""
+from mahalo_ray.rollouts.pool import ActorPool
 
 
 @dataclass
@@ -72,64 +62,10 @@ def run_rollouts(
     total = sum(len(chunk.seeds) for chunk in chunks)
     finished = total - sum(len(chunk.seeds) for chunk in waiting)
     progress(finished, total)
-    for summary in _Pool(spec, cluster, waiting, report).results():
+    pool = ActorPool(RolloutActor, spec, cluster, waiting)
+    for summary in pool.results():
         report.add(summary)
+        report.actor_deaths = pool.deaths
         finished += summary.dialogues
         progress(finished, total)
     return report
-
-
-@dataclass
-class _Pool:
-    """The actors, and which chunk each reference in flight stands for."""
-
-    spec: RolloutSpec
-    cluster: ClusterConfig
-    waiting: deque[Chunk]
-    report: RolloutReport
-    flying: dict[Any, tuple[ActorHandle, Chunk]] = field(default_factory=dict)
-
-    def results(self) -> Iterator[ChunkSummary]:
-        actors = [self._start() for _ in range(min(self.cluster.rollout_actors, len(self.waiting)))]
-        try:
-            for actor in actors * IN_FLIGHT_PER_ACTOR:
-                self._hand_out(actor)
-            while self.flying:
-                (reference, *_), _ = ray.wait(list(self.flying), num_returns=1)
-                actor, chunk = self.flying.pop(reference)
-                try:
-                    summary = ray.get(reference)
-                except RayActorError as death:
-                    self._replace(actor, chunk, death)
-                    continue
-                yield summary
-                self._hand_out(actor)
-        finally:
-            for actor in {actor for actor, _ in self.flying.values()} | set(actors):
-                ray.kill(actor)
-
-    def _start(self) -> ActorHandle:
-        cluster = self.cluster
-        return RolloutActor.options(
-            num_cpus=cluster.cpus_per_rollout_actor, num_gpus=1 if cluster.use_gpu else 0
-        ).remote(self.spec)
-
-    def _hand_out(self, actor: ActorHandle) -> None:
-        if self.waiting:
-            chunk = self.waiting.popleft()
-            self.flying[actor.play.remote(chunk)] = (actor, chunk)
-
-    def _replace(self, dead: ActorHandle, chunk: Chunk, death: RayActorError) -> None:
-        lost = [chunk]
-        for reference in [r for r, (actor, _) in self.flying.items() if actor == dead]:
-            lost.append(self.flying.pop(reference)[1])
-        self.report.actor_deaths += 1
-        if self.report.actor_deaths > self.cluster.max_failures:
-            raise RolloutError(
-                f"{self.report.actor_deaths} rollout actors died (cluster.max_failures is "
-                f"{self.cluster.max_failures}); finished chunks are kept. Last death: {death}"
-            ) from death
-        self.waiting.extendleft(reversed(lost))
-        replacement = self._start()
-        for _ in range(IN_FLIGHT_PER_ACTOR):
-            self._hand_out(replacement)
