@@ -192,7 +192,7 @@ def test_a_dialogue_falls_on_one_side_of_a_split() -> None:
 
 def test_reward_loss_by_hand(base: str, tmp_path: Path) -> None:
     recipe = make_recipe("reward", base, tmp_path)
-    model, batch, data = built(recipe), recipe.batches[0], recipe._data
+    model, batch, data = built(recipe), recipe.batches[0], recipe.data
     values: dict[str, list[Tensor]] = {kind: [] for kind in ("mse", "bce", "bt", "rank0", "rank1")}
     for unit in batch:
         scores = [model.step_scores(*scoring(recipe, row))[0] for row in data.members[unit]]
@@ -218,7 +218,7 @@ def test_reward_loss_by_hand(base: str, tmp_path: Path) -> None:
 
 
 def scoring(recipe: Any, row: int) -> tuple[Tensor, None, Tensor, Tensor]:
-    tokens = recipe._data.tokens[row]
+    tokens = recipe.data.tokens[row]
     return (
         torch.tensor([tokens.input_ids]),
         None,

@@ -154,12 +154,17 @@ class RewardConfig(Section):
     ranking_min_gap: Annotated[float, Field(ge=0)] = 0.02
     held_out_fraction: Fraction = 0.1
     head_learning_rate: PositiveFloat | None = None
+    cache_features: Annotated[
+        bool, Field(description="a frozen backbone reads every trace once; its head inputs are kept")
+    ] = True
     training: TrainingConfig = TrainingConfig(learning_rate=5e-4, batch_size=32)
 
     @model_validator(mode="after")
     def _lora_only_with_lora(self) -> Self:
         if (self.backbone == "lora") != (self.lora is not None):
             raise ValueError("'lora' settings go with 'backbone: lora', and only with it")
+        if self.backbone != "frozen" and not self.cache_features:
+            raise ValueError("'cache_features' is for 'backbone: frozen' alone: other backbones change")
         if not self.inputs:
             raise ValueError(
                 "'inputs' is empty: the head needs at least one of last, pooled, reference_logps"

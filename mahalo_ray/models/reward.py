@@ -213,6 +213,17 @@ class ProcessRewardModel(BackboneModel, TraceScorer):
         chunk_size: int = DEFAULT_CHUNK_SIZE,
     ) -> Tensor:
         """Raw scores [B, S, H] of all steps of right-padded traces; see `step_scores`."""
+        return self.heads(self.features(input_ids, attention_mask, step_starts, step_ends, chunk_size))
+
+    def features(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        step_starts: Tensor,
+        step_ends: Tensor,
+        chunk_size: int = DEFAULT_CHUNK_SIZE,
+    ) -> Tensor:
+        """Head inputs [B, S, F] of all steps: all that a frozen backbone has to compute, once for ever."""
         hidden = self.hidden_states(input_ids, attention_mask)
         logps = None
         if self.reference is not None:
@@ -224,7 +235,7 @@ class ProcessRewardModel(BackboneModel, TraceScorer):
             logps[rows, positions] = self.reference_logps(
                 states[rows, positions - 1], input_ids[rows, positions], chunk_size
             )
-        return self.heads(self.step_features(hidden, logps, step_starts, step_ends))
+        return self.step_features(hidden, logps, step_starts, step_ends)
 
     def step_scores(
         self, input_ids: Tensor, attention_mask: Tensor | None, step_starts: Tensor, step_ends: Tensor

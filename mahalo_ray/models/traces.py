@@ -45,11 +45,12 @@ class StepEncoder:
         starts, ends = [], []
         for step in steps:
             starts.append(len(ids))
-            ids += self._step_ids(step)
+            ids += self.step_ids(step)
             ends.append(len(ids) - 1)
         return TokenTrace(ids, starts, ends)
 
-    def _step_ids(self, step: str) -> list[int]:
+    def step_ids(self, step: str) -> list[int]:
+        """Token ids of one step, separator (or end token) included."""
         if self.separator is None:
             return self.format.encode_reply(step)
         text = step if step.endswith(self.separator) else step + self.separator

@@ -48,8 +48,7 @@ def train(make_recipe: Callable[[], Recipe], settings: LoopSettings) -> dict[str
     rank, workers, micro_rows = dist.get_rank(), dist.get_world_size(), training.micro_batch_size_per_device
     accumulation = accumulation_steps(recipe.batches, recipe.units, micro_rows, workers)
     engine = build_engine(recipe, training, settings.dtype, settings.seed, accumulation)
-    if recipe.probe is not None:
-        recipe.probe.prepare(partial(infer, engine))
+    recipe.prepare(partial(infer, engine), rank, workers)
     reporter = Reporter(recipe, engine, training, RunIdentity(workers, accumulation, recipe.fingerprint()))
 
     for step in range(reporter.progress.step, len(recipe.batches)):

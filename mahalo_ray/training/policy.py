@@ -135,6 +135,10 @@ class PolicyRecipe:
     def enable_gradient_checkpointing(self, model: nn.Module) -> None:
         cast(MultiHeadCausalLM, model).gradient_checkpointing_enable()
 
+    def prepare(self, infer: Inference, rank: int, workers: int) -> None:
+        if self.probe is not None:
+            self.probe.prepare(infer)
+
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         policy, decay = cast(MultiHeadCausalLM, model), self._training.weight_decay
         backbone, heads = list(policy.backbone_parameters()), list(policy.head_parameters())

@@ -27,7 +27,7 @@ class Probe(Protocol):
     every_steps: int
 
     def prepare(self, infer: Inference) -> None:
-        """Called once on every worker with the model as it was built, before a checkpoint is loaded."""
+        """Called by the recipe's own `prepare`."""
 
     def figures(self, infer: Inference, model: nn.Module) -> dict[str, float]:
         """Called after every `every_steps` steps on every worker; `model` is the engine's own."""
@@ -50,6 +50,9 @@ class Recipe(Protocol):
 
     def enable_gradient_checkpointing(self, model: nn.Module) -> None:
         """Recompute activations in backward instead of keeping them."""
+
+    def prepare(self, infer: Inference, rank: int, workers: int) -> None:
+        """Called once on every worker with the model as it was built, before a checkpoint is loaded."""
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """AdamW groups: name, params, lr, weight_decay."""

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from mahalo_ray.config import ModelConfig, ObjectiveConfig, RewardConfig
+from mahalo_ray.data import storage
 from mahalo_ray.data.records import PreferencePair, StepTrace
-from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.losses import bradley_terry, labelled, step_bce, value_mse, within_prompt_ranking
 from mahalo_ray.models import LoraSettings, ProcessRewardModel
 from mahalo_ray.models.reward_heads import OutputKind
@@ -30,9 +30,12 @@ from mahalo_ray.training.batches import Indices, held_out, plan_batches
 from mahalo_ray.training.deepspeed_config import parameter_group
 from mahalo_ray.training.pairs import encode_pairs, split_key
 from mahalo_ray.training.recipe import Inference, Output, Probe, Tensors
-from mahalo_ray.training.reward_evaluation import calibrate, held_out_figures, score_units
+from mahalo_ray.training.reference import reference_key
+from mahalo_ray.training.reward_evaluation import StepValues, calibrate, held_out_figures, step_values
+from mahalo_ray.training.reward_features import cached_features, padded_features
+from mahalo_ray.training.reward_labels import check_labels, count_labels, value_scale
 from mahalo_ray.training.sources import keeps_backbone, model_folder
-from mahalo_ray.training.traces import LabelledTraces, add_pairs, add_traces, ordered_pairs
+from mahalo_ray.training.traces import LabelledTraces, add_pairs, add_traces, as_steps
 
 OUTPUT_KINDS: dict[str, OutputKind] = {
     "rollout_value": "value",
@@ -40,6 +43,7 @@ OUTPUT_KINDS: dict[str, OutputKind] = {
     "judged_prefix": "probability",
     "pairwise": "preference",
 }
+_MODEL_INPUTS = ("input_ids", "attention_mask", "step_starts", "step_ends")
 _FIGURES = ("count", "loss", "correct", "ranked", "ranking_loss", "ranked_right")
 
 
@@ -59,20 +63,24 @@ class RewardRecipe:
         model: ModelConfig,
         step_separator: str | None,
         seed: int,
+        features_url: str | None = None,
     ) -> None:
-        """Reads StepTrace and PreferencePair records; an objective without any is an error."""
-        self._objectives, self._reward, self._model, self._seed = list(objectives), reward, model, seed
+        """Reads StepTrace and PreferencePair records; an objective without any is an error. `features_url`:
+        folder for the head inputs of a frozen backbone, shared by all runs; None keeps them in memory."""
+        self.objectives, self._reward, self._model, self._seed = list(objectives), reward, model, seed
         self._names = [objective.name for objective in objectives]
         self._training, self._separator = reward.training, step_separator
         self._url, self._folder = model_url, model_folder(model_url)
         self._tokenizer = AutoTokenizer.from_pretrained(self._folder)
-        self._data = self._read(traces_url, pairs_url)
-        self.units = self._data.units
-        aside = held_out(self._data.keys, reward.held_out_fraction, seed)
-        self._held_out = np.flatnonzero(aside)
+        self.data = self._read(traces_url, pairs_url)
+        self.units = self.data.units
+        aside = held_out(self.data.keys, reward.held_out_fraction, seed)
+        self.held_out = np.flatnonzero(aside)
         trained = np.flatnonzero(~aside)
-        self._count_labels()
-        self._check_labels(trained)
+        gap = reward.ranking_min_gap if reward.ranking_weight > 0 else None
+        self._labels, self._ranked = count_labels(self.data, len(self._names), gap)
+        check_labels(self._labels[trained], self._names)
+        self._variance, self._spread = value_scale(self.data, trained, self.objectives)
         self.batches = [
             trained[batch]
             for batch in plan_batches(
@@ -83,60 +91,28 @@ class RewardRecipe:
                 seed,
             )
         ]
-        self._measure_spread(trained)
+        self._features_url, self._features = features_url, cast(StepValues, {})
         self.metric_names = tuple(f"{name}/{figure}" for name in self._names for figure in _FIGURES)
 
     def _read(self, traces_url: str | None, pairs_url: str | None) -> LabelledTraces:
         data, length = LabelledTraces(), self._model.max_length
+        encoder = StepEncoder(self._tokenizer, self._separator)
         if traces_url is not None:
-            encoder = StepEncoder(self._tokenizer, self._separator)
             records, ranked = StepTrace.load(traces_url), self._reward.ranking_weight > 0
-            add_traces(data, records, self._objectives, encoder, length, by_group=ranked)
+            add_traces(data, records, self.objectives, encoder, length, by_group=ranked)
         if pairs_url is not None:
-            by_pairs = [o.name for o in self._objectives if o.supervision == "pairwise"]
+            by_pairs = [o.name for o in self.objectives if o.supervision == "pairwise"]
             pairs = [pair for pair in PreferencePair.load(pairs_url) if pair.objective in by_pairs]
-            tokens = encode_pairs(pairs, self._names, ChatFormat(self._tokenizer), length)
+            pairs = [as_steps(pair, encoder) for pair in pairs]
+            tokens = encode_pairs(pairs, self._names, encoder.format, length)
             add_pairs(data, tokens, [split_key(pair) for pair in pairs], len(self._names))
         return data
-
-    def _count_labels(self) -> None:
-        """Per unit and objective: labels (or pairs), and pairs to be ranked."""
-        shape = (len(self.units), len(self._names))
-        self._labels, self._ranked = np.zeros(shape), np.zeros(shape)
-        for unit, rows in enumerate(self._data.members):
-            objective = self._data.pair_objective[unit]
-            if objective >= 0:
-                self._labels[unit, objective] = 1
-                continue
-            labels = [self._data.labels[row] for row in rows]
-            self._labels[unit] = sum((~np.isnan(values)).sum(axis=0) for values in labels)
-            if self._reward.ranking_weight > 0:
-                self._ranked[unit] = ordered_pairs(labels, self._reward.ranking_min_gap)
-
-    def _check_labels(self, trained: Indices) -> None:
-        for name, count in zip(self._names, self._labels[trained].sum(axis=0), strict=True):
-            if count == 0:
-                raise ValueError(f"objective '{name}' has no labels (or pairs) to train the reward model on")
-
-    def _measure_spread(self, trained: Indices) -> None:
-        """Scale of values: variance of all labels, and their spread within a prompt; 1 for judgements and
-        pairs."""
-        self._variance, self._spread = np.ones(len(self._names)), np.ones(len(self._names))
-        groups = [[self._data.labels[row] for row in self._data.members[unit]] for unit in trained]
-        for column, objective in enumerate(self._objectives):
-            if objective.supervision != "rollout_value":
-                continue
-            values = [np.concatenate([labels[:, column] for labels in group]) for group in groups]
-            present = [own[~np.isnan(own)] for own in values]
-            within = [own - own.mean() for own in present if len(own) > 1]
-            self._variance[column] = np.concatenate(present).var() or 1.0
-            self._spread[column] = (np.concatenate(within).std() if within else 0.0) or 1.0
 
     def build_model(self) -> nn.Module:
         lora = self._reward.lora
         return ProcessRewardModel.from_base(
             self._folder,
-            {objective.name: OUTPUT_KINDS[objective.supervision] for objective in self._objectives},
+            {objective.name: OUTPUT_KINDS[objective.supervision] for objective in self.objectives},
             inputs=self._reward.inputs,
             head_hidden_size=self._reward.head_hidden_size,
             tuning=self._reward.backbone,
@@ -168,44 +144,67 @@ class RewardRecipe:
         ranked = zip(self._names, self._ranked[batch].sum(axis=0), strict=True)
         return counts | {f"{name}/ranked": count for name, count in ranked}
 
+    def prepare(self, infer: Inference, rank: int, workers: int) -> None:
+        """A frozen backbone reads every sequence here, once; after that only its head inputs are used."""
+        if self._reward.backbone != "frozen" or not self._reward.cache_features:
+            return
+        url = self._features_url
+        if url is not None:
+            url = storage.join(
+                url, f"{reference_key(self._folder, self._model)}-{'-'.join(self._reward.inputs)}"
+            )
+        micro_rows = self._training.micro_batch_size_per_device
+        self._features = cached_features(self, url, micro_rows, infer, rank, workers)
+
     def scoring_batch(self, units: Indices) -> tuple[list[int], Tensors]:
-        """The sequences of the units and the tensors a reward model reads."""
-        rows = [row for unit in units for row in self._data.members[unit]]
-        traces = [self._data.tokens[row] for row in rows]
-        names = ("input_ids", "attention_mask", "step_starts", "step_ends")
-        return rows, dict(zip(names, pad_traces(traces, self._tokenizer.pad_token_id or 0), strict=True))
+        """The sequences of the units, and the tensors `scores` reads: token ids, or kept head inputs."""
+        rows = [row for unit in units for row in self.data.members[unit]]
+        if self._features:
+            return rows, {"features": padded_features([self._features[row] for row in rows])}
+        traces = [self.data.tokens[row] for row in rows]
+        tensors = pad_traces(traces, self._tokenizer.pad_token_id or 0)
+        return rows, dict(zip(_MODEL_INPUTS, tensors, strict=True))
 
     def collate(self, units: Indices, normalisers: Mapping[str, float], counted: bool) -> Tensors:
         rows, tensors = self.scoring_batch(units)
-        steps = tensors["step_ends"].shape[1]
+        steps = max(len(self.data.labels[row]) for row in rows)
         labels = torch.full((len(rows), steps, len(self._names)), torch.nan)
         for target, row in zip(labels, rows, strict=True):
-            target[: len(self._data.labels[row])] = torch.from_numpy(self._data.labels[row])
+            target[: len(self.data.labels[row])] = torch.from_numpy(self.data.labels[row])
         number = np.repeat(np.arange(len(units)), self.units.rows[units])
-        pair = np.repeat([self._data.pair_objective[unit] for unit in units], self.units.rows[units])
+        of_pairs = [
+            (self.data.pair_objective[unit], self.data.weights[unit], self.data.margins[unit])
+            for unit in units
+        ]
+        pair, weight, margin = np.repeat(np.array(of_pairs), self.units.rows[units], axis=0).T
         scale = [
-            [float(counted) / max(1.0, normalisers[f"{name}/{kind}"]) for name in self._names]
+            [counted / (normalisers[f"{name}/{kind}"] or 1.0) for name in self._names]
             for kind in ("labels", "ranked")
         ]
         return {
             **tensors,
             "labels": labels,
             "unit": torch.from_numpy(number),
-            "pair_objective": torch.from_numpy(pair),
+            "pair_objective": torch.from_numpy(pair.astype(np.int64)),
+            "pair_weight": torch.from_numpy(weight.astype(np.float32)),
+            "pair_margin": torch.from_numpy(margin.astype(np.float32)),
             "weights": torch.tensor(scale, dtype=torch.float32),
             "present": torch.tensor(float(counted)),
         }
 
-    def loss(self, model: nn.Module, **tensors: Tensor) -> Output:
-        scores = model(
-            tensors["input_ids"],
-            tensors["attention_mask"],
-            tensors["step_starts"],
-            tensors["step_ends"],
-            self._training.logit_chunk_size,
+    def scores(self, model: nn.Module, **tensors: Tensor) -> Tensor:
+        """Raw scores [B, S, H] of what `scoring_batch` gives."""
+        if "features" in tensors:
+            return cast(ProcessRewardModel, model).heads(tensors["features"])
+        result: Tensor = model(
+            *(tensors[name] for name in _MODEL_INPUTS), chunk_size=self._training.logit_chunk_size
         )
+        return result
+
+    def loss(self, model: nn.Module, **tensors: Tensor) -> Output:
+        scores = self.scores(model, **tensors)
         total, rows, sums = scores.sum() * 0.0, [], []
-        for column, objective in enumerate(self._objectives):
+        for column, objective in enumerate(self.objectives):
             if objective.supervision == "pairwise":
                 pointwise, figures = self._pair_loss(scores[..., column], column, tensors)
                 ranking = scores.new_zeros(0)
@@ -223,7 +222,7 @@ class RewardRecipe:
         """Pointwise loss of every row [B]; count, sum, and judgements that are right."""
         targets = tensors["labels"][..., column]
         known = labelled(targets)
-        if OUTPUT_KINDS[self._objectives[column].supervision] == "value":
+        if OUTPUT_KINDS[self.objectives[column].supervision] == "value":
             losses, right = value_mse(scores, targets) / self._variance[column], known & False
         else:
             losses, right = step_bce(scores, targets), known & ((scores > 0) == (targets > 0.5))
@@ -231,13 +230,14 @@ class RewardRecipe:
         return rows, [known.sum(), rows.detach().sum(), right.sum()]
 
     def _pair_loss(self, scores: Tensor, column: int, tensors: Tensors) -> tuple[Tensor, list[Tensor]]:
-        """Bradley-Terry loss of every pair, in the row of its chosen response [B]; count, sum, right
-        order."""
-        own = (tensors["pair_objective"] == column).nonzero()[:, 0]
-        first, second = scores[own[0::2], 0], scores[own[1::2], 0]
-        losses = bradley_terry(first, second)
-        rows = scores.new_zeros(len(scores)).index_add(0, own[0::2], losses)
-        return rows, [losses.new_tensor(len(losses)), losses.detach().sum(), (first > second).sum()]
+        """Weighted Bradley-Terry loss of every pair, in the row of its chosen response [B]; sum of weights,
+        of losses, and of the weights of pairs in the right order."""
+        own = (tensors["pair_objective"] == column).nonzero()[0::2, 0]
+        first, second = scores[own, 0], scores[own + 1, 0]
+        weight = tensors["pair_weight"][own]
+        losses = weight * bradley_terry(first, second, tensors["pair_margin"][own])
+        rows = scores.new_zeros(len(scores)).index_add(0, own, losses)
+        return rows, [weight.sum(), losses.detach().sum(), weight[first > second].sum()]
 
     def _ranking_loss(self, scores: Tensor, column: int, tensors: Tensors) -> Tensor:
         """Ranking loss [P] of all pairs of one prompt and step."""
@@ -250,7 +250,7 @@ class RewardRecipe:
 
     def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
         figures = {}
-        for objective in self._objectives:
+        for objective in self.objectives:
             name = objective.name
             count, ranked = sums[f"{name}/count"], sums[f"{name}/ranked"]
             if count > 0:
@@ -263,28 +263,28 @@ class RewardRecipe:
         return figures
 
     def row_names(self, units: Indices) -> list[str]:
-        rows = [row for unit in units for row in self._data.members[unit]]
-        return [f"{name} trace {self._data.names[row]}" for name in self._names for row in rows]
+        rows = [row for unit in units for row in self.data.members[unit]]
+        return [f"{name} trace {self.data.names[row]}" for name in self._names for row in rows]
 
     def finish(self, infer: Inference, rank: int, workers: int) -> dict[str, float]:
         """Held-out figures, and the calibration stored with the model (on training rows if none are held
         out)."""
-        chosen = self._held_out if len(self._held_out) else np.arange(len(self.units))
+        chosen = self.held_out if len(self.held_out) else np.arange(len(self.units))
         micro_rows = self._training.micro_batch_size_per_device
-        scored = score_units(self, chosen, micro_rows, infer, rank, workers)
+        scored = step_values(self, chosen, self.scores, micro_rows, infer, rank, workers)
         self._scores = scored
-        self._figures = {"held_out/rows": float(self.units.rows[self._held_out].sum())}
-        self._figures |= {"rows": float(self.units.rows.sum()), "rows_cut": float(self._data.cut)}
-        where = "held_out" if len(self._held_out) else "training"
-        found = held_out_figures(self._data, chosen, scored, self._objectives, self._reward.ranking_min_gap)
+        self._figures = {"held_out/rows": float(self.units.rows[self.held_out].sum())}
+        self._figures |= {"rows": float(self.units.rows.sum()), "rows_cut": float(self.data.cut)}
+        where = "held_out" if len(self.held_out) else "training"
+        found = held_out_figures(self.data, chosen, scored, self.objectives, self._reward.ranking_min_gap)
         self._figures |= {f"{where}/{name}": value for name, value in found.items()}
         self._calibrated = chosen
         return self._figures
 
     def save(self, model: nn.Module, state_dict: Mapping[str, Tensor], folder: Path) -> None:
         reward = cast(ProcessRewardModel, model)
-        calibrate(reward, self._data, self._calibrated, self._scores)
+        calibrate(reward, self.data, self._calibrated, self._scores)
         reward.save_pretrained(folder, self._figures, state_dict, keeps_backbone(self._url))
 
     def fingerprint(self) -> str:
-        return self._data.fingerprint()
+        return self.data.fingerprint()

@@ -3,14 +3,14 @@ calibration."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from mahalo_ray.config import ObjectiveConfig
 from mahalo_ray.models import ProcessRewardModel
@@ -21,33 +21,38 @@ from mahalo_ray.training.traces import LabelledTraces
 if TYPE_CHECKING:
     from mahalo_ray.training.reward import RewardRecipe
 
-# Raw scores [steps, objectives] by sequence number.
-Scores = dict[int, npt.NDArray[np.float32]]
+# Raw scores [steps, objectives] (or other values of steps) by sequence number.
+StepValues = dict[int, npt.NDArray[np.float32]]
 
 
-def score_units(
-    recipe: RewardRecipe, units: Indices, micro_rows: int, infer: Inference, rank: int, workers: int
-) -> Scores:
-    """Raw scores of all sequences of the units, on every worker; each worker computes a share."""
-    own: Scores = {}
+def step_values(
+    recipe: RewardRecipe,
+    units: Indices,
+    function: Callable[..., Tensor],
+    micro_rows: int,
+    infer: Inference,
+    rank: int,
+    workers: int,
+) -> StepValues:
+    """`function`(model, **tensors) -> [B, S, N] of all sequences of the units, on every worker; each worker
+    computes a share."""
+    own: StepValues = {}
     for part, counted in shard(units, recipe.units, micro_rows, rank, workers):
         rows, tensors = recipe.scoring_batch(part)
-        scores = infer(_scores, tensors).float().cpu().numpy()
+        values = infer(function, tensors).float().cpu().numpy()
         if counted:
-            lengths = [(tensors["step_ends"][i] >= 0).sum() for i in range(len(rows))]
-            own |= {row: scores[i, : int(lengths[i])] for i, row in enumerate(rows)}
-    shares: list[Scores] = [{}] * workers
+            own |= {row: values[i, : len(recipe.data.tokens[row].ends)].copy() for i, row in enumerate(rows)}
+    shares: list[StepValues] = [{}] * workers
     dist.all_gather_object(shares, own)
-    return {row: scores for share in shares for row, scores in share.items()}
-
-
-def _scores(model: nn.Module, **tensors: Tensor) -> Tensor:
-    scores: Tensor = model(**tensors)
-    return scores
+    return {row: values for share in shares for row, values in share.items()}
 
 
 def held_out_figures(
-    data: LabelledTraces, units: Indices, scores: Scores, objectives: Sequence[ObjectiveConfig], gap: float
+    data: LabelledTraces,
+    units: Indices,
+    scores: StepValues,
+    objectives: Sequence[ObjectiveConfig],
+    gap: float,
 ) -> dict[str, float]:
     """Per objective: correlation of score and label; `ranking_accuracy`: share of pairs of one prompt and
     step with labels more than `gap` apart that the scores order rightly; for pairs: `accuracy`."""
@@ -73,7 +78,7 @@ def held_out_figures(
 
 
 def labelled_scores(
-    data: LabelledTraces, units: Indices, scores: Scores, column: int
+    data: LabelledTraces, units: Indices, scores: StepValues, column: int
 ) -> list[tuple[Hashable, float, float]]:
     """(prompt and step, raw score, label) of every labelled step of one objective."""
     found: list[tuple[Hashable, float, float]] = []
@@ -105,7 +110,7 @@ def _ordering(
     ]
 
 
-def calibrate(model: ProcessRewardModel, data: LabelledTraces, units: Indices, scores: Scores) -> None:
+def calibrate(model: ProcessRewardModel, data: LabelledTraces, units: Indices, scores: StepValues) -> None:
     """Store mean, spread and quantiles of the scores of all steps with the model, within-prompt spread
     included where prompts have several candidates. Scores that do not vary cannot be calibrated:
     ValueError."""

@@ -63,6 +63,9 @@ class SftRecipe:
     def enable_gradient_checkpointing(self, model: nn.Module) -> None:
         cast(PreTrainedModel, model.model).gradient_checkpointing_enable({"use_reentrant": False})
 
+    def prepare(self, infer: Inference, rank: int, workers: int) -> None:
+        """Nothing to prepare."""
+
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return parameter_group("model", trained, self._training.learning_rate, self._training.weight_decay)

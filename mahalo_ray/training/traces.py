@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mahalo_ray.config import ObjectiveConfig
-from mahalo_ray.data.records import StepTrace
+from mahalo_ray.data.records import PreferencePair, StepTrace
 from mahalo_ray.models.traces import StepEncoder, TokenTrace
 from mahalo_ray.objectives import unknown_name
 from mahalo_ray.training.batches import Units
@@ -25,13 +25,16 @@ Labels = npt.NDArray[np.float32]
 class LabelledTraces:
     """Sequences in the order of their units. `labels[s]` is [steps, objectives], NaN where unknown; a pair is
     a unit of two sequences without labels, chosen first, of objective `pair_objective[unit]` (-1 for
-    traces)."""
+    traces), with its weight and margin. Units of one `groups` entry are answers to one prompt."""
 
     names: list[str] = field(default_factory=list)
     tokens: list[TokenTrace] = field(default_factory=list)
     labels: list[Labels] = field(default_factory=list)
     members: list[list[int]] = field(default_factory=list)
     pair_objective: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    margins: list[float] = field(default_factory=list)
+    groups: list[str] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     cut: int = 0
 
@@ -51,7 +54,10 @@ class LabelledTraces:
         tokens: Sequence[TokenTrace],
         labels: Sequence[Labels],
         key: str,
+        group: str,
         pair_objective: int = -1,
+        weight: float = 1.0,
+        margin: float = 0.0,
     ) -> None:
         """Append sequences that stay together; units of one key are held out together."""
         first = len(self.names)
@@ -60,13 +66,17 @@ class LabelledTraces:
         self.labels += labels
         self.members.append(list(range(first, first + len(names))))
         self.pair_objective.append(pair_objective)
+        self.weights.append(weight)
+        self.margins.append(margin)
+        self.groups.append(group)
         self.keys.append(key)
 
     def fingerprint(self) -> str:
-        """Changes with ids, tokens or labels."""
+        """Changes with ids, tokens, labels, or weights and margins of pairs."""
         digest = hashlib.sha256("\n".join(self.names).encode())
         for trace, labels in zip(self.tokens, self.labels, strict=True):
             digest.update(np.asarray(trace.input_ids, dtype=np.int64).tobytes() + labels.tobytes())
+        digest.update(np.array([self.weights, self.margins], dtype=np.float64).tobytes())
         return digest.hexdigest()
 
 
@@ -94,9 +104,18 @@ def add_traces(
         if labelled:
             unit = (trace.dialogue or trace.group, trace.group, 0 if by_group else number)
             units.setdefault(unit, []).append((trace.id, short, labels[:kept]))
-    for (split_key, _, _), rows in units.items():
+    for (split_key, group, _), rows in units.items():
         names, tokens_of, labels_of = (list(column) for column in zip(*rows, strict=True))
-        data.add_unit(names, tokens_of, labels_of, split_key)
+        data.add_unit(names, tokens_of, labels_of, split_key, group)
+
+
+def as_steps(pair: PreferencePair, encoder: StepEncoder) -> PreferencePair:
+    """The pair with its answers' token ids as those of one step each, as they will be scored."""
+    if pair.chosen_ids is not None:
+        return pair
+    chosen, rejected = encoder.step_ids(pair.chosen), encoder.step_ids(pair.rejected)
+    prompt = encoder.format.prompt_ids(pair.prompt)
+    return pair.model_copy(update={"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
 
 
 def add_pairs(data: LabelledTraces, pairs: TokenPairs, keys: Sequence[str], objectives: int) -> None:
@@ -108,7 +127,8 @@ def add_pairs(data: LabelledTraces, pairs: TokenPairs, keys: Sequence[str], obje
             TokenTrace(prompt + answer, [len(prompt)], [len(prompt) + len(answer) - 1])
             for answer in (pairs.chosen[row], pairs.rejected[row])
         ]
-        data.add_unit([name, name], tokens, [none, none], keys[row], int(pairs.objective[row]))
+        loss = (int(pairs.objective[row]), float(pairs.weights[row]), float(pairs.margins[row]))
+        data.add_unit([name, name], tokens, [none, none], keys[row], name, *loss)
     data.cut += pairs.cut
 
 

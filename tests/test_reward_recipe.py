@@ -1,0 +1,186 @@
+"""The reward recipe: weights and margins of pairs by hand, mixed supervision, and head inputs kept once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import training_world as world
+from torch import Tensor, nn
+
+from mahalo_ray.config import ConfigError, ObjectiveConfig, RewardConfig, TrainingConfig
+from mahalo_ray.data import storage
+from mahalo_ray.training.reward import RewardRecipe
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+TRAINING = TrainingConfig(batch_size=64, micro_batch_size_per_device=8, max_steps=3)
+MIXED = (*world.SUPERVISION, ObjectiveConfig(name="honest", supervision="judged_rollouts"))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return world.make_base(tmp_path_factory.mktemp("base"))
+
+
+def make_recipe(
+    base: str, folder: Path, objectives: Any = MIXED, features: str | None = None, **settings: Any
+) -> RewardRecipe:
+    """Every kind of supervision in one run: values, judgements of prefixes and rollouts, and pairs."""
+    traces = world.make_traces()
+    for number, trace in enumerate(traces):
+        trace.labels["honest"] = [float(number % 2), None]
+    pairs = [
+        pair.model_copy(update={"weight": 0.1 + number % 3, "margin": 0.3 * number - 1})
+        for number, pair in enumerate(world.make_pairs((12,), ("safety",)))
+    ]
+    return RewardRecipe(
+        world.save_traces(folder / "traces", traces),
+        world.save_pairs(folder / "pairs", pairs),
+        base,
+        objectives,
+        RewardConfig(training=TRAINING, held_out_fraction=0.2, **settings),
+        world.MODEL,
+        "\n\n",
+        5,
+        features,
+    )
+
+
+def build(recipe: RewardRecipe) -> tuple[nn.Module, Callable[..., Tensor]]:
+    torch.manual_seed(0)
+    model = recipe.build_model()
+
+    @torch.no_grad()
+    def infer(function: Callable[..., Tensor], tensors: dict[str, Tensor]) -> Tensor:
+        return function(model.eval(), **tensors)
+
+    return model, infer
+
+
+def losses(recipe: RewardRecipe, model: nn.Module) -> list[Tensor]:
+    """Loss, row losses and figures of the first batch, and the gradient of the heads."""
+    model.zero_grad()
+    batch = recipe.batches[0]
+    output = recipe.loss(model, **recipe.collate(batch, recipe.normalisers(batch), True))
+    output[0].backward()
+    return [*output, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def test_weights_and_margins_of_pairs_by_hand(base: str, tmp_path: Path) -> None:
+    """sum w * log(1 + exp(-(chosen - rejected - margin))) / sum w."""
+    recipe = make_recipe(base, tmp_path, world.SUPERVISION[2:] + MIXED[:2] + MIXED[3:])
+    model, _ = build(recipe)
+    batch, data = recipe.batches[0], recipe.data
+    total = weights = right = 0.0
+    for unit in batch:
+        if data.pair_objective[unit] != 0:
+            continue
+        chosen, rejected = (
+            model(
+                torch.tensor([data.tokens[row].input_ids]),
+                None,
+                torch.tensor([data.tokens[row].starts]),
+                torch.tensor([data.tokens[row].ends]),
+            )[0, 0, 0].item()
+            for row in data.members[unit]
+        )
+        weight, margin = data.weights[unit], data.margins[unit]
+        total += weight * math.log1p(math.exp(-(chosen - rejected - margin)))
+        weights += weight
+        right += weight * (chosen > rejected)
+    assert len({round(w, 6) for w in data.weights}) > 2
+    _, _, sums, *_ = losses(recipe, model)
+    figures = recipe.summarise(dict(zip(recipe.metric_names, sums.tolist(), strict=True)))
+    assert figures["safety/loss"] == pytest.approx(total / weights, rel=1e-4)
+    assert figures["safety/accuracy"] == pytest.approx(right / weights, rel=1e-4)
+    other = [pair.model_copy(update={"weight": 7.0}) for pair in world.make_pairs((12,), ("safety",))]
+    changed = RewardRecipe(
+        None,
+        world.save_pairs(tmp_path / "other", other),
+        base,
+        world.SUPERVISION[2:],
+        RewardConfig(training=TRAINING),
+        world.MODEL,
+        "\n\n",
+        5,
+    )
+    assert changed.fingerprint() != recipe.fingerprint()
+
+
+def test_all_kinds_of_supervision_train_together(base: str, tmp_path: Path) -> None:
+    recipe = make_recipe(base, tmp_path)
+    model, _ = build(recipe)
+    before = losses(recipe, model)[2]
+    figures = recipe.summarise(dict(zip(recipe.metric_names, before.tolist(), strict=True)))
+    assert {f"{o.name}/loss" for o in MIXED} <= set(figures)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(40):
+        losses(recipe, model)
+        optimizer.step()
+    after = losses(recipe, model)[2]
+    trained = recipe.summarise(dict(zip(recipe.metric_names, after.tolist(), strict=True)))
+    for objective in MIXED:
+        assert trained[f"{objective.name}/loss"] < 0.7 * figures[f"{objective.name}/loss"]
+
+
+def test_kept_features_give_the_same_loss_gradient_and_scores(base: str, tmp_path: Path) -> None:
+    plain = make_recipe(base, tmp_path, backbone="frozen", cache_features=False)
+    kept = make_recipe(base, tmp_path, backbone="frozen")
+    model, infer = build(plain)
+    plain.prepare(infer, 0, 1)
+    kept.prepare(infer, 0, 1)
+    assert set(kept.scoring_batch(kept.batches[0])[1]) == {"features"}
+    assert "input_ids" in plain.scoring_batch(plain.batches[0])[1]
+    for one, other in zip(losses(plain, model), losses(kept, model), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-6)
+    assert kept.finish(infer, 0, 1) == pytest.approx(plain.finish(infer, 0, 1), rel=1e-5)
+
+
+def test_a_store_is_read_instead_of_computed_again(base: str, tmp_path: Path) -> None:
+    store = str(tmp_path / "features")
+    first = make_recipe(base, tmp_path, features=store, backbone="frozen")
+    model, infer = build(first)
+    first.prepare(infer, 0, 1)
+    expected = losses(first, model)[0]
+
+    def never(function: Any, tensors: Any) -> Tensor:
+        raise AssertionError("a stored sequence was computed again")
+
+    again = make_recipe(base, tmp_path, features=store, backbone="frozen")
+    again.prepare(never, 0, 1)
+    torch.testing.assert_close(losses(again, model)[0], expected, rtol=0, atol=0)
+    # Another model on the same data and backbone finds them too; one with other inputs does not.
+    part = make_recipe(base, tmp_path, MIXED[::-1], store, backbone="frozen")
+    part.prepare(never, 0, 1)
+    other = make_recipe(base, tmp_path, features=store, backbone="frozen", inputs=["last"])
+    with pytest.raises(AssertionError, match="computed again"):
+        other.prepare(never, 0, 1)
+    # What is missing is computed, and only that.
+    (folder,) = (tmp_path / "features").iterdir()
+    (file,) = folder.iterdir()
+    storage.write_table(str(file), storage.read_file(str(file)).slice(0, 5))
+    seen: list[int] = []
+
+    def count(function: Any, tensors: dict[str, Tensor]) -> Tensor:
+        seen.append(len(tensors["input_ids"]))
+        return infer(function, tensors)
+
+    rest = make_recipe(base, tmp_path, features=store, backbone="frozen")
+    rest.prepare(count, 0, 1)
+    assert 0 < sum(seen) < len(rest.data.tokens)
+    torch.testing.assert_close(losses(rest, model)[0], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_backbone_that_changes_is_never_kept(base: str, tmp_path: Path) -> None:
+    recipe = make_recipe(base, tmp_path)
+    _, infer = build(recipe)
+    recipe.prepare(infer, 0, 1)
+    assert "input_ids" in recipe.scoring_batch(np.array([0]))[1]
+    with pytest.raises((ConfigError, ValueError), match="'cache_features' is for 'backbone: frozen'"):
+        RewardConfig(cache_features=False)
