@@ -14,7 +14,8 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from mahalo_ray.config import ClusterConfig, PairsConfig, RolloutConfig, SamplingConfig
+from mahalo_ray.config import ClusterConfig, PairsConfig, SamplingConfig
+from mahalo_ray.config.rollouts import MiniatureStudentConfig, ModelTutorConfig, PlayConfig
 from mahalo_ray.data.records import Candidate, CandidateSet, Dialogue, Message
 from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.decoding.batch import BatchedConversations
@@ -25,13 +26,15 @@ from mahalo_ray.domains.tutoring.episode import Episode
 from mahalo_ray.models.reward import ProcessRewardModel
 from mahalo_ray.models.traces import TokenTrace
 from mahalo_ray.objectives import Weights
-from mahalo_ray.rollouts.actors import CANDIDATES, DIALOGUES, RolloutSpec
+from mahalo_ray.rollouts.actors import CANDIDATES, DIALOGUES
 from mahalo_ray.rollouts.collect import Collector
 from mahalo_ray.rollouts.dialogues import Conversation, DialogueBatch, first_candidate, play
-from mahalo_ray.rollouts.driver import chunks_of, run_rollouts
+from mahalo_ray.rollouts.driver import DialogueChunks, run_rollouts
 from mahalo_ray.rollouts.pairs import build_pairs, labelled_traces
+from mahalo_ray.rollouts.parties import RolloutSpec
 from mahalo_ray.rollouts.pool import RolloutError
 from mahalo_ray.rollouts.scoring import CachedScorer, GuidedChoice
+from mahalo_ray.rollouts.tutors import PolicyTutor
 
 SAMPLING = SamplingConfig(max_new_tokens=12)
 TOKENIZER = train_tokenizer((turn.content for d in scripted_dialogues(30, 5) for turn in d.turns), 600)
@@ -64,9 +67,14 @@ TUTOR = model()
 def opened(
     seeds: range | list[int], sampling: SamplingConfig = SAMPLING
 ) -> tuple[DialogueBatch, list[Conversation]]:
-    batch = DialogueBatch(BatchedConversations(CausalPolicy(TUTOR)), CHAT, sampling)
+    batch = DialogueBatch(PolicyTutor(BatchedConversations(CausalPolicy(TUTOR)), CHAT, sampling))
     episodes = [Episode.from_seed(seed) for seed in seeds]
     return batch, batch.open(episodes, [f"d{seed}" for seed in seeds], "test")
+
+
+def engine_of(batch: DialogueBatch) -> BatchedConversations:
+    assert isinstance(batch.tutor, PolicyTutor)
+    return batch.tutor.engine
 
 
 def reward_model() -> ProcessRewardModel:
@@ -86,21 +94,20 @@ def test_a_dialogue_is_the_same_alone_and_in_company() -> None:
     batch, together = opened(range(100, 106))
     play(batch, 1, first_candidate)
     for conversation in together:
-        alone_batch, (alone,) = opened([conversation.episode.student.seed])
+        alone_batch, (alone,) = opened([conversation.student.seed])
         play(alone_batch, 1, first_candidate)
         assert alone.turns == conversation.turns
-        assert alone.episode.outcome() == conversation.episode.outcome()
+        assert alone.student.outcome() == conversation.student.outcome()
 
 
 def test_what_was_read_and_sampled_is_the_token_exact_conversation() -> None:
     batch, conversations = opened(range(4))
     while waiting := batch.active:
-        candidates = batch.sample(waiting, 2)
-        batch.accept(waiting, candidates, [1] * len(waiting))
+        batch.accept(batch.sample(waiting, 2), [1] * len(waiting))
         for conversation in batch.active:
             ids = [token for turn in conversation.turns for token in turn.token_ids or []]
-            assert batch.engine.token_ids(conversation.row) == ids
-    assert len(batch.engine) == 0
+            assert engine_of(batch).token_ids(conversation.row) == ids
+    assert len(engine_of(batch)) == 0
     for conversation in conversations:
         tutor = [turn for turn in conversation.turns if turn.speaker == "tutor"]
         assert [CHAT.decode(turn.token_ids or []) for turn in tutor] == [turn.content for turn in tutor]
@@ -118,15 +125,15 @@ def test_a_turn_cut_off_at_the_limit_is_closed_and_malformed() -> None:
 def test_branches_leave_their_origin_alone() -> None:
     batch, conversations = opened(range(3))
     candidates = batch.sample(conversations, 2)
-    before = [batch.engine.token_ids(c.row) for c in conversations]
-    branches = batch.branch(conversations, candidates.token_ids, copies=3)
+    before = [engine_of(batch).token_ids(c.row) for c in conversations]
+    branches = batch.branch(conversations, candidates.turns, copies=3)
     batch.play_out([c for own in branches for copies in own for c in copies])
-    assert [batch.engine.token_ids(c.row) for c in conversations] == before
+    assert [engine_of(batch).token_ids(c.row) for c in conversations] == before
     assert all(c.tutor_turns == 0 for c in conversations)
     for own, ids in zip(branches, candidates.token_ids, strict=True):
         for copies, said in zip(own, ids, strict=True):
             assert [copy.turns[1].token_ids for copy in copies] == [said] * 3
-    batch.accept(conversations, candidates, [0, 1, 0])
+    batch.accept(candidates, [0, 1, 0])
     assert all(c.tutor_turns == 1 for c in conversations)
 
 
@@ -183,8 +190,8 @@ def test_guidance_takes_the_best_standardised_sum() -> None:
     batch, conversations = opened(range(3))
     guidance = Weights({"accuracy": 0.3, "engagement": 0.7})
     candidates = batch.sample(conversations, 4)
-    choice = GuidedChoice(CachedScorer(reward, conversations), guidance)(conversations, candidates)
-    raw = CachedScorer(reward, conversations).tensor(conversations, candidates.token_ids)
+    choice = GuidedChoice(CachedScorer(reward, conversations), guidance)(candidates)
+    raw = CachedScorer(reward, conversations).tensor(candidates)
     for i, chosen in enumerate(choice):
         sums = [
             sum(
@@ -220,9 +227,10 @@ def test_pairs_are_best_against_worst_with_a_wide_enough_gap() -> None:
         candidate_set("c/0", "c", [0.5, 0.5]),
     ]
     pairs, report = build_pairs(sets, "accuracy", PairsConfig(min_gap_std=1.0))
-    assert [(p.id, p.chosen, p.rejected) for p in pairs] == [("a/0/accuracy", "c1", "c0")]
-    assert (pairs[0].chosen_ids, pairs[0].rejected_ids, pairs[0].dialogue) == ([11, 11], [10], "a")
-    assert (report.prompts, report.pairs, report.dropped_small_gap) == (3, 1, 2)
+    (first,) = pairs
+    assert [(p.id, p.chosen, p.rejected) for p in [first]] == [("a/0/accuracy", "c1", "c0")]
+    assert (first.chosen_ids, first.rejected_ids, first.dialogue) == ([11, 11], [10], "a")
+    assert (report.prompts, report.pairs, report.ties, report.dropped_small_gap) == (3, 1, 1, 1)
     # Longer is better in a, worse in b: .4 * .5 * 2 against .05 * .5 * 2.
     assert report.length_correlation == pytest.approx((0.4 - 0.05) / ((0.32 + 0.005) ** 0.5 * 1.5**0.5))
     all_pairs, _ = build_pairs(sets, "accuracy", PairsConfig(min_gap_std=0.0))
@@ -259,15 +267,23 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> RolloutSpec:
     folder = tmp_path_factory.mktemp("tutor")
     TUTOR.save_pretrained(folder)
     TOKENIZER.save_pretrained(folder)
-    settings = RolloutConfig(candidates=3, continuations=1, sampling=SAMPLING)
-    return RolloutSpec(str(folder), None, "", "test", settings, Placement(), threads=1)
+    return RolloutSpec(
+        tutor=ModelTutorConfig(path=str(folder)),
+        student=MiniatureStudentConfig(),
+        play=PlayConfig(candidates=3, sampling=SAMPLING),
+        output_url="",
+        purpose="test",
+        placement=Placement(),
+        threads=1,
+        continuations=1,
+    )
 
 
 def output(folder: Path) -> tuple[list[CandidateSet], list[Dialogue]]:
     return CandidateSet.load(str(folder / CANDIDATES)), Dialogue.load(str(folder / DIALOGUES))
 
 
-def quiet(done: int, total: int) -> None:
+def quiet(done: int, total: int, note: str) -> None:
     """No progress shown."""
 
 
@@ -275,14 +291,14 @@ def quiet(done: int, total: int) -> None:
 def test_the_output_does_not_depend_on_actors_or_deaths(
     cluster: None, spec: RolloutSpec, tmp_path: Path
 ) -> None:
-    chunks = chunks_of(50, dialogues=12, size=3)
+    chunks = DialogueChunks(50, dialogues=12, size=3)
     one, two, killed = (replace(spec, output_url=str(tmp_path / name)) for name in ("one", "two", "killed"))
     run_rollouts(one, chunks, ClusterConfig(rollout_actors=1), quiet)
     run_rollouts(two, chunks, ClusterConfig(rollout_actors=2), quiet)
 
     victims = []
 
-    def kill_once(done: int, total: int) -> None:
+    def kill_once(done: int, total: int, note: str) -> None:
         if 0 < done < total and not victims:
             found = [p for p in _workers() if b"RolloutWorker" in p[1]]
             victims.append(found[0][0])
@@ -294,16 +310,17 @@ def test_the_output_does_not_depend_on_actors_or_deaths(
     assert len(output(tmp_path / "killed")[1]) == 12
 
     finished = run_rollouts(killed, chunks, ClusterConfig(rollout_actors=2), quiet)
-    assert (finished.resumed, finished.chunks) == (4, 0)
+    assert (finished.resumed, finished.chunks, finished.dialogues) == (4, 0, 12)
 
 
 @pytest.mark.slow
 def test_too_many_deaths_end_the_stage_with_the_reason(
     cluster: None, spec: RolloutSpec, tmp_path: Path
 ) -> None:
-    broken = replace(spec, policy_url=str(tmp_path / "missing"), output_url=str(tmp_path / "out"))
+    missing = ModelTutorConfig(path=str(tmp_path / "missing"))
+    broken = replace(spec, tutor=missing, output_url=str(tmp_path / "out"))
     with pytest.raises(RolloutError, match="missing"):
-        run_rollouts(broken, chunks_of(0, 4, 2), ClusterConfig(rollout_actors=1, max_failures=1), quiet)
+        run_rollouts(broken, DialogueChunks(0, 4, 2), ClusterConfig(rollout_actors=1, max_failures=1), quiet)
 
 
 def _workers() -> list[tuple[int, bytes]]:

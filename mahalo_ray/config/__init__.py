@@ -5,7 +5,7 @@ name says `per_device`; times are seconds; lengths are tokens.
 """
 
 from mahalo_ray.config.endpoint import EndpointConfig
-from mahalo_ray.config.loading import dump_config, load_config
+from mahalo_ray.config.loading import dump_config, load_config, load_document
 from mahalo_ray.config.policy import PolicyConfig
 from mahalo_ray.config.run import RunConfig
 from mahalo_ray.config.section import ConfigError, Section
@@ -56,4 +56,5 @@ __all__ = [
     "TrainingConfig",
     "dump_config",
     "load_config",
+    "load_document",
 ]

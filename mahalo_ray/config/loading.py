@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
 from mahalo_ray.config.run import RunConfig
-from mahalo_ray.config.section import ConfigError
+from mahalo_ray.config.section import ConfigError, Section
 from mahalo_ray.objectives import unknown_name
+
+Document = TypeVar("Document", bound=Section)
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """A run's YAML file; see `load_document`."""
+    return load_document(path, RunConfig, overrides)
+
+
+def load_document(path: str | Path, kind: type[Document], overrides: list[str] | None = None) -> Document:
     """Read a YAML file, apply `a.b=c` overrides (values are YAML) and validate.
 
     Raises ConfigError naming the file and every wrong key.
@@ -31,12 +39,12 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     for override in overrides or []:
         _apply_override(document, override)
     try:
-        return RunConfig.model_validate(document)
+        return kind.model_validate(document)
     except ValidationError as error:
-        raise ConfigError(_explain(error, str(path))) from error
+        raise ConfigError(_explain(error, str(path), kind)) from error
 
 
-def dump_config(config: RunConfig) -> str:
+def dump_config(config: Section) -> str:
     """The resolved config as YAML, every default written out; loads back to the same config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
@@ -72,12 +80,12 @@ def _list_item(items: list[Any], key: str, override: str) -> Any:
     return items[int(key)]
 
 
-def _explain(error: ValidationError, source: str) -> str:
+def _explain(error: ValidationError, source: str, kind: type[BaseModel]) -> str:
     lines = []
     for item in error.errors():
         location = ".".join(str(part) for part in item["loc"]) or "(top level)"
         if item["type"] == "extra_forbidden":
-            known = _known_keys(item["loc"][:-1])
+            known = _known_keys(item["loc"][:-1], kind)
             lines.append(f"  {location}: {unknown_name('key', str(item['loc'][-1]), known)}")
         else:
             given = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
@@ -85,20 +93,34 @@ def _explain(error: ValidationError, source: str) -> str:
     return f"{source} cannot be used:\n" + "\n".join(lines)
 
 
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    section: type[BaseModel] = RunConfig
+def _known_keys(location: tuple[int | str, ...], kind: type[BaseModel]) -> list[str]:
+    """Fields of the section at a location. Of a union told apart by `kind`, the location names the member."""
+    candidates = [kind]
     for part in location:
         if isinstance(part, int):
             continue
-        section = _section_of(section.model_fields[part])
-    return list(section.model_fields)
+        chosen = [section for section in candidates if _tag(section) == part]
+        if chosen:
+            candidates = chosen
+        else:
+            candidates = [
+                s for c in candidates if part in c.model_fields for s in _sections_of(c.model_fields[part])
+            ]
+    assert candidates, f"{location} holds no section"
+    return list(candidates[0].model_fields)
 
 
-def _section_of(field: FieldInfo) -> type[BaseModel]:
+def _tag(section: type[BaseModel]) -> str | None:
+    field = section.model_fields.get("kind")
+    return None if field is None or field.default is PydanticUndefined else str(field.default)
+
+
+def _sections_of(field: FieldInfo) -> list[type[BaseModel]]:
     candidates: list[Any] = [field.annotation]
+    found = []
     while candidates:
         annotation = candidates.pop()
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            return annotation
+            found.append(annotation)
         candidates.extend(getattr(annotation, "__args__", ()))
-    raise AssertionError(f"{field} holds no section")
+    return found

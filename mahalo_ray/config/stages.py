@@ -181,6 +181,12 @@ class PairsConfig(Section):
 
 
 class SweepConfig(Section):
+    balance_length: Annotated[
+        bool, Field(description="as many pairs with the longer turn chosen as with it rejected")
+    ] = False
+    split_by: Annotated[
+        Literal["dialogue", "topic"], Field(description="what a held-out split keeps together")
+    ] = "dialogue"
     """Decoding weight vectors tried by Ray Tune; each is played against the same fresh students."""
 
     weights: list[dict[str, Annotated[float, Field(ge=0)]]] = []

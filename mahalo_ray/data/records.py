@@ -57,6 +57,11 @@ class Record(BaseModel):
         return cls.from_table(storage.read_table(folder))
 
     @classmethod
+    def read(cls, url: str) -> list[Self]:
+        """Read one Parquet file."""
+        return cls.from_table(storage.read_file(url))
+
+    @classmethod
     def save(cls, records: Sequence[Self], url: str) -> None:
         """Write one Parquet file."""
         storage.write_table(url, cls.to_table(records))
@@ -65,7 +70,8 @@ class Record(BaseModel):
 class PreferencePair(Record):
     """For one objective: which of two completions of a prompt is better.
 
-    Pairs of one `dialogue` never fall on both sides of a held-out split; without one, pairs of one prompt.
+    Pairs of one `split` never fall on both sides of a held-out split; without one, pairs of one `dialogue`;
+    without that, pairs of one prompt.
 
     The policy's loss reads `weight` (the pair's share in the mean over its objective's pairs is weight / sum
     of weights) and `margin` (by how much the beta-scaled gain of chosen over rejected must exceed zero; see
@@ -88,6 +94,7 @@ class PreferencePair(Record):
     chosen_scores: dict[str, float] | None = None
     rejected_scores: dict[str, float] | None = None
     dialogue: str | None = None
+    split: str | None = None
 
     schema: ClassVar[pa.Schema] = pa.schema(
         [
@@ -107,6 +114,7 @@ class PreferencePair(Record):
             ("chosen_scores", _SCORES),
             ("rejected_scores", _SCORES),
             ("dialogue", pa.string()),
+            ("split", pa.string()),
         ]
     )
 
@@ -159,7 +167,11 @@ class Turn(BaseModel):
 
 
 class Dialogue(Record):
-    """One tutoring conversation with its outcome per objective."""
+    """One tutoring conversation with its outcome per objective.
+
+    `ended`: what ended it (student, turns, stop, max_tokens). `persona`: the simulated student's traits, and
+    `checks`: whether it kept to them (see `domains/tutoring/checks.py`).
+    """
 
     id: str
     topic: str
@@ -169,6 +181,9 @@ class Dialogue(Record):
     source: str
 
     schema: ClassVar[pa.Schema] = pa.schema(
+    ended: str | None = None
+    persona: dict[str, str] | None = None
+    checks: dict[str, float] | None = None
         [
             ("id", pa.string()),
             ("topic", pa.string()),
@@ -183,6 +198,9 @@ class Dialogue(Record):
             ("source", pa.string()),
         ]
     )
+            ("ended", pa.string()),
+            ("persona", pa.map_(pa.string(), pa.string())),
+            ("checks", _SCORES),
 
 
 class Candidate(BaseModel):

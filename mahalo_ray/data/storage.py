@@ -5,6 +5,7 @@ Writers are atomic for readers: data goes under a temporary name and is renamed,
 
 from __future__ import annotations
 
+import contextlib
 import json
 import posixpath
 import tempfile
@@ -72,9 +73,15 @@ def write_bytes(url: str, data: bytes) -> None:
     fs, path = filesystem(url)
     fs.makedirs(posixpath.dirname(path), exist_ok=True)
     partial = f"{path}.{uuid.uuid4().hex}.partial"
-    with fs.open(partial, "wb") as file:
-        file.write(data)
-    fs.mv(partial, path)
+    try:
+        with fs.open(partial, "wb") as file:
+            file.write(data)
+        fs.mv(partial, path)
+    except OSError:
+        # On a full disk what was begun would be in the way.
+        with contextlib.suppress(OSError):
+            fs.rm(partial)
+        raise
 
 
 def read_bytes(url: str) -> bytes:

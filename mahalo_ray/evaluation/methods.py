@@ -21,6 +21,7 @@ from mahalo_ray.evaluation.results import MethodKind, MethodResult
 from mahalo_ray.objectives import Weights
 from mahalo_ray.rollouts.dialogues import Conversation, DialogueBatch, first_candidate, play
 from mahalo_ray.rollouts.scoring import CachedScorer, GuidedChoice
+from mahalo_ray.rollouts.tutors import PolicyTutor
 
 KL_BATCH = 32
 SAMPLE_DIALOGUES = 2
@@ -68,7 +69,7 @@ class MethodPlayer:
         """Play all students once; the same students, with the same random draws, for every method."""
         policy = self.sft if method.weights is None else self.policy
         engine = BatchedConversations(policy)
-        batch = DialogueBatch(engine, self.chat, self.config.sampling, method.weights)
+        batch = DialogueBatch(PolicyTutor(engine, self.chat, self.config.sampling, method.weights))
         episodes = [Episode.from_seed(seed) for seed in self.seeds]
         opened = batch.open(episodes, [f"{method.name}-{seed}" for seed in self.seeds], "evaluation")
         if method.guidance is None:
@@ -76,7 +77,7 @@ class MethodPlayer:
         else:
             scorer = CachedScorer(self.reward, opened)
             play(batch, method.num_candidates, GuidedChoice(scorer, method.guidance))
-        outcomes = [conversation.episode.outcome() for conversation in opened]
+        outcomes = [conversation.student.outcome() for conversation in opened]
         turns = sum(conversation.tutor_turns for conversation in opened)
         return Played(
             MethodResult(

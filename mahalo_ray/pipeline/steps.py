@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from mahalo_ray.config import RolloutConfig, RunConfig
+from mahalo_ray.config.rollouts import MiniatureStudentConfig, ModelTutorConfig, PlayConfig
 from mahalo_ray.data.records import CandidateSet, PreferencePair, StepTrace
 from mahalo_ray.decoding.loading import Placement
 from mahalo_ray.pipeline.corpus import make_sft_data, start_model_url
@@ -18,9 +19,10 @@ from mahalo_ray.pipeline.heads import train_heads, trained
 from mahalo_ray.pipeline.serve import try_serving
 from mahalo_ray.pipeline.stages import Context, Pipeline, Stage, StageResult
 from mahalo_ray.pipeline.students import first_seed
-from mahalo_ray.rollouts.actors import CANDIDATES, RolloutSpec
-from mahalo_ray.rollouts.driver import chunks_of, run_rollouts
+from mahalo_ray.rollouts.actors import CANDIDATES
+from mahalo_ray.rollouts.driver import DialogueChunks, run_rollouts
 from mahalo_ray.rollouts.pairs import build_pairs, labelled_traces
+from mahalo_ray.rollouts.parties import RolloutSpec
 from mahalo_ray.training.launch import train_reward, train_sft
 
 
@@ -85,13 +87,13 @@ def pairs(context: Context) -> StageResult:
     found: list[PreferencePair] = []
     metrics: dict[str, Any] = {}
     for objective in config.objective_names:
-        own, figures = build_pairs(sets, objective, config.pairs)
-        if not own:
+        made, figures = build_pairs(sets, objective, config.pairs)
+        if not figures.pairs:
             raise ValueError(
                 f"no candidates of objective '{objective}' are far enough apart to make pairs: lower "
                 f"'pairs.min_gap_std' (now {config.pairs.min_gap_std}) or play more 'pair_rollouts.dialogues'"
             )
-        found += own
+        found += made
         metrics[objective] = asdict(figures)
         context.progress.advance()
     PreferencePair.save(found, context.path("pairs", "part-000000.parquet"))
@@ -106,17 +108,32 @@ def policy(context: Context) -> StageResult:
 def _play(context: Context, settings: RolloutConfig, reward_url: str | None, purpose: str) -> dict[str, Any]:
     config = context.config
     spec = RolloutSpec(
-        policy_url=context.input("sft", "model"),
-        reward_url=reward_url,
+        tutor=ModelTutorConfig(path=context.input("sft", "model")),
+        student=MiniatureStudentConfig(),
+        play=PlayConfig(
+            candidates=settings.candidates,
+            batch_size_per_actor=settings.batch_size_per_actor,
+            sampling=settings.sampling,
+        ),
         output_url=context.folder,
         purpose=purpose,
-        settings=settings,
         placement=Placement(config.cluster.device, config.model.dtype),
         threads=max(1, math.floor(config.cluster.cpus_per_rollout_actor)),
+        reward_url=reward_url,
+        continuations=settings.continuations,
+        gamma=settings.gamma,
     )
-    chunks = chunks_of(first_seed(config.seed, purpose), settings.dialogues, settings.batch_size_per_actor)
+    first = first_seed(config.seed, purpose)
+    chunks = DialogueChunks(first, settings.dialogues, settings.batch_size_per_actor)
     context.progress.start(settings.dialogues, "dialogues")
     return run_rollouts(spec, chunks, config.cluster, context.progress.update).metrics()
+
+
+def _pairs_settings(config: RunConfig) -> dict[str, Any]:
+    """Options that came later count where they are set: pairs made before them stay valid."""
+    later = config.pairs.model_dump(include={"balance_length", "split_by"}, exclude_defaults=True)
+    settings = sections("pairs.min_gap_std", "pairs.max_pairs_per_objective", "objective_names")(config)
+    return {**settings, **{f"pairs.{name}": value for name, value in later.items()}}
 
 
 def sections(*names: str) -> Callable[[RunConfig], Any]:
@@ -185,7 +202,7 @@ PIPELINE = Pipeline(
             "pairs",
             "Build preference pairs",
             pairs,
-            sections("pairs.min_gap_std", "pairs.max_pairs_per_objective", "objective_names"),
+            _pairs_settings,
             needs=("pair_rollouts",),
             version=2,
             uses_ray=False,

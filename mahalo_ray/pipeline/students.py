@@ -8,7 +8,13 @@ from mahalo_ray.objectives import unknown_name
 
 # Seeds of one run are config.seed * SEEDS_PER_RUN + block + number; SFT's dialogues come first.
 SEEDS_PER_RUN = 1_000_003
-BLOCKS = {"sft": 0, "reward_rollouts": 600_000, "pair_rollouts": 700_000, "evaluation": 800_000}
+BLOCKS = {
+    "sft": 0,
+    "reward_rollouts": 600_000,
+    "pair_rollouts": 700_000,
+    "evaluation": 800_000,
+    "dialogues": 900_000,
+}
 BLOCK_SIZE = 100_000
 SUPERVISION = {"accuracy": "rollout_value", "engagement": "judged_prefix"}
 

@@ -1,71 +1,174 @@
-"""The driver of a rollout stage: chunks of dialogues out to a pool of actors, and what they came to."""
+"""The driver of a rollout stage: chunks of dialogues out to a pool of actors, and what they came to.
+
+Its memory does not grow with the number of dialogues: chunks are made when an actor can take them, and what
+they came to is added up.
+"""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from mahalo_ray.config import ClusterConfig
 from mahalo_ray.data import storage
-from mahalo_ray.rollouts.actors import DIALOGUES, Chunk, ChunkSummary, RolloutActor, RolloutSpec
-from mahalo_ray.rollouts.pool import ActorPool
+from mahalo_ray.rollouts.actors import Chunk, ChunkSummary, RolloutActor
+from mahalo_ray.rollouts.parties import RolloutSpec
+from mahalo_ray.rollouts.pool import ActorPool, RolloutError
+
+JUDGED_FROM = 50  # dialogues played before a share of failures says anything
+_SUMMED = (
+    "dialogues",
+    "branches",
+    "candidates",
+    "tokens",
+    "malformed_turns",
+    "tutor_turns",
+    "endpoint_requests",
+    "endpoint_tokens",
+    "endpoint_cost",
+)
+
+Progress = Callable[[int, int, str], None]
 
 
 @dataclass
 class RolloutReport:
-    """What a stage came to, summed over its chunks; `resumed` chunks were found finished."""
+    """What a stage came to, summed over its chunks, those of earlier attempts included; `resumed` counts
+    chunks found finished. `failed`: dialogues without a result, by kind; `failed_attempts` also those that
+    came to one later; `retries`: requests that endpoints were sent again."""
 
     chunks: int = 0
     resumed: int = 0
     dialogues: int = 0
+    branches: int = 0
     candidates: int = 0
     tokens: int = 0
     malformed_turns: int = 0
     tutor_turns: int = 0
+    endpoint_requests: int = 0
+    endpoint_tokens: int = 0
+    endpoint_cost: float = 0.0
     actor_deaths: int = 0
+    retries: Counter[str] = field(default_factory=Counter)
+    failed_attempts: Counter[str] = field(default_factory=Counter)
+    failed: Counter[str] = field(default_factory=Counter)
+    example: str = ""  # of a failure, in the endpoint's words
 
     def add(self, summary: ChunkSummary) -> None:
-        self.chunks += 1
-        for name in ("dialogues", "candidates", "tokens", "malformed_turns", "tutor_turns"):
+        """Another chunk's final summary."""
+        for name in _SUMMED:
             setattr(self, name, getattr(self, name) + getattr(summary, name))
+        self.retries += Counter(summary.retries)
+        self.failed_attempts += Counter(summary.failed_attempts)
+        for kind, message in summary.failed.values():
+            self.failed[kind] += 1
+            self.example = f"{kind}: {message}"
 
     def metrics(self) -> dict[str, Any]:
         """As plain numbers, for the stage's manifest."""
-        return asdict(self)
+        return {name: dict(v) if isinstance(v, Counter) else v for name, v in asdict(self).items()}
 
 
-def chunks_of(first_seed: int, dialogues: int, size: int) -> list[Chunk]:
-    """`dialogues` consecutive seeds in chunks of `size`: the same chunks whatever the cluster."""
-    seeds = range(first_seed, first_seed + dialogues)
-    return [
-        Chunk(number, tuple(seeds[at : at + size])) for number, at in enumerate(range(0, dialogues, size))
-    ]
+@dataclass(frozen=True)
+class DialogueChunks:
+    """`dialogues` consecutive numbers in chunks of `size`: the same chunks whatever the cluster."""
+
+    first: int
+    dialogues: int
+    size: int
+
+    def __len__(self) -> int:
+        return -(-self.dialogues // self.size)
+
+    def __iter__(self) -> Iterator[Chunk]:
+        end = self.first + self.dialogues
+        for number in range(len(self)):
+            at = self.first + number * self.size
+            yield Chunk(number, tuple(range(at, min(at + self.size, end))))
 
 
 def run_rollouts(
     spec: RolloutSpec,
-    chunks: list[Chunk],
+    chunks: DialogueChunks,
     cluster: ClusterConfig,
-    progress: Callable[[int, int], None],
+    progress: Progress,
+    max_failed_fraction: float = 0.0,
 ) -> RolloutReport:
     """Play all chunks on `cluster.rollout_actors` Ray actors; ray.init must have been called.
 
-    Chunks whose shards exist are skipped. An actor that dies is replaced and its chunks are played again, at
-    most `cluster.max_failures` times. `progress(done, total)` counts dialogues.
+    Finished chunks are skipped, their failed dialogues played again. An actor that dies is replaced and its
+    chunks are played again, at most `cluster.max_failures` times. RolloutError when more than
+    `max_failed_fraction` of the dialogues played have failed. `progress(done, total, note)` counts dialogues.
     """
-    report = RolloutReport()
-    done = set(storage.list_files(storage.join(spec.output_url, DIALOGUES), ".parquet"))
-    waiting = deque(chunk for chunk in chunks if chunk.shard(spec.output_url, DIALOGUES) not in done)
-    report.resumed = len(chunks) - len(waiting)
-    total = sum(len(chunk.seeds) for chunk in chunks)
-    finished = total - sum(len(chunk.seeds) for chunk in waiting)
-    progress(finished, total)
-    pool = ActorPool(RolloutActor, spec, cluster, waiting)
+    run = _Run(spec, chunks, progress)
+    spec = replace(spec, actors=min(cluster.rollout_actors, len(chunks)))
+    pool = ActorPool(RolloutActor, spec, cluster, run.unfinished())
     for summary in pool.results():
-        report.add(summary)
-        report.actor_deaths = pool.deaths
-        finished += summary.dialogues
-        progress(finished, total)
-    return report
+        run.report.actor_deaths = pool.deaths
+        run.finished(summary, sum(_size(chunk) for _, chunk in pool.flying.values()))
+        run.check_failures(max_failed_fraction)
+    run.check_failures(max_failed_fraction, at_the_end=True)
+    return run.report
+
+
+class _Run:
+    """What is known while chunks come back."""
+
+    def __init__(self, spec: RolloutSpec, chunks: DialogueChunks, progress: Progress) -> None:
+        self.spec, self.chunks, self.progress = spec, chunks, progress
+        self.report = RolloutReport()
+        self.began = time.monotonic()
+        self.tokens = 0
+        self.busy: defaultdict[str, float] = defaultdict(float)  # actor -> seconds of playing
+
+    def unfinished(self) -> Iterator[Chunk]:
+        """Chunks to play, one when it is asked for."""
+        for chunk in self.chunks:
+            url = chunk.summary(self.spec.output_url)
+            if not storage.exists(url):
+                yield chunk
+                continue
+            earlier = ChunkSummary.read(url)
+            if earlier.failed:
+                yield replace(chunk, again=tuple(sorted(earlier.failed)))
+                continue
+            self.report.resumed += 1
+            self.report.add(earlier)
+            self._show(0)
+
+    def finished(self, summary: ChunkSummary, in_flight: int) -> None:
+        """A chunk came back."""
+        self.report.chunks += 1
+        self.report.add(summary)
+        self.tokens += summary.tokens + summary.endpoint_tokens
+        self.busy[summary.actor] += summary.seconds
+        self._show(in_flight)
+
+    def check_failures(self, limit: float, at_the_end: bool = False) -> None:
+        failed = sum(self.report.failed.values())
+        played = self.report.dialogues + failed
+        if failed <= limit * played or (played < JUDGED_FROM and not at_the_end):
+            return
+        kinds = ", ".join(f"{kind} {count}" for kind, count in self.report.failed.most_common())
+        raise RolloutError(
+            f"{failed} of {played} dialogues failed ({kinds}), more than the allowed share of {limit:g}. The "
+            "others are kept, these are played again by the same command. The last failure: "
+            f"{self.report.example}"
+        )
+
+    def _show(self, in_flight: int) -> None:
+        elapsed = time.monotonic() - self.began
+        note = f"{self.tokens / elapsed:.0f} tokens/s, {in_flight} in flight"
+        if self.busy:
+            shares = [min(seconds / elapsed, 1.0) for seconds in self.busy.values()]
+            note += f", actors {min(shares):.0%} to {max(shares):.0%} busy"
+        if failed := sum(self.report.failed.values()):
+            note += f", {failed} failed"
+        self.progress(self.report.dialogues, self.chunks.dialogues, note)
+
+
+def _size(chunk: Chunk) -> int:
+    return len(chunk.seeds if chunk.again is None else chunk.again)

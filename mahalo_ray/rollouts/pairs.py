@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import numpy as np
 
 from mahalo_ray.config import PairsConfig
 from mahalo_ray.data.records import Candidate, CandidateSet, PreferencePair, StepTrace
+from mahalo_ray.rollouts.dialogues import BRANCH
 
 ROLLOUTS = "rollouts"
 
@@ -46,58 +49,143 @@ def labelled_traces(sets: Iterable[CandidateSet], objectives: Sequence[str]) -> 
 class PairReport:
     """What became of the candidate sets of one objective, and what its pairs look like.
 
-    `length_correlation`: of score with length in tokens, within prompts.
+    Of `prompts`, `ties` have no best and worst, `dropped_small_gap` too small a gap, `duplicates` the same
+    words as another's pair; then come those beyond the largest allowed number (`dropped_over_limit`) and
+    those left out to balance lengths (`dropped_for_balance`). Lengths are in tokens, or in characters where
+    turns have no token ids. `length_correlation`: of score with length, over all candidates, within prompts.
     """
 
     objective: str
     prompts: int
     pairs: int
+    ties: int
     dropped_small_gap: int
+    duplicates: int
+    dropped_over_limit: int
+    dropped_for_balance: int
     mean_gap: float
     mean_chosen_tokens: float
     mean_rejected_tokens: float
+    chosen_longer: float
     length_correlation: float
 
 
 def build_pairs(
-    sets: Sequence[CandidateSet], objective: str, config: PairsConfig
-) -> tuple[list[PreferencePair], PairReport]:
+    sets: Iterable[CandidateSet], objective: str, config: PairsConfig
+) -> tuple[Iterator[PreferencePair], PairReport]:
     """Best against worst distinct candidate of every prompt by reward-model score.
 
     A pair is kept if its gap reaches `min_gap_std` mean within-prompt standard deviations; the largest gaps
-    are kept when `max_pairs_per_objective` is reached.
+    are kept when `max_pairs_per_objective` is reached. With `balance_length`, as many pairs have the longer
+    turn chosen as rejected, at every size of the difference.
+    `sets` are read twice and not kept: what stays in memory is a few numbers per prompt.
     """
-    distinct = [_distinct_scored(candidate_set, objective) for candidate_set in sets]
-    scores = [np.array([_score(c, objective) for c in own]) for own in distinct]
-    spread = float(np.mean([s.std() for s in scores])) if scores else 0.0
-    pairs: list[PreferencePair] = []
-    for candidate_set, own, values in zip(sets, distinct, scores, strict=True):
-        best, worst = int(values.argmax()), int(values.argmin())
-        gap = float(values[best] - values[worst])
-        if gap <= 0 or gap < config.min_gap_std * spread:
-            continue
-        pairs.append(_pair(candidate_set, objective, own[best], own[worst]))
-    dropped = len(sets) - len(pairs)
-    if config.max_pairs_per_objective is not None:
-        pairs = sorted(pairs, key=_gap, reverse=True)[: config.max_pairs_per_objective]
-        pairs.sort(key=lambda pair: pair.id)
-    return pairs, PairReport(
+    found = _Survey(sets, objective)
+    kept, counts = _selected(found, config)
+    lengths = found.lengths[kept]
+    report = PairReport(
         objective=objective,
-        prompts=len(sets),
-        pairs=len(pairs),
-        dropped_small_gap=dropped,
-        mean_gap=_mean([_gap(pair) for pair in pairs]),
-        mean_chosen_tokens=_mean([len(pair.chosen_ids or []) for pair in pairs]),
-        mean_rejected_tokens=_mean([len(pair.rejected_ids or []) for pair in pairs]),
-        length_correlation=_within_correlation(
-            scores, [np.array([len(c.token_ids) for c in own], dtype=float) for own in distinct]
-        ),
+        prompts=len(found.gaps),
+        pairs=int(kept.sum()),
+        **counts,
+        mean_gap=_mean(found.gaps[kept]),
+        mean_chosen_tokens=_mean(lengths[:, 0]),
+        mean_rejected_tokens=_mean(lengths[:, 1]),
+        chosen_longer=_mean(lengths[:, 0] > lengths[:, 1]),
+        length_correlation=found.length_correlation,
     )
+    return _pairs(sets, objective, config, kept), report
+
+
+class _Survey:
+    """What decides about pairs, per prompt: gap, lengths [n, 2] of best and worst turn, the pair's hash."""
+
+    def __init__(self, sets: Iterable[CandidateSet], objective: str) -> None:
+        gaps, lengths, keys, spreads = array("d"), array("q"), array("q"), array("d")
+        moments = np.zeros(3)  # of (score, length), each prompt's mean taken out: xy, xx, yy
+        for candidate_set in sets:
+            own, values = _distinct_scored(candidate_set, objective)
+            best, worst = own[int(values.argmax())], own[int(values.argmin())]
+            gaps.append(float(values.max() - values.min()))
+            lengths.extend((_length(best), _length(worst)))
+            keys.append(_pair_hash(candidate_set, best, worst))
+            spreads.append(float(values.std()))
+            sizes = np.array([_length(candidate) for candidate in own], dtype=float)
+            x, y = values - values.mean(), sizes - sizes.mean()
+            moments += (x @ y, x @ x, y @ y)
+        self.gaps = np.array(gaps)
+        self.lengths = np.array(lengths, dtype=np.int64).reshape(-1, 2)
+        self.keys = np.array(keys, dtype=np.int64)
+        self.spread = _mean(spreads)
+        scale = float(np.sqrt(moments[1] * moments[2]))
+        self.length_correlation = float(moments[0]) / scale if scale else 0.0
+
+
+def _selected(found: _Survey, config: PairsConfig) -> tuple[np.ndarray, dict[str, int]]:
+    """Which prompts give a pair [n], and how many do not, by reason."""
+    kept = found.gaps > 0
+    counts = {"ties": int((~kept).sum())}
+    steps = {
+        "dropped_small_gap": lambda: found.gaps >= config.min_gap_std * found.spread,
+        "duplicates": lambda: _first_of_each(found.keys, kept),
+        "dropped_over_limit": lambda: _largest(found.gaps, kept, config.max_pairs_per_objective),
+        "dropped_for_balance": lambda: _balanced(found, kept) if config.balance_length else kept,
+    }
+    for reason, wanted in steps.items():
+        before = int(kept.sum())
+        kept = kept & wanted()
+        counts[reason] = before - int(kept.sum())
+    return kept, counts
+
+
+def _first_of_each(keys: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Of prompts among `kept` with the same key, the first."""
+    places = np.flatnonzero(kept)
+    _, first = np.unique(keys[places], return_index=True)
+    return _at(places[first], len(keys))
+
+
+def _largest(gaps: np.ndarray, kept: np.ndarray, most: int | None) -> np.ndarray:
+    places = np.flatnonzero(kept)
+    return _at(places[np.argsort(-gaps[places], kind="stable")[:most]], len(gaps))
+
+
+def _balanced(found: _Survey, kept: np.ndarray) -> np.ndarray:
+    """As many pairs with the chosen turn longer as with it shorter in every class of the difference (1, 2-3,
+    4-7, ... tokens); the larger side keeps its largest gaps."""
+    difference = found.lengths[:, 0] - found.lengths[:, 1]
+    sizes = np.floor(np.log2(np.maximum(np.abs(difference), 1))).astype(int)
+    balanced = kept & (difference == 0)
+    for size in np.unique(sizes[kept]):
+        sides = [kept & (sizes == size) & (np.sign(difference) == sign) for sign in (1, -1)]
+        fewest = min(int(side.sum()) for side in sides)
+        for side in sides:
+            balanced |= _largest(found.gaps, side, fewest)
+    return balanced
+
+
+def _at(places: np.ndarray, size: int) -> np.ndarray:
+    mask = np.zeros(size, dtype=bool)
+    mask[places] = True
+    return mask
+
+
+def _pairs(
+    sets: Iterable[CandidateSet], objective: str, config: PairsConfig, kept: np.ndarray
+) -> Iterator[PreferencePair]:
+    for candidate_set, keep in zip(sets, kept, strict=True):
+        if keep:
+            own, values = _distinct_scored(candidate_set, objective)
+            chosen, rejected = own[int(values.argmax())], own[int(values.argmin())]
+            yield _pair(candidate_set, objective, chosen, rejected, config.split_by)
 
 
 def _pair(
-    candidate_set: CandidateSet, objective: str, chosen: Candidate, rejected: Candidate
+    candidate_set: CandidateSet, objective: str, chosen: Candidate, rejected: Candidate, split_by: str
 ) -> PreferencePair:
+    root = candidate_set.dialogue.partition(BRANCH)[0]
+    # Branches share the turns before them: they stay on one side of a split, like their origin.
+    split = candidate_set.topic if split_by == "topic" else None if root == candidate_set.dialogue else root
     return PreferencePair(
         id=f"{candidate_set.id}/{objective}",
         objective=objective,
@@ -108,24 +196,34 @@ def _pair(
         rejected_score=_score(rejected, objective),
         source=ROLLOUTS,
         dialogue=candidate_set.dialogue,
-        prompt_ids=candidate_set.prompt_ids,
-        chosen_ids=chosen.token_ids,
-        rejected_ids=rejected.token_ids,
+        split=split,
+        prompt_ids=candidate_set.prompt_ids or None,
+        chosen_ids=chosen.token_ids or None,
+        rejected_ids=rejected.token_ids or None,
         chosen_scores=chosen.scores,
         rejected_scores=rejected.scores,
     )
 
 
-def _distinct_scored(candidate_set: CandidateSet, objective: str) -> list[Candidate]:
-    """One candidate per token sequence; a missing score is an error that names the set and candidate."""
-    own = {tuple(candidate.token_ids): candidate for candidate in candidate_set.candidates}
+def _distinct_scored(candidate_set: CandidateSet, objective: str) -> tuple[list[Candidate], np.ndarray]:
+    """One candidate per distinct turn, and their scores; a missing one is an error that names it."""
+    own = {
+        (tuple(candidate.token_ids), candidate.content): candidate for candidate in candidate_set.candidates
+    }
     for number, candidate in enumerate(candidate_set.candidates):
         if candidate.scores is None or objective not in candidate.scores:
             raise ValueError(
                 f"candidate {number} of '{candidate_set.id}' has no '{objective}' score: "
                 "score the candidates with a reward model first"
             )
-    return list(own.values())
+    distinct = list(own.values())
+    return distinct, np.array([_score(candidate, objective) for candidate in distinct])
+
+
+def _pair_hash(candidate_set: CandidateSet, chosen: Candidate, rejected: Candidate) -> int:
+    said = [(message.role, message.content) for message in candidate_set.prompt]
+    text = repr((said, chosen.content, rejected.content))
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
 
 
 def _score(candidate: Candidate, objective: str) -> float:
@@ -133,20 +231,9 @@ def _score(candidate: Candidate, objective: str) -> float:
     return candidate.scores[objective]
 
 
-def _gap(pair: PreferencePair) -> float:
-    assert pair.chosen_score is not None and pair.rejected_score is not None
-    return pair.chosen_score - pair.rejected_score
+def _length(candidate: Candidate) -> int:
+    return len(candidate.token_ids) or len(candidate.content)
 
 
-def _within_correlation(scores: list[np.ndarray], lengths: list[np.ndarray]) -> float:
-    """Pearson correlation after taking each prompt's mean out of both."""
-    if not scores:
-        return 0.0
-    x = np.concatenate([s - s.mean() for s in scores])
-    y = np.concatenate([length - length.mean() for length in lengths])
-    scale = float(np.sqrt((x**2).sum() * (y**2).sum()))
-    return float((x * y).sum()) / scale if scale else 0.0
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values)) if values else 0.0
+def _mean(values: Sequence[float] | np.ndarray) -> float:
+    return float(np.mean(values)) if len(values) else 0.0

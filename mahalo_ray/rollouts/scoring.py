@@ -3,15 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
-from mahalo_ray.decoding.candidates import Candidates
 from mahalo_ray.decoding.reward_cache import RewardConversations
 from mahalo_ray.models.calibration import standardised
 from mahalo_ray.models.reward import ProcessRewardModel
+from mahalo_ray.models.scoring import StepScorer
 from mahalo_ray.objectives import Weights
-from mahalo_ray.rollouts.dialogues import Conversation
+from mahalo_ray.rollouts.dialogues import Conversation, Offered
+
+Scores = dict[str, float]
+
+
+class CandidateScorer(Protocol):
+    """A reward model that follows the conversations in play."""
+
+    def score(self, offered: Offered) -> list[list[Scores]]:
+        """Scores per objective of every candidate turn [i][k]."""
+        ...
+
+    def accept(self, offered: Offered, choice: Sequence[int]) -> None:
+        """Turn choice[i] of those just scored is said in conversation i."""
+        ...
+
+    def split_off(
+        self, offered: Offered, chosen: Sequence[Sequence[int]], made: Sequence[Sequence[Conversation]]
+    ) -> None:
+        """Before `accept`: in new dialogue made[i][j], candidate chosen[i][j] of those scored is said."""
+        ...
 
 
 class CachedScorer:
@@ -24,31 +45,37 @@ class CachedScorer:
         self._row = {c.id: row for c, row in zip(conversations, rows, strict=True)}
         self._read = dict.fromkeys(self._row, 0)
 
-    def score(
-        self, waiting: Sequence[Conversation], turns: Sequence[Sequence[list[int]]]
-    ) -> list[list[dict[str, float]]]:
-        """Scores per objective of candidate turn [i][k]."""
-        scores = self.tensor(waiting, turns)
+    def score(self, offered: Offered) -> list[list[Scores]]:
+        scores = self.tensor(offered)
         names = self.model.objectives
         return [
             [dict(zip(names, scores[i, k].tolist(), strict=True)) for k in range(len(own))]
-            for i, own in enumerate(turns)
+            for i, own in enumerate(offered.turns)
         ]
 
-    def tensor(self, waiting: Sequence[Conversation], turns: Sequence[Sequence[list[int]]]) -> torch.Tensor:
+    def tensor(self, offered: Offered) -> torch.Tensor:
         """The same scores as a tensor [N, K, H]."""
-        self._catch_up(waiting)
-        return self.followed.score_candidates([self._row[c.id] for c in waiting], turns)
+        self._catch_up(offered.conversations)
+        rows = [self._row[c.id] for c in offered.conversations]
+        return self.followed.score_candidates(rows, offered.token_ids)
 
-    def accept(
-        self, waiting: Sequence[Conversation], turns: Sequence[Sequence[list[int]]], choice: Sequence[int]
-    ) -> None:
-        """Turn choice[i] of conversation i was said; what the student replies is read at the next scoring."""
-        rows = [self._row[c.id] for c in waiting]
-        said = [own[k] for own, k in zip(turns, choice, strict=True)]
+    def accept(self, offered: Offered, choice: Sequence[int]) -> None:
+        """What the student replies is read at the next scoring."""
+        rows = [self._row[c.id] for c in offered.conversations]
+        said = [own[k].token_ids for own, k in zip(offered.turns, choice, strict=True)]
         self.followed.accept(rows, said)
-        for conversation in waiting:
+        for conversation in offered.conversations:
             self._read[conversation.id] += 1
+
+    def split_off(
+        self, offered: Offered, chosen: Sequence[Sequence[int]], made: Sequence[Sequence[Conversation]]
+    ) -> None:
+        for origin, turns, picks, own in zip(offered.conversations, offered.turns, chosen, made, strict=True):
+            rows = self.followed.duplicate([self._row[origin.id]] * len(own))
+            self.followed.accept(rows, [turns[k].token_ids for k in picks])
+            for conversation, row in zip(own, rows, strict=True):
+                self._row[conversation.id] = row
+                self._read[conversation.id] = self._read[origin.id] + 1
 
     def _catch_up(self, waiting: Sequence[Conversation]) -> None:
         """Append the turns the reward model has not read yet."""
@@ -63,6 +90,33 @@ class CachedScorer:
         self.followed.append(rows, unread)
 
 
+class TextScorer:
+    """Scores candidates as text, the whole conversation each time: for a reward model with another tokenizer
+    than the tutor's, and for turns that came without token ids."""
+
+    def __init__(self, model: StepScorer) -> None:
+        self.model = model
+
+    def score(self, offered: Offered) -> list[list[Scores]]:
+        traces = [
+            ([message.model_dump() for message in conversation.messages], [turn.text])
+            for conversation, own in zip(offered.conversations, offered.turns, strict=True)
+            for turn in own
+        ]
+        scores = iter(self.model.score_batch(traces))
+        return [
+            [{name: values[0] for name, values in next(scores).items()} for _ in own] for own in offered.turns
+        ]
+
+    def accept(self, offered: Offered, choice: Sequence[int]) -> None:
+        """Nothing is kept."""
+
+    def split_off(
+        self, offered: Offered, chosen: Sequence[Sequence[int]], made: Sequence[Sequence[Conversation]]
+    ) -> None:
+        """Nothing is kept."""
+
+
 class GuidedChoice:
     """Takes the candidate with the largest weighted sum of standardised scores (argmax guidance)."""
 
@@ -70,11 +124,10 @@ class GuidedChoice:
         self.scorer = scorer
         self.weights = torch.tensor(guidance.over(scorer.model.objectives))
 
-    def __call__(self, waiting: Sequence[Conversation], candidates: Candidates) -> list[int]:
-        turns = candidates.token_ids
+    def __call__(self, offered: Offered) -> list[int]:
         model = self.scorer.model
-        raw = self.scorer.tensor(waiting, turns)
+        raw = self.scorer.tensor(offered)
         scores = standardised(raw, model.objectives, model.calibration, "within_prompt")
         choice: list[int] = (scores @ self.weights).argmax(dim=1).tolist()
-        self.scorer.accept(waiting, turns, choice)
+        self.scorer.accept(offered, choice)
         return choice

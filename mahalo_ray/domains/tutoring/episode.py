@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
+from mahalo_ray.data.records import Message
 from mahalo_ray.domains.tutoring.problems import Problem, make_problem
 from mahalo_ray.domains.tutoring.student import ENTHUSIASM, Personality, Student
 
@@ -33,6 +34,15 @@ class Episode:
     def opening(self) -> str:
         """The student's first message."""
         return f"{self.problem.text} Please help me."
+
+    @property
+    def opening_messages(self) -> list[Message]:
+        """What the tutor reads before its first turn."""
+        return [Message(role="user", content=self.opening)]
+
+    @property
+    def seed(self) -> int:
+        return self.student.seed
 
     @property
     def topic(self) -> str:
