@@ -4,34 +4,36 @@ trl      `prompt`, `chosen`, `rejected` as TRL takes them: text, or lists of mes
          repeat the prompt; without `prompt`, it is what both conversations begin with
 mahalo   `question`, `chosen`, `rejected` as in the MAHALO code: the question is a text of turns, each opened
          by `Student:`, `Assistant:` (or User, Human, Tutor, Teacher) at its beginning or after a blank line
+records  pairs that this project wrote (Parquet of `PreferencePair`): taken as they are, token ids and all
 
-Both may have `id`, `dialogue` (else pairs whose conversations open alike count as one dialogue, which a
+The first two may have `id`, `dialogue` (else pairs whose conversations open alike count as one dialogue, which a
 held-out split keeps together), `weight` and `margin` of the loss, and scores: `chosen_score` or
 `score_chosen`, `rejected_score` or `score_rejected`, in the row or its `metadata`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import math
 import posixpath
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import ValidationError
 
 from mahalo_ray.data.quarantine import BadRow
 from mahalo_ray.data.records import Message, PreferencePair
+from mahalo_ray.data.row_fields import (
+    Refused,
+    finite,
+    messages_of,
+    opening,
+    prompt_of,
+    required,
+    text_of,
+    turns,
+)
 from mahalo_ray.data.row_files import Row, data_files, read_rows
-
-_ROLES: dict[str, Literal["user", "assistant"]] = {
-    **dict.fromkeys(("student", "user", "human"), "user"),
-    **dict.fromkeys(("assistant", "tutor", "teacher"), "assistant"),
-}
-_TURN = re.compile(rf"(?:\A|\n[ \t]*\n)\s*({'|'.join(_ROLES)}):[ \t]*", re.IGNORECASE)
 
 
 @dataclass
@@ -42,10 +44,6 @@ class ReadPairs:
     bad: list[BadRow] = field(default_factory=list)
     rows: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
-
-
-class _Refused(ValueError):
-    """Why a row is no preference pair."""
 
 
 def read_pairs(
@@ -59,7 +57,7 @@ def read_pairs(
 ) -> None:
     """Add the pairs of a file or folder to `into`; rows that are none become its `bad` rows.
 
-    `row_format`: "trl", "mahalo" or "auto" (by the fields of each row). Exactly one of `objective` (that of
+    `row_format`: "trl", "mahalo", "records" or "auto" (by the fields of each row). Exactly one of `objective` (that of
     all rows) and `objective_field` (which field of a row names it) is given; rows of objectives outside
     `objectives` are left out and counted. A pair without an `id` gets "name/file:line". ValueError when there
     is nothing to read.
@@ -73,14 +71,14 @@ def read_pairs(
                 into.bad.append(row)
                 continue
             try:
-                own = objective or _text(row, str(objective_field))
+                own = objective or text_of(row, str(objective_field))
                 if own not in objectives:
                     into.left_out[own] = into.left_out.get(own, 0) + 1
                     continue
                 pair = _pair(row, row_format, own, f"{name}/{posixpath.basename(file)}:{line}", path)
                 if pair.id in seen:
-                    raise _Refused(f"another row has the id '{pair.id}' too")
-            except _Refused as error:
+                    raise Refused(f"another row has the id '{pair.id}' too")
+            except Refused as error:
                 into.bad.append(BadRow.of(file, line, str(error), row))
                 continue
             seen.add(pair.id)
@@ -88,22 +86,24 @@ def read_pairs(
 
 
 def _pair(row: Row, row_format: str, objective: str, default_id: str, source: str) -> PreferencePair:
+    if row_format == "records" or (row_format == "auto" and "chosen_ids" in row):
+        return _record(row, objective)
     chosen_format = row_format if row_format != "auto" else "mahalo" if "question" in row else "trl"
     prompt, chosen, rejected = _FORMATS[chosen_format](row)
     for name, text in (("chosen", chosen), ("rejected", rejected)):
         if not text.strip():
-            raise _Refused(f"'{name}' is empty")
+            raise Refused(f"'{name}' is empty")
     if chosen == rejected:
-        raise _Refused("'chosen' and 'rejected' are the same")
+        raise Refused("'chosen' and 'rejected' are the same")
     if not prompt or not any(message.content.strip() for message in prompt):
-        raise _Refused("the prompt is empty")
+        raise Refused("the prompt is empty")
     metadata = row.get("metadata")
     places = [row, metadata] if isinstance(metadata, Mapping) else [row]
     own_dialogue = row.get("dialogue")
     extra = {name: row[name] for name in ("weight", "margin") if row.get(name) is not None}
     return _checked(
         extra,
-        dialogue=_opening(prompt) if own_dialogue is None else str(own_dialogue),
+        dialogue=opening(prompt) if own_dialogue is None else str(own_dialogue),
         id=default_id if row.get("id") is None else str(row["id"]),
         objective=objective,
         prompt=prompt,
@@ -115,35 +115,36 @@ def _pair(row: Row, row_format: str, objective: str, default_id: str, source: st
     )
 
 
+def _record(row: Row, objective: str) -> PreferencePair:
+    """A row of `PreferencePair`'s own schema; Arrow's maps come as lists of (key, value)."""
+    maps = {name: dict(row[name]) for name in ("chosen_scores", "rejected_scores") if row.get(name) is not None}
+    try:
+        return PreferencePair.model_validate({**row, **maps, "objective": objective})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise Refused(f"not a pair that this project wrote: '{first['loc'][0]}': {first['msg']}") from error
+
+
 def _checked(extra: Row, **fields: Any) -> PreferencePair:
     """The pair with the loss's own numbers, as the record accepts them."""
     try:
         return PreferencePair(**fields, **extra)
     except ValidationError as error:
         first = error.errors()[0]
-        raise _Refused(f"'{first['loc'][0]}' is {first['input']!r}: {first['msg']}") from error
-
-
-def _opening(prompt: Sequence[Message]) -> str:
-    """The same for all pairs cut from one conversation: what was said up to the user's first message."""
-    first_user = next((n for n, message in enumerate(prompt) if message.role == "user"), len(prompt))
-    said = [(message.role, message.content) for message in prompt[: first_user + 1]]
-    return hashlib.blake2b(repr(said).encode(), digest_size=12).hexdigest()
+        raise Refused(f"'{first['loc'][0]}' is {first['input']!r}: {first['msg']}") from error
 
 
 def _trl(row: Row) -> tuple[list[Message], str, str]:
-    answers = [_field(row, name) for name in ("chosen", "rejected")]
+    answers = [required(row, name) for name in ("chosen", "rejected")]
     if all(isinstance(answer, str) for answer in answers):
-        prompt = _field(row, "prompt")
-        messages = [Message(role="user", content=prompt)] if isinstance(prompt, str) else _messages(prompt)
-        return messages, answers[0], answers[1]
-    chosen, rejected = (_messages(answer) for answer in answers)
+        return prompt_of(required(row, "prompt")), answers[0], answers[1]
+    chosen, rejected = (messages_of(answer) for answer in answers)
     prompt = row.get("prompt")
     if prompt is None:
         both = zip(chosen, rejected, strict=False)
         messages = [a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both)]
     else:
-        messages = [Message(role="user", content=prompt)] if isinstance(prompt, str) else _messages(prompt)
+        messages = prompt_of(prompt)
     return messages, _reply(messages, chosen, "chosen"), _reply(messages, rejected, "rejected")
 
 
@@ -151,52 +152,15 @@ def _reply(prompt: list[Message], conversation: list[Message], name: str) -> str
     """The one assistant message that follows the prompt, whether or not the conversation repeats it."""
     rest = conversation[len(prompt) :] if conversation[: len(prompt)] == prompt else conversation
     if len(rest) != 1 or rest[0].role != "assistant":
-        raise _Refused(f"'{name}' must end the prompt with exactly one assistant message")
+        raise Refused(f"'{name}' must end the prompt with exactly one assistant message")
     return rest[0].content
 
 
 def _mahalo(row: Row) -> tuple[list[Message], str, str]:
-    return turns(_text(row, "question")), _text(row, "chosen"), _text(row, "rejected")
-
-
-def turns(question: str) -> list[Message]:
-    """The messages of a text of turns; a text that opens without a speaker is one user message. A last
-    speaker without words only asks for the answer."""
-    if not _TURN.match(question):
-        return [Message(role="user", content=question.strip())]
-    _, *parts = _TURN.split(question)
-    spoken = zip(parts[::2], parts[1::2], strict=True)
-    messages = [Message(role=_ROLES[who.lower()], content=text.strip()) for who, text in spoken]
-    if messages[-1].role == "assistant" and not messages[-1].content:
-        messages.pop()
-    return messages
+    return turns(text_of(row, "question")), text_of(row, "chosen"), text_of(row, "rejected")
 
 
 _FORMATS: dict[str, Callable[[Row], tuple[list[Message], str, str]]] = {"trl": _trl, "mahalo": _mahalo}
-
-
-def _field(row: Row, name: str) -> Any:
-    if row.get(name) is None:
-        raise _Refused(f"'{name}' is missing")
-    return row[name]
-
-
-def _text(row: Row, name: str) -> str:
-    value = _field(row, name)
-    if not isinstance(value, str):
-        raise _Refused(f"'{name}' is {type(value).__name__}, not text")
-    return value
-
-
-def _messages(value: Any) -> list[Message]:
-    if not isinstance(value, list):
-        raise _Refused(f"{str(value)[:40]!r} is neither text nor a list of messages")
-    try:
-        return [Message.model_validate(message) for message in value]
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise _Refused(f"not a list of messages: {where}: {first['msg']}") from error
 
 
 def _score(places: Sequence[Mapping[str, Any]], answer: str) -> float | None:
@@ -204,9 +168,6 @@ def _score(places: Sequence[Mapping[str, Any]], answer: str) -> float | None:
     for place in places:
         for name in (f"{answer}_score", f"score_{answer}"):
             value = place.get(name)
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise _Refused(f"'{name}' is {value!r}, not a finite number")
-            return float(value)
+            if value is not None:
+                return finite(value, name)
     return None

@@ -138,6 +138,7 @@ class StepTrace(Record):
     step_starts: list[int] | None = None
     step_ends: list[int] | None = None
     dialogue: str | None = None
+    answer: str | None = None
 
     schema: ClassVar[pa.Schema] = pa.schema(
         [
@@ -152,6 +153,7 @@ class StepTrace(Record):
             ("step_starts", _IDS),
             ("step_ends", _IDS),
             ("dialogue", pa.string()),
+            ("answer", pa.string()),
         ]
     )
 
@@ -179,11 +181,11 @@ class Dialogue(Record):
     outcome: dict[str, float]
     seed: int
     source: str
-
-    schema: ClassVar[pa.Schema] = pa.schema(
     ended: str | None = None
     persona: dict[str, str] | None = None
     checks: dict[str, float] | None = None
+
+    schema: ClassVar[pa.Schema] = pa.schema(
         [
             ("id", pa.string()),
             ("topic", pa.string()),
@@ -196,11 +198,11 @@ class Dialogue(Record):
             ("outcome", _SCORES),
             ("seed", pa.int64()),
             ("source", pa.string()),
-        ]
-    )
             ("ended", pa.string()),
             ("persona", pa.map_(pa.string(), pa.string())),
             ("checks", _SCORES),
+        ]
+    )
 
 
 class Candidate(BaseModel):
