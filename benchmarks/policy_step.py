@@ -26,13 +26,14 @@ from step_report import checks, ratios, report, summary
 from step_variants import PRESETS, Pairs, Setting, Step, make_pairs, ours, reference_logps, textbook, trl
 
 _WARM_UP_TOKENS = 4
+KINDS = ("textbook", "trl", "trl_precomputed", "full", "low_rank", "recomputed")
 
 
 @dataclass(frozen=True)
 class Variant:
     """What is measured: a kind of step and its number of heads."""
 
-    kind: Literal["textbook", "trl", "trl_precomputed", "full", "low_rank"]
+    kind: Literal["textbook", "trl", "trl_precomputed", "full", "low_rank", "recomputed"]
     heads: int
 
     @property
@@ -43,6 +44,7 @@ class Variant:
             "trl_precomputed": "TRL, reference precomputed",
             "full": f"ours, full, H={self.heads}",
             "low_rank": f"ours, low_rank, H={self.heads}",
+            "recomputed": f"ours, recomputed, H={self.heads}",
         }[self.kind]
 
 
@@ -87,11 +89,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--preset", choices=list(PRESETS), default="smollm2-135m")
     parser.add_argument("--pairs", type=int, default=2, help="pairs per step")
     parser.add_argument("--heads", type=_numbers, default=(1, 2, 3, 4, 8), help="H of ours: 1,2,3,4,8")
-    parser.add_argument("--textbook-heads", type=_numbers, default=(3,), help="H of the textbook step: 3")
+    parser.add_argument(
+        "--textbook-heads",
+        type=_numbers,
+        default=(3,),
+        help="H of the textbook step and of ours recomputed: 3",
+    )
     parser.add_argument(
         "--variants",
         type=lambda text: tuple(text.split(",")),
-        default=("textbook", "trl", "trl_precomputed", "full", "low_rank"),
+        default=KINDS,
         help="a selection, separated by commas",
     )
     parser.add_argument("--rounds", type=int, default=3, help="processes per variant")
@@ -110,10 +117,9 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _variants(options: argparse.Namespace) -> list[Variant]:
-    known = ("textbook", "trl", "trl_precomputed", "full", "low_rank")
-    unknown = [name for name in options.variants if name not in known]
+    unknown = [name for name in options.variants if name not in KINDS]
     if unknown:
-        raise SystemExit(f"unknown variant '{unknown[0]}'. Known: {', '.join(known)}.")
+        raise SystemExit(f"unknown variant '{unknown[0]}'. Known: {', '.join(KINDS)}.")
     with_trl = installed("trl") is not None
     if not with_trl and any(name.startswith("trl") for name in options.variants):
         print("TRL is not installed (pip install mahalo_ray[benchmarks]): left out", file=sys.stderr)
@@ -122,8 +128,8 @@ def _variants(options: argparse.Namespace) -> list[Variant]:
         if name.startswith("trl"):
             found += [Variant(name, 1)] if with_trl else []
         else:
-            heads = options.textbook_heads if name == "textbook" else options.heads
-            found += [Variant(name, number) for number in heads]
+            few = name in ("textbook", "recomputed")
+            found += [Variant(name, number) for number in (options.textbook_heads if few else options.heads)]
     return found
 
 
@@ -177,6 +183,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         step = textbook(setting, int(heads))
     elif kind in ("full", "low_rank"):
         step = ours(setting, int(heads), kind)
+    elif kind == "recomputed":
+        step = ours(setting, int(heads), "low_rank", recomputed=True)
     else:
         step = trl(setting, kind == "trl_precomputed", pairs)
     return _timed(step, pairs, stored, setting, options.steps)

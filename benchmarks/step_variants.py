@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from shapes import END, SMOLLM2_135M, TINY, Shape, words
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 from mahalo_ray.losses import IGNORE_INDEX, dpo_loss, shift_labels
 from mahalo_ray.models import ChunkedCausalLM, MultiHeadCausalLM
 from mahalo_ray.models.heads import HeadKind
+from mahalo_ray.training.pairs import TokenPairs, pair_inputs
 
 BETA = 0.1
 # The reference and the policy have different random weights, so that the losses compared are not all log 2.
@@ -36,6 +38,10 @@ class Preset:
 
 PRESETS = {
     "smollm2-135m": Preset(SMOLLM2_135M, prompt_tokens=128, min_length=256, max_length=512, chunk_size=256),
+    # As in dialogues, where most of a pair is what was said before.
+    "smollm2-135m-dialogue": Preset(
+        SMOLLM2_135M, prompt_tokens=224, min_length=256, max_length=512, chunk_size=256
+    ),
     "tiny": Preset(TINY, prompt_tokens=8, min_length=20, max_length=40, chunk_size=16),
 }
 
@@ -78,6 +84,12 @@ class Pairs:
         """A few tokens of each: for a first step that only allocates what stays."""
         columns = (self.prompts, self.chosen, self.rejected)
         return Pairs(self.objective, *([ids[:tokens] for ids in column] for column in columns))
+
+    def encoded(self, packed: bool) -> TokenPairs:
+        """As training has them."""
+        ids, ones = [str(number) for number in range(len(self))], np.ones(len(self))
+        columns = (self.prompts, self.chosen, self.rejected)
+        return TokenPairs(ids, self.objective.numpy(), *columns, ones, 0 * ones, 0, packed)
 
     def batch(self, setting: Setting) -> dict[str, Tensor]:
         """input_ids, attention_mask, labels [2 * pairs, T], chosen rows above rejected rows, right-padded.
@@ -139,18 +151,20 @@ def multi_head_policy(setting: Setting, num_heads: int, kind: HeadKind) -> Multi
     ).train()
 
 
-def ours(setting: Setting, num_heads: int, kind: HeadKind) -> Step:
-    """One forward for chosen and rejected, own head per row, completion tokens only, reference stored."""
+def ours(setting: Setting, num_heads: int, kind: HeadKind, recomputed: bool = False) -> Step:
+    """Chosen and rejected behind one prompt, own head per row, completion tokens only, reference stored;
+    `recomputed`: with activation checkpointing."""
     policy = multi_head_policy(setting, num_heads, kind)
+    policy.read_packed_pairs()
+    if recomputed:
+        policy.gradient_checkpointing_enable()
 
     def loss(pairs: Pairs, reference: Tensor) -> Tensor:
-        batch = pairs.batch(setting)
+        tensors = pairs.encoded(packed=True).tensors(np.arange(len(pairs)), pad_id=0)
         logps = policy(
-            batch["input_ids"],
-            batch["attention_mask"],
-            batch["labels"],
-            batch["objective"].repeat(2),
-            setting.preset.chunk_size,
+            **pair_inputs({name: tensor.to(setting.device) for name, tensor in tensors.items()}),
+            head_index=pairs.objective.to(setting.device).repeat(2),
+            chunk_size=setting.preset.chunk_size,
         )
         chosen, rejected = logps.chunk(2)
         stored = reference.to(setting.device)

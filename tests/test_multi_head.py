@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ FAMILIES: dict[str, tf.PretrainedConfig] = {
 
 def tiny(family: str = "qwen2-untied", seed: int = 0) -> tf.PreTrainedModel:
     torch.manual_seed(seed)
-    model = tf.AutoModelForCausalLM.from_config(FAMILIES[family])
+    model = tf.AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[family]))
     head = model.get_output_embeddings()
     if head.bias is not None:
         torch.nn.init.normal_(head.bias, std=0.1)

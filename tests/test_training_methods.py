@@ -19,6 +19,7 @@ from mahalo_ray.models import MultiHeadCausalLM
 from mahalo_ray.models.soup import average_models
 from mahalo_ray.objectives import Weights
 from mahalo_ray.pipeline.evaluating import check_heads
+from mahalo_ray.training.pairs import pair_inputs
 from mahalo_ray.training.policy import PolicyRecipe
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -90,17 +91,19 @@ def test_the_loss_of_every_method_by_hand(base: str, tmp_path: Path, method: str
     batch = recipe.batches[0]
     tensors = recipe.collate(batch, recipe.normalisers(batch), True)
     expected: dict[str, list[tuple[float, float, float]]] = {}
-    for row, unit in enumerate(batch):
+    for unit in batch:
         pair = pairs[recipe._pairs.ids[unit]]
         if method in ("dpo", "modpo"):
             assert pair.objective == METHODS[method]["objective"]
         head = pair.objective if pair.objective in model.heads else method
         gains = []
-        for half in (row, row + len(batch)):
-            labels = tensors["labels"][half]
-            logits = model.heads[head](model.hidden_states(tensors["input_ids"][half : half + 1])[0])
-            found = logits.log_softmax(-1)[labels >= 0].gather(1, labels[labels >= 0, None]).sum().item()
-            gains.append(found - recipe._reference[unit, 0 if half == row else 1].item())
+        for column, completions in enumerate((recipe._pairs.chosen, recipe._pairs.rejected)):
+            prompt, completion = recipe._pairs.prompts[unit], completions[unit]
+            with world.ordinary_attention(model):
+                states = model.hidden_states(torch.tensor([prompt + completion]))[0]
+            logps = model.heads[head](states[len(prompt) - 1 : -1]).log_softmax(-1)
+            found = logps.gather(1, torch.tensor(completion)[:, None]).sum().item()
+            gains.append(found - recipe._reference[unit, column].item())
         alpha, loss = by_hand(method, pair, gains[0] - gains[1])
         expected.setdefault(pair.objective, []).append((alpha, pair.weight, loss))
     total = sum(
@@ -118,9 +121,7 @@ def test_modpo_is_the_published_loss(base: str, tmp_path: Path) -> None:
     batch = recipe.batches[0]
     tensors = recipe.collate(batch, recipe.normalisers(batch), True)
     with torch.no_grad():
-        own = model(
-            tensors["input_ids"], tensors["attention_mask"], tensors["labels"], tensors["head"].repeat(2)
-        )
+        own = model(**pair_inputs(tensors), head_index=tensors["head"].repeat(2))
         losses = recipe._losses(model, **tensors)[0]
     reference = recipe._reference[batch]
     rows = {pair.id: pair for pair in pairs}

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mahalo_ray.config import LoraConfig, PolicyConfig, TrainingConfig
+from mahalo_ray.models.pair_attention import packed_arguments
 from mahalo_ray.training.policy import PolicyRecipe
 from mahalo_ray.training.policy_metrics import cosines
 
@@ -40,6 +41,11 @@ def make_recipe(base: str, folder: Path, stage: int = 2, **settings: Any) -> Pol
     return PolicyRecipe(pairs, base, world.OBJECTIVES, policy, world.MODEL, 0.3, 5)
 
 
+def one_sequence(length: int) -> Tensor:
+    """A packed pair that is one ordinary sequence: nothing but a chosen answer."""
+    return torch.tensor([[0, length, 0]])
+
+
 def textbook_kl(model: Any, base: str, recipe: PolicyRecipe) -> dict[str, float]:
     reference: Any = AutoModelForCausalLM.from_pretrained(base)
     rows = np.random.default_rng(5).permutation(recipe._held_out)[:7]
@@ -48,7 +54,7 @@ def textbook_kl(model: Any, base: str, recipe: PolicyRecipe) -> dict[str, float]
         prompt, chosen = recipe._pairs.prompts[row], recipe._pairs.chosen[row]
         ids, start = torch.tensor([prompt + chosen]), len(prompt) - 1
         q = reference(ids).logits[0, start:-1].log_softmax(-1)
-        hidden = model.hidden_states(ids)[0, start:-1]
+        hidden = model.hidden_states(ids, **packed_arguments(one_sequence(len(ids[0]))))[0, start:-1]
         for name in totals:
             p = model.heads[name](hidden).log_softmax(-1)
             totals[name] += float((p.exp() * (p - q)).sum())

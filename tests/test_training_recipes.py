@@ -18,7 +18,7 @@ from mahalo_ray.config import PolicyConfig, RewardConfig, TrainingConfig
 from mahalo_ray.training.batches import split_batch
 from mahalo_ray.training.checkpoints import RunIdentity
 from mahalo_ray.training.guard import NonFiniteError, stop_unless_finite
-from mahalo_ray.training.pairs import split_key
+from mahalo_ray.training.pairs import pair_inputs, split_key
 from mahalo_ray.training.policy import PolicyRecipe
 from mahalo_ray.training.recipe import Recipe
 from mahalo_ray.training.reference import read_store, select, write_store
@@ -125,7 +125,7 @@ def test_policy_loss_with_weights_margins_and_a_beta_per_objective(base: str, tm
     tensors = recipe.collate(batch, recipe.normalisers(batch), True)
     heads = tensors["objective"].repeat(2)
     with torch.no_grad():
-        own = model(tensors["input_ids"], tensors["attention_mask"], tensors["labels"], heads)
+        own = model(**pair_inputs(tensors), head_index=heads)
     gains = own.view(2, -1).T - recipe._reference[batch]
     expected, losses = 0.0, {}
     for number, (name, alpha) in enumerate(zip(world.OBJECTIVES, (1.0, 2.0), strict=True)):
@@ -151,7 +151,6 @@ def test_policy_loss_by_hand(base: str, tmp_path: Path) -> None:
     recipe = make_recipe("policy", base, tmp_path)
     model, batch = built(recipe), recipe.batches[0]
     reference: Any = AutoModelForCausalLM.from_pretrained(base)
-    hidden_of = lambda ids: model.backbone(input_ids=ids).last_hidden_state  # noqa: E731
     losses: dict[int, list[Tensor]] = {0: [], 1: []}
     for unit in batch:
         objective, pairs = int(recipe._pairs.objective[unit]), recipe._pairs
@@ -161,7 +160,9 @@ def test_policy_loss_by_hand(base: str, tmp_path: Path) -> None:
             start = len(pairs.prompts[unit]) - 1
             target = ids[0, start + 1 :, None]
             head = model.heads[world.OBJECTIVES[objective]].weight
-            own = F.linear(hidden_of(ids), head)[0, start:-1].log_softmax(-1).gather(1, target).sum()
+            with world.ordinary_attention(model):
+                hidden = model.hidden_states(ids)
+            own = F.linear(hidden, head)[0, start:-1].log_softmax(-1).gather(1, target).sum()
             frozen = reference(ids).logits[0, start:-1].log_softmax(-1).gather(1, target).sum()
             gains.append(own - frozen)
         losses[objective].append(-F.logsigmoid(0.1 * (gains[0] - gains[1])))
@@ -287,8 +288,34 @@ def test_too_long_pairs_are_cut_and_counted(base: str, tmp_path: Path) -> None:
     url = world.save_pairs(tmp_path, world.make_pairs())
     short = world.MODEL.model_copy(update={"max_length": 14})
     recipe = PolicyRecipe(url, base, world.OBJECTIVES, PolicyConfig(training=TRAINING), short, 0.0, 5)
-    assert recipe.units.lengths.max() == 14
-    assert 0 < recipe._pairs.cut < len(recipe.units)
+    pairs = recipe._pairs
+    answers = [max(len(c), len(r)) for c, r in zip(pairs.chosen, pairs.rejected, strict=True)]
+    assert max(len(p) + a for p, a in zip(pairs.prompts, answers, strict=True)) == 14
+    assert 0 < pairs.cut < len(recipe.units)
+
+
+def test_sharing_prompts_changes_the_tokens_read_and_not_the_loss(base: str, tmp_path: Path) -> None:
+    url, found = world.save_pairs(tmp_path, world.make_pairs()), []
+    for share in ("always", "never"):
+        policy = PolicyConfig(share_prompts=share, training=TRAINING)
+        recipe = PolicyRecipe(url, base, world.OBJECTIVES, policy, world.MODEL, 0.2, 5)
+        batch = recipe.batches[0]
+        found.append((*step(recipe, built(recipe), batch, 1, 64, 1), recipe.units.tokens[batch].sum()))
+    (shared, shared_sums, few), (padded, padded_sums, many) = found
+    torch.testing.assert_close(shared, padded, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(shared_sums, padded_sums, rtol=1e-4, atol=1e-4)
+    assert few < 0.8 * many
+
+
+def test_prompts_that_cannot_be_shared_are_refused_on_demand(base: str, tmp_path: Path) -> None:
+    url = world.save_pairs(tmp_path, world.make_pairs())
+    eager = world.MODEL.model_copy(update={"attn_implementation": "eager"})
+    policy = PolicyConfig(share_prompts="always", training=TRAINING)
+    with pytest.raises(ValueError, match=r"share_prompts: always.*'eager', not 'sdpa'"):
+        PolicyRecipe(url, base, world.OBJECTIVES, policy, eager, 0.2, 5)
+    policy = PolicyConfig(training=TRAINING)
+    recipe = PolicyRecipe(url, base, world.OBJECTIVES, policy, eager, 0.2, 5)
+    assert "attention_mask" in recipe.collate(np.arange(2), {"accuracy": 1.0, "engagement": 1.0}, True)
 
 
 def test_traces_are_cut_at_steps_and_bad_labels_named() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from mahalo_ray.config import ModelConfig, ObjectiveConfig
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import EXAMPLE_SCHEMA, Message, PreferencePair, StepTrace
+from mahalo_ray.models import MultiHeadCausalLM
+from mahalo_ray.models.pair_attention import IMPLEMENTATION
 
 OBJECTIVES = ("accuracy", "engagement")
 MODEL = ModelConfig(base="unused", max_length=64)
@@ -134,3 +137,13 @@ def save_traces(folder: Path, traces: Sequence[StepTrace]) -> str:
     """As a folder of Parquet files."""
     StepTrace.save(list(traces), f"{folder}/part.parquet")
     return str(folder)
+
+
+@contextlib.contextmanager
+def ordinary_attention(model: MultiHeadCausalLM) -> Iterator[None]:
+    """Inside, a model built to read packed pairs reads ordinary rows."""
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(IMPLEMENTATION)

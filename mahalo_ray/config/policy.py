@@ -47,6 +47,7 @@ class PolicyConfig(Section):
     beta: PerObjective = 0.1
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     average_log_probs: bool = False
+    share_prompts: Literal["auto", "always", "never"] = "auto"
     alpha: dict[str, PositiveFloat] = {}
     head_kind: Literal["full", "low_rank"] = "full"
     head_rank: PositiveInt = 16

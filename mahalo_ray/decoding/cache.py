@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mahalo_ray.decoding.attention import prefix_attention
 from mahalo_ray.decoding.branches import Branches, Parts, Slots, grown, resized
+from mahalo_ray.models.attention import prefix_attention
 
 
 class RaggedCache:

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from mahalo_ray.models import lora
 from mahalo_ray.models.backbone import run_backbone
+from mahalo_ray.models.pair_attention import read_packed_pairs
 
 
 class BackboneModel(nn.Module):
@@ -36,6 +37,12 @@ class BackboneModel(nn.Module):
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Final normalised states [B, T, D]; kwargs (position_ids, kv_cache...) reach the backbone."""
         return run_backbone(self.backbone, input_ids, attention_mask, kwargs)
+
+    def read_packed_pairs(self) -> None:
+        """Switch to the attention of packed pairs, once it has been seen to compute the same (with whole
+        parameters); ValueError if it does not."""
+        plain = self.backbone.get_base_model() if self.has_lora else self.backbone
+        read_packed_pairs(plain)
 
     def set_attn_implementation(self, name: str) -> None:
         """Switch the attention function ("sdpa", "eager", or one registered with transformers)."""

@@ -28,6 +28,7 @@ from mahalo_ray.models.heads import (
     initialise_heads,
 )
 from mahalo_ray.models.mixing import merge_heads, weighted_projection
+from mahalo_ray.models.pair_attention import packed_arguments, sequence_numbers
 from mahalo_ray.models.saving import load_policy, save_policy
 from mahalo_ray.models.sharding import full_shape, sharded_creation
 from mahalo_ray.objectives import Weights, unknown_name
@@ -158,10 +159,14 @@ class MultiHeadCausalLM(BackboneModel):
         head_index: Tensor,
         chunk_size: int = DEFAULT_CHUNK_SIZE,
         average: bool = False,
+        pair_lengths: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """The training forward; see `completion_logps`. Named forward so that DeepSpeed's and DDP's hooks see
         it.
+
+        `pair_lengths` [R, 3]: input_ids and labels [1, N] are packed pairs (`models/pair_attention.py`), and
+        the sequences numbered by head_index [2 R] are first all chosen, then all rejected ones.
         """
         if head_index.numel() and not 0 <= int(head_index.min()) <= int(head_index.max()) < len(
             self.objectives
@@ -169,15 +174,16 @@ class MultiHeadCausalLM(BackboneModel):
             raise ValueError(
                 f"head_index {head_index.tolist()} names a head outside 0..{len(self.objectives) - 1}"
             )
-        hidden = self.hidden_states(input_ids, attention_mask, **kwargs)
+        rows = sequence_numbers(labels, pair_lengths)
+        hidden = self.hidden_states(input_ids, attention_mask, **packed_arguments(pair_lengths), **kwargs)
         counted = labels != IGNORE_INDEX
-        totals = torch.zeros(labels.shape[0], dtype=torch.float32, device=labels.device)
+        totals = torch.zeros(len(head_index), dtype=torch.float32, device=labels.device)
         # Every head is called, in one order, even without rows: under ZeRO-3 a call is a collective
         # operation.
         for index, head in enumerate(self._heads()):
-            rows, positions = (counted & (head_index == index)[:, None]).nonzero(as_tuple=True)
-            logps = head(hidden[rows, positions], labels[rows, positions], chunk_size)
-            totals = totals + sum_rows(logps, rows, labels.shape[0], average)
+            own = counted & (head_index == index)[rows]
+            logps = head(hidden[own], labels[own], chunk_size)
+            totals = totals + sum_rows(logps, rows[own], len(head_index), average)
         return totals
 
     def completion_logps(

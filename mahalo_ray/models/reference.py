@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from mahalo_ray.logprobs import DEFAULT_CHUNK_SIZE, IGNORE_INDEX, sum_rows
 from mahalo_ray.models.backbone import run_backbone, split_causal_lm
 from mahalo_ray.models.heads import FullHead
+from mahalo_ray.models.pair_attention import packed_arguments, read_packed_pairs, sequence_numbers
 
 
 class ChunkedCausalLM(nn.Module):
@@ -34,12 +35,23 @@ class ChunkedCausalLM(nn.Module):
         labels: Tensor,
         chunk_size: int = DEFAULT_CHUNK_SIZE,
         average: bool = False,
+        pair_lengths: Tensor | None = None,
     ) -> Tensor:
-        """See `causal_lm_completion_logps`."""
-        hidden = run_backbone(self.model.base_model, input_ids, attention_mask, {})
-        rows, positions = (labels != IGNORE_INDEX).nonzero(as_tuple=True)
-        logps = self.head(hidden[rows, positions], labels[rows, positions], chunk_size)
-        return sum_rows(logps, rows, labels.shape[0], average)
+        """See `causal_lm_completion_logps`. With `pair_lengths` [R, 3] the tokens [1, N] are packed pairs
+        (`models/pair_attention.py`), and the result [2 R] has first all chosen, then all rejected ones."""
+        rows, count = sequence_numbers(labels, pair_lengths), labels.shape[0]
+        if pair_lengths is not None:
+            count = 2 * len(pair_lengths)
+        hidden = run_backbone(
+            self.model.base_model, input_ids, attention_mask, packed_arguments(pair_lengths)
+        )
+        counted = labels != IGNORE_INDEX
+        logps = self.head(hidden[counted], labels[counted], chunk_size)
+        return sum_rows(logps, rows[counted], count, average)
+
+    def read_packed_pairs(self) -> None:
+        """As `BackboneModel.read_packed_pairs`."""
+        read_packed_pairs(self.model.base_model)
 
 
 def causal_lm_completion_logps(

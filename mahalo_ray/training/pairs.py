@@ -5,15 +5,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from transformers import AutoConfig
 
+from mahalo_ray.config import ModelConfig, PolicyConfig
 from mahalo_ray.data.records import PreferencePair
 from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.logprobs import IGNORE_INDEX
 from mahalo_ray.losses import shift_labels
+from mahalo_ray.models.pair_attention import why_not_packed
 from mahalo_ray.objectives import unknown_name
 from mahalo_ray.training.batches import Indices, Units
 from mahalo_ray.training.recipe import Tensors, pad
@@ -25,7 +29,8 @@ Floats = npt.NDArray[np.float64]
 @dataclass(frozen=True)
 class TokenPairs:
     """Pairs cut to a maximal length. One entry per pair; `objective` numbers the objectives; `weights` and
-    `margins` are the pairs' own (see `PreferencePair`); `cut` counts the pairs that lost tokens."""
+    `margins` are the pairs' own (see `PreferencePair`); `cut` counts those that lost tokens; `packed`: the
+    form that `tensors` gives."""
 
     ids: list[str]
     objective: Indices
@@ -35,17 +40,21 @@ class TokenPairs:
     weights: Floats
     margins: Floats
     cut: int
+    packed: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @property
     def units(self) -> Units:
-        """One unit per pair; its length is that of the longer of the two sequences."""
+        """One unit per pair; its length is that of the longer of the two sequences, or of the packed pair."""
         prompts, chosen, rejected = (
             np.array([len(ids) for ids in column], dtype=np.int64)
             for column in (self.prompts, self.chosen, self.rejected)
         )
+        if self.packed:
+            tokens = prompts - 1 + chosen + rejected
+            return Units(np.ones_like(tokens), tokens, tokens)
         lengths = prompts + np.maximum(chosen, rejected)
         return Units(np.ones_like(lengths), lengths, 2 * prompts + chosen + rejected)
 
@@ -57,26 +66,57 @@ class TokenPairs:
         ]
 
     def tensors(self, rows: Indices, pad_id: int) -> Tensors:
-        """input_ids, attention_mask, labels [2R, T] of R pairs: first all chosen, then all rejected
-        sequences.
+        """What a model reads of R pairs, for log-probs [2R]: first all chosen, then all rejected sequences.
 
-        Labels are shifted; only the completions' tokens count.
+        input_ids, labels and attention_mask [2R, T] in padded rows; packed, input_ids and labels [1, N] and
+        pair_lengths [R, 3] (see `models/pair_attention.py`). Labels are shifted; only the completions' tokens
+        count.
         """
+        if self.packed:
+            return _packed([(self.prompts[row], self.chosen[row], self.rejected[row]) for row in rows])
         halves = [(self.prompts[row], self.chosen[row]) for row in rows]
-        halves += [(self.prompts[row], self.rejected[row]) for row in rows]
-        labels = [[IGNORE_INDEX] * len(prompt) + completion for prompt, completion in halves]
-        return {
-            "input_ids": pad([prompt + completion for prompt, completion in halves], pad_id),
-            "attention_mask": pad(
-                [[1] * (len(prompt) + len(completion)) for prompt, completion in halves], 0
-            ),
-            "labels": shift_labels(pad(labels, IGNORE_INDEX)),
-        }
+        return _padded(halves + [(self.prompts[row], self.rejected[row]) for row in rows], pad_id)
+
+    def chosen_tensors(self, rows: Indices, pad_id: int) -> Tensors:
+        """The same of the chosen sequences alone; packed, their pairs have an empty rejected answer."""
+        halves = [(self.prompts[row], self.chosen[row]) for row in rows]
+        if self.packed:
+            return _packed([(prompt, chosen, []) for prompt, chosen in halves])
+        return _padded(halves, pad_id)
 
     def completion_tokens(self) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
         """Counted tokens [N, 2] of chosen and rejected."""
         counts = [[len(c), len(r)] for c, r in zip(self.chosen, self.rejected, strict=True)]
         return np.array(counts, dtype=np.int64).reshape(-1, 2)
+
+
+def _padded(sequences: Sequence[tuple[Ids, Ids]], pad_id: int) -> Tensors:
+    """(prompt, completion) of every row, right-padded."""
+    labels = [[IGNORE_INDEX] * len(prompt) + completion for prompt, completion in sequences]
+    return {
+        "input_ids": pad([prompt + completion for prompt, completion in sequences], pad_id),
+        "attention_mask": pad([[1] * len(row) for row in labels], 0),
+        "labels": shift_labels(pad(labels, IGNORE_INDEX)),
+    }
+
+
+def _packed(pairs: Sequence[tuple[Ids, Ids, Ids]]) -> Tensors:
+    """(prompt, chosen, rejected) of every pair; an answer's span begins with the prompt's last token."""
+    ids: Ids = []
+    labels: Ids = []
+    lengths = []
+    for prompt, *answers in pairs:
+        ids += prompt[:-1]
+        labels += [IGNORE_INDEX] * (len(prompt) - 1)
+        for answer in filter(None, answers):
+            ids += [prompt[-1], *answer[:-1]]
+            labels += answer
+        lengths.append([len(prompt) - 1, *map(len, answers)])
+    return {
+        "input_ids": torch.tensor([ids]),
+        "labels": torch.tensor([labels]),
+        "pair_lengths": torch.tensor(lengths),
+    }
 
 
 def encode_pairs(
@@ -118,9 +158,20 @@ def encode_pairs(
     return replace(result, cut=cut)
 
 
+def shares_prompts(policy: PolicyConfig, model: ModelConfig, folder: Path) -> bool:
+    """Whether pairs are packed, their prompts read once; ValueError if that is demanded and cannot be."""
+    if policy.share_prompts == "never":
+        return False
+    config = AutoConfig.from_pretrained(folder)
+    reason = why_not_packed(config, model.attn_implementation, model.max_length)
+    if reason is not None and policy.share_prompts == "always":
+        raise ValueError(f"'policy.share_prompts: always' is not possible with this model: {reason}")
+    return reason is None
+
+
 def split_key(pair: PreferencePair) -> str:
-    """The same for all pairs of one dialogue, or, where that is not known, of one prompt."""
-    return pair.dialogue or repr([(message.role, message.content) for message in pair.prompt])
+    """The same for all pairs that a split keeps together: its own say, else their dialogue or prompt."""
+    return pair.split or pair.dialogue or repr([(message.role, message.content) for message in pair.prompt])
 
 
 def _token_ids(pair: PreferencePair, chat: ChatFormat) -> tuple[Ids, Ids, Ids]:
@@ -131,6 +182,11 @@ def _token_ids(pair: PreferencePair, chat: ChatFormat) -> tuple[Ids, Ids, Ids]:
         chat.encode_reply(pair.chosen),
         chat.encode_reply(pair.rejected),
     )
+
+
+def pair_inputs(tensors: Tensors) -> dict[str, torch.Tensor | None]:
+    """Those of a micro-batch's tensors that the model reads, whichever form they have."""
+    return {name: tensors.get(name) for name in ("input_ids", "attention_mask", "labels", "pair_lengths")}
 
 
 def pair_logps(logps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +29,7 @@ from mahalo_ray.training.batches import Indices, held_out, plan_balanced_batches
 from mahalo_ray.training.deepspeed_config import parameter_group
 from mahalo_ray.training.engine import training_device
 from mahalo_ray.training.methods import method_margins, plan_method
-from mahalo_ray.training.pairs import encode_pairs, pair_logps, split_key
+from mahalo_ray.training.pairs import encode_pairs, pair_inputs, pair_logps, shares_prompts, split_key
 from mahalo_ray.training.policy_metrics import GradientConflict, HeldOutKl, PolicyProbe
 from mahalo_ray.training.recipe import Inference, Output, Probe, Tensors
 from mahalo_ray.training.reference import reference_logps
@@ -63,7 +64,8 @@ class PolicyRecipe:
         # Pairs of an objective that does not exist are kept: they are an error, and named, below.
         unused = set(objectives) - set(self._objectives)
         records = [pair for pair in PreferencePair.load(pairs_url) if pair.objective not in unused]
-        self._pairs = encode_pairs(records, self._objectives, ChatFormat(self._tokenizer), model.max_length)
+        pairs = encode_pairs(records, self._objectives, ChatFormat(self._tokenizer), model.max_length)
+        self._pairs = replace(pairs, packed=shares_prompts(policy, model, self._folder))
         self._margins = self._pairs.margins + method_margins(policy, records)
         store = storage.join(pairs_url, "reference")
         sums = reference_logps(self._pairs, store, self._folder, model, self._training, training_device())
@@ -128,6 +130,8 @@ class PolicyRecipe:
             attn_implementation=self._model.attn_implementation,
             keep_base_head=self.probe is not None,
         )
+        if self._pairs.packed:
+            model.read_packed_pairs()
         if self._policy.lora is not None:
             model.add_lora(LoraSettings(**self._policy.lora.model_dump()))
         return model
@@ -178,12 +182,10 @@ class PolicyRecipe:
         """DPO loss [R] of every pair under its own head, and sums [H, figures] over counted pairs."""
         objective, reference = tensors["objective"], tensors["reference"]
         logps = model(
-            tensors["input_ids"],
-            tensors["attention_mask"],
-            tensors["labels"],
-            tensors["head"].repeat(2),
-            self._training.logit_chunk_size,
-            self._policy.average_log_probs,
+            **pair_inputs(tensors),
+            head_index=tensors["head"].repeat(2),
+            chunk_size=self._training.logit_chunk_size,
+            average=self._policy.average_log_probs,
         )
         chosen, rejected = pair_logps(logps)
         beta, weight = tensors["beta"], tensors["weight"]
@@ -221,6 +223,7 @@ class PolicyRecipe:
     def finish(self, infer: Inference, rank: int, workers: int) -> dict[str, float]:
         """The same figures on the held-out pairs, and how many pairs there were of each kind."""
         figures = {"pairs": float(len(self._pairs)), "pairs_cut": float(self._pairs.cut)}
+        figures["prompts_shared"] = float(self._pairs.packed)
         figures["held_out/pairs"] = float(len(self._held_out))
         nothing = dict.fromkeys(self._objectives, 1.0)
         sums = torch.zeros(len(self.metric_names), dtype=torch.float64, device=training_device())

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from mahalo_ray.logprobs import IGNORE_INDEX
 from mahalo_ray.models import MultiHeadCausalLM
 from mahalo_ray.models.heads import Head
+from mahalo_ray.models.pair_attention import packed_arguments
 from mahalo_ray.training.batches import Indices, shard
 from mahalo_ray.training.engine import to_device, training_device
-from mahalo_ray.training.pairs import TokenPairs
+from mahalo_ray.training.pairs import TokenPairs, pair_inputs
 from mahalo_ray.training.recipe import Inference, Tensors
 
 ObjectiveLosses = Callable[[nn.Module, Tensors], Tensor]
@@ -62,7 +63,7 @@ class HeldOutKl:
         self._heads, self._chunk_size = tuple(heads), chunk_size
         parts = shard(rows, pairs.units, micro_rows, dist.get_rank(), dist.get_world_size())
         self._counted = [counted for _, counted in parts]
-        self._parts = [_chosen(pairs.tensors(part, 0), len(part)) for part, _ in parts]
+        self._parts = [pairs.chosen_tensors(part, 0) for part, _ in parts]
         tokens = [int((part["labels"] != IGNORE_INDEX).sum()) for part in self._parts]
         # Under ZeRO-3 a call of a head is a collective operation: every worker makes as many calls.
         chunks = torch.tensor([-(-count // chunk_size) for count in tokens], device=training_device())
@@ -87,31 +88,22 @@ class HeldOutKl:
         return {f"{head}/kl": total / tokens for head, total in zip(self._heads, totals, strict=True)}
 
 
-def _chosen(tensors: Tensors, count: int) -> Tensors:
-    """Only the chosen sequences: the first half of what `TokenPairs.tensors` makes."""
-    return {name: tensor[:count] for name, tensor in tensors.items()}
-
-
-def _answer_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-    """States [N, D] that predict the answers' tokens."""
-    hidden = cast(MultiHeadCausalLM, model).hidden_states(input_ids, attention_mask)
+def _answer_states(model: nn.Module, **tensors: Tensor) -> Tensor:
+    """States [N, D] that predict the answers' tokens, of what `TokenPairs.chosen_tensors` gives."""
+    inputs = pair_inputs(tensors)
+    labels, packed = tensors["labels"], packed_arguments(inputs["pair_lengths"])
+    hidden = cast(MultiHeadCausalLM, model).hidden_states(
+        tensors["input_ids"], inputs["attention_mask"], **packed
+    )
     return hidden[labels != IGNORE_INDEX]
 
 
-def _kl_sums(
-    model: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    labels: Tensor,
-    reference: Tensor,
-    chunks: int,
-    chunk_size: int,
-) -> Tensor:
+def _kl_sums(model: nn.Module, reference: Tensor, chunks: int, chunk_size: int, **inputs: Tensor) -> Tensor:
     """Sums [H + 1] over tokens: KL of every head, and 1."""
     policy = cast(MultiHeadCausalLM, model)
     base_head = policy.base_head
     assert base_head is not None, "the recipe keeps the base head for these figures"
-    states = _answer_states(model, input_ids, attention_mask, labels)
+    states = _answer_states(model, **inputs)
     sums = torch.zeros(len(policy.heads) + 1, dtype=torch.float64, device=states.device)
     for number in range(chunks):
         at = slice(number * chunk_size, (number + 1) * chunk_size)

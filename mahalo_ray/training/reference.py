@@ -20,7 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from mahalo_ray.config import ModelConfig, TrainingConfig
 from mahalo_ray.data import storage
@@ -29,7 +29,7 @@ from mahalo_ray.models.backbone import load_causal_lm
 from mahalo_ray.training.batches import shard
 from mahalo_ray.training.deepspeed_config import deepspeed_config
 from mahalo_ray.training.engine import sharded_loading, to_device
-from mahalo_ray.training.pairs import TokenPairs, pair_logps
+from mahalo_ray.training.pairs import TokenPairs, pair_inputs, pair_logps
 
 SCHEMA = pa.schema(
     [("id", pa.string()), ("row_hash", pa.string()), ("chosen", pa.float64()), ("rejected", pa.float64())]
@@ -102,13 +102,13 @@ def compute_logps(
     device: torch.device,
 ) -> dict[int, tuple[float, float]]:
     """Log-probs of the given rows by row number, on every worker; each worker computes a share of them."""
-    reference = _load(folder, model, training, device)
+    reference = _load(folder, model, training, device, pairs.packed)
     own: dict[int, tuple[float, float]] = {}
     micro_rows = training.micro_batch_size_per_device
     for part, counted in shard(rows, pairs.units, micro_rows, dist.get_rank(), dist.get_world_size()):
         tensors = to_device(pairs.tensors(part, pad_id=0), device)
         with torch.no_grad():
-            logps: Tensor = reference(**tensors, chunk_size=training.logit_chunk_size)
+            logps: Tensor = reference(**pair_inputs(tensors), chunk_size=training.logit_chunk_size)
         chosen, rejected = (half.tolist() for half in pair_logps(logps))
         if counted:
             own |= dict(zip(part.tolist(), zip(chosen, rejected, strict=True), strict=True))
@@ -121,12 +121,16 @@ def compute_logps(
     return {row: logps for share in shares for row, logps in share.items()}
 
 
-def _load(folder: Path, model: ModelConfig, training: TrainingConfig, device: torch.device) -> Any:
+def _load(
+    folder: Path, model: ModelConfig, training: TrainingConfig, device: torch.device, packed: bool
+) -> Any:
     """The reference, whole on every worker or, with ZeRO-3, sharded."""
     dtype = getattr(torch, model.dtype)
     config = deepspeed_config(training, dtype, accumulation=1)
     with sharded_loading(config):
-        module: nn.Module = ChunkedCausalLM(load_causal_lm(folder, dtype, model.attn_implementation))
+        module = ChunkedCausalLM(load_causal_lm(folder, dtype, model.attn_implementation))
+    if packed:
+        module.read_packed_pairs()
     module.requires_grad_(False).eval()
     if training.zero_stage < 3:
         return module.to(device)

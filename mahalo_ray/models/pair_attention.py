@@ -1,0 +1,165 @@
+"""Preference pairs with the prompt read once: packed as [prompt, chosen, rejected], one pair behind another.
+
+Chosen and rejected answers share their prompt, so a pair costs P + C + R tokens instead of 2 P + C + R, and
+nothing is padded. The tokens lie in one sequence [1, N]; this attention, a transformers attention
+implementation, lets the chosen answer see its prompt and itself, and the rejected one the same prompt and
+itself. Everything else in a transformer works on single tokens and needs only their positions.
+
+The last token of the prompt, which predicts the first token of both answers, is the first of each answer's
+own span, and the last token of an answer, which predicts nothing that counts, is left out. So every state
+predicts one token, as in an ordinary sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+
+from mahalo_ray.models.attention import prefix_attention, refuse_options
+from mahalo_ray.models.sharding import is_sharded
+
+IMPLEMENTATION = "mahalo_pairs"
+
+
+@dataclass(frozen=True)
+class PairLayout:
+    """Where pairs lie in their packed sequence. `lengths` [R][3]: tokens of prompt, chosen and rejected as
+    packed; each may be 0."""
+
+    lengths: list[list[int]]
+
+    def spans(self) -> list[tuple[int, int, int, int]]:
+        """(prompt's begin, chosen's begin, rejected's begin, end) of every pair."""
+        found, at = [], 0
+        for prompt, chosen, rejected in self.lengths:
+            bounds = (at, at + prompt, at + prompt + chosen, at + prompt + chosen + rejected)
+            found.append(bounds)
+            at = bounds[-1]
+        return found
+
+    def positions(self, device: torch.device) -> Tensor:
+        """Position ids [1, N]: both answers begin where their prompt ends."""
+        parts = []
+        for prompt, chosen, rejected in self.lengths:
+            parts += [torch.arange(prompt + chosen), torch.arange(prompt, prompt + rejected)]
+        return torch.cat(parts)[None].to(device)
+
+    def rows(self, device: torch.device) -> Tensor:
+        """The sequence [1, N] that every token belongs to: pair i's chosen answer is number i, its rejected
+        one R + i. A prompt's tokens count for the chosen one; they predict nothing that counts."""
+        count = len(self.lengths)
+        numbers = torch.arange(count)
+        columns = torch.stack([numbers, numbers, numbers + count], dim=1).flatten()
+        return torch.repeat_interleave(columns, torch.tensor(self.lengths).flatten())[None].to(device)
+
+
+def packed_arguments(pair_lengths: Tensor | None) -> dict[str, Any]:
+    """What a backbone needs beside the input ids of packed pairs [R, 3]; nothing for ordinary rows (None)."""
+    if pair_lengths is None:
+        return {}
+    layout = PairLayout(pair_lengths.tolist())
+    return {"position_ids": layout.positions(pair_lengths.device), "pair_spans": layout.spans()}
+
+
+def sequence_numbers(labels: Tensor, pair_lengths: Tensor | None) -> Tensor:
+    """The sequence that every token belongs to, shaped as the labels: its row, or as packed pairs have it."""
+    if pair_lengths is None:
+        return torch.arange(labels.shape[0], device=labels.device)[:, None].expand_as(labels)
+    return PairLayout(pair_lengths.tolist()).rows(labels.device)
+
+
+def _forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    dropout: float = 0.0,
+    pair_spans: list[tuple[int, int, int, int]] | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """query [1, Hq, N, D]; key, value [1, Hkv, N, D] -> [1, N, Hq, D]."""
+    name = type(module).__name__
+    if pair_spans is None:
+        raise ValueError(f"{name} did not receive pair_spans: it does not pass them on to its attention")
+    refuse_options(name, options, "attention over packed pairs")
+    if dropout:
+        raise ValueError(f"{name} applies attention dropout, which attention over packed pairs does not")
+    longest = max(max(last, end - last + middle) - first for first, middle, last, end in pair_spans)
+    if sliding_window is not None and longest > sliding_window:
+        raise ValueError(f"{name} attends to {sliding_window} tokens, and a sequence has {longest}")
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    found = []
+    for first, middle, last, end in pair_spans:
+        q, k, v = (states[:, :, first:end] for states in (query, key, value))
+        prompt, whole = middle - first, last - first
+        found.append(
+            prefix_attention(q[:, :, :whole], k[:, :, :whole], v[:, :, :whole], None, scaling, softcap)
+        )
+        if end > last:
+            keys, values = (torch.cat([s[:, :, :prompt], s[:, :, whole:]], dim=2) for s in (k, v))
+            starts = torch.tensor([prompt], device=query.device)
+            found.append(prefix_attention(q[:, :, whole:], keys, values, starts, scaling, softcap))
+    return torch.cat(found, dim=1), None
+
+
+AttentionInterface.register(IMPLEMENTATION, _forward)
+
+
+def why_not_packed(config: PretrainedConfig, attn_implementation: str, max_length: int) -> str | None:
+    """Why a model of this config cannot read packed pairs of `max_length` tokens; None if it can."""
+    values = config.get_text_config().to_dict()
+    kinds = set(values.get("layer_types") or ())
+    window = values.get("sliding_window")
+    windowed = "sliding_attention" in kinds if kinds else values.get("use_sliding_window", True)
+    if attn_implementation != "sdpa":
+        return f"its attention implementation is '{attn_implementation}', not 'sdpa'"
+    if other := sorted(kinds - {"full_attention", "sliding_attention"}):
+        return f"it has {', '.join(other)} layers"
+    if windowed and window and window < max_length:
+        return f"it attends to a sliding window of {window} tokens, fewer than {max_length}"
+    if any(values.get(name) for name in ("attention_dropout", "attn_pdrop")):
+        return "it trains with attention dropout"
+    return None
+
+
+def read_packed_pairs(backbone: PreTrainedModel) -> None:
+    """Give a backbone the attention of packed pairs; ValueError if it computes something else with it (seen
+    on one small pair, where its parameters are whole)."""
+    if any(is_sharded(parameter) for parameter in backbone.parameters()):
+        backbone.set_attn_implementation(IMPLEMENTATION)
+        return
+    expected = _states_of_a_pair(backbone, packed=False)
+    backbone.set_attn_implementation(IMPLEMENTATION)
+    found = _states_of_a_pair(backbone, packed=True)
+    tolerance = 1e-3 if backbone.dtype == torch.float32 else 0.05
+    if (found - expected).abs().max() > tolerance * expected.abs().max():
+        raise ValueError(f"{type(backbone).__name__} computes something else when pairs share their prompt")
+
+
+@torch.no_grad()
+def _states_of_a_pair(backbone: PreTrainedModel, packed: bool) -> Tensor:
+    """States [7, D] of a prompt of 2 tokens and answers of 3 and 2, packed or as two ordinary sequences."""
+    training, device = backbone.training, next(backbone.parameters()).device
+    ids = torch.tensor([[5, 3, 7, 2, 11, 13, 17]], device=device)
+    ids %= backbone.config.get_text_config().vocab_size
+    backbone.eval()
+    if packed:
+        arguments = packed_arguments(torch.tensor([[2, 3, 2]], device=device))
+        states = backbone(input_ids=ids, use_cache=False, **arguments).last_hidden_state[0]
+    else:
+        chosen, rejected = ids[:, :5], torch.cat([ids[:, :2], ids[:, 5:]], dim=1)
+        halves = [
+            backbone(input_ids=half, use_cache=False).last_hidden_state[0] for half in (chosen, rejected)
+        ]
+        states = torch.cat([halves[0], halves[1][2:]])
+    backbone.train(training)
+    return states.float()
