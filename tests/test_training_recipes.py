@@ -300,10 +300,10 @@ def test_sharing_prompts_changes_the_tokens_read_and_not_the_loss(base: str, tmp
         policy = PolicyConfig(share_prompts=share, training=TRAINING)
         recipe = PolicyRecipe(url, base, world.OBJECTIVES, policy, world.MODEL, 0.2, 5)
         batch = recipe.batches[0]
-        found.append((*step(recipe, built(recipe), batch, 1, 64, 1), recipe.units.tokens[batch].sum()))
-    (shared, shared_sums, few), (padded, padded_sums, many) = found
-    torch.testing.assert_close(shared, padded, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(shared_sums, padded_sums, rtol=1e-4, atol=1e-4)
+        found.append((step(recipe, built(recipe), batch, 1, 64, 1), recipe.units.tokens[batch].sum()))
+    (shared, few), (padded, many) = found
+    for one, other in zip(shared, padded, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
     assert few < 0.8 * many
 
 
