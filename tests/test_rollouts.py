@@ -12,16 +12,14 @@ from pathlib import Path
 import pytest
 import ray
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config
+from tiny_tutor import CHAT, SAMPLING, TOKENIZER, TUTOR, model
 
-from mahalo_ray.config import ClusterConfig, PairsConfig, SamplingConfig
+from mahalo_ray.config import ClusterConfig, SamplingConfig
 from mahalo_ray.config.rollouts import MiniatureStudentConfig, ModelTutorConfig, PlayConfig
-from mahalo_ray.data.records import Candidate, CandidateSet, Dialogue, Message
-from mahalo_ray.data.templating import ChatFormat
+from mahalo_ray.data.records import CandidateSet, Dialogue
 from mahalo_ray.decoding.batch import BatchedConversations
 from mahalo_ray.decoding.loading import Placement
 from mahalo_ray.decoding.policy import CausalPolicy
-from mahalo_ray.domains.tutoring.corpus import scripted_dialogues, train_tokenizer
 from mahalo_ray.domains.tutoring.episode import Episode
 from mahalo_ray.models.reward import ProcessRewardModel
 from mahalo_ray.models.traces import TokenTrace
@@ -30,38 +28,10 @@ from mahalo_ray.rollouts.actors import CANDIDATES, DIALOGUES
 from mahalo_ray.rollouts.collect import Collector
 from mahalo_ray.rollouts.dialogues import Conversation, DialogueBatch, first_candidate, play
 from mahalo_ray.rollouts.driver import DialogueChunks, run_rollouts
-from mahalo_ray.rollouts.pairs import build_pairs, labelled_traces
 from mahalo_ray.rollouts.parties import RolloutSpec
 from mahalo_ray.rollouts.pool import RolloutError
 from mahalo_ray.rollouts.scoring import CachedScorer, GuidedChoice
 from mahalo_ray.rollouts.tutors import PolicyTutor
-
-SAMPLING = SamplingConfig(max_new_tokens=12)
-TOKENIZER = train_tokenizer((turn.content for d in scripted_dialogues(30, 5) for turn in d.turns), 600)
-CHAT = ChatFormat(TOKENIZER)
-
-
-def model(seed: int = 0) -> torch.nn.Module:
-    """A tiny tutor with random weights: it talks nonsense, which is all that is needed here."""
-    torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=len(TOKENIZER),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        eos_token_id=CHAT.end_id,
-    )
-    made = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        # Turns end after some ten tokens; logits spread enough for candidates to differ.
-        made.lm_head.weight[CHAT.end_id] *= 3
-    return made.eval()
-
-
-TUTOR = model()
 
 
 def opened(
@@ -201,58 +171,6 @@ def test_guidance_takes_the_best_standardised_sum() -> None:
             for k in range(4)
         ]
         assert sums[chosen] == pytest.approx(max(sums))
-
-
-def candidate_set(name: str, dialogue: str, scores: list[float]) -> CandidateSet:
-    return CandidateSet(
-        id=name,
-        dialogue=dialogue,
-        topic="+",
-        turn=0,
-        prompt=[Message(role="user", content="?")],
-        prompt_ids=[7],
-        candidates=[
-            Candidate(content=f"c{i}", token_ids=[10 + i] * (i + 1), scores={"accuracy": score})
-            for i, score in enumerate(scores)
-        ],
-        chosen=0,
-    )
-
-
-def test_pairs_are_best_against_worst_with_a_wide_enough_gap() -> None:
-    # Spreads (standard deviations): 0.4, 0.05, 0; their mean 0.15 is the least gap.
-    sets = [
-        candidate_set("a/0", "a", [0.1, 0.9]),
-        candidate_set("b/0", "b", [0.5, 0.4]),
-        candidate_set("c/0", "c", [0.5, 0.5]),
-    ]
-    pairs, report = build_pairs(sets, "accuracy", PairsConfig(min_gap_std=1.0))
-    (first,) = pairs
-    assert [(p.id, p.chosen, p.rejected) for p in [first]] == [("a/0/accuracy", "c1", "c0")]
-    assert (first.chosen_ids, first.rejected_ids, first.dialogue) == ([11, 11], [10], "a")
-    assert (report.prompts, report.pairs, report.ties, report.dropped_small_gap) == (3, 1, 1, 1)
-    # Longer is better in a, worse in b: .4 * .5 * 2 against .05 * .5 * 2.
-    assert report.length_correlation == pytest.approx((0.4 - 0.05) / ((0.32 + 0.005) ** 0.5 * 1.5**0.5))
-    all_pairs, _ = build_pairs(sets, "accuracy", PairsConfig(min_gap_std=0.0))
-    assert [p.id for p in all_pairs] == ["a/0/accuracy", "b/0/accuracy"]
-
-
-def test_an_unscored_candidate_is_named() -> None:
-    one = candidate_set("a/0", "a", [0.1, 0.9])
-    broken = one.model_copy(update={"candidates": [one.candidates[0].model_copy(update={"scores": None})]})
-    with pytest.raises(ValueError, match=r"candidate 0 of 'a/0' has no 'accuracy' score"):
-        build_pairs([broken], "accuracy", PairsConfig())
-
-
-def test_traces_label_the_candidate_turn_once_per_distinct_turn() -> None:
-    one = candidate_set("a/0", "a", [0.1, 0.9])
-    labelled = [c.model_copy(update={"labels": {"accuracy": 0.25}}) for c in one.candidates]
-    twice = one.model_copy(update={"candidates": [*labelled, labelled[1]]})
-    traces = labelled_traces([twice], ["accuracy"])
-    assert [trace.group for trace in traces] == ["a/0", "a/0"]
-    second = traces[1]
-    assert (second.token_ids, second.step_starts, second.step_ends) == ([7, 11, 11], [1], [2])
-    assert second.labels == {"accuracy": [0.25]}
 
 
 @pytest.fixture(scope="module")

@@ -211,6 +211,9 @@ class DialoguesConfig(Section):
         else:
             if self.cases is None:
                 raise ValueError("'cases' is missing: say what the dialogues are about")
+            sampling = self.play.sampling
+            if isinstance(self.tutor, EndpointTutorConfig) and (sampling.top_k or sampling.min_p):
+                raise ValueError("an endpoint as 'tutor' knows no 'play.sampling.top_k' or 'min_p'")
             if self.play.turns is None:
                 raise ValueError("'play.turns' is missing: tutor turns per dialogue")
             if self.student.post_test and isinstance(self.cases, PrefixCases):

@@ -11,7 +11,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import ray
@@ -50,7 +50,8 @@ class Chunk:
 @dataclass(frozen=True)
 class ChunkSummary:
     """What one chunk came to, attempts added up. `dialogues`: those finished, branches not counted; `failed`:
-    dialogue number -> (kind, message); `retries` and `failed_attempts` by kind; `seconds` of playing."""
+    dialogue number -> (kind, message); `retries` and `failed_attempts` by kind; `seconds` of the last
+    attempt."""
 
     number: int
     dialogues: int = 0
@@ -73,11 +74,11 @@ class ChunkSummary:
         summed = {
             name: getattr(self, name) + getattr(earlier, name)
             for name, value in asdict(self).items()
-            if isinstance(value, int | float) and name != "number"
+            if isinstance(value, int | float) and name not in ("number", "seconds")
         }
         for name in ("retries", "failed_attempts"):
             summed[name] = dict(Counter(getattr(self, name)) + Counter(getattr(earlier, name)))
-        return ChunkSummary(number=self.number, failed=self.failed, actor=self.actor, **summed)
+        return replace(self, **summed)
 
     def write(self, url: str) -> None:
         storage.write_json(url, asdict(self))

@@ -96,6 +96,7 @@ def run_rollouts(
     cluster: ClusterConfig,
     progress: Progress,
     max_failed_fraction: float = 0.0,
+    actor_class: Any = RolloutActor,
 ) -> RolloutReport:
     """Play all chunks on `cluster.rollout_actors` Ray actors; ray.init must have been called.
 
@@ -105,10 +106,10 @@ def run_rollouts(
     """
     run = _Run(spec, chunks, progress)
     spec = replace(spec, actors=min(cluster.rollout_actors, len(chunks)))
-    pool = ActorPool(RolloutActor, spec, cluster, run.unfinished())
+    pool = ActorPool(actor_class, spec, cluster, run.unfinished())
     for summary in pool.results():
         run.report.actor_deaths = pool.deaths
-        run.finished(summary, sum(_size(chunk) for _, chunk in pool.flying.values()))
+        run.finished(summary, sum(_size(piece.chunk) for _, piece in pool.flying.values()))
         run.check_failures(max_failed_fraction)
     run.check_failures(max_failed_fraction, at_the_end=True)
     return run.report

@@ -10,6 +10,7 @@ from hashlib import blake2b
 import numpy as np
 
 from mahalo_ray.config import PairsConfig
+from mahalo_ray.data import storage
 from mahalo_ray.data.records import Candidate, CandidateSet, PreferencePair, StepTrace
 from mahalo_ray.rollouts.dialogues import BRANCH
 
@@ -68,6 +69,17 @@ class PairReport:
     mean_rejected_tokens: float
     chosen_longer: float
     length_correlation: float
+
+
+@dataclass(frozen=True)
+class CandidateShards:
+    """The candidate sets of a folder, shard by shard: may be read again and again, holds none of them."""
+
+    folder: str
+
+    def __iter__(self) -> Iterator[CandidateSet]:
+        for shard in storage.list_files(self.folder, ".parquet"):
+            yield from CandidateSet.read(shard)
 
 
 def build_pairs(

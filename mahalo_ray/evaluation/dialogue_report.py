@@ -1,0 +1,191 @@
+"""The page of a set of dialogues: what became of them, scores and lengths by turn, students by persona.
+
+Shards are read one after the other; what stays in memory is a few numbers per dialogue and turn.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from mahalo_ray import __version__
+from mahalo_ray.data import storage
+from mahalo_ray.data.records import CandidateSet, Dialogue
+from mahalo_ray.evaluation.report import SampleDialogue, SampleTurn, number
+from mahalo_ray.evaluation.statistics import mean_interval
+from mahalo_ray.rollouts.actors import CANDIDATES, DIALOGUES
+from mahalo_ray.rollouts.dialogues import BRANCH
+
+SAMPLES_PER_ENDING = 2
+RESAMPLES, BOOTSTRAP_UP_TO = 1000, 5000
+
+
+@dataclass
+class _Turn:
+    """What is added up about one turn number."""
+
+    moments: int = 0
+    tutor: array[int] = field(default_factory=lambda: array("q"))
+    student: array[int] = field(default_factory=lambda: array("q"))
+    all: dict[str, array[float]] = field(default_factory=lambda: defaultdict(lambda: array("d")))
+    said: dict[str, array[float]] = field(default_factory=lambda: defaultdict(lambda: array("d")))
+    spread: dict[str, array[float]] = field(default_factory=lambda: defaultdict(lambda: array("d")))
+
+
+class _Figures:
+    """Sums over all shards."""
+
+    def __init__(self) -> None:
+        self.turns: dict[int, _Turn] = defaultdict(_Turn)
+        self.ended: Counter[str] = Counter()
+        self.dialogues = self.branches = self.candidates = 0
+        self.in_tokens = True
+        self.groups: dict[str, dict[str, array[float]]] = defaultdict(lambda: defaultdict(lambda: array("d")))
+        self.sizes: Counter[str] = Counter()
+        self.samples: list[Dialogue] = []
+        self.sample_scores: dict[str, dict[int, dict[str, float]]] = defaultdict(dict)
+
+    def add_dialogue(self, dialogue: Dialogue) -> None:
+        self.dialogues += 1
+        self.branches += BRANCH in dialogue.id
+        ending = dialogue.ended or "unknown"
+        self.ended[ending] += 1
+        if self.ended[ending] <= SAMPLES_PER_ENDING:
+            self.samples.append(dialogue)
+        values = dict(dialogue.outcome)
+        checks = dict(dialogue.checks or {})
+        if turns := checks.pop("student_turns", 0):
+            checks["role_flip_rate"] = checks.pop("role_flips") / turns
+        values |= checks
+        traits = dialogue.persona or {}
+        for group in ("all", *(f"{trait}: {value}" for trait, value in traits.items())):
+            self.sizes[group] += 1
+            for name, value in values.items():
+                self.groups[group][name].append(value)
+
+    def add_set(self, one: CandidateSet, samples: Mapping[str, Dialogue]) -> None:
+        turn = self.turns[one.turn]
+        turn.moments += 1
+        self.candidates += len(one.candidates)
+        said = one.candidates[one.chosen]
+        self.in_tokens &= bool(said.token_ids)
+        turn.tutor.append(len(said.token_ids) or len(said.content))
+        turn.student.append(len(one.prompt[-1].content))
+        for objective, score in (said.scores or {}).items():
+            scores = [(candidate.scores or {})[objective] for candidate in one.candidates]
+            turn.all[objective].extend(scores)
+            turn.said[objective].append(score)
+            turn.spread[objective].append(float(np.std(scores)))
+        if one.dialogue in samples:
+            self.sample_scores[one.dialogue][one.turn] = dict(said.scores or {})
+
+    def table(self) -> dict[str, Any]:
+        objectives = list(dict.fromkeys(name for turn in self.turns.values() for name in turn.said))
+        columns = list(dict.fromkeys(name for values in self.groups.values() for name in values))
+        return {
+            "dialogues": self.dialogues,
+            "branches": self.branches,
+            "candidates": self.candidates,
+            "tutor_turns": sum(turn.moments for turn in self.turns.values()),
+            "ended": dict(self.ended),
+            "unit": "tokens" if self.in_tokens else "characters",
+            "objectives": objectives,
+            "columns": columns,
+            "turns": [_turn_row(n, turn, objectives) for n, turn in sorted(self.turns.items())],
+            "groups": [
+                {"name": name, "dialogues": size, "estimates": _estimates(self.groups[name])}
+                for name, size in sorted(self.sizes.items())
+                if self.groups[name]
+            ],
+        }
+
+
+def _turn_row(number: int, turn: _Turn, objectives: list[str]) -> dict[str, Any]:
+    return {
+        "number": number,
+        "moments": turn.moments,
+        "tutor_mean": float(np.mean(turn.tutor)),
+        "tutor_95": float(np.quantile(turn.tutor, 0.95)),
+        "student_mean": float(np.mean(turn.student)),
+        "scores": {
+            name: {
+                "all": float(np.mean(turn.all[name])),
+                "said": float(np.mean(turn.said[name])),
+                "spread": float(np.mean(turn.spread[name])),
+            }
+            for name in objectives
+        },
+    }
+
+
+def _estimates(values: Mapping[str, array[float]]) -> dict[str, dict[str, Any]]:
+    """Means with intervals: bootstrapped, normal where there are so many that it makes no difference, none
+    for a single value."""
+    found = {}
+    for name, own in values.items():
+        data = np.array(own)
+        mean = float(data.mean())
+        low: float | None = None
+        high: float | None = None
+        if 2 <= len(data) <= BOOTSTRAP_UP_TO:
+            made = mean_interval(data, resamples=RESAMPLES)
+            low, high = made.low, made.high
+        elif len(data) > BOOTSTRAP_UP_TO:
+            half = 1.96 * float(data.std(ddof=1)) / math.sqrt(len(data))
+            low, high = mean - half, mean + half
+        found[name] = {"mean": mean, "low": low, "high": high, "count": len(data)}
+    return found
+
+
+def dialogue_figures(output: str) -> tuple[dict[str, Any], list[SampleDialogue]]:
+    """Everything the page shows about the shards in `output`, and dialogues to read."""
+    figures = _Figures()
+    for shard in storage.list_files(storage.join(output, DIALOGUES), ".parquet"):
+        for dialogue in Dialogue.read(shard):
+            figures.add_dialogue(dialogue)
+    samples = {dialogue.id: dialogue for dialogue in figures.samples}
+    for shard in storage.list_files(storage.join(output, CANDIDATES), ".parquet"):
+        for one in CandidateSet.read(shard):
+            figures.add_set(one, samples)
+    return figures.table(), [_sample(d, figures.sample_scores[d.id]) for d in figures.samples]
+
+
+def _sample(dialogue: Dialogue, scores: Mapping[int, dict[str, float]]) -> SampleDialogue:
+    """Scores stand at the turns played, which come last; those before are the opening."""
+    tutor = [at for at, turn in enumerate(dialogue.turns) if turn.speaker == "tutor"]
+    played = dict(zip(reversed(tutor), sorted(scores, reverse=True), strict=False))
+    turns = [
+        SampleTurn(
+            speaker=turn.speaker, content=turn.content, scores=scores[played[at]] if at in played else {}
+        )
+        for at, turn in enumerate(dialogue.turns)
+    ]
+    traits = ", ".join(f"{name} {value}" for name, value in (dialogue.persona or {}).items())
+    title = f"{dialogue.id} (ended by {dialogue.ended})"
+    return SampleDialogue(method=title, topic=traits or dialogue.topic, turns=turns, outcome=dialogue.outcome)
+
+
+def write_dialogue_report(output: str, name: str, run: Mapping[str, Any], url: str) -> dict[str, Any]:
+    """Write the page (self-contained, no script, no requests) and return its figures. `run`: the stage's
+    metrics, failures and pairs among them."""
+    figures, samples = dialogue_figures(output)
+    environment = Environment(
+        loader=PackageLoader("mahalo_ray.evaluation", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = number
+    page = environment.get_template("dialogue_report.html").render(
+        name=name, figures=figures, run=run, samples=samples, version=__version__
+    )
+    storage.write_bytes(url, page.encode())
+    return figures

@@ -1,0 +1,248 @@
+"""Whatever dies while dialogues are played: the output is that of a quiet run.
+
+Every test compares with shards that one process wrote undisturbed. An actor killed: see test_rollouts.py.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import yaml
+from local_endpoint import GARBAGE, HANGS, LocalEndpoint, Received, Scripted, fails, says
+from ray.cluster_utils import Cluster
+from tiny_tutor import SAMPLING, TOKENIZER, TUTOR
+
+from mahalo_ray.config import ClusterConfig
+from mahalo_ray.config.endpoint import EndpointConfig
+from mahalo_ray.config.rollouts import (
+    EndpointStudentConfig,
+    GridCases,
+    GridProblem,
+    ModelTutorConfig,
+    PlayConfig,
+)
+from mahalo_ray.data import storage
+from mahalo_ray.data.records import Dialogue
+from mahalo_ray.decoding.loading import Placement
+from mahalo_ray.domains.tutoring.cases import load_cases
+from mahalo_ray.rollouts.actors import CANDIDATES, DIALOGUES, RolloutWorker
+from mahalo_ray.rollouts.driver import DialogueChunks, run_rollouts
+from mahalo_ray.rollouts.parties import CASES, RolloutSpec
+from mahalo_ray.rollouts.pool import RolloutError
+
+pytestmark = pytest.mark.slow
+
+CHUNKS = DialogueChunks(0, dialogues=18, size=3)
+PLAY = PlayConfig(dialogues=18, turns=2, candidates=2, batch_size_per_actor=3, sampling=SAMPLING)
+GRID = GridCases(
+    problems=[GridProblem(topic=f"t{n}", problem=f"What is {n} + 3?", answer=str(n + 3)) for n in range(18)],
+    misconceptions=["counts from one"],
+)
+
+
+def answer(received: Received) -> Scripted:
+    """A student whose words depend on the seed it is asked with: what is asked twice is answered alike."""
+    return says(f"I think {received.body['seed'] % 1000}.")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tutor, the cases, and what a quiet run makes of them."""
+    folder = tmp_path_factory.mktemp("faults")
+    TUTOR.save_pretrained(folder / "tutor")
+    TOKENIZER.save_pretrained(folder / "tutor")
+    (folder / "cases.json").write_bytes(CASES.dump_json(load_cases(GRID)[0]))
+    with LocalEndpoint(answer) as server:
+        worker = RolloutWorker(spec_of(folder, server.config(), folder / "quiet"))
+        for chunk in CHUNKS:
+            worker.play(chunk)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """Two nodes on this machine: an actor fits on the first, two on the second."""
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    ray.init(address=made.address, log_to_driver=False)
+    yield made
+    ray.shutdown()
+    made.shutdown()
+
+
+def spec_of(base: Path, endpoint: EndpointConfig, output: Path) -> RolloutSpec:
+    return RolloutSpec(
+        tutor=ModelTutorConfig(path=str(base / "tutor")),
+        student=EndpointStudentConfig(endpoint=endpoint, max_new_tokens=8),
+        play=PLAY,
+        output_url=str(output),
+        purpose="test",
+        placement=Placement(),
+        threads=1,
+        cases_url=str(base / "cases.json"),
+    )
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {
+        f"{kind}/{file.name}": file.read_bytes()
+        for kind in (CANDIDATES, DIALOGUES)
+        for file in sorted((folder / kind).iterdir())
+    }
+
+
+def quiet(done: int, total: int, note: str) -> None:
+    """No progress shown."""
+
+
+def test_a_node_killed(base: Path, cluster: Cluster, tmp_path: Path) -> None:
+    node = cluster.add_node(num_cpus=2)
+    cluster.wait_for_nodes()
+    removed = []
+
+    def pull_the_plug(done: int, total: int, note: str) -> None:
+        if not removed:
+            removed.append(node)
+            cluster.remove_node(node, allow_graceful=False)
+
+    def slow(received: Received) -> Scripted:
+        time.sleep(0.05)
+        return answer(received)
+
+    with LocalEndpoint(slow) as server:
+        spec = spec_of(base, server.config(concurrency=8), tmp_path / "out")
+        report = run_rollouts(spec, CHUNKS, ClusterConfig(rollout_actors=3), pull_the_plug)
+    assert removed and report.actor_deaths >= 1
+    assert (report.dialogues, sum(report.failed.values())) == (18, 0)
+    assert shards(tmp_path / "out") == shards(base / "quiet")
+
+
+def test_a_full_disk(base: Path, cluster: Cluster, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small disk cannot be mounted here")
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            storage.write_bytes(str(disk / "much"), b"x" * 200_000)
+        assert list(disk.iterdir()) == []  # what was begun is not in the way
+        with LocalEndpoint(answer) as server:
+            spec = spec_of(base, server.config(), disk / "out")
+            with pytest.raises(RolloutError, match=r"No space left on device.*make room"):
+                run_rollouts(spec, CHUNKS, ClusterConfig(rollout_actors=1), quiet)
+            finished = len(list((disk / "out" / "chunks").iterdir()))
+            assert 0 < finished < len(CHUNKS)
+            subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
+            report = run_rollouts(spec, CHUNKS, ClusterConfig(rollout_actors=1), quiet)
+        assert (report.resumed, report.dialogues) == (finished, 18)
+        assert shards(disk / "out") == shards(base / "quiet")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_share_of_failures_above_the_limit_stops_with_the_reason(
+    base: Path, cluster: Cluster, tmp_path: Path
+) -> None:
+    def broken_for_some(received: Received) -> Scripted:
+        return fails(503) if "What is 7 +" in json.dumps(received.body) else answer(received)
+
+    one = ClusterConfig(rollout_actors=1)
+    with LocalEndpoint(broken_for_some) as server:
+        spec = spec_of(base, server.config(max_retries=0), tmp_path / "out")
+        with pytest.raises(RolloutError, match=r"1 of 18 dialogues failed \(http_503 1\).* share of 0\.01"):
+            run_rollouts(spec, CHUNKS, one, quiet, max_failed_fraction=0.01)
+    with LocalEndpoint(answer) as server:
+        spec = spec_of(base, server.config(), tmp_path / "out")
+        report = run_rollouts(spec, CHUNKS, one, quiet)
+    assert (report.resumed, report.dialogues) == (5, 18)
+    assert (report.failed, report.failed_attempts) == ({}, {"http_503": 1})
+    assert shards(tmp_path / "out") == shards(base / "quiet")
+
+
+def test_an_endpoint_in_every_kind_of_trouble(base: Path, tmp_path: Path) -> None:
+    """Each request meets trouble once before it is answered."""
+    troubles = [fails(429, retry_after="0.05"), fails(500), GARBAGE, HANGS]
+    seen: Counter[str] = Counter()
+
+    def troubled(received: Received) -> Scripted:
+        key = json.dumps(received.body)
+        seen[key] += 1
+        return troubles[len(seen) % 4] if seen[key] == 1 else answer(received)
+
+    with LocalEndpoint(troubled) as server:
+        config = server.config(concurrency=16, timeout_s=1.0)
+        worker = RolloutWorker(spec_of(base, config, tmp_path / "out"))
+        summaries = [worker.play(chunk) for chunk in CHUNKS]
+    retries = sum((Counter(summary.retries) for summary in summaries), Counter())
+    assert set(retries) == {"http_429", "http_500", "garbage", "timeout"}
+    assert sum(retries.values()) == len(seen) == 18 * 2
+    assert not any(summary.failed for summary in summaries)
+    assert shards(tmp_path / "out") == shards(base / "quiet")
+
+
+def test_the_driver_killed_and_started_again(base: Path, tmp_path: Path) -> None:
+    def slow(received: Received) -> Scripted:
+        time.sleep(0.05)  # one after the other: the server answers under a lock
+        return answer(received)
+
+    with LocalEndpoint(slow) as server:
+        output = tmp_path / "out"
+        document = {
+            "name": "test",
+            "output": str(output),
+            "seed": 0,
+            "tutor": {"kind": "model", "path": str(base / "tutor")},
+            "student": {
+                "kind": "endpoint",
+                "max_new_tokens": 8,
+                "endpoint": {"base_url": server.url, "model": "m"},
+            },
+            "cases": GRID.model_dump(),
+            "play": PLAY.model_dump(),
+            "cluster": {"rollout_actors": 1, "train_workers": 1},
+        }
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(document))
+        with _dialogues(tmp_path) as first:
+            deadline = time.monotonic() + 120
+            while not list(output.glob("chunks/*.json")):
+                assert first.poll() is None and time.monotonic() < deadline
+                time.sleep(0.02)
+            first.send_signal(signal.SIGKILL)
+        finished = len(list(output.glob("chunks/*.json")))
+        assert finished < len(CHUNKS) and not (output / "manifest.json").exists()
+        with _dialogues(tmp_path) as second:
+            said, _ = second.communicate(timeout=120)
+        assert second.returncode == 0, said
+    metrics: dict[str, Any] = json.loads((output / "manifest.json").read_text())["metrics"]
+    assert (metrics["dialogues"], metrics["resumed"]) == (18, finished)
+    assert shards(output) == shards(base / "quiet")
+    page = (output / "dialogues.html").read_text()
+    assert "18 dialogues" in page and "knowledge: solid" in page
+
+
+def _dialogues(folder: Path) -> subprocess.Popen[str]:
+    command = (
+        "import sys; from mahalo_ray.cli import main; sys.argv[1:] = ['dialogues', 'config.yaml']; main()"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", command],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_nothing_is_twice_in_the_output(base: Path) -> None:
+    ids = [dialogue.id for dialogue in Dialogue.load(str(base / "quiet" / DIALOGUES))]
+    assert len(ids) == len(set(ids)) == 18
