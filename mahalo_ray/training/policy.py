@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -67,22 +68,34 @@ class PolicyRecipe:
         pairs = encode_pairs(records, self._objectives, ChatFormat(self._tokenizer), model.max_length)
         self._pairs = replace(pairs, packed=shares_prompts(policy, model, self._folder))
         self._margins = self._pairs.margins + method_margins(policy, records)
-        store = storage.join(pairs_url, "reference")
-        sums = reference_logps(self._pairs, store, self._folder, model, self._training, training_device())
-        per_token = self._pairs.completion_tokens() if policy.average_log_probs else 1
-        self._reference = torch.from_numpy(sums / per_token).float()
         self.units = self._pairs.units
         aside = held_out([split_key(record) for record in records], held_out_fraction, seed)
         self._held_out, self._trained = np.flatnonzero(aside), ~aside
-        self.batches = plan_balanced_batches(
-            [self._rows_of(number, self._trained) for number in range(len(self._objectives))],
-            self._training.batch_size,
-            self._training.epochs,
-            self._training.max_steps,
-            seed,
+        self.batches = self._balanced(
+            self._training.batch_size, self._training.epochs, self._training.max_steps
         )
+        self._reference = self._reference_of_used(storage.join(pairs_url, "reference"))
         self.metric_names = tuple(f"{name}/{figure}" for name in self._objectives for figure in _SUMS)
         self.probe: Probe | None = self._make_probe() if policy.metrics_every_steps else None
+
+    def _balanced(self, batch_size: int, epochs: float, max_steps: int | None) -> list[Indices]:
+        groups = [self._rows_of(number, self._trained) for number in range(len(self._objectives))]
+        return plan_balanced_batches(groups, batch_size, epochs, max_steps, self._seed)
+
+    def _reference_of_used(self, store: str) -> Tensor:
+        """Reference log-probs [N, 2], of the pairs that some step or figure uses; NaN elsewhere."""
+        used = np.concatenate([*self.batches, self._held_out, *self._conflict_batch()])
+        sums = reference_logps(
+            self._pairs, np.unique(used), store, self._folder, self._model, self._training, training_device()
+        )
+        per_token = self._pairs.completion_tokens() if self._policy.average_log_probs else 1
+        return torch.from_numpy(sums / per_token).float()
+
+    def _conflict_batch(self) -> list[Indices]:
+        """The one batch that the gradient cosine is measured on, if it is."""
+        if not self._policy.gradient_cosine:
+            return []
+        return self._balanced(max(self._policy.metrics_rows, len(self._objectives)), 1, 1)
 
     def _make_probe(self) -> PolicyProbe:
         settings, training = self._policy, self._training
@@ -91,19 +104,13 @@ class PolicyRecipe:
         rows = np.random.default_rng(self._seed).permutation(self._held_out)[: settings.metrics_rows]
         kl = HeldOutKl(self._pairs, rows, self._plan.heads, micro_rows, training.logit_chunk_size)
         conflict = None
-        if settings.gradient_cosine:
-            fixed = plan_balanced_batches(
-                [self._rows_of(number, self._trained) for number in range(len(self._objectives))],
-                max(settings.metrics_rows, len(self._objectives)),
-                1,
-                1,
-                self._seed,
-            )[0]
-            normalisers = self.normalisers(fixed)
-            parts = shard(fixed, self.units, micro_rows, dist.get_rank(), dist.get_world_size())
+        for batch in self._conflict_batch():
+            normalisers = self.normalisers(batch)
+            parts = shard(batch, self.units, micro_rows, dist.get_rank(), dist.get_world_size())
             tensors = [self.collate(part, normalisers, counted) for part, counted in parts]
             conflict = GradientConflict(self._objectives, tensors, self._objective_losses)
-        return PolicyProbe(settings.metrics_every_steps, kl, conflict)
+        pairs = partial(self._held_out_figures, rows=rows)
+        return PolicyProbe(settings.metrics_every_steps, kl, conflict, pairs)
 
     def _objective_losses(self, model: nn.Module, tensors: Tensors) -> Tensor:
         """Every objective's part of the loss, [H]."""
@@ -225,15 +232,19 @@ class PolicyRecipe:
         figures = {"pairs": float(len(self._pairs)), "pairs_cut": float(self._pairs.cut)}
         figures["prompts_shared"] = float(self._pairs.packed)
         figures["held_out/pairs"] = float(len(self._held_out))
+        self._figures = figures | self._held_out_figures(infer, self._held_out)
+        return self._figures
+
+    def _held_out_figures(self, infer: Inference, rows: Indices) -> dict[str, float]:
+        """The training figures on held-out rows, prefixed `held_out/`; every worker takes part."""
         nothing = dict.fromkeys(self._objectives, 1.0)
         sums = torch.zeros(len(self.metric_names), dtype=torch.float64, device=training_device())
         micro_rows = self._training.micro_batch_size_per_device
-        for part, counted in shard(self._held_out, self.units, micro_rows, rank, workers):
+        for part, counted in shard(rows, self.units, micro_rows, dist.get_rank(), dist.get_world_size()):
             sums += infer(self._held_out_sums, self.collate(part, nothing, counted)).double()
         dist.all_reduce(sums)
         named = self.summarise(dict(zip(self.metric_names, sums.tolist(), strict=True)))
-        self._figures = figures | {f"held_out/{name}": value for name, value in named.items()}
-        return self._figures
+        return {f"held_out/{name}": value for name, value in named.items()}
 
     def _held_out_sums(self, model: nn.Module, **tensors: Tensor) -> Tensor:
         return self._losses(model, **tensors)[1].flatten()

@@ -3,6 +3,7 @@
 `{head}/kl`: KL(head || reference) on held-out prompts, exact over the vocabulary at the positions of the
 held-out chosen answers, mean over tokens in nats. `gradient_cosine/{a}/{b}`: the cosine between the gradients
 of two objectives' losses on the shared backbone, on one fixed batch; below zero they pull against each other.
+`held_out/{objective}/...`: loss, reward accuracy and margin on the same held-out pairs as the KL.
 """
 
 from __future__ import annotations
@@ -25,14 +26,17 @@ from mahalo_ray.training.engine import to_device, training_device
 from mahalo_ray.training.pairs import TokenPairs, pair_inputs
 from mahalo_ray.training.recipe import Inference, Tensors
 
+PairFigures = Callable[[Inference], dict[str, float]]
 ObjectiveLosses = Callable[[nn.Module, Tensors], Tensor]
 
 
 class PolicyProbe:
     """What the training loop asks every `every_steps` steps; every worker takes part."""
 
-    def __init__(self, every_steps: int, kl: HeldOutKl, conflict: GradientConflict | None) -> None:
-        self.every_steps, self._kl, self._conflict = every_steps, kl, conflict
+    def __init__(
+        self, every_steps: int, kl: HeldOutKl, conflict: GradientConflict | None, pairs: PairFigures
+    ) -> None:
+        self.every_steps, self._kl, self._conflict, self._pairs = every_steps, kl, conflict, pairs
 
     def prepare(self, infer: Inference) -> None:
         """Called once with the model as it was built, before a checkpoint is loaded."""
@@ -40,7 +44,7 @@ class PolicyProbe:
 
     def figures(self, infer: Inference, model: nn.Module) -> dict[str, float]:
         """All figures, the same on every worker."""
-        found = self._kl.figures(infer)
+        found = self._kl.figures(infer) | self._pairs(infer)
         return found if self._conflict is None else found | self._conflict.figures(model)
 
 

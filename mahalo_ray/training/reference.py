@@ -26,7 +26,7 @@ from mahalo_ray.config import ModelConfig, TrainingConfig
 from mahalo_ray.data import storage
 from mahalo_ray.models import ChunkedCausalLM
 from mahalo_ray.models.backbone import load_causal_lm
-from mahalo_ray.training.batches import shard
+from mahalo_ray.training.batches import Indices, shard
 from mahalo_ray.training.deepspeed_config import deepspeed_config
 from mahalo_ray.training.engine import sharded_loading, to_device
 from mahalo_ray.training.pairs import TokenPairs, pair_inputs, pair_logps
@@ -39,13 +39,15 @@ Logps = npt.NDArray[np.float64]
 
 def reference_logps(
     pairs: TokenPairs,
+    rows: Indices,
     store_url: str,
     folder: Path,
     model: ModelConfig,
     training: TrainingConfig,
     device: torch.device,
 ) -> Logps:
-    """Summed completion log-probs [N, 2] (chosen, rejected) under the model in `folder`, from the store.
+    """Summed completion log-probs [N, 2] (chosen, rejected) under the model in `folder`, from the store: of
+    the pairs numbered by `rows`, NaN for all others.
 
     Rows the store lacks are computed first, shared among the workers; every worker must call this. Raises
     ValueError naming a row that is missing or stale in the store.
@@ -55,9 +57,7 @@ def reference_logps(
     file = storage.join(store_url, f"{key[0]}.parquet")
     known = read_store(file) if storage.exists(file) else {}
     hashes = pairs.row_hashes()
-    lacking = [
-        row for row, name in enumerate(pairs.ids) if name not in known or known[name][0] != hashes[row]
-    ]
+    lacking = [row for row in rows if known.get(pairs.ids[row], ("",))[0] != hashes[row]]
     if lacking:
         computed = compute_logps(pairs, np.array(lacking), folder, model, training, device)
         if dist.get_rank() == 0:
@@ -65,7 +65,9 @@ def reference_logps(
             write_store(file, known)
         dist.barrier()
         known = read_store(file)
-    return select(known, pairs.ids, hashes, file)
+    logps = np.full((len(pairs), 2), np.nan)
+    logps[rows] = select(known, [pairs.ids[row] for row in rows], [hashes[row] for row in rows], file)
+    return logps
 
 
 def select(
