@@ -144,8 +144,10 @@ def held_out_figures(
     scored = step_values(recipe, units, recipe.scores, training.micro_batch_size_per_device, infer, 0, 1)
     by_id = {trace.id: trace for trace in traces}
     found: dict[str, list[float]] = {name: [] for name in FIGURES}
+    candidates: dict[str, list[int]] = {}  # without ranking every candidate is a unit of its own
     for unit in units:
-        rows = data.members[unit]
+        candidates.setdefault(data.groups[unit], []).extend(data.members[unit])
+    for rows in candidates.values():
         scores = [float(scored[row][0, column]) for row in rows]
         own = [by_id[data.names[row]] for row in rows]
         truth = [float(trace.labels[OBJECTIVE][0] or 0.0) for trace in own]

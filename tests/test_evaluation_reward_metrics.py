@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 from scipy import stats
 
@@ -98,17 +97,9 @@ def test_first_error_f1_is_the_harmonic_mean_of_two_accuracies() -> None:
     assert metrics.first_error([0.9, 0.5]) == -1
 
 
-def test_summary_of_a_score_that_follows_length() -> None:
-    generator = np.random.default_rng(0)
-    groups = np.repeat(np.arange(40), 6).tolist()
-    lengths = generator.integers(5, 30, 240)
-    truth = generator.random(240)
-    summary = metrics.reward_summary(lengths / 30, truth, groups, lengths, probabilities=False)
-    assert summary["length_correlation_score"] == pytest.approx(1)
-    assert abs(summary["length_correlation_truth"]) < 0.2
-    assert abs(summary["within_prompt_spearman"]) < 0.2
-    assert "auc" not in summary
-    labels = (truth > 0.5).astype(float)
-    perfect = metrics.reward_summary(labels, labels, groups, lengths, probabilities=True)
-    assert perfect["auc"] == perfect["best_against_worst"] == perfect["accuracy"] == 1
-    assert perfect["brier"] == perfect["calibration_error"] == 0
+def test_graded_auc_orders_pairs_of_different_grades() -> None:
+    # grades 0: .1 .4; .5: .3; 1: .4 -> pairs (0,.5): 1 of 2, (0,1): 1.5 of 2, (.5,1): 1 of 1
+    assert metrics.graded_auc([0.1, 0.4, 0.3, 0.4], [0, 0, 0.5, 1]) == pytest.approx(3.5 / 5)
+    scores, labels = [0.9, 0.4, 0.5, 0.4, 0.1], [1, 1, 0, 0, 0]
+    assert metrics.graded_auc(scores, labels) == pytest.approx(metrics.auc(scores, labels))
+    assert math.isnan(metrics.graded_auc([0.1, 0.2], [0.5, 0.5]))

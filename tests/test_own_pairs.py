@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from mahalo_ray.cli import app
 from mahalo_ray.config import ConfigError, RunConfig, dump_config, load_config
 from mahalo_ray.models import MultiHeadCausalLM
-from mahalo_ray.pipeline.own_pairs import PIPELINE
+from mahalo_ray.pipeline.own_data import pipeline
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "real_pairs.yaml"
 
@@ -61,14 +61,18 @@ def test_the_example_is_valid_and_writes_itself() -> None:
     ("override", "message"),
     [
         ("data=null", "'sweep.weights' is missing"),
-        ("reward.head_hidden_size=3", "'reward' is set, but a run on own pairs"),
         ("sweep.weights=[{accuracy: 1}]", "'sweep' is set"),
         ("pairs.min_gap_std=0.5", "'held_out_fraction' alone"),
-        ("objectives.0.supervision=judged_prefix", "own pairs \\('data'\\) are 'pairwise'"),
+        (
+            "objectives.0.supervision=judged_prefix",
+            "is judged_prefix: it needs 'data.traces'",
+        ),
         ("data.pairs.0.objective=acuracy", "Did you mean 'accuracy'"),
         ("data.pairs.0.objective_field=x", "exactly one of 'objective'"),
         ("model={scratch: {}}", "needs 'model.base'"),
-        ("data.pairs=[]", "at least 1 item"),
+        ("data.pairs=[]", "give 'pairs', 'traces' or both"),
+        ("reward.dedicated=[[accuracy], [honest, acuracy]]", "'reward.dedicated'.*Did you mean 'accuracy'"),
+        ("reward.dedicated=[[accuracy], [accuracy]]", "names 'accuracy' twice"),
     ],
 )
 def test_what_makes_no_sense_is_refused(override: str, message: str) -> None:
@@ -79,17 +83,18 @@ def test_what_makes_no_sense_is_refused(override: str, message: str) -> None:
 def test_other_stages_are_refused() -> None:
     for verb in ("sweep", "serve", "evaluate"):
         result = CliRunner().invoke(app, [verb, str(EXAMPLE)])
-        assert result.exit_code == 2 and "a run on own pairs ('data') has no stage" in result.output
+        assert result.exit_code == 2 and "run on own data ('data') has no stage" in result.output
 
 
 def test_changed_files_rerun_the_stages(tmp_path: Path) -> None:
     config = load(document(tmp_path))
-    before = PIPELINE.fingerprints(config)
-    assert PIPELINE.fingerprints(config) == before
+    stages = pipeline(config)
+    before = stages.fingerprints(config)
+    assert stages.fingerprints(config) == before
     (tmp_path / "accuracy.jsonl").write_text((tmp_path / "accuracy.jsonl").read_text() + "\n")
-    changed = PIPELINE.fingerprints(config)
-    assert all(before[name] != changed[name] for name in ("pairs", "policy"))
-    other = PIPELINE.fingerprints(load(tmp_path / "run.yaml", "policy.beta=0.5"))
+    changed = stages.fingerprints(config)
+    assert all(before[name] != changed[name] for name in ("pairs", "policy", "reward"))
+    other = stages.fingerprints(load(tmp_path / "run.yaml", "policy.beta=0.5"))
     assert other["pairs"] == changed["pairs"] and other["policy"] != changed["policy"]
 
 

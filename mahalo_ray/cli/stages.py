@@ -40,7 +40,8 @@ def register(app: typer.Typer) -> None:
     """Add these verbs to the command."""
     app.command()(run)
     for name, (_, help_text) in VERBS.items():
-        app.command(name, help=help_text)(stage_verb(name))
+        if name != "evaluate":  # it has verbs of its own: see evaluate.py
+            app.command(name, help=help_text)(stage_verb(name))
     app.command()(serve)
 
 
@@ -60,15 +61,26 @@ def serve(config: ConfigFile, set_: Overrides = None, debug: Debug = False) -> N
 
 def run_stages(config: RunConfig, targets: tuple[str, ...] | None, config_name: str) -> None:
     """Bring stages up to date (None: all) and say what came of it."""
+    from mahalo_ray.evaluation.reward_report import print_report as print_reward_report
     from mahalo_ray.pipeline.evaluating import print_outcome
 
+    targets = targets_of(config, targets)
     manifests = execute(pipeline_of(config, targets or ()), config, targets)
     if "report" in manifests:
         print_outcome(out, config, manifests)
         say(f"Serve it: mahalo serve {config_name}")
-    else:
-        for name in targets or manifests:
-            say(f"{name}: {storage.join(config.output, name)}")
+        return
+    if "reward_report" in manifests:
+        print_reward_report(out, storage.join(config.output, "reward_report"))
+    for name in targets or manifests:
+        say(f"{name}: {storage.join(config.output, name)}")
+
+
+def targets_of(config: RunConfig, asked: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """The stages behind a verb (None: all)."""
+    from mahalo_ray.pipeline import own_data
+
+    return asked if config.data is None else own_data.targets(config, asked)
 
 
 def serve_run(config: RunConfig) -> None:
@@ -81,18 +93,19 @@ def serve_run(config: RunConfig) -> None:
 
 
 def pipeline_of(config: RunConfig, targets: tuple[str, ...]) -> Pipeline:
-    """The stages of this kind of run; ConfigError for a target that a run on own pairs does not have."""
-    from mahalo_ray.pipeline import own_pairs, steps
+    """The stages of this kind of run; ConfigError for a target that a run on own data does not have."""
+    from mahalo_ray.pipeline import own_data, steps
 
     if config.data is None:
         return steps.PIPELINE
+    pipeline = own_data.pipeline(config)
     for name in targets:
-        if name not in own_pairs.PIPELINE.stages:
+        if name not in pipeline.stages:
             raise ConfigError(
-                f"a run on own pairs ('data') has no stage '{name}': it has "
-                f"{', '.join(own_pairs.PIPELINE.stages)}; `mahalo export` hands its policy to other engines"
+                f"this run on own data ('data') has no stage '{name}': it has {', '.join(pipeline.stages)}; "
+                "`mahalo export` hands a policy to other engines"
             )
-    return own_pairs.PIPELINE
+    return pipeline
 
 
 def execute(pipeline: Pipeline, config: RunConfig, targets: tuple[str, ...] | None) -> dict[str, Manifest]:

@@ -6,12 +6,12 @@ name says `per_device`; times are seconds; lengths are tokens.
 
 from mahalo_ray.config.endpoint import EndpointConfig
 from mahalo_ray.config.loading import dump_config, load_config, load_document
+from mahalo_ray.config.own_data import DataConfig, PairsSource, TracesSource
 from mahalo_ray.config.policy import PolicyConfig
 from mahalo_ray.config.run import RunConfig
 from mahalo_ray.config.section import ConfigError, Section
 from mahalo_ray.config.stages import (
     ClusterConfig,
-    DataConfig,
     EvaluationConfig,
     GuidedConfig,
     LoraConfig,
@@ -19,7 +19,6 @@ from mahalo_ray.config.stages import (
     ModelConfig,
     ObjectiveConfig,
     PairsConfig,
-    PairsSource,
     RewardConfig,
     RolloutConfig,
     SamplingConfig,
@@ -53,6 +52,7 @@ __all__ = [
     "ServeConfig",
     "SftConfig",
     "SweepConfig",
+    "TracesSource",
     "TrainingConfig",
     "dump_config",
     "load_config",

@@ -154,6 +154,10 @@ class RewardConfig(Section):
     ranking_min_gap: Annotated[float, Field(ge=0)] = 0.02
     held_out_fraction: Fraction = 0.1
     head_learning_rate: PositiveFloat | None = None
+    dedicated: Annotated[
+        list[Annotated[list[str], Field(min_length=1)]],
+        Field(description="groups of objectives that get a reward model of their own too, to compare with"),
+    ] = []
     cache_features: Annotated[
         bool, Field(description="a frozen backbone reads every trace once; its head inputs are kept")
     ] = True
@@ -177,16 +181,16 @@ class PairsConfig(Section):
 
     min_gap_std: Annotated[float, Field(ge=0, description="in mean within-prompt standard deviations")] = 1.0
     max_pairs_per_objective: PositiveInt | None = None
-    held_out_fraction: Fraction = 0.1
-
-
-class SweepConfig(Section):
     balance_length: Annotated[
         bool, Field(description="as many pairs with the longer turn chosen as with it rejected")
     ] = False
     split_by: Annotated[
         Literal["dialogue", "topic"], Field(description="what a held-out split keeps together")
     ] = "dialogue"
+    held_out_fraction: Fraction = 0.1
+
+
+class SweepConfig(Section):
     """Decoding weight vectors tried by Ray Tune; each is played against the same fresh students."""
 
     weights: list[dict[str, Annotated[float, Field(ge=0)]]] = []
@@ -241,36 +245,3 @@ class MiniatureConfig(Section):
 
     name: Literal["tutoring_miniature"] = "tutoring_miniature"
     sft_dialogues: PositiveInt = 12000
-
-
-class PairsSource(Section):
-    """A file or folder of preference pairs (see `mahalo_ray.data.readers`), and which objective they are for:
-    `objective` for all rows, or `objective_field`, the field of each row that names it."""
-
-    path: str
-    format: Literal["auto", "trl", "mahalo"] = "auto"
-    objective: str | None = None
-    objective_field: str | None = None
-
-    @model_validator(mode="after")
-    def _one_way_to_the_objective(self) -> Self:
-        if (self.objective is None) == (self.objective_field is None):
-            raise ValueError(
-                "give exactly one of 'objective' (that of all rows) and 'objective_field' (the field of a "
-                "row that names it)"
-            )
-        return self
-
-
-class DataConfig(Section):
-    """Own preference pairs, in place of a domain's rollouts: the policy is trained on them from `model.base`.
-
-    Rows that cannot be used are written to quarantine.parquet; more than `max_bad_fraction` of them is an
-    error.
-    """
-
-    pairs: Annotated[list[PairsSource], Field(min_length=1)]
-    max_bad_fraction: Fraction = 0.01
-
-
-# What a run on own pairs has no use for: setting it is an error, never ignored.

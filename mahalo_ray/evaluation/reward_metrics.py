@@ -7,6 +7,7 @@ class only, no group with two different truths) is NaN.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
@@ -36,6 +37,19 @@ def auc(scores: ArrayLike, labels: ArrayLike) -> float:
         return float("nan")
     ranks = stats.rankdata(score)
     return float((ranks[positive].sum() - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative))
+
+
+def graded_auc(scores: ArrayLike, labels: ArrayLike) -> float:
+    """Probability that of two samples with different labels the one with the higher label scores higher, ties
+    half: AUC for 0/1 labels, and the same for labels of a few grades. NaN when there is one grade only."""
+    score, label = _pair(scores, labels)
+    won = compared = 0.0
+    grades = [score[label == grade] for grade in np.unique(label)]
+    for low, high in itertools.combinations(grades, 2):
+        truth = np.r_[np.zeros(len(low)), np.ones(len(high))]
+        won += auc(np.r_[low, high], truth) * len(low) * len(high)
+        compared += len(low) * len(high)
+    return won / compared if compared else float("nan")
 
 
 def accuracy(probabilities: ArrayLike, labels: ArrayLike, threshold: float = 0.5) -> float:
@@ -154,36 +168,6 @@ def first_error_f1(predicted: Sequence[int], actual: Sequence[int]) -> float:
     on_correct = float((said == true)[~erroneous].mean())
     total = on_errors + on_correct
     return 2 * on_errors * on_correct / total if total else 0.0
-
-
-def reward_summary(
-    scores: ArrayLike, truth: ArrayLike, groups: Groups, lengths: ArrayLike, *, probabilities: bool
-) -> dict[str, float]:
-    """The figures for one objective of a reward model on held-out data, by name.
-
-    Inputs are aligned [n]: the model's score, the true value, the prompt each belongs to and its length in
-    tokens. `probabilities`: scores are probabilities of a 0/1 truth; then AUC, accuracy, Brier and
-    calibration error stand in place of the squared error.
-    """
-    score_length, truth_length = length_correlation(scores, truth, lengths, groups)
-    score, true = _pair(scores, truth)
-    summary = {
-        "samples": float(len(score)),
-        "correlation": pearson(score, true),
-        "within_prompt_spearman": within_group_rank_correlation(scores, truth, groups),
-        "within_prompt_pair_accuracy": within_group_pair_accuracy(scores, truth, groups),
-        "best_against_worst": best_against_worst_accuracy(scores, truth, groups),
-        "length_correlation_score": score_length,
-        "length_correlation_truth": truth_length,
-    }
-    if not probabilities:
-        return summary | {"mean_squared_error": float(np.mean((score - true) ** 2))}
-    return summary | {
-        "auc": auc(score, true),
-        "accuracy": accuracy(score, true),
-        "brier": brier(score, true),
-        "calibration_error": expected_calibration_error(calibration_curve(score, true)),
-    }
 
 
 def _pair(left: ArrayLike, right: ArrayLike) -> tuple[FloatArray, FloatArray]:

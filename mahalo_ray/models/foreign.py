@@ -54,6 +54,7 @@ class SequenceClassifierScorer(nn.Module, StepScorer):
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.objectives = (objective,)
+        self.output_kinds = {objective: "preference" if model.config.num_labels == 1 else "probability"}
         self.positive_label = positive_label
         self.step_separator = step_separator
         self.calibration: dict[str, ObjectiveCalibration] = {}
@@ -154,6 +155,7 @@ class TokenClassifierScorer(nn.Module, TraceScorer):
             )
         self.model = model.eval()
         self.objectives = (objective,)
+        self.output_kinds = {objective: "probability"}
         self.positive_label = positive_label
         self.calibration: dict[str, ObjectiveCalibration] = {}
         self._encoder = PlainStepEncoder(tokenizer, step_separator)
@@ -172,6 +174,11 @@ class TokenClassifierScorer(nn.Module, TraceScorer):
         return logits.gather(1, at).softmax(-1)[..., self.positive_label, None]
 
 
+def is_own_model(source: str | Path) -> bool:
+    """Whether a folder holds a reward model of ours, which knows its objectives."""
+    return (Path(source) / METADATA_FILE).is_file()
+
+
 def load_scorer(
     source: str | Path,
     objective: str | None = None,
@@ -184,7 +191,7 @@ def load_scorer(
     `objective` names what a foreign model scores and is required for one; our own models know their
     objectives. `step_separator` None takes the format's usual one.
     """
-    if (Path(source) / METADATA_FILE).is_file():
+    if is_own_model(source):
         if objective is not None or step_separator is not None:
             raise ValueError(f"{source} knows its own objectives and step separator: do not give them")
         return ProcessRewardModel.from_pretrained(source, dtype, device=device).eval()

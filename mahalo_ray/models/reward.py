@@ -68,7 +68,7 @@ class ProcessRewardModel(BackboneModel, TraceScorer):
         if ("reference_logps" in self.inputs) != (reference is not None):
             raise ValueError("a reference goes with the head input 'reference_logps', and only with it")
         self.objectives = tuple(objectives)
-        self.output_kinds = dict(objectives)
+        self.output_kinds: dict[str, OutputKind] = dict(objectives)
         self.head_hidden_size = head_hidden_size
         self.tuning: Tuning = tuning
         self.tokenizer = tokenizer

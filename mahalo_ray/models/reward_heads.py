@@ -18,6 +18,13 @@ OutputKind = Literal["value", "probability", "preference"]
 
 HEAD_INPUTS: tuple[HeadInput, ...] = ("last", "pooled", "reference_logps")
 OUTPUT_KINDS: tuple[OutputKind, ...] = ("value", "probability", "preference")
+# What the head of an objective gives, by how the objective is supervised.
+OUTPUT_KIND_OF: dict[str, OutputKind] = {
+    "rollout_value": "value",
+    "judged_rollouts": "probability",
+    "judged_prefix": "probability",
+    "pairwise": "preference",
+}
 LOGP_FEATURES = 3  # mean, minimum and sum over the step's tokens
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mahalo_ray.models.calibration import ObjectiveCalibration, Spread, calibrate, standardised
+from mahalo_ray.models.reward_heads import OutputKind
 from mahalo_ray.models.traces import Messages, TokenTrace, pad_traces
 from mahalo_ray.objectives import unknown_name
 
@@ -18,6 +19,7 @@ class StepScorer(ABC):
     """Anything that gives steps a score per objective. Higher is better, whatever the objective."""
 
     objectives: tuple[str, ...]
+    output_kinds: dict[str, OutputKind]
     calibration: dict[str, ObjectiveCalibration]
 
     @abstractmethod

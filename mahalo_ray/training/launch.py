@@ -94,13 +94,15 @@ def train_reward(
     seed: int,
     run_dir: str,
     progress: ProgressFunction | None = None,
+    features_url: str | None = None,
 ) -> TrainingResult:
     """A process reward model from StepTrace records and, for objectives supervised by pairs, PreferencePair
     records.
 
     `step_separator` ends every step of a trace that carries no token ids (None: a step is a whole assistant
     turn).
-    `reward.held_out_fraction` of the prompts is kept for figures and calibration.
+    `reward.held_out_fraction` of the prompts is kept for figures and calibration. `features_url`: folder for
+    the head inputs of a frozen backbone, shared by all runs that name it.
     """
     urls = [url for url in (traces_url, pairs_url) if url is not None]
     arguments = (
@@ -112,6 +114,7 @@ def train_reward(
         model,
         step_separator,
         seed,
+        features_url and storage.absolute(features_url),
     )
     stage = Stage("reward", reward.training, model, cluster, seed, storage.absolute(output_url), arguments)
     return run_stage(stage, run_dir, [*urls, model_url], progress)

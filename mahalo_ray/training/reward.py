@@ -22,27 +22,28 @@ from transformers import AutoTokenizer
 from mahalo_ray.config import ModelConfig, ObjectiveConfig, RewardConfig
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import PreferencePair, StepTrace
+from mahalo_ray.data.scored import HELD_OUT_PAIRS, HELD_OUT_TRACES, ScoredPair, ScoredTrace
 from mahalo_ray.losses import bradley_terry, labelled, step_bce, value_mse, within_prompt_ranking
 from mahalo_ray.models import LoraSettings, ProcessRewardModel
-from mahalo_ray.models.reward_heads import OutputKind
+from mahalo_ray.models.reward_heads import OUTPUT_KIND_OF
 from mahalo_ray.models.traces import StepEncoder, pad_traces
 from mahalo_ray.training.batches import Indices, held_out, plan_batches
 from mahalo_ray.training.deepspeed_config import parameter_group
 from mahalo_ray.training.pairs import encode_pairs, split_key
 from mahalo_ray.training.recipe import Inference, Output, Probe, Tensors
 from mahalo_ray.training.reference import reference_key
-from mahalo_ray.training.reward_evaluation import StepValues, calibrate, held_out_figures, step_values
+from mahalo_ray.training.reward_evaluation import (
+    StepValues,
+    calibrate,
+    held_out_figures,
+    scored_rows,
+    step_values,
+)
 from mahalo_ray.training.reward_features import cached_features, padded_features
 from mahalo_ray.training.reward_labels import check_labels, count_labels, value_scale
 from mahalo_ray.training.sources import keeps_backbone, model_folder
 from mahalo_ray.training.traces import LabelledTraces, add_pairs, add_traces, as_steps
 
-OUTPUT_KINDS: dict[str, OutputKind] = {
-    "rollout_value": "value",
-    "judged_rollouts": "probability",
-    "judged_prefix": "probability",
-    "pairwise": "preference",
-}
 _MODEL_INPUTS = ("input_ids", "attention_mask", "step_starts", "step_ends")
 _FIGURES = ("count", "loss", "correct", "ranked", "ranking_loss", "ranked_right")
 
@@ -79,7 +80,11 @@ class RewardRecipe:
         trained = np.flatnonzero(~aside)
         gap = reward.ranking_min_gap if reward.ranking_weight > 0 else None
         self._labels, self._ranked = count_labels(self.data, len(self._names), gap)
-        check_labels(self._labels[trained], self._names)
+        check_labels(self._labels[trained], self._names, "to train the reward model on")
+        if len(self.held_out):
+            check_labels(
+                self._labels[self.held_out], self._names, "held out: raise 'reward.held_out_fraction'"
+            )
         self._variance, self._spread = value_scale(self.data, trained, self.objectives)
         self.batches = [
             trained[batch]
@@ -112,7 +117,7 @@ class RewardRecipe:
         lora = self._reward.lora
         return ProcessRewardModel.from_base(
             self._folder,
-            {objective.name: OUTPUT_KINDS[objective.supervision] for objective in self.objectives},
+            {objective.name: OUTPUT_KIND_OF[objective.supervision] for objective in self.objectives},
             inputs=self._reward.inputs,
             head_hidden_size=self._reward.head_hidden_size,
             tuning=self._reward.backbone,
@@ -222,7 +227,7 @@ class RewardRecipe:
         """Pointwise loss of every row [B]; count, sum, and judgements that are right."""
         targets = tensors["labels"][..., column]
         known = labelled(targets)
-        if OUTPUT_KINDS[self.objectives[column].supervision] == "value":
+        if OUTPUT_KIND_OF[self.objectives[column].supervision] == "value":
             losses, right = value_mse(scores, targets) / self._variance[column], known & False
         else:
             losses, right = step_bce(scores, targets), known & ((scores > 0) == (targets > 0.5))
@@ -282,9 +287,13 @@ class RewardRecipe:
         return self._figures
 
     def save(self, model: nn.Module, state_dict: Mapping[str, Tensor], folder: Path) -> None:
+        """The model's folder, and what it said of the held-out rows."""
         reward = cast(ProcessRewardModel, model)
         calibrate(reward, self.data, self._calibrated, self._scores)
         reward.save_pretrained(folder, self._figures, state_dict, keeps_backbone(self._url))
+        traces, pairs = scored_rows(reward, self.data, self.held_out, self._scores)
+        ScoredTrace.save(traces, str(folder / HELD_OUT_TRACES))
+        ScoredPair.save(pairs, str(folder / HELD_OUT_PAIRS))
 
     def fingerprint(self) -> str:
         return self.data.fingerprint()

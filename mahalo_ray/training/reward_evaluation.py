@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mahalo_ray.config import ObjectiveConfig
+from mahalo_ray.data.scored import ScoredPair, ScoredTrace
 from mahalo_ray.models import ProcessRewardModel
 from mahalo_ray.training.batches import Indices, shard
 from mahalo_ray.training.recipe import Inference
@@ -87,7 +88,7 @@ def labelled_scores(
             labels = data.labels[row][:, column]
             for step in np.flatnonzero(~np.isnan(labels)):
                 found.append(
-                    ((data.keys[unit], int(step)), float(scores[row][step, column]), float(labels[step]))
+                    ((data.groups[unit], int(step)), float(scores[row][step, column]), float(labels[step]))
                 )
     return found
 
@@ -111,13 +112,65 @@ def _ordering(
 
 
 def calibrate(model: ProcessRewardModel, data: LabelledTraces, units: Indices, scores: StepValues) -> None:
-    """Store mean, spread and quantiles of the scores of all steps with the model, within-prompt spread
-    included where prompts have several candidates. Scores that do not vary cannot be calibrated:
-    ValueError."""
-    rows = [(row, data.keys[unit]) for unit in units for row in data.members[unit]]
-    activated = {row: model.activate(torch.from_numpy(scores[row])).numpy() for row, _ in rows}
-    groups = [(key, step) for row, key in rows for step in range(len(activated[row]))]
-    repeated = len(set(groups)) < len(groups)
+    """Store mean, spread and quantiles of every objective's scores with the model: of all steps of the
+    sequences that are labelled (or paired) for it; within-prompt spread included where prompts have several
+    candidates. Scores that do not vary cannot be calibrated: ValueError."""
+    rows = [(row, unit) for unit in units for row in data.members[unit]]
     for column, name in enumerate(model.objectives):
-        values = [float(v) for row, _ in rows for v in activated[row][:, column]]
+        values: list[float] = []
+        groups: list[Hashable] = []
+        for row, unit in rows:
+            if not (data.pair_objective[unit] == column or (~np.isnan(data.labels[row][:, column])).any()):
+                continue
+            own = model.activate(torch.from_numpy(scores[row]))[:, column].tolist()
+            values += own
+            groups += [(data.groups[unit], step) for step in range(len(own))]
+        repeated = len(set(groups)) < len(groups)
         model.fit_calibration({name: values}, {name: groups} if repeated else None)
+
+
+def scored_rows(
+    model: ProcessRewardModel, data: LabelledTraces, units: Indices, scores: StepValues
+) -> tuple[list[ScoredTrace], list[ScoredPair]]:
+    """The scored sequences of the units as records, for figures of any kind."""
+    traces, pairs = [], []
+    for unit in units:
+        objective = data.pair_objective[unit]
+        values = [model.activate(torch.from_numpy(scores[row])) for row in data.members[unit]]
+        if objective >= 0:
+            chosen, rejected = (float(own[0, objective]) for own in values)
+            name = model.objectives[objective]
+            pairs.append(
+                ScoredPair(
+                    id=data.groups[unit],
+                    dialogue=data.keys[unit],
+                    objective=name,
+                    chosen=chosen,
+                    rejected=rejected,
+                )
+            )
+            continue
+        for row, own in zip(data.members[unit], values, strict=True):
+            traces.append(_scored_trace(model.objectives, data, unit, row, own))
+    return traces, pairs
+
+
+def _scored_trace(
+    objectives: Sequence[str], data: LabelledTraces, unit: int, row: int, scores: Tensor
+) -> ScoredTrace:
+    tokens, labels = data.tokens[row], data.labels[row]
+    columns = {name: labels[:, column] for column, name in enumerate(objectives)}
+    return ScoredTrace(
+        id=data.names[row],
+        group=data.groups[unit],
+        dialogue=data.keys[unit],
+        turns_before=data.turns_before[data.names[row]],
+        tokens=[end - start + 1 for start, end in zip(tokens.starts, tokens.ends, strict=True)],
+        scores={name: scores[:, column].tolist() for column, name in enumerate(objectives)},
+        labels={
+            name: [None if np.isnan(value) else float(value) for value in own]
+            for name, own in columns.items()
+            if not np.isnan(own).all()
+        },
+        outcome=data.outcomes.get(data.names[row]),
+    )

@@ -30,11 +30,11 @@ def count_labels(data: LabelledTraces, objectives: int, ranking_gap: float | Non
     return labels, ranked
 
 
-def check_labels(labels: Floats, names: Sequence[str]) -> None:
-    """ValueError for an objective without any in [units, objectives]."""
+def check_labels(labels: Floats, names: Sequence[str], purpose: str) -> None:
+    """ValueError for an objective without any in [units, objectives], which are needed for a purpose."""
     for name, count in zip(names, labels.sum(axis=0), strict=True):
         if count == 0:
-            raise ValueError(f"objective '{name}' has no labels (or pairs) to train the reward model on")
+            raise ValueError(f"objective '{name}' has no labels (or pairs) {purpose}")
 
 
 def value_scale(

@@ -12,7 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mahalo_ray.config import ObjectiveConfig
+from mahalo_ray.data.quarantine import BadRow
 from mahalo_ray.data.records import PreferencePair, StepTrace
+from mahalo_ray.data.step_readers import ReadTraces
+from mahalo_ray.models.scoring import TraceEncoder
 from mahalo_ray.models.traces import StepEncoder, TokenTrace
 from mahalo_ray.objectives import unknown_name
 from mahalo_ray.training.batches import Units
@@ -25,7 +28,8 @@ Labels = npt.NDArray[np.float32]
 class LabelledTraces:
     """Sequences in the order of their units. `labels[s]` is [steps, objectives], NaN where unknown; a pair is
     a unit of two sequences without labels, chosen first, of objective `pair_objective[unit]` (-1 for
-    traces), with its weight and margin. Units of one `groups` entry are answers to one prompt."""
+    traces), with its weight and margin. Units of one `groups` entry are answers to one prompt. By name of a
+    trace: `outcomes` of those that were not cut, and `turns_before`, the assistant's turns in the prompt."""
 
     names: list[str] = field(default_factory=list)
     tokens: list[TokenTrace] = field(default_factory=list)
@@ -36,6 +40,8 @@ class LabelledTraces:
     margins: list[float] = field(default_factory=list)
     groups: list[str] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
+    outcomes: dict[str, dict[str, float]] = field(default_factory=dict)
+    turns_before: dict[str, int] = field(default_factory=dict)
     cut: int = 0
 
     @property
@@ -96,7 +102,7 @@ def add_traces(
     """
     units: dict[tuple[str, str, int], list[tuple[str, TokenTrace, Labels]]] = {}
     for number, trace in enumerate(traces):
-        labels, tokens = _label_matrix(trace, objectives), _tokens(trace, encoder)
+        labels, tokens = _label_matrix(trace, objectives), token_trace(trace, encoder)
         kept = sum(end < max_length for end in tokens.ends)
         short = TokenTrace(tokens.input_ids[:max_length], tokens.starts[:kept], tokens.ends[:kept])
         labelled = not np.isnan(labels[:kept]).all()
@@ -104,9 +110,29 @@ def add_traces(
         if labelled:
             unit = (trace.dialogue or trace.group, trace.group, 0 if by_group else number)
             units.setdefault(unit, []).append((trace.id, short, labels[:kept]))
+            data.turns_before[trace.id] = sum(message.role == "assistant" for message in trace.prompt)
+            if trace.outcome and kept == len(tokens.ends):
+                data.outcomes[trace.id] = trace.outcome
     for (split_key, group, _), rows in units.items():
         names, tokens_of, labels_of = (list(column) for column in zip(*rows, strict=True))
         data.add_unit(names, tokens_of, labels_of, split_key, group)
+
+
+def refuse_long(found: ReadTraces, encoder: StepEncoder, max_length: int) -> None:
+    """Move traces that cannot be cut at a step boundary to the bad rows: their prompt and first step alone
+    exceed `max_length` tokens."""
+    kept = []
+    for trace in found.traces:
+        tokens = len(encoder.encode(trace.prompt, trace.steps[:1]).input_ids)
+        if tokens <= max_length:
+            kept.append(trace)
+            continue
+        file, line = found.places[trace.id]
+        reason = (
+            f"prompt and first step have {tokens} tokens, more than the {max_length} of 'model.max_length'"
+        )
+        found.bad.append(BadRow.of(file, line, reason, trace.steps[0]))
+    found.traces = kept
 
 
 def as_steps(pair: PreferencePair, encoder: StepEncoder) -> PreferencePair:
@@ -168,7 +194,8 @@ def _column(trace: StepTrace, values: list[float | None] | None, steps: int) -> 
     return [np.nan if value is None else value for value in values]
 
 
-def _tokens(trace: StepTrace, encoder: StepEncoder) -> TokenTrace:
+def token_trace(trace: StepTrace, encoder: TraceEncoder) -> TokenTrace:
+    """The trace's own token ids, or, where it carries none, those of its text."""
     if trace.token_ids is None or trace.step_starts is None or trace.step_ends is None:
         return encoder.encode(trace.prompt, trace.steps)
     if not len(trace.step_starts) == len(trace.step_ends) == len(trace.steps):
