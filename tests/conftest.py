@@ -5,9 +5,11 @@ from __future__ import annotations
 import signal
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from tiny_run import EXAMPLE, mahalo
 
 
 def pytest_configure() -> None:
@@ -32,3 +34,11 @@ def deepspeed_alone(one_process: None) -> Iterator[None]:
         for name, value in {**settings, "MASTER_PORT": probe.getsockname()[1]}.items():
             patch.setenv(name, str(value))
         yield
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a finished tiny run of all stages."""
+    folder = tmp_path_factory.mktemp("run")
+    mahalo("run", str(EXAMPLE), output=folder)
+    return folder

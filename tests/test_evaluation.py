@@ -12,7 +12,8 @@ from rich.console import Console
 from scipy import stats
 
 from mahalo_ray.evaluation import claims, plots, report, statistics, terminal
-from mahalo_ray.evaluation.results import ComparisonTable, MethodResult
+from mahalo_ray.evaluation.outcomes import MethodResult
+from mahalo_ray.evaluation.results import ComparisonTable
 from mahalo_ray.objectives import Weights
 
 STUDENTS = 60
@@ -128,7 +129,7 @@ def test_method_result_survives_json() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "head"}, "decoding weights go with policy heads only"),
+        ({"kind": "head"}, "weights go with aligned policies only"),
         ({"guidance": {"accuracy": 1}}, "guidance weights go with guided methods only"),
         ({"values": {"accuracy": [1.0, 2.0]}}, "2 values for 60 ids"),
         ({"student_ids": [0] * STUDENTS}, "occurs twice"),

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from tiny_run import EXAMPLE, mahalo
 from transformers import AutoConfig, AutoTokenizer
 
 from mahalo_ray.config import ConfigError, RunConfig, load_config
@@ -21,9 +19,7 @@ from mahalo_ray.pipeline.progress import RunProgress
 from mahalo_ray.pipeline.stages import Context
 from mahalo_ray.pipeline.steps import PIPELINE
 from mahalo_ray.pipeline.students import BLOCKS, check_domain, first_seed
-from mahalo_ray.rollouts.driver import chunks_of
-
-EXAMPLE = Path(__file__).parent.parent / "examples" / "quickstart.yaml"
+from mahalo_ray.rollouts.driver import DialogueChunks
 
 
 def example(*overrides: str) -> RunConfig:
@@ -84,12 +80,13 @@ def test_no_two_stages_meet_the_same_students() -> None:
         "reward_rollouts": config.reward_rollouts.dialogues,
         "pair_rollouts": config.pair_rollouts.dialogues,
         "evaluation": config.evaluation.dialogues,
+        "dialogues": 1000,
     }
     met = [
         chunk_seed
         for seed in (17, 18)
         for purpose in BLOCKS
-        for chunk in chunks_of(first_seed(seed, purpose), sizes[purpose], 64)
+        for chunk in DialogueChunks(first_seed(seed, purpose), sizes[purpose], 64)
         for chunk_seed in chunk.seeds
     ]
     assert len(met) == len(set(met)) == 2 * sum(sizes.values())
@@ -122,49 +119,18 @@ def test_sft_data_is_readable_and_made_from_the_seed(tmp_path: Path) -> None:
     assert model.eos_token_id == tokenizer.eos_token_id
 
 
-TINY = [
-    "model.scratch={hidden_size: 32, num_layers: 1, num_attention_heads: 2, intermediate_size: 32}",
-    "domain.sft_dialogues=64",
-    "sft.training.epochs=1",
-    "reward_rollouts={dialogues: 4, candidates: 3, continuations: 1, sampling: {max_new_tokens: 8}}",
-    "pair_rollouts={dialogues: 6, candidates: 3, sampling: {max_new_tokens: 8}}",
-    "pairs.min_gap_std=0",
-    "policy.metrics_every_steps=0",  # so few pairs leave none held out
-    "evaluation={dialogues: 4, bootstrap_resamples: 50, sampling: {max_new_tokens: 8}}",
-    "sweep.weights=[{accuracy: 0.9, engagement: 0.1}, {accuracy: 0.5, engagement: 0.5}]",
-    "guided.num_candidates=2",
-]
-
-
-def mahalo(*arguments: str, output: Path) -> str:
-    command = [sys.executable, "-c", "from mahalo_ray.cli import main; main()", *arguments]
-    overrides = [part for setting in [*TINY, f"output={output}"] for part in ("--set", setting)]
-    done = subprocess.run(
-        [*command, *overrides],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=800,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
-
-
 @pytest.mark.slow
-def test_a_whole_run_and_then_nothing_left_to_do(tmp_path: Path) -> None:
-    text = mahalo("run", str(EXAMPLE), output=tmp_path)
-    assert "guided policy" in text and "Report: " in text and "mahalo serve" in text
+def test_a_whole_run_and_then_nothing_left_to_do(whole_run: Path) -> None:
     for name in PIPELINE.stages:
-        manifest = Manifest.read(str(tmp_path / name))
+        manifest = Manifest.read(str(whole_run / name))
         assert manifest is not None and manifest.seconds > 0
-        assert all((tmp_path / name / path).exists() for path in manifest.outputs.values())
-    document = json.loads((tmp_path / "report" / "results.json").read_text())
+        assert all((whole_run / name / path).exists() for path in manifest.outputs.values())
+    document = json.loads((whole_run / "report" / "results.json").read_text())
     assert len(document["rows"]) == 7 and document["dialogues_per_method"] == 4
     assert set(document["history"]) == {"sft", "reward", "policy"}
     assert document["reward_metrics"]["accuracy"]
-    answers = json.loads((tmp_path / "serve" / "answers.json").read_text())
+    answers = json.loads((whole_run / "serve" / "answers.json").read_text())
     assert len(answers["answers"]) == 3
-    again = mahalo("run", str(EXAMPLE), output=tmp_path)
+    again = mahalo("run", str(EXAMPLE), output=whole_run)
     assert again.count("done before, skipped") == len(PIPELINE.stages)
+    assert "guided policy" in again and "Report: " in again and "mahalo serve" in again

@@ -19,6 +19,7 @@ from mahalo_ray.models import MultiHeadCausalLM
 from mahalo_ray.models.soup import average_models
 from mahalo_ray.objectives import Weights
 from mahalo_ray.pipeline.evaluating import check_heads
+from mahalo_ray.training.methods import method_margins
 from mahalo_ray.training.pairs import pair_inputs
 from mahalo_ray.training.policy import PolicyRecipe
 
@@ -67,6 +68,17 @@ def make_recipe(method: str, base: str, folder: Path, pairs: list[PreferencePair
     return PolicyRecipe(url, base, world.OBJECTIVES, policy, world.MODEL, 0.2, 5)
 
 
+def engagement_gap(pair: PreferencePair) -> float:
+    assert pair.chosen_scores is not None and pair.rejected_scores is not None
+    return pair.chosen_scores["engagement"] - pair.rejected_scores["engagement"]
+
+
+def engagement_spread() -> float:
+    """Of the rewards within a prompt, as MODPO on the accuracy pairs sees it."""
+    gaps = [engagement_gap(pair) for pair in scored_pairs() if pair.objective == "accuracy"]
+    return math.sqrt(sum(gap**2 for gap in gaps) / len(gaps) / 2)
+
+
 def by_hand(method: str, pair: PreferencePair, gain: float) -> tuple[float, float]:
     """(factor of the objective's mean, loss of the pair) from what chosen gained over rejected."""
     if method == "mah_dpo":
@@ -75,9 +87,8 @@ def by_hand(method: str, pair: PreferencePair, gain: float) -> tuple[float, floa
         alpha, beta, margin = 1.0, 0.7, 0.0
     elif method == "scalarised":
         alpha, beta, margin = {"accuracy": 0.25, "engagement": 0.75}[pair.objective], 0.4, 0.0
-    else:  # (1 / w_own) (beta gain - w_other (r_other(chosen) - r_other(rejected)))
-        assert pair.chosen_scores is not None and pair.rejected_scores is not None
-        gap = pair.chosen_scores["engagement"] - pair.rejected_scores["engagement"]
+    else:  # (1 / w_own) (beta gain - w_other (r_other(chosen) - r_other(rejected))), r_other standardised
+        gap = engagement_gap(pair) / engagement_spread()
         alpha, beta, margin = 1.0, 0.4 / 0.25, 0.75 * gap / 0.25
     return alpha, math.log1p(math.exp(-(beta * gain - margin - pair.margin)))
 
@@ -133,10 +144,29 @@ def test_modpo_is_the_published_loss(base: str, tmp_path: Path) -> None:
         torch.tensor([[both[side][name] for name in world.OBJECTIVES] for both in scores])
         for side in (0, 1)  # type: ignore[index]
     )
+    chosen, rejected = (scores / torch.tensor([1.0, engagement_spread()]) for scores in (chosen, rejected))
     wanted = modpo_loss(
         *own.chunk(2), reference[:, 0], reference[:, 1], chosen, rejected, (0.25, 0.75), 0, 0.4
     )
     torch.testing.assert_close(losses, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_modpo_margins_do_not_depend_on_the_rewards_unit() -> None:
+    policy = PolicyConfig(method="modpo", objective="accuracy", mixture={"accuracy": 1, "engagement": 3})
+
+    def margins(unit: float) -> list[float]:
+        scores = unit * np.array([(0.0, 2.0), (1.0, 1.0), (3.0, 1.0), (0.0, 0.0)])  # chosen, rejected
+        pairs = [
+            pair.model_copy(update={"chosen_scores": {"engagement": c}, "rejected_scores": {"engagement": r}})
+            for pair, (c, r) in zip(world.make_pairs((4,), ("accuracy",)), scores.tolist(), strict=True)
+        ]
+        return method_margins(policy, pairs).tolist()
+
+    # Differences -2, 0, 2, 0: variance of a reward (4 + 4) / 4 / 2 = 1. Margin: 0.75 / 0.25 of a difference.
+    assert margins(1.0) == pytest.approx([-6.0, 0.0, 6.0, 0.0])
+    assert margins(0.01) == pytest.approx(margins(1.0))
+    with pytest.raises(ValueError, match="'engagement' rewards of chosen and rejected are the same"):
+        margins(0.0)
 
 
 def test_modpo_names_a_pair_without_the_other_rewards(base: str, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ Unknown keys are errors that name the file, the key and the nearest known key. S
 name says `per_device`; times are seconds; lengths are tokens.
 """
 
+from mahalo_ray.config.compare import BaselineConfig, BaselineName, CompareConfig
 from mahalo_ray.config.endpoint import EndpointConfig
 from mahalo_ray.config.loading import dump_config, load_config, load_document
 from mahalo_ray.config.own_data import DataConfig, PairsSource, TracesSource
@@ -30,7 +31,10 @@ from mahalo_ray.config.stages import (
 )
 
 __all__ = [
+    "BaselineConfig",
+    "BaselineName",
     "ClusterConfig",
+    "CompareConfig",
     "ConfigError",
     "DataConfig",
     "EndpointConfig",

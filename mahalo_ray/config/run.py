@@ -7,6 +7,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
+from mahalo_ray.config.compare import CompareConfig
 from mahalo_ray.config.own_data import DataConfig, PairsSource, TracesSource
 from mahalo_ray.config.policy import PolicyConfig
 from mahalo_ray.config.section import (
@@ -32,7 +33,7 @@ from mahalo_ray.objectives import unknown_name
 # What a run on own data has no use for: setting it is an error, never ignored.
 _ROLLOUT_SECTIONS = (
     *("domain", "sft", "reward_rollouts", "pair_rollouts"),
-    *("sweep", "guided", "evaluation", "serve"),
+    *("sweep", "guided", "evaluation", "compare", "serve"),
 )
 
 
@@ -56,6 +57,7 @@ class RunConfig(Section):
     sweep: SweepConfig = SweepConfig()
     guided: GuidedConfig = GuidedConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    compare: CompareConfig = CompareConfig()
     serve: ServeConfig = ServeConfig()
 
     @property
@@ -138,4 +140,5 @@ class RunConfig(Section):
             for name in values:
                 if name not in names:
                     raise ValueError(f"'{where}': {unknown_name('objective', name, names)}")
+        self.compare.check_objectives(names, self.sweep)
         return self

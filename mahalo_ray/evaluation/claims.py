@@ -10,7 +10,9 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict
 
-from mahalo_ray.evaluation.results import ComparisonTable, MethodKind, MethodResult
+from mahalo_ray.evaluation.families import FamilyFront
+from mahalo_ray.evaluation.outcomes import MethodKind, MethodResult
+from mahalo_ray.evaluation.results import ComparisonTable
 from mahalo_ray.evaluation.statistics import Estimate
 from mahalo_ray.objectives import Weights
 
@@ -59,6 +61,40 @@ def check_claims(table: ComparisonTable) -> list[Claim]:
     return claims
 
 
+def comparison_claims(table: ComparisonTable, fronts: Sequence[FamilyFront]) -> list[Claim]:
+    """MAH-DPO against every baseline: the hypervolume at the baseline's own weight vectors."""
+    return [
+        _family_claim(table, front, front.difference, front.mah_dpo)
+        for front in fronts
+        if front.difference is not None and front.mah_dpo is not None
+    ]
+
+
+def _family_claim(
+    table: ComparisonTable, front: FamilyFront, difference: Estimate, mah_dpo: Estimate
+) -> Claim:
+    verdict = ""
+    if not difference.above_zero:
+        verdict = ": the baseline covers more" if difference.high < 0 else ": the two are not told apart"
+    return Claim(
+        key=f"hypervolume:{front.family}",
+        statement=f"MAH-DPO covers more than {front.name} at the same {len(front.weights)} weight vectors",
+        difference=difference,
+        n=table.dialogues,
+        holds=difference.above_zero,
+        evidence=f"hypervolume {mah_dpo.value:.3f} against {front.hypervolume.value:.3f}, "
+        + _difference_in_words(table, difference)
+        + verdict,
+    )
+
+
+def _difference_in_words(table: ComparisonTable, difference: Estimate) -> str:
+    return (
+        f"paired difference {difference.value:+.3f}, {table.confidence:.0%} interval "
+        f"[{difference.low:+.3f}, {difference.high:+.3f}], n = {table.dialogues}"
+    )
+
+
 def headline(claims: Sequence[Claim]) -> str:
     """One or two sentences over all claims, failing ones named first."""
     required = [claim for claim in claims if claim.required]
@@ -94,9 +130,7 @@ def _head_claim(table: ComparisonTable, objective: str) -> Claim:
 
 def _is_head_of(method: MethodResult, objective: str) -> bool:
     """Whether a method decodes, unguided, with all the weight on one head."""
-    if method.weights is None or method.guidance is not None:
-        return False
-    return math.isclose(dict(Weights(method.weights)).get(objective, 0.0), 1.0)
+    return method.family == "mah_dpo" and method.same_weights(Weights.one(objective))
 
 
 def _guidance_claims(table: ComparisonTable, method: MethodResult) -> list[Claim]:
@@ -136,10 +170,6 @@ def _difference_claim(
     required: bool = True,
 ) -> Claim:
     difference = table.difference(method, baseline, weights)
-    evidence = (
-        f"paired difference {difference.value:+.3f}, {table.confidence:.0%} interval "
-        f"[{difference.low:+.3f}, {difference.high:+.3f}], n = {table.dialogues}"
-    )
     return Claim(
         key=key,
         statement=statement,
@@ -147,7 +177,7 @@ def _difference_claim(
         n=table.dialogues,
         holds=difference.above_zero,
         required=required,
-        evidence=evidence,
+        evidence=_difference_in_words(table, difference),
     )
 
 

@@ -15,25 +15,27 @@ from mahalo_ray.evaluation.statistics import Estimate, FloatArray
 
 
 class Labelled(NamedTuple):
-    """A point with its intervals, and the text to put beside it."""
+    """A point with its intervals, and the text to put beside it ("": none)."""
 
     text: str
     across: Estimate
     up: Estimate
 
 
-def place_labels(panel: Axes, points: Sequence[Labelled], line: FloatArray | None = None) -> None:
-    """Annotate every point, in order; labels avoid points, error bars, `line` [n, 2] and earlier labels.
+def place_labels(panel: Axes, points: Sequence[Labelled], lines: Sequence[FloatArray] = ()) -> None:
+    """Annotate every point, in order; labels avoid points, error bars, `lines` [n, 2] and earlier labels.
 
     The figure must have been drawn and its layout fixed: places are compared in pixels.
     """
     to_pixels = panel.transData.transform
     taken = [obstacle for point in points for obstacle in _obstacles(panel, point)]
-    if line is not None:
+    for line in lines:
         for start, end in itertools.pairwise(to_pixels(line)):
             taken += [(Bbox([p - 1, p + 1]), 0.1) for p in np.linspace(start, end, 60)]
     centers = to_pixels([(point.across.value, point.up.value) for point in points])
     for point, own in zip(points, centers, strict=True):
+        if not point.text:
+            continue
         taken.append((_place(panel, point, own, centers, taken), 4.0))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -15,9 +16,10 @@ from mahalo_ray.data.records import Dialogue
 from mahalo_ray.decoding.batch import BatchedConversations
 from mahalo_ray.decoding.cache import RaggedCache
 from mahalo_ray.decoding.loading import Placement, load_policy, load_reward_model
-from mahalo_ray.decoding.policy import Policy
+from mahalo_ray.decoding.policy import MultiHeadPolicy, Policy
 from mahalo_ray.domains.tutoring.episode import OBJECTIVES, Episode
-from mahalo_ray.evaluation.results import MethodKind, MethodResult
+from mahalo_ray.evaluation.outcomes import MethodKind, MethodResult
+from mahalo_ray.models import ProcessRewardModel
 from mahalo_ray.objectives import Weights
 from mahalo_ray.rollouts.dialogues import Conversation, DialogueBatch, first_candidate, play
 from mahalo_ray.rollouts.scoring import CachedScorer, GuidedChoice
@@ -29,7 +31,10 @@ SAMPLE_DIALOGUES = 2
 
 @dataclass(frozen=True)
 class Method:
-    """What is compared: a row of the table. `weights` None: the SFT model; `guidance` None: no guidance."""
+    """What is compared: a row of the table. `weights` None: the SFT model; `guidance` None: no guidance.
+
+    `model_url` is a baseline's own model, of one head, made for `weights`; None: the run's policy, or SFT.
+    """
 
     name: str
     kind: MethodKind
@@ -37,6 +42,7 @@ class Method:
     guidance: Weights | None = None
     num_candidates: int = 1
     sweep: bool = False
+    model_url: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,16 +66,36 @@ class MethodPlayer:
         seeds: Sequence[int],
     ) -> None:
         self.sft, self.chat = load_policy(sft_url, placement)
-        self.policy, _ = load_policy(policy_url, placement)
-        self.reward = load_reward_model(reward_url, placement)
+        self.policy_url, self.reward_url, self.placement = policy_url, reward_url, placement
         self.config = config
         self.seeds = list(seeds)
 
+    @cached_property
+    def policy(self) -> Policy:
+        """The run's own policy, loaded when a method first needs it."""
+        return load_policy(self.policy_url, self.placement)[0]
+
+    @cached_property
+    def reward(self) -> ProcessRewardModel:
+        """The reward model, loaded when a method is first guided."""
+        return load_reward_model(self.reward_url, self.placement)
+
+    def _decoder(self, method: Method) -> tuple[Policy, Weights | None]:
+        """The model that speaks and its decoding weights."""
+        if method.weights is None:
+            return self.sft, None
+        if method.model_url is None:
+            return self.policy, method.weights
+        policy, _ = load_policy(method.model_url, self.placement)
+        if isinstance(policy, MultiHeadPolicy):
+            return policy, Weights.one(policy.model.objectives[0])
+        return policy, None
+
     def run(self, method: Method) -> Played:
         """Play all students once; the same students, with the same random draws, for every method."""
-        policy = self.sft if method.weights is None else self.policy
+        policy, weights = self._decoder(method)
         engine = BatchedConversations(policy)
-        batch = DialogueBatch(PolicyTutor(engine, self.chat, self.config.sampling, method.weights))
+        batch = DialogueBatch(PolicyTutor(engine, self.chat, self.config.sampling, weights))
         episodes = [Episode.from_seed(seed) for seed in self.seeds]
         opened = batch.open(episodes, [f"{method.name}-{seed}" for seed in self.seeds], "evaluation")
         if method.guidance is None:
@@ -88,7 +114,7 @@ class MethodPlayer:
                 num_candidates=method.num_candidates,
                 student_ids=list(self.seeds),
                 values={name: [outcome[name] for outcome in outcomes] for name in OBJECTIVES},
-                kl_to_reference=self._kl(policy, method, opened),
+                kl_to_reference=self._kl(policy, weights, method, opened),
                 malformed_rate=sum(c.malformed for c in opened) / turns,
                 tokens=engine.tokens_forwarded,
                 sweep=method.sweep,
@@ -96,10 +122,12 @@ class MethodPlayer:
             [conversation.dialogue(method.name) for conversation in opened[:SAMPLE_DIALOGUES]],
         )
 
-    def _kl(self, policy: Policy, method: Method, opened: Sequence[Conversation]) -> float:
+    def _kl(
+        self, policy: Policy, weights: Weights | None, method: Method, opened: Sequence[Conversation]
+    ) -> float:
         """KL to SFT in nats per tutor token, over the method's own dialogues.
 
-        The heads' part is exact per position (whole vocabulary). Choosing the best of K adds at most
+        The policy's part is exact per position (whole vocabulary). Choosing the best of K adds at most
         log K - (K - 1) / K nats per turn (Beirami et al., 2024, arXiv 2401.01879), which is added for guided
         methods: theirs is an upper bound.
         """
@@ -107,10 +135,10 @@ class MethodPlayer:
         spoken = [[turn.speaker == "tutor" for turn in c.turns for _ in turn.token_ids or []] for c in opened]
         tokens = sum(map(sum, spoken))
         total = 0.0
-        if method.weights is not None:
+        if policy is not self.sft:
             for at in range(0, len(sequences), KL_BATCH):
                 part = slice(at, at + KL_BATCH)
-                total += _summed_kl(policy, method.weights, self.sft, sequences[part], spoken[part])
+                total += _summed_kl(policy, weights, self.sft, sequences[part], spoken[part])
         candidates = method.num_candidates
         if method.guidance is not None:
             turns = sum(c.tutor_turns for c in opened)
@@ -120,7 +148,7 @@ class MethodPlayer:
 
 def _summed_kl(
     policy: Policy,
-    weights: Weights,
+    weights: Weights | None,
     reference: Policy,
     sequences: Sequence[list[int]],
     spoken: Sequence[list[bool]],

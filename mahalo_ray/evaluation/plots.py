@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from mahalo_ray.evaluation.labels import Labelled, place_labels
-from mahalo_ray.evaluation.results import ComparisonTable, MethodKind, Row
+from mahalo_ray.evaluation.outcomes import FAMILY_OF, MethodKind
+from mahalo_ray.evaluation.results import ComparisonTable, Row
 from mahalo_ray.evaluation.statistics import Estimate, FloatArray
 
 INK, SURFACE = "#1d2530", "#ffffff"
@@ -38,7 +39,14 @@ MARKS: dict[MethodKind, Mark] = {
     "head": Mark("#8b62d0", "^", 8.5, "one head alone"),
     "weights": Mark("#2f7de1", "o", 7.0, "sweep"),
     "guided": Mark("#e0562b", "*", 13.0, "policy, guided"),
+    "dpo": Mark("#14967f", "X", 8.5, "DPO per objective"),
+    "scalarised": Mark("#c2377e", "v", 7.5, "scalarised DPO"),
+    "modpo": Mark("#6b8e23", "P", 8.0, "MODPO"),
+    "soup": Mark("#8c5a2b", "p", 8.0, "DPO soup"),
 }
+
+
+BASELINES = tuple(kind for kind, family in FAMILY_OF.items() if family != "mah_dpo")
 
 
 def front_png(table: ComparisonTable, title: str) -> bytes:
@@ -120,9 +128,8 @@ def _draw_plane(panel: Axes, table: ComparisonTable, x: int, y: int) -> None:
     panel.set_xlabel(f"{first}  (better →)")
     panel.set_ylabel(f"{second}  (better →)")
     panel.margins(0.12)
-    line = _front_line(table)
-    if line is not None:
-        panel.plot(*line.T, color=MARKS["weights"].color, linewidth=2, alpha=0.55, zorder=2)
+    for kind, line in _front_lines(table).items():
+        panel.plot(*line.T, color=MARKS[kind].color, linewidth=2, alpha=0.55, zorder=2)
     for row in table.rows:
         across, up = row.means[first], row.means[second]
         color = MARKS[row.kind].color
@@ -140,14 +147,19 @@ def _draw_plane(panel: Axes, table: ComparisonTable, x: int, y: int) -> None:
         panel.plot(across.value, up.value, **_marker(row), zorder=4)
 
 
-def _front_line(table: ComparisonTable) -> FloatArray | None:
-    """The sweep's non-dominated points [n, 2] from left to right; None where they make no line."""
+def _front_lines(table: ComparisonTable) -> dict[MethodKind, FloatArray]:
+    """The non-dominated points [n, 2] of the sweep and of every baseline from left to right, where they make
+    a line."""
     if len(table.objectives) != 2:
-        return None
-    front = sorted(
-        [row.means[o].value for o in table.objectives] for row in table.rows if row.non_dominated_in_sweep
-    )
-    return np.array(front) if len(front) > 1 else None
+        return {}
+    lines: dict[MethodKind, FloatArray] = {}
+    kind: MethodKind
+    for kind in ("weights", *BASELINES):
+        own = [row for row in table.rows if (row.in_sweep if kind == "weights" else row.kind == kind)]
+        front = sorted([row.means[o].value for o in table.objectives] for row in own if row.on_front)
+        if len(front) > 1:
+            lines[kind] = np.array(front)
+    return lines
 
 
 def _draw_dots(panel: Axes, table: ComparisonTable) -> None:
@@ -176,14 +188,13 @@ def _arms(estimate: Estimate) -> list[list[float]]:
 
 
 def _marker(row: Row) -> dict[str, Any]:
-    """Filled, or hollow where another method (for the sweep: another of its points) dominates it."""
+    """Filled, or hollow where another method (for the sweep and baselines: their own points) dominates it."""
     mark = MARKS[row.kind]
-    solid = row.non_dominated_in_sweep if row.in_sweep else row.non_dominated
     return {
         "marker": mark.shape,
         "markersize": mark.size,
         "color": mark.color,
-        "markerfacecolor": mark.color if solid else SURFACE,
+        "markerfacecolor": mark.color if row.on_front else SURFACE,
         "markeredgecolor": mark.color,
         "markeredgewidth": 1.4,
         "linestyle": "none",
@@ -197,7 +208,8 @@ def _draw_legend(figure: Figure, table: ComparisonTable) -> None:
     for kind, mark in MARKS.items():
         if kind not in present:
             continue
-        text = f"{mark.legend}: {order}" if kind == "weights" and len(order) < 30 else mark.legend
+        legend = "MAH-DPO" if kind == "weights" and present.intersection(BASELINES) else mark.legend
+        text = f"{legend}: {order}" if kind == "weights" and len(order) < 30 else legend
         look: dict[str, Any] = {"color": mark.color, "marker": mark.shape, "markersize": mark.size * 0.85}
         handles.append(Line2D([], [], **look, linestyle="none", label=text))
     columns = 3 if figure.get_figwidth() > 6 else 2
@@ -214,7 +226,10 @@ def _draw_legend(figure: Figure, table: ComparisonTable) -> None:
 
 
 def short_label(row: Row, objectives: tuple[str, ...]) -> str:
-    """A label that fits beside a point: the weights of a sweep's point, the name of anything else."""
+    """A label that fits beside a point: the weights of a sweep's point, the name of anything else; none for
+    baselines, whose points are too many."""
+    if row.kind in BASELINES:
+        return ""
     if row.kind == "weights" and row.weights is not None:
         return " / ".join(f"{row.weights.get(objective, 0.0):.2g}" for objective in objectives)
     return row.name
@@ -227,4 +242,4 @@ def _label_points(panel: Axes, table: ComparisonTable, x: int, y: int) -> None:
     points = [
         Labelled(short_label(row, table.objectives), row.means[first], row.means[second]) for row in ordered
     ]
-    place_labels(panel, points, _front_line(table))
+    place_labels(panel, points, list(_front_lines(table).values()))

@@ -14,6 +14,7 @@ from mahalo_ray import __version__
 from mahalo_ray.data import storage
 from mahalo_ray.evaluation import curves, plots
 from mahalo_ray.evaluation.claims import Claim, headline, in_words
+from mahalo_ray.evaluation.families import FamilyFront
 from mahalo_ray.evaluation.results import ComparisonTable
 from mahalo_ray.evaluation.statistics import finite_or_none
 from mahalo_ray.evaluation.terminal import compact_count
@@ -65,22 +66,30 @@ class ReportFiles(NamedTuple):
 
 
 def write_report(
-    folder: str, table: ComparisonTable, claims: Sequence[Claim], contents: ReportContents
+    folder: str,
+    table: ComparisonTable,
+    claims: Sequence[Claim],
+    contents: ReportContents,
+    fronts: Sequence[FamilyFront] = (),
 ) -> ReportFiles:
     """Write the three files into `folder` (a path or an fsspec URL) and return where they are.
 
-    `claims` are shown as they are, failing ones included. The page makes no request of any kind.
+    `claims` are shown as they are, failing ones included; `fronts` are those of a comparison with baselines.
+    The page makes no request of any kind.
     """
     names = ("results.json", "report.html", "front.png")
     files = ReportFiles(*(storage.join(folder, name) for name in names))
-    storage.write_json(files.results, results_document(table, claims, contents))
+    storage.write_json(files.results, results_document(table, claims, contents, fronts))
     storage.write_bytes(files.front, plots.front_png(table, front_title(table)))
-    storage.write_bytes(files.html, render_html(table, claims, contents).encode())
+    storage.write_bytes(files.html, render_html(table, claims, contents, fronts).encode())
     return files
 
 
 def results_document(
-    table: ComparisonTable, claims: Sequence[Claim], contents: ReportContents
+    table: ComparisonTable,
+    claims: Sequence[Claim],
+    contents: ReportContents,
+    fronts: Sequence[FamilyFront] = (),
 ) -> dict[str, Any]:
     """Everything measured, as JSON can hold it: per-dialogue values too, so that it can be analysed again."""
     front = table.sweep_front()
@@ -101,6 +110,7 @@ def results_document(
             "all_methods": table.hypervolume_of_all(),
         },
         "sweep_front": None if front is None else front.model_dump(exclude={"hypervolume"}),
+        **({"families": [family.model_dump() for family in fronts]} if fronts else {}),
         "measurement": contents.measurement,
         "timings_s": contents.timings,
         "reward_metrics": contents.reward_metrics,
@@ -111,7 +121,12 @@ def results_document(
     return cleaned
 
 
-def render_html(table: ComparisonTable, claims: Sequence[Claim], contents: ReportContents) -> str:
+def render_html(
+    table: ComparisonTable,
+    claims: Sequence[Claim],
+    contents: ReportContents,
+    fronts: Sequence[FamilyFront] = (),
+) -> str:
     """The page as one string: inline style and pictures, no script. All texts are escaped."""
     environment = Environment(
         loader=PackageLoader("mahalo_ray.evaluation", "."),
@@ -129,6 +144,7 @@ def render_html(table: ComparisonTable, claims: Sequence[Claim], contents: Repor
         headline=headline(claims),
         all_hold=all(claim.holds for claim in claims if claim.required),
         front=table.sweep_front(),
+        families=fronts,
         picture=Markup(plots.front_svg(table)),  # our own drawing; matplotlib escapes the labels in it
         marks=plots.MARKS,
         ranges=_ranges(table),

@@ -1,84 +1,23 @@
-"""What every method reached on the same students, and the table that compares them."""
+"""The table that compares what every method reached on the same students."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict
 
 from mahalo_ray.evaluation.front import hypervolume, non_dominated
+from mahalo_ray.evaluation.outcomes import FAMILY_OF, MethodKind, MethodResult
 from mahalo_ray.evaluation.statistics import (
     Estimate,
     FloatArray,
-    StudentId,
     align,
     bootstrap_means,
     paired_difference,
     percentile_interval,
 )
 from mahalo_ray.objectives import Weights, unknown_name
-
-MethodKind = Literal["sft", "guided_sft", "head", "weights", "guided"]
-
-
-class MethodResult(BaseModel):
-    """One method's outcome: one value per objective and dialogue, and what it cost."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: Annotated[str, Field(min_length=1)]
-    kind: MethodKind
-    weights: dict[str, float] | None = None  # decoding weights of the heads; None without heads
-    guidance: dict[str, float] | None = None  # guidance weights of the reward model; None when unguided
-    num_candidates: Annotated[int, Field(ge=1)] = 1
-    student_ids: list[StudentId]  # one per dialogue, each once
-    values: dict[str, list[float]]  # objective -> one value per dialogue, in the order of student_ids
-    kl_to_reference: float | None = (
-        None  # nats per token to the SFT model on own samples; None = not measured
-    )
-    malformed_rate: Annotated[float, Field(ge=0, le=1)]  # share of the method's turns
-    tokens: Annotated[int, Field(ge=0)]  # through the policy: prompts, replies and all candidates
-    sweep: bool | None = None  # whether it is a point of the sweep; None: it is when its kind is "weights"
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        guided = self.kind in ("guided", "guided_sft")
-        if guided != (self.guidance is not None):
-            raise ValueError(
-                f"method '{self.name}' ({self.kind}): guidance weights go with guided methods only"
-            )
-        headed = self.kind in ("head", "weights", "guided")
-        if headed != (self.weights is not None):
-            raise ValueError(
-                f"method '{self.name}' ({self.kind}): decoding weights go with policy heads only"
-            )
-        for named in (self.weights, self.guidance):
-            if named is not None:
-                Weights(named).over(self.values)
-        if not self.student_ids or not self.values:
-            raise ValueError(f"method '{self.name}' has no dialogues or no objectives")
-        for objective, values in self.values.items():
-            try:
-                align(self.student_ids, values, self.student_ids)
-            except ValueError as error:
-                raise ValueError(f"method '{self.name}', objective '{objective}': {error}") from error
-        return self
-
-    @property
-    def in_sweep(self) -> bool:
-        """Whether the method is a point of the weight sweep."""
-        return self.kind == "weights" if self.sweep is None else self.sweep
-
-    def same_policy_unguided(self, other: MethodResult) -> bool:
-        """Whether `other` is this method without guidance: same decoding weights, or SFT for guided SFT."""
-        if other.guidance is not None or (self.weights is None) != (other.weights is None):
-            return False
-        if self.weights is None or other.weights is None:
-            return other.kind == "sft"
-        order = tuple(self.values)
-        return np.allclose(Weights(self.weights).over(order), Weights(other.weights).over(order), atol=1e-6)
 
 
 class Row(BaseModel):
@@ -98,6 +37,13 @@ class Row(BaseModel):
     in_sweep: bool
     non_dominated: bool  # among all methods, by their means
     non_dominated_in_sweep: bool | None  # among the sweep's points; None outside the sweep
+    non_dominated_in_family: bool | None = None  # among a baseline's points; None outside the baselines
+
+    @property
+    def on_front(self) -> bool:
+        """Non-dominated among its own kind: the sweep, the baseline, or, for other methods, all of them."""
+        own = self.non_dominated_in_sweep if self.in_sweep else self.non_dominated_in_family
+        return self.non_dominated if own is None else own
 
 
 class PairedDifference(BaseModel):
@@ -174,12 +120,19 @@ class ComparisonTable:
             return None
         points, samples = self.points[indices], self._samples[:, indices]
         counts = [float(non_dominated(sample, distinct=True).sum()) for sample in samples]
-        volumes = [hypervolume(sample, self.reference_point) for sample in samples]
         return FrontSummary(
             points=len(indices),
-            non_dominated=self._estimate(float(non_dominated(points, distinct=True).sum()), counts),
-            hypervolume=self._estimate(hypervolume(points, self.reference_point), volumes),
+            non_dominated=self.estimate(float(non_dominated(points, distinct=True).sum()), counts),
+            hypervolume=self.estimate(*self.hypervolumes(indices)),
         )
+
+    def hypervolumes(self, indices: Sequence[int]) -> tuple[float, FloatArray]:
+        """Hypervolume of some methods' means, and of the same methods' resampled means [resamples].
+
+        The n-th resample has the same students whatever the methods: differences are paired.
+        """
+        volumes = [hypervolume(sample, self.reference_point) for sample in self._samples[:, indices]]
+        return hypervolume(self.points[indices], self.reference_point), np.array(volumes)
 
     def method(self, name: str) -> MethodResult:
         """The method of that name; ValueError if there is none."""
@@ -256,7 +209,8 @@ class ComparisonTable:
         columns = np.array([method.values[objective] for objective in self.objectives])
         return np.asarray(np.array(weights.over(self.objectives)) @ columns)
 
-    def _estimate(self, value: float, samples: Sequence[float] | FloatArray) -> Estimate:
+    def estimate(self, value: float, samples: Sequence[float] | FloatArray) -> Estimate:
+        """A value with the interval of its resampled values."""
         low, high = percentile_interval(samples, self.confidence)
         return Estimate(value=value, low=low, high=high)
 
@@ -264,10 +218,14 @@ class ComparisonTable:
         among_all = non_dominated(self.points)
         sweep = self.sweep_indices
         among_sweep = dict(zip(sweep, non_dominated(self.points[sweep]), strict=True))
+        among_family: dict[int, bool] = {}
+        for family in set(FAMILY_OF.values()) - {"mah_dpo"}:
+            own = [index for index, method in enumerate(self.methods) if method.family == family]
+            among_family |= dict(zip(own, non_dominated(self.points[own]).tolist(), strict=True))
         rows = []
         for index, method in enumerate(self.methods):
             means = {
-                objective: self._estimate(float(self.points[index, column]), self._samples[:, index, column])
+                objective: self.estimate(float(self.points[index, column]), self._samples[:, index, column])
                 for column, objective in enumerate(self.objectives)
             }
             shared = method.model_dump(exclude={"student_ids", "values", "sweep"})
@@ -278,6 +236,7 @@ class ComparisonTable:
                     in_sweep=method.in_sweep,
                     non_dominated=bool(among_all[index]),
                     non_dominated_in_sweep=bool(among_sweep[index]) if index in among_sweep else None,
+                    non_dominated_in_family=among_family.get(index),
                 )
             )
         return rows

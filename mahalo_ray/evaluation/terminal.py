@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mahalo_ray.evaluation.claims import Claim, headline
-from mahalo_ray.evaluation.results import ComparisonTable, Row
+from mahalo_ray.evaluation.families import FamilyFront
+from mahalo_ray.evaluation.results import ComparisonTable
 from mahalo_ray.evaluation.statistics import Estimate
 
 _OBJECTIVES_PER_TABLE = 2  # what fits beside the other columns
@@ -30,6 +31,34 @@ def print_table(console: Console, table: ComparisonTable) -> None:
             f"{table.dialogues} students, {table.confidence:.0%} intervals.",
             highlight=False,
         )
+
+
+def print_families(console: Console, fronts: Sequence[FamilyFront]) -> None:
+    """What every family of methods covers, against MAH-DPO at the same weight vectors, and what it takes."""
+    drawn = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    drawn.add_column("family")
+    for title in (
+        "vectors",
+        "hypervolume",
+        "MAH-DPO minus it",
+        "highest\nKL",
+        "training\nruns",
+        "models",
+        "stored",
+    ):
+        drawn.add_column(title, justify="right", no_wrap=True)
+    for front in fronts:
+        drawn.add_row(
+            front.name,
+            str(len(front.weights)),
+            _interval(front.hypervolume),
+            "" if front.difference is None else _interval(front.difference, signed=True),
+            "–" if front.kl_to_reference is None else f"{front.kl_to_reference[1]:.3f}",
+            str(front.cost.training_runs),
+            str(front.cost.models),
+            f"{front.cost.parameter_bytes / 1e6:.1f} MB",
+        )
+    console.print(drawn)
 
 
 def print_claims(console: Console, claims: Sequence[Claim]) -> None:
@@ -57,17 +86,14 @@ def _table(table: ComparisonTable, objectives: Sequence[str]) -> Table:
             "–" if row.kl_to_reference is None else f"{row.kl_to_reference:.3f}",
             f"{row.malformed_rate:.1%}",
             compact_count(row.tokens),
-            _front_mark(row),
+            "yes" if row.on_front else "",
         )
     return drawn
 
 
-def _interval(estimate: Estimate) -> Text:
-    return Text(f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]")
-
-
-def _front_mark(row: Row) -> str:
-    return "yes" if (row.non_dominated_in_sweep if row.in_sweep else row.non_dominated) else ""
+def _interval(estimate: Estimate, signed: bool = False) -> Text:
+    form = "+.3f" if signed else ".3f"
+    return Text(f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]")
 
 
 def compact_count(count: int) -> str:

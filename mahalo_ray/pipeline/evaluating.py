@@ -13,8 +13,9 @@ from mahalo_ray.data.records import Dialogue
 from mahalo_ray.decoding.loading import Placement
 from mahalo_ray.evaluation.claims import check_claims
 from mahalo_ray.evaluation.methods import Method, Played
+from mahalo_ray.evaluation.outcomes import MethodResult
 from mahalo_ray.evaluation.report import ReportContents, SampleDialogue, SampleTurn, write_report
-from mahalo_ray.evaluation.results import ComparisonTable, MethodResult
+from mahalo_ray.evaluation.results import ComparisonTable
 from mahalo_ray.evaluation.terminal import print_claims, print_table
 from mahalo_ray.objectives import Weights
 from mahalo_ray.pipeline.fingerprint import Manifest
@@ -28,12 +29,17 @@ PLAIN_WIDTH = 120  # columns of the table where the output is not a terminal
 
 def sweep_methods(config: RunConfig) -> list[Method]:
     """The policy at every weight vector of the sweep."""
-    return [Method(_name(config, w), "weights", weights=w, sweep=True) for w in config.sweep.vectors()]
+    return [Method(policy_at(config, w), "weights", weights=w, sweep=True) for w in config.sweep.vectors()]
 
 
-def _name(config: RunConfig, weights: Weights) -> str:
-    """`weights 0.7 / 0.3`, in the order of the objectives: short enough for a table."""
-    return "weights " + " / ".join(f"{value:.3g}" for value in weights.over(config.objective_names))
+def policy_at(config: RunConfig, weights: Weights) -> str:
+    """`weights 0.7 / 0.3`: the name of the policy at these decoding weights."""
+    return f"weights {in_order(config, weights)}"
+
+
+def in_order(config: RunConfig, weights: Weights) -> str:
+    """`0.7 / 0.3`, in the order of the objectives: short enough for a table."""
+    return " / ".join(f"{value:.3g}" for value in weights.over(config.objective_names))
 
 
 def other_methods(config: RunConfig) -> list[Method]:
@@ -46,15 +52,17 @@ def other_methods(config: RunConfig) -> list[Method]:
         *(Method(f"{name} head", "head", weights=Weights.one(name)) for name in config.objective_names),
         Method("guided policy", "guided", weights, guidance, guided.num_candidates),
     ]
-    order = config.objective_names
-    known = [vector.over(order) for vector in config.sweep.vectors()]
-    if not any(_same(weights.over(order), vector) for vector in known):
-        methods.append(Method(_name(config, weights), "weights", weights=weights, sweep=False))
+    if not any(same_vector(config, weights, vector) for vector in config.sweep.vectors()):
+        methods.append(Method(policy_at(config, weights), "weights", weights=weights, sweep=False))
     return methods
 
 
-def _same(left: tuple[float, ...], right: tuple[float, ...]) -> bool:
-    return all(math.isclose(a, b, abs_tol=1e-6) for a, b in zip(left, right, strict=True))
+def same_vector(config: RunConfig, left: Weights, right: Weights) -> bool:
+    """Whether two weight vectors are equal up to rounding."""
+    order = config.objective_names
+    return all(
+        math.isclose(a, b, abs_tol=1e-6) for a, b in zip(left.over(order), right.over(order), strict=True)
+    )
 
 
 def check_heads(config: RunConfig) -> None:
@@ -70,15 +78,16 @@ def check_heads(config: RunConfig) -> None:
 
 def sweep(context: Context) -> StageResult:
     """Ray Tune over the decoding weights, every point against the same fresh students."""
-    return _play(context, sweep_methods(context.config))
+    return play(context, sweep_methods(context.config))
 
 
 def evaluate(context: Context) -> StageResult:
     """All that the sweep is compared with, against the same students as the sweep."""
-    return _play(context, other_methods(context.config))
+    return play(context, other_methods(context.config))
 
 
-def _play(context: Context, methods: list[Method]) -> StageResult:
+def play(context: Context, methods: list[Method]) -> StageResult:
+    """Every method against the run's fresh students; needs the stages sft, policy and reward."""
     config = context.config
     check_heads(config)
     first = first_seed(config.seed, "evaluation")
@@ -118,7 +127,7 @@ def report(context: Context) -> StageResult:
     config = context.config
     files = [context.input(stage, "methods") for stage in ("evaluate", "sweep")]
     documents = [document for file in files for document in storage.read_json(file)]
-    table = _table(config, documents)
+    table = table_of(config, documents)
     claims = check_claims(table)
     write_report(context.folder, table, claims, _contents(context, documents))
     figures = {
@@ -129,7 +138,8 @@ def report(context: Context) -> StageResult:
     return StageResult(figures, {"results": "results.json", "page": "report.html", "picture": "front.png"})
 
 
-def _table(config: RunConfig, documents: list[dict[str, Any]]) -> ComparisonTable:
+def table_of(config: RunConfig, documents: list[dict[str, Any]]) -> ComparisonTable:
+    """The table over what `play` wrote."""
     return ComparisonTable(
         [MethodResult.model_validate(document["result"]) for document in documents],
         config.objective_names,
@@ -146,19 +156,29 @@ def _contents(context: Context, documents: list[dict[str, Any]]) -> ReportConten
     return ReportContents(
         title=config.name,
         summary=f"One policy, aligned to {' and '.join(described)}.",
-        measurement={
-            "seed": config.seed,
-            "dialogues per method": config.evaluation.dialogues,
-            "students": "fresh, the same for every method",
-            "judges": "programs of the domain, independent of the reward model that guides",
-            "temperature": config.evaluation.sampling.temperature,
-            "guidance candidates": config.guided.num_candidates,
-        },
+        measurement=measurement(config),
         timings={name: manifest.seconds for name, (_, manifest) in context.upstream.items()},
-        samples=[_sample(Dialogue.model_validate(s)) for d in documents for s in d["samples"][:1]],
+        samples=samples(documents),
         history={name: storage.read_json(context.input(name, "history")) for name in trained},
         reward_metrics=_reward_metrics(context.metrics_of("reward"), config.objective_names),
     )
+
+
+def measurement(config: RunConfig) -> dict[str, str | int | float]:
+    """How the rows of a table were measured."""
+    return {
+        "seed": config.seed,
+        "dialogues per method": config.evaluation.dialogues,
+        "students": "fresh, the same for every method",
+        "judges": "programs of the domain, independent of the reward model that guides",
+        "temperature": config.evaluation.sampling.temperature,
+        "guidance candidates": config.guided.num_candidates,
+    }
+
+
+def samples(documents: list[dict[str, Any]]) -> list[SampleDialogue]:
+    """A dialogue of every method."""
+    return [_sample(Dialogue.model_validate(d["samples"][0])) for d in documents]
 
 
 def _sample(dialogue: Dialogue) -> SampleDialogue:
@@ -186,11 +206,18 @@ def print_outcome(console: Console, config: RunConfig, manifests: dict[str, Mani
     documents = []
     for stage in ("evaluate", "sweep"):
         documents += storage.read_json(storage.join(output, stage, manifests[stage].outputs["methods"]))
-    table = _table(config, documents)
-    wide = console if console.is_terminal else Console(file=console.file, width=PLAIN_WIDTH, highlight=False)
+    table = table_of(config, documents)
+    wide = wide_enough(console)
     wide.print()
     print_table(wide, table)
     wide.print()
     print_claims(wide, check_claims(table))
     page = storage.join(config.output, "report", manifests["report"].outputs["page"])
     wide.print(f"\nReport: {page}", markup=False, soft_wrap=True)
+
+
+def wide_enough(console: Console) -> Console:
+    """A console that a table fits, where the output is not a terminal."""
+    if console.is_terminal:
+        return console
+    return Console(file=console.file, width=PLAIN_WIDTH, highlight=False)

@@ -21,7 +21,7 @@ from mahalo_ray.data.records import Dialogue
 from mahalo_ray.decoding.loading import Placement
 from mahalo_ray.errors import StageError
 from mahalo_ray.evaluation.methods import Method, MethodPlayer, Played
-from mahalo_ray.evaluation.results import MethodResult
+from mahalo_ray.evaluation.outcomes import MethodResult
 
 PlayedCallback = Callable[[int, int, str], None]
 

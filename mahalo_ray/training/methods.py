@@ -55,12 +55,16 @@ def plan_method(policy: PolicyConfig, objectives: Sequence[str]) -> MethodPlan:
 
 
 def method_margins(policy: PolicyConfig, pairs: Sequence[PreferencePair]) -> npt.NDArray[np.float64]:
-    """What the method adds to the pairs' own margins [N]: for MODPO (Zhou et al. 2024) the weighted
-    differences of the other objectives' rewards, in the units they are stored in, else 0.
+    """What the method adds to the pairs' own margins [N]: for MODPO (Zhou et al. 2024, arXiv 2310.03708) the
+    weighted differences of the other objectives' standardised rewards, else 0.
 
-    Raises ValueError naming a pair without the rewards.
+    MODPO's rewards are Bradley-Terry rewards: their unit is the log-odds of a preference, as is the unit of
+    what the pairs themselves say. Scores of a reward model have whatever unit their objective has (a chance
+    of success, a logit), so every objective's are divided by their spread within a prompt first.
+
+    Raises ValueError naming a pair without the rewards, or an objective whose rewards never differ.
     """
-    if policy.method != "modpo":
+    if policy.method != "modpo" or not pairs:
         return np.zeros(len(pairs))
     weights = {name: value for name, value in Weights(policy.mixture).items() if value > 0}
     names = list(weights)
@@ -68,7 +72,22 @@ def method_margins(policy: PolicyConfig, pairs: Sequence[PreferencePair]) -> npt
     chosen = [_rewards(pair, pair.chosen_scores, names, own) for pair in pairs]
     rejected = [_rewards(pair, pair.rejected_scores, names, own) for pair in pairs]
     scores = torch.tensor([chosen, rejected], dtype=torch.float64)
+    scores /= _within_prompt_spread(scores, names, own)
     return modpo_margin(scores[0], scores[1], list(weights.values()), own).numpy()
+
+
+def _within_prompt_spread(scores: Tensor, names: Sequence[str], own: int) -> Tensor:
+    """Standard deviation [H] of the rewards [2, N, H] of one prompt, from two completions of each: half the
+    mean squared difference is their variance. 1 for the pairs' own objective, whose reward is not used."""
+    spread = ((scores[0] - scores[1]) ** 2).mean(dim=0).div(2).sqrt()
+    spread[own] = 1.0
+    for name, value in zip(names, spread.tolist(), strict=True):
+        if value == 0:
+            raise ValueError(
+                f"the '{name}' rewards of chosen and rejected are the same in all pairs of '{names[own]}': "
+                "MODPO's margin cannot be made of them"
+            )
+    return spread
 
 
 def _rewards(

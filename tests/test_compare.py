@@ -1,0 +1,326 @@
+"""The comparison with MAH-DPO's baselines: settings and stages, families of methods, and a whole tiny run."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import training_world as world
+from rich.console import Console
+from tiny_run import EXAMPLE, mahalo
+from typer.testing import CliRunner
+
+from mahalo_ray.cli import app
+from mahalo_ray.config import ConfigError, RunConfig, load_config
+from mahalo_ray.evaluation import plots, report, terminal
+from mahalo_ray.evaluation.claims import check_claims, comparison_claims, headline
+from mahalo_ray.evaluation.families import FamilyCost, family_fronts
+from mahalo_ray.evaluation.outcomes import MethodResult
+from mahalo_ray.evaluation.results import ComparisonTable
+from mahalo_ray.objectives import Weights
+from mahalo_ray.pipeline.compare import REPORT, comparison_pipeline
+from mahalo_ray.pipeline.compare_policies import baseline_policies, trainings
+from mahalo_ray.pipeline.steps import PIPELINE
+from mahalo_ray.training.batches import plan_balanced_batches
+
+
+def example(*overrides: str) -> RunConfig:
+    return load_config(EXAMPLE, list(overrides))
+
+
+# --- configuration
+
+
+@pytest.mark.parametrize(
+    ("baselines", "message"),
+    [
+        ("[]", "at least 1 item"),
+        ("[{method: ppo}]", "'dpo', 'scalarised', 'modpo' or 'soup'"),
+        ("[{method: soup, weigths: []}]", "Did you mean 'weights'"),
+        ("[{method: soup}, {method: dpo}, {method: soup}]", "has 'soup' twice"),
+        ("[{method: dpo, weights: [{accuracy: 1}]}]", "'weights' is not used by 'method: dpo'"),
+        ("[{method: scalarised, objective: accuracy}]", "'objective' is not used by 'method: scalarised'"),
+        ("[{method: modpo, objective: speed}]", r"'compare\.baselines\.0\.objective': unknown objective"),
+        ("[{method: soup, weights: [{acuracy: 1}]}]", r"weights\.0': .*Did you mean 'accuracy'"),
+        ("[{method: soup, weights: [{accuracy: 0}]}]", "all weights are 0"),
+        ("[{method: soup, weights: [{accuracy: 1}, {accuracy: 2}]}]", "the vector 1 / 0 twice"),
+        (
+            "[{method: modpo, objective: accuracy, weights: [{engagement: 1}]}]",
+            "divides by the weight of 'accuracy', which is 0 at engagement=1",
+        ),
+    ],
+)
+def test_a_wrong_comparison_is_said(baselines: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        example(f"compare.baselines={baselines}")
+
+
+def test_own_pairs_have_no_comparison() -> None:
+    file = EXAMPLE.with_name("real_pairs.yaml")
+    with pytest.raises(ConfigError, match="'compare' is set, but a run on own pairs"):
+        load_config(file, ["compare.baselines=[{method: dpo}]"])
+    result = CliRunner().invoke(app, ["compare", str(file)])
+    assert result.exit_code == 2 and "no students to play" in result.output
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("policy={method: dpo, objective: accuracy}", "that policy has one head"),
+        ("policy.loss=ipo", "leave it out of 'compare.baselines'"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_runs(
+    override: str, message: str, tmp_path: Path
+) -> None:
+    arguments = ["compare", str(EXAMPLE), "--set", override, "--set", f"output={tmp_path / 'out'}"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2 and message in " ".join(result.output.split())
+    assert not (tmp_path / "out").exists()
+
+
+# --- policies and stages
+
+
+def test_baselines_have_the_sweeps_vectors_unless_told_otherwise() -> None:
+    names = [policy.name for policy in baseline_policies(example())]
+    assert names[:3] == ["DPO accuracy", "DPO engagement", "scalarised 0.9 / 0.1"]
+    assert len(names) == 2 + 3 * 5
+    own = "[{method: soup, weights: [{accuracy: 3, engagement: 1}]}, {method: dpo}]"
+    config = example(f"compare.baselines={own}")
+    assert [p.name for p in baseline_policies(config)] == [
+        "soup 0.75 / 0.25",
+        "DPO accuracy",
+        "DPO engagement",
+    ]
+
+
+def test_modpo_trains_on_the_objective_that_weighs_most_unless_told_otherwise() -> None:
+    found = trainings(example("compare.baselines=[{method: modpo}]"))
+    assert [policy.objective for policy in found.values()] == ["accuracy"] * 3 + ["engagement"] * 2
+    fixed = trainings(example("compare.baselines=[{method: modpo, objective: engagement}]"))
+    assert {policy.objective for policy in fixed.values()} == {"engagement"}
+
+
+def test_every_training_has_an_equal_budget() -> None:
+    config = example("policy.alpha={accuracy: 2}", "policy.beta={accuracy: 0.2, engagement: 0.1}")
+    found = trainings(config)
+    assert len(found) == 2 + 5 + 5
+    groups = {"accuracy": np.arange(1000), "engagement": np.arange(1000, 1900)}
+
+    def plan(policy: Any) -> list[Any]:
+        own = [groups[name] for name in policy.trained_objectives(config.objective_names)]
+        return plan_balanced_batches(own, policy.training.batch_size, policy.training.epochs, None, 1)
+
+    ours = plan(config.policy)
+    for policy in found.values():
+        policy.check_objectives(config.objective_names)
+        trained = policy.trained_objectives(config.objective_names)
+        batches = plan(policy)
+        largest = "accuracy" in trained  # the smaller group alone needs fewer steps for one pass
+        assert len(batches) == (len(ours) if largest else 57)
+        for name in trained:
+            assert policy.beta_of(name) == config.policy.beta_of(name)
+            rows = groups[name]
+            assert np.isin(batches[0], rows).sum() == np.isin(ours[0], rows).sum()
+        shared = {"batch_size"}
+        assert policy.training.model_dump(exclude=shared) == config.policy.training.model_dump(exclude=shared)
+
+
+def test_the_runs_own_stages_do_not_know_of_the_comparison() -> None:
+    plain = PIPELINE.fingerprints(example())
+    changed = example("compare.baselines=[{method: dpo}]")
+    assert PIPELINE.fingerprints(changed) == plain
+    both = comparison_pipeline(changed).fingerprints(changed)
+    assert {name: both[name] for name in plain} == plain
+
+
+def test_another_vector_trains_one_policy_more_and_keeps_the_others() -> None:
+    def fingerprints(vectors: str) -> dict[str, str]:
+        config = example(f"compare.baselines=[{{method: scalarised, weights: [{vectors}]}}]")
+        pipeline = comparison_pipeline(config)
+        found = pipeline.fingerprints(config)
+        return {stage.name: found[stage.name] for stage in pipeline.needed_for([REPORT])}
+
+    one = fingerprints("{accuracy: 0.2, engagement: 0.8}")
+    two = fingerprints("{accuracy: 0.2, engagement: 0.8}, {accuracy: 0.6, engagement: 0.4}")
+    assert set(two) - set(one) == {"compare/scalarised-0.6-0.4"}
+    assert {name for name in one if one[name] != two[name]} == {"compare/play", "compare/report"}
+    assert "serve" not in one and "report" not in one
+
+
+def test_a_soup_needs_the_dpo_policies_and_nothing_else_is_trained() -> None:
+    config = example("compare.baselines=[{method: soup}]")
+    stages = comparison_pipeline(config).stages
+    own = [name for name in stages if name.startswith("compare/")]
+    assert own == ["compare/dpo-accuracy", "compare/dpo-engagement", "compare/soups", "compare/play", REPORT]
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_compared_and_then_nothing_is_left_to_do(whole_run: Path) -> None:
+    half = "weights: [{accuracy: 1, engagement: 1}]"
+    baselines = f"[{{method: dpo}}, {{method: modpo, {half}}}, {{method: soup, {half}}}]"
+    arguments = ("compare", str(EXAMPLE), "--set", f"compare.baselines={baselines}")
+    text = mahalo(*arguments, output=whole_run)
+    assert text.count("done before, skipped") == 9  # the run's own stages but serve and report
+    assert "DPO soup" in text and "MAH-DPO covers more than MODPO" in text
+    document = json.loads((whole_run / "compare" / "report" / "results.json").read_text())
+    rows = {row["name"]: row for row in document["rows"]}
+    assert set(rows) >= {"DPO accuracy", "DPO engagement", "MODPO 0.5 / 0.5", "soup 0.5 / 0.5"}
+    divergences = [rows[name]["kl_to_reference"] for name in rows if name != "SFT"]
+    assert min(divergences) > 0 and len(set(divergences)) == len(divergences)
+    students = {tuple(method["student_ids"]) for method in document["methods"]}
+    assert len(students) == 1
+    costs = {family["family"]: family["cost"] for family in document["families"]}
+    assert [costs[name]["training_runs"] for name in ("mah_dpo", "dpo", "modpo", "soup")] == [1, 2, 1, 2]
+    assert [costs[name]["models"] for name in ("mah_dpo", "dpo", "modpo", "soup")] == [1, 2, 1, 1]
+    sizes = [costs[name]["parameter_bytes"] for name in ("soup", "mah_dpo", "dpo")]
+    assert sizes[0] < sizes[1] < sizes[2]  # one head, two heads, two models
+    again = mahalo(*arguments, output=whole_run)
+    assert again.count("done before, skipped") == 9 + 3 + 3
+    assert again.splitlines()[-1] == text.splitlines()[-1]
+
+
+# --- families
+
+
+def constant(name: str, kind: str, means: tuple[float, float], **more: Any) -> MethodResult:
+    """A method with which every student fares the same: intervals have no width."""
+    values = {o: [mean] * 5 for o, mean in zip(world.OBJECTIVES, means, strict=True)}
+    return MethodResult.model_validate(
+        {"name": name, "kind": kind, "student_ids": list(range(5)), "values": values}
+        | {"malformed_rate": 0.1, "tokens": 10, "kl_to_reference": 0.05}
+        | more
+    )
+
+
+SKEWED, OTHER = {"accuracy": 0.9, "engagement": 0.1}, {"accuracy": 0.1, "engagement": 0.9}
+COSTS: Any = {
+    name: FamilyCost(training_runs=runs, pairs_trained=100, models=runs, parameter_bytes=1000)
+    for name, runs in (("mah_dpo", 1), ("dpo", 2), ("soup", 2), ("scalarised", 2))
+}
+
+
+def rows() -> list[MethodResult]:
+    return [
+        constant("SFT", "sft", (0.2, 0.2)),
+        constant("accuracy head", "head", (0.5, 0.1), weights={"accuracy": 1}),
+        constant("engagement head", "head", (0.1, 0.5), weights={"engagement": 1}),
+        constant("weights 0.9 / 0.1", "weights", (0.4, 0.2), weights=SKEWED, kl_to_reference=0.02),
+        constant("weights 0.1 / 0.9", "weights", (0.2, 0.4), weights=OTHER, kl_to_reference=0.03),
+        constant("DPO accuracy", "dpo", (0.6, 0.1), weights={"accuracy": 1}),
+        constant("DPO engagement", "dpo", (0.1, 0.5), weights={"engagement": 1}, malformed_rate=0.3),
+        constant("soup 0.9 / 0.1", "soup", (0.3, 0.2), weights=SKEWED),
+        constant("soup 0.1 / 0.9", "soup", (0.2, 0.3), weights=OTHER),
+        constant("scalarised 0.9 / 0.1", "scalarised", (0.4, 0.2), weights=SKEWED),
+        constant("scalarised 0.1 / 0.9", "scalarised", (0.2, 0.4), weights=OTHER),
+    ]
+
+
+def table_of(methods: list[MethodResult]) -> ComparisonTable:
+    return ComparisonTable(methods, world.OBJECTIVES, resamples=20)
+
+
+def test_families_cover_what_is_worked_out_by_hand() -> None:
+    ours, dpo, soup, _ = family_fronts(table_of(rows()), COSTS)
+    # Two rectangles less their overlap: .4 x .2 + .2 x .4 - .2 x .2, and so on.
+    assert ours.hypervolume.value == pytest.approx(0.12) and ours.difference is None
+    assert ours.kl_to_reference == (0.02, 0.03)
+    assert dpo.hypervolume.value == pytest.approx(0.06 + 0.05 - 0.01)
+    assert dpo.mah_dpo is not None and dpo.difference is not None
+    assert dpo.mah_dpo.value == pytest.approx(0.05 + 0.05 - 0.01)  # its heads alone, not its sweep
+    assert dpo.difference.value == pytest.approx(-0.01)
+    assert dpo.malformed_rate == 0.3
+    assert soup.hypervolume.value == pytest.approx(0.06 + 0.06 - 0.04)
+    assert soup.difference is not None
+    assert soup.difference.low == pytest.approx(0.04) == pytest.approx(soup.difference.high)
+    assert soup.weights == [SKEWED, OTHER] and soup.cost.training_runs == 2
+
+
+def test_a_difference_of_hypervolumes_is_paired_by_student() -> None:
+    luck = np.random.default_rng(0).uniform(0.2, 0.8, 40)
+    methods = []
+    for kind, extra in (("weights", 0.05), ("soup", 0.0)):
+        for name, weights in (("a", SKEWED), ("b", OTHER)):
+            values = {o: (luck * (1 + w) + extra).tolist() for o, w in weights.items()}
+            methods.append(
+                MethodResult(
+                    name=f"{kind} {name}",
+                    kind=kind,
+                    weights=weights,
+                    student_ids=list(range(40)),
+                    values=values,
+                    malformed_rate=0.0,
+                    tokens=1,
+                )
+            )
+    table = ComparisonTable(methods, world.OBJECTIVES, resamples=200)
+    _, soup = family_fronts(table, {name: COSTS[name] for name in ("mah_dpo", "soup")})
+    assert soup.mah_dpo is not None and soup.difference is not None
+    apart = soup.mah_dpo.low - soup.hypervolume.high
+    assert soup.difference.value == pytest.approx(soup.mah_dpo.value - soup.hypervolume.value)
+    assert soup.difference.low > 0 > apart  # the two intervals overlap, the paired difference is clear
+
+
+def test_a_baseline_without_a_row_of_mah_dpo_to_compare_is_named() -> None:
+    methods = [method for method in rows() if method.name != "weights 0.1 / 0.9"]
+    with pytest.raises(ValueError, match=r"no row of MAH-DPO has the weights of 'soup 0\.1 / 0\.9'"):
+        family_fronts(table_of(methods), COSTS)
+
+
+def test_a_better_baseline_and_an_equal_one_are_said_plainly() -> None:
+    table = table_of(rows())
+    found = {claim.key: claim for claim in comparison_claims(table, family_fronts(table, COSTS))}
+    assert {key: claim.holds for key, claim in found.items()} == {
+        "hypervolume:dpo": False,
+        "hypervolume:soup": True,
+        "hypervolume:scalarised": False,
+    }
+    assert "hypervolume 0.090 against 0.100" in found["hypervolume:dpo"].words
+    assert "the baseline covers more" in found["hypervolume:dpo"].words
+    assert "the two are not told apart" in found["hypervolume:scalarised"].words
+    assert headline(list(found.values())).startswith("2 of 3 claims of this run do NOT hold: MAH-DPO covers")
+
+
+def test_baselines_change_no_claim_about_heads_and_guidance() -> None:
+    half = {"accuracy": 0.5, "engagement": 0.5}
+    guided = constant("guided", "guided", (0.5, 0.5), weights=half, guidance=half, num_candidates=5)
+    twin = constant("weights 0.5 / 0.5", "weights", (0.3, 0.3), weights=half)
+    soup = constant("soup 0.5 / 0.5", "soup", (0.9, 0.9), weights=half)
+    ours = [*rows()[:5], guided, twin]
+    before = check_claims(table_of(ours))
+    after = check_claims(table_of([soup, *rows()[5:], *ours]))
+    assert [claim.words for claim in before] == [claim.words for claim in after]
+
+
+def test_report_terminal_and_picture_show_every_family(tmp_path: Path) -> None:
+    table = table_of(rows())
+    fronts = family_fronts(table, COSTS)
+    claims = comparison_claims(table, fronts)
+    contents = report.ReportContents(title="comparison")
+    document = report.results_document(table, claims, contents, fronts)
+    assert [family["family"] for family in document["families"]] == list(COSTS)
+    assert "families" not in report.results_document(table, claims, contents)
+    html = report.render_html(table, claims, contents, fronts)
+    assert "Families of methods" in html and "a training run, a model" in html
+    assert "Families of methods" not in report.render_html(table, claims, contents)
+    console = Console(width=120, record=True, file=io.StringIO())
+    terminal.print_families(console, fronts)
+    text = console.export_text()
+    assert "-0.010 [-0.010, -0.010]" in text and "scalarised DPO" in text
+    panel = plots.draw_front(table, width=8.4, title=None).axes[0]
+    lines = {tuple(np.asarray(line.get_xdata())) for line in panel.lines if line.get_linestyle() == "-"}
+    # one line per family from left to right: the sweep (and the equal scalarised), DPO, the soup
+    assert {(0.2, 0.4), (0.1, 0.6), (0.2, 0.3)} <= lines
+    labels = {text.get_text() for text in panel.texts}
+    assert "SFT" in labels and not any("soup" in label for label in labels)
+
+
+def test_weights_of_one_objective_are_the_head_alone() -> None:
+    head = rows()[1]
+    assert head.same_weights(Weights.one("accuracy")) and not head.same_weights(SKEWED)
+    assert not rows()[0].same_weights(SKEWED)

@@ -1,0 +1,39 @@
+"""A whole run of the quickstart at tiny size, by the command."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "quickstart.yaml"
+TINY = [
+    "model.scratch={hidden_size: 32, num_layers: 1, num_attention_heads: 2, intermediate_size: 32}",
+    "domain.sft_dialogues=64",
+    "sft.training.epochs=1",
+    "reward_rollouts={dialogues: 4, candidates: 3, continuations: 1, sampling: {max_new_tokens: 8}}",
+    "pair_rollouts={dialogues: 6, candidates: 3, sampling: {max_new_tokens: 8}}",
+    "pairs.min_gap_std=0",
+    "policy.metrics_every_steps=0",  # so few pairs leave none held out
+    "evaluation={dialogues: 4, bootstrap_resamples: 50, sampling: {max_new_tokens: 8}}",
+    "sweep.weights=[{accuracy: 0.9, engagement: 0.1}, {accuracy: 0.5, engagement: 0.5}]",
+    "guided.num_candidates=2",
+]
+
+
+def mahalo(*arguments: str, output: Path) -> str:
+    """What `mahalo ARGUMENTS` prints at this size; it must not fail."""
+    command = [sys.executable, "-c", "from mahalo_ray.cli import main; main()", *arguments]
+    overrides = [part for setting in [*TINY, f"output={output}"] for part in ("--set", setting)]
+    done = subprocess.run(
+        [*command, *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=800,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
