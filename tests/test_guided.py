@@ -18,7 +18,7 @@ from mahalo_ray.decoding.guidance import within_candidates
 from mahalo_ray.decoding.guided import GuidedDecoder
 from mahalo_ray.decoding.requests import GuidedRequest
 from mahalo_ray.decoding.sampling import SamplingParams
-from mahalo_ray.decoding.stopping import StopRule, Vocabulary, last_step_start
+from mahalo_ray.decoding.stopping import StopRule, Vocabulary, step_starts
 from mahalo_ray.domains.tutoring.corpus import train_tokenizer
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
 from mahalo_ray.models.reward import ProcessRewardModel
@@ -425,5 +425,5 @@ def test_trigger_tables_miss_no_token_that_completes_a_boundary():
 
 def test_last_step_of_a_whole_response():
     ids = tokenizer()(TEXT[0])["input_ids"]
-    start = last_step_start(ids, MathBoundary(), Vocabulary(tokenizer()))
+    start = step_starts(ids, MathBoundary(), Vocabulary(tokenizer()))[-1]
     assert tokenizer().decode(ids[start:]).strip() == "The answer is \\boxed{5}."

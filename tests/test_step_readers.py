@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_reward_models import TOKENIZER
 
 from mahalo_ray.data.quarantine import BadRow
 from mahalo_ray.data.records import Message, StepTrace
 from mahalo_ray.data.row_files import data_files, read_rows
 from mahalo_ray.data.step_formats import FORMATS
-from mahalo_ray.data.step_readers import ReadTraces, read_traces
+from mahalo_ray.data.step_readers import ReadTraces, read_prompts, read_traces
+from mahalo_ray.models.traces import StepEncoder
+from mahalo_ray.training.traces import refuse_long
 
 SHARED = Path(os.environ.get("MAHALO_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 needs_shared_data = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data is not there")
@@ -206,6 +209,17 @@ def test_one_bad_trace_of_a_row_leaves_the_others(tmp_path: Path) -> None:
     assert len(found.traces) == 2 and found.bad[0].reason == "empty: there are no steps"
 
 
+def test_a_step_that_alone_exceeds_the_context(tmp_path: Path) -> None:
+    """Nothing can be cut at a step boundary: the row is refused, with file and line."""
+    file = lines(tmp_path / "a.jsonl", TRL, {**TRL, "completions": ["x" * 200, "b", "c"]})
+    found = read(file)
+    refuse_long(found, StepEncoder(TOKENIZER, "\n\n"), 100)
+    assert [trace.id for trace in found.traces] == ["0/a.jsonl:1"]
+    (bad,) = found.bad
+    assert (bad.file, bad.line) == (str(file), 2)
+    assert bad.reason.startswith("prompt and first step have 2") and "is 100" in bad.reason
+
+
 def test_own_records_come_back_as_they_were(tmp_path: Path) -> None:
     trace = StepTrace(
         id="x",
@@ -259,6 +273,25 @@ def test_a_data_set_through_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(read(f"hub:{tmp_path / 'data'}").traces) == 1
     with pytest.raises(ValueError, match="cannot be loaded from the hub"):
         data_files(f"hub:{tmp_path / 'data'}:validation")
+
+
+def test_prompts_with_their_reference_answers(tmp_path: Path) -> None:
+    rows = [
+        {"question": "2+3?", "answer": "2+3=5\n#### 5"},
+        {"problem": "2+3?", "solution": "\\boxed{5}", "id": "x"},
+        {"question": " "},
+        {"id": "x", "prompt": [USER]},
+    ]
+    found = ReadTraces()
+    read_prompts(str(lines(tmp_path / "a.jsonl", *rows)), "p", found)
+    assert [(one.id, one.answer, one.steps) for one in found.traces] == [
+        ("p/a.jsonl:1", "2+3=5\n#### 5", []),
+        ("x", "\\boxed{5}", []),
+    ]
+    assert [(bad.line, bad.reason) for bad in found.bad] == [
+        (3, "the prompt is empty"),
+        (4, "another row has the id 'x' too"),
+    ]
 
 
 @needs_shared_data

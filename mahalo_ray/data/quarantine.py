@@ -37,9 +37,11 @@ class TooManyBadRows(ValueError):
     """More rows than allowed cannot be used; the message names the first ones."""
 
 
-def quarantine(bad: Sequence[BadRow], rows: int, max_fraction: float, url: str) -> None:
+def quarantine(
+    bad: Sequence[BadRow], rows: int, max_fraction: float, url: str, key: str = "data.max_bad_fraction"
+) -> None:
     """Write the bad rows of `rows` to `url` (also when there are none); TooManyBadRows above `max_fraction`
-    of them."""
+    of them, which the configuration calls `key`."""
     storage.write_table(url, pa.Table.from_pylist([asdict(row) for row in bad], schema=SCHEMA))
     if len(bad) <= max_fraction * rows:
         return
@@ -47,5 +49,5 @@ def quarantine(bad: Sequence[BadRow], rows: int, max_fraction: float, url: str) 
     more = f"\n  ... and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
     raise TooManyBadRows(
         f"{len(bad)} of {rows} rows cannot be used, more than the allowed share of {max_fraction:g} "
-        f"('data.max_bad_fraction'):\n{first}{more}\nAll of them are in {url}"
+        f"('{key}'):\n{first}{more}\nAll of them are in {url}"
     )

@@ -27,7 +27,7 @@ _EOM = "|EOM|"
 _MATHDIAL_OUTCOMES = {"Yes": 1.0, "Yes, but I had to reveal the answer": 0.5, "No": 0.0}
 _SIGNS = {"+": True, "-": False}
 _PROMPT_FIELDS = ("prompt", "question", "problem", "input")
-_ANSWER_FIELDS = ("answer", "ground_truth", "target")
+_ANSWER_FIELDS = ("answer", "ground_truth", "target", "solution")
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,7 @@ def _mahalo(row: Row) -> list[Parsed]:
 
 def _steps(row: Row) -> list[Parsed]:
     """Our own records, and plain steps without labels."""
-    name = next((name for name in _PROMPT_FIELDS if row.get(name) is not None), "prompt")
-    prompt = turns(text_of(row, name)) if isinstance(row.get(name), str) else prompt_of(required(row, name))
+    prompt = asked(row)
     tokens = {
         name: row[name] for name in ("token_ids", "step_starts", "step_ends") if row.get(name) is not None
     }
@@ -72,6 +71,13 @@ def _by_objective(value: Any) -> Mapping[str | None, Any]:
     if value is None:
         return {}
     return value if isinstance(value, Mapping) else {OWN: value}
+
+
+def asked(row: Row) -> list[Message]:
+    """The prompt, under any of its usual names."""
+    name = next((name for name in _PROMPT_FIELDS if row.get(name) is not None), "prompt")
+    value = required(row, name)
+    return turns(value) if isinstance(value, str) and value.strip() else prompt_of(value)
 
 
 def reference_answer(row: Row) -> str | None:
@@ -137,10 +143,10 @@ def _mathdial(row: Row) -> list[Parsed]:
     verdict = required(row, "self-correctness")
     if verdict not in _MATHDIAL_OUTCOMES:
         raise Refused(f"'self-correctness' is {verdict!r}: known are {', '.join(_MATHDIAL_OUTCOMES)}")
-    asked = text_of(row, "question")
+    problem = text_of(row, "question")
     if row.get("student_incorrect_solution") is not None:
-        asked += f"\n\n{text_of(row, 'student_incorrect_solution')}"
-    said = [Message(role="user", content=asked), *_mathdial_turns(text_of(row, "conversation"))]
+        problem += f"\n\n{text_of(row, 'student_incorrect_solution')}"
+    said = [Message(role="user", content=problem), *_mathdial_turns(text_of(row, "conversation"))]
     conversation = _merged(said)
     dialogue = digest(conversation[:1]) if row.get("qid") is None else str(row["qid"])
     return [
@@ -188,22 +194,22 @@ def _conversation(row: Row) -> list[Parsed]:
     own, or what stands before "Step 1" in the first message."""
     name = "conversation" if row.get("conversation") is not None else "conversations"
     said = messages_of([_plain(message) for message in list_of(row, name)])
-    asked = next((text_of(row, name) for name in _PROMPT_FIELDS if row.get(name) is not None), None)
-    opened = asked is None and len(said) > 1 and said[1].content.strip() not in _SIGNS
+    question = next((text_of(row, name) for name in _PROMPT_FIELDS if row.get(name) is not None), None)
+    opened = question is None and len(said) > 1 and said[1].content.strip() not in _SIGNS
     if opened:
-        asked, said = said[0].content, said[1:]
+        question, said = said[0].content, said[1:]
     steps, signs = said[::2], [message.content.strip() for message in said[1::2]]
     unknown = next((sign for sign in signs if sign not in _SIGNS), None)
     if unknown is not None or not steps:
         raise Refused(f"'{name}' must have a step and its sign (+ or -) in turn, not {str(unknown)[:40]!r}")
     first = steps[0].content
-    if asked is None:
-        asked, marker, rest = first.partition("Step 1")
-        if not marker or not asked.strip():
+    if question is None:
+        question, marker, rest = first.partition("Step 1")
+        if not marker or not question.strip():
             raise Refused(f"'{name}' opens with question and step in one message, and no 'Step 1' parts them")
         first = marker + rest
-    texts = [first.removeprefix(asked).strip(), *(message.content for message in steps[1:])]
-    return [Parsed(prompt_of(asked.strip()), texts, {OWN: [_SIGNS[sign] for sign in signs]})]
+    texts = [first.removeprefix(question).strip(), *(message.content for message in steps[1:])]
+    return [Parsed(prompt_of(question.strip()), texts, {OWN: [_SIGNS[sign] for sign in signs]})]
 
 
 def _plain(message: Any) -> Any:

@@ -17,15 +17,15 @@ from __future__ import annotations
 
 import math
 import posixpath
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from mahalo_ray.data.quarantine import BadRow
 from mahalo_ray.data.records import StepTrace
 from mahalo_ray.data.row_fields import Refused, digest, opening, text_of
 from mahalo_ray.data.row_files import Row, data_files, read_rows
-from mahalo_ray.data.step_formats import FORMATS, Parsed, format_of
+from mahalo_ray.data.step_formats import FORMATS, Parsed, asked, format_of, reference_answer
 from mahalo_ray.objectives import unknown_name
 
 OutcomeLabels = Literal["last", "all"]
@@ -33,11 +33,12 @@ OutcomeLabels = Literal["last", "all"]
 
 @dataclass
 class ReadTraces:
-    """What was read. `rows` counts all rows; one row may hold several traces."""
+    """What was read. `rows` counts all rows, one may hold several traces; `places`: file and line by id."""
 
     traces: list[StepTrace] = field(default_factory=list)
     bad: list[BadRow] = field(default_factory=list)
     rows: int = 0
+    places: dict[str, tuple[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class _Mapping:
     label_range: tuple[float, float]
     outcome_labels: OutcomeLabels
     gamma: float
+    with_labels: bool
 
 
 def read_traces(
@@ -64,6 +66,7 @@ def read_traces(
     label_range: tuple[float, float] = (0.0, 1.0),
     outcome_labels: OutcomeLabels = "last",
     gamma: float = 1.0,
+    with_labels: bool = True,
 ) -> None:
     """Add the traces of a file, folder or hub data set to `into`; rows that are none become its `bad` rows.
 
@@ -71,13 +74,50 @@ def read_traces(
     own are of `objective`, or of the one that the row's `objective_field` names; one that is not among
     `objectives` is a bad row. Numbers must lie in `label_range`, which is mapped to 0..1. Where a format
     knows the outcome only, it becomes the label of the last step, or with `outcome_labels` "all" that of
-    every step t of n, as gamma^(n-t) * outcome (one rollout of the step's value). A trace without an `id`
-    gets "name/file:line". ValueError when there is nothing to read.
+    every step t of n, as gamma^(n-t) * outcome (one rollout of the step's value). `with_labels` False reads
+    neither. A trace without an `id` gets "name/file:line". ValueError when there is nothing to read.
     """
     assert objective is None or objective_field is None
     if row_format != "auto" and row_format not in FORMATS:
         raise ValueError(unknown_name("format of steps", row_format, ("auto", *FORMATS)))
-    mapping = _Mapping(objectives, objective, objective_field, label_range, outcome_labels, gamma)
+    mapping = _Mapping(
+        objectives, objective, objective_field, label_range, outcome_labels, gamma, with_labels
+    )
+
+    def traces_of(row: Row, default_id: str) -> Iterator[StepTrace | Refused]:
+        for one in FORMATS[format_of(row) if row_format == "auto" else row_format](row):
+            try:
+                yield _trace(row, one, mapping, default_id, path)
+            except Refused as error:
+                yield Refused(f"{one.part}: {error}") if one.part else error
+
+    _collect(path, name, into, traces_of)
+
+
+def read_prompts(path: str, name: str, into: ReadTraces) -> None:
+    """Add the prompts of a file, folder or hub data set to `into`, as traces without steps: `prompt`,
+    `question`, `problem` or `input`, and perhaps the reference `answer`, `ground_truth`, `target` or
+    `solution`."""
+
+    def trace_of(row: Row, default_id: str) -> Iterator[StepTrace]:
+        prompt = asked(row)
+        yield StepTrace(
+            id=default_id if row.get("id") is None else str(row["id"]),
+            group=digest(prompt),
+            prompt=prompt,
+            steps=[],
+            labels={},
+            source=path,
+            answer=reference_answer(row),
+        )
+
+    _collect(path, name, into, trace_of)
+
+
+def _collect(
+    path: str, name: str, into: ReadTraces, traces_of: Callable[[Row, str], Iterable[StepTrace | Refused]]
+) -> None:
+    """Add what `traces_of` makes of every row (and its default id); what it refuses becomes bad rows."""
     seen = {trace.id for trace in into.traces}
     for file in data_files(path):
         for line, row in read_rows(file):
@@ -86,25 +126,25 @@ def read_traces(
                 into.bad.append(row)
                 continue
             try:
-                parsed = FORMATS[format_of(row) if row_format == "auto" else row_format](row)
+                for found in traces_of(row, f"{name}/{posixpath.basename(file)}:{line}"):
+                    if isinstance(found, Refused):
+                        into.bad.append(BadRow.of(file, line, str(found), row))
+                    elif found.id in seen:
+                        into.bad.append(
+                            BadRow.of(file, line, f"another row has the id '{found.id}' too", row)
+                        )
+                    else:
+                        seen.add(found.id)
+                        into.traces.append(found)
+                        into.places[found.id] = (file, line)
             except Refused as error:
                 into.bad.append(BadRow.of(file, line, str(error), row))
-                continue
-            for one in parsed:
-                try:
-                    trace = _trace(row, one, mapping, f"{name}/{posixpath.basename(file)}:{line}", path)
-                    if trace.id in seen:
-                        raise Refused(f"another trace has the id '{trace.id}' too")
-                except Refused as error:
-                    reason = f"{one.part}: {error}" if one.part else str(error)
-                    into.bad.append(BadRow.of(file, line, reason, row))
-                    continue
-                seen.add(trace.id)
-                into.traces.append(trace)
 
 
 def _trace(row: Row, parsed: Parsed, mapping: _Mapping, default_id: str, source: str) -> StepTrace:
     _check_steps(parsed.steps)
+    if not mapping.with_labels:
+        parsed = replace(parsed, labels={}, outcome={})
     outcome = {
         _objective(row, name, mapping): _label(value, "the outcome", mapping.label_range)
         for name, value in parsed.outcome.items()

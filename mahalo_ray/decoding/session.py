@@ -17,7 +17,7 @@ from mahalo_ray.decoding.policy import Policy
 from mahalo_ray.decoding.requests import GuidedRequest, Step, StepCandidate
 from mahalo_ray.decoding.reward_cache import RewardConversations
 from mahalo_ray.decoding.running import Running
-from mahalo_ray.decoding.stopping import StopRule, TextStop, Vocabulary, last_step_start
+from mahalo_ray.decoding.stopping import StopRule, TextStop, Vocabulary, step_starts
 from mahalo_ray.models.reward import ProcessRewardModel
 from mahalo_ray.objectives import Weights
 
@@ -211,7 +211,7 @@ class GuidedSession:
         ids, separator = candidate.token_ids, self._model.step_separator
         start = 0
         if one.request.strategy == "best_of_n":
-            start = last_step_start(ids, self._boundary, self._vocabulary)
+            start = step_starts(ids, self._boundary, self._vocabulary)[-1]
         if separator is None or candidate.reason in (StopReason.STEP, StopReason.LENGTH, StopReason.CONTEXT):
             return ids, start
         text = self._chat.decode(ids[start:])

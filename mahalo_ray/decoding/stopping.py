@@ -71,16 +71,16 @@ class Vocabulary:
         return self._tables[key]
 
 
-def last_step_start(token_ids: Sequence[int], boundary: Boundary, vocabulary: Vocabulary) -> int:
-    """Where the last step of a response sampled as a whole begins: behind its last inner boundary."""
+def step_starts(token_ids: Sequence[int], boundary: Boundary, vocabulary: Vocabulary) -> list[int]:
+    """Where the steps of a response sampled as a whole begin: 0, and behind every inner boundary."""
     triggers = vocabulary.table(StopRule(boundary))
-    start = 0
+    starts = [0]
     for at in range(len(token_ids) - 1):
         if token_ids[at] < len(triggers) and triggers[token_ids[at]]:
-            text = vocabulary.decode(token_ids[start : at + 1])
-            if boundary.verdict(text, at + 1 - start) is StopReason.STEP:
-                start = at + 1
-    return start
+            text = vocabulary.decode(token_ids[starts[-1] : at + 1])
+            if boundary.verdict(text, at + 1 - starts[-1]) is StopReason.STEP:
+                starts.append(at + 1)
+    return starts
 
 
 class TextStop:

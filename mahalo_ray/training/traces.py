@@ -128,9 +128,7 @@ def refuse_long(found: ReadTraces, encoder: StepEncoder, max_length: int) -> Non
             kept.append(trace)
             continue
         file, line = found.places[trace.id]
-        reason = (
-            f"prompt and first step have {tokens} tokens, more than the {max_length} of 'model.max_length'"
-        )
+        reason = f"prompt and first step have {tokens} tokens: 'model.max_length' is {max_length}"
         found.bad.append(BadRow.of(file, line, reason, trace.steps[0]))
     found.traces = kept
 

@@ -1,0 +1,303 @@
+"""Judges of responses and of their prefixes: the domain's checker, a model behind an endpoint, a local reward
+model, or a program. No Ray here."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jinja2
+import jinja2.meta
+from jinja2.sandbox import SandboxedEnvironment
+
+from mahalo_ray.config.label import (
+    CheckerJudgeConfig,
+    EndpointJudgeConfig,
+    JudgeConfig,
+    ModelJudgeConfig,
+    ProgramJudgeConfig,
+)
+from mahalo_ray.data.records import Message
+from mahalo_ray.decoding.loading import Placement
+from mahalo_ray.domains import math as maths
+from mahalo_ray.endpoints import ChatRequest, Endpoint, Failure
+from mahalo_ray.models.folder import METADATA_FILE
+from mahalo_ray.models.foreign import load_scorer
+from mahalo_ray.objectives import unknown_name
+from mahalo_ray.rollouts.parties import shared
+from mahalo_ray.rollouts.seeds import derived_seed, endpoint_seed
+from mahalo_ray.training.sources import model_folder
+
+RUBRIC_VARIABLES = ("messages", "conversation", "steps", "step", "response", "answer")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What is judged: a prompt and the steps of a response so far (or all of them)."""
+
+    prompt: tuple[Message, ...]
+    steps: tuple[str, ...]
+    answer: str | None
+    response: str  # the steps as one text
+
+
+@dataclass(frozen=True)
+class Unjudged:
+    """There is no verdict, and why."""
+
+    reason: str
+
+
+Score = float | Unjudged
+
+
+class Judge(Protocol):
+    """Higher is better; what counts as positive is the threshold's affair."""
+
+    def score(self, items: Sequence[Judged]) -> list[Score]:
+        """One score per item, in their order."""
+        ...
+
+    def counts(self) -> dict[str, Any]:
+        """What it was asked so far, for the summary."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class CheckerJudge:
+    """Maths: 1 for a response whose final answer equals the reference."""
+
+    def score(self, items: Sequence[Judged]) -> list[Score]:
+        return [
+            Unjudged("the row has no reference answer to check against")
+            if item.answer is None
+            else float(maths.is_correct(item.response, item.answer))
+            for item in items
+        ]
+
+    def counts(self) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class ProgramJudge:
+    """A user's function; what it raises is a defect of the function and ends the job."""
+
+    def __init__(self, function: str) -> None:
+        self._name, self._function = function, load_function(function)
+
+    def score(self, items: Sequence[Judged]) -> list[Score]:
+        return [self._checked(item) for item in items]
+
+    def _checked(self, item: Judged) -> Score:
+        prompt = [message.model_dump() for message in item.prompt]
+        value = self._function(prompt, list(item.steps), item.answer)
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            return Unjudged(f"{self._name} returned {value!r}, not a number")
+        return float(value)
+
+    def counts(self) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class ModelJudge:
+    """A local reward model. The prefixes of one response are read in one forward where the model can."""
+
+    def __init__(self, config: ModelJudgeConfig, placement: Placement) -> None:
+        folder = model_folder(config.path)
+        foreign = None if (folder / METADATA_FILE).is_file() else config.objective
+        self._scorer = load_scorer(folder, foreign, placement.torch_dtype, placement.device)
+        names, self._batch_size = self._scorer.objectives, config.batch_size
+        chosen = config.objective if config.objective is not None else names[0] if len(names) == 1 else None
+        if chosen is None:
+            raise ValueError(f"'{config.path}' scores {', '.join(names)}: say which one judges ('objective')")
+        if chosen not in names:
+            raise ValueError(unknown_name("objective", chosen, names))
+        self._objective = chosen
+
+    def score(self, items: Sequence[Judged]) -> list[Score]:
+        if not items:
+            return []
+        whole: list[Judged] = []
+        place: dict[tuple[Any, ...], tuple[int, int]] = {}
+        for item in sorted(items, key=lambda item: -len(item.steps)):
+            if (item.prompt, item.steps) not in place:
+                for count in range(1, len(item.steps) + 1):
+                    place.setdefault((item.prompt, item.steps[:count]), (len(whole), count - 1))
+                whole.append(item)
+        scores = self._scores(whole)
+        found: list[Score] = []
+        for item in items:
+            trace, step = place[item.prompt, item.steps]
+            own = scores[trace]
+            found.append(own if isinstance(own, Unjudged) else own[step])
+        return found
+
+    def _scores(self, whole: Sequence[Judged]) -> list[list[float] | Unjudged]:
+        """Of every step of these responses; one that the model cannot read does not cost the others."""
+        try:
+            return list(self._read(whole))
+        except ValueError:
+            found: list[list[float] | Unjudged] = []
+            for item in whole:
+                try:
+                    found += self._read([item])
+                except ValueError as error:
+                    found.append(Unjudged(str(error)))
+            return found
+
+    def _read(self, items: Sequence[Judged]) -> list[list[float]]:
+        traces = [(item.prompt, item.steps) for item in items]
+        return [scores[self._objective] for scores in self._scorer.score_batch(traces, self._batch_size)]
+
+    def counts(self) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class EndpointJudge:
+    """A language model asked by a rubric. A reply without a readable score is asked for again, with another
+    seed; then, and where requests fail for good, there is no verdict."""
+
+    def __init__(self, config: EndpointJudgeConfig, rubric: str, actors: int, seed: int) -> None:
+        self._config, self._seed = config, seed
+        self._endpoint = Endpoint(shared(config.endpoint, actors))
+        self._template = rubric_template(rubric)
+        self._pattern = re.compile(config.score_pattern)
+        self._unparsed: Counter[str] = Counter()
+
+    def score(self, items: Sequence[Judged]) -> list[Score]:
+        found: dict[int, Score] = {}
+        waiting: Sequence[int] = range(len(items))
+        for attempt in range(self._config.parse_retries + 1):
+            unread = []
+            for at, answer in self._endpoint.chat(self._requests(items, waiting, attempt)):
+                number = waiting[at]
+                if isinstance(answer, Failure):
+                    found[number] = Unjudged(f"{answer.kind} after {answer.attempts} tries: {answer.message}")
+                elif (score := self._read(answer.texts[0])) is not None:
+                    found[number] = score
+                else:
+                    unread.append(number)
+                    found[number] = Unjudged(f"no score to read in the judge's reply: {answer.texts[0]!r}")
+            self._unparsed["retried" if attempt < self._config.parse_retries else "given_up"] += len(unread)
+            waiting = sorted(unread)
+            if not waiting:
+                break
+        return [found[number] for number in range(len(items))]
+
+    def _requests(
+        self, items: Sequence[Judged], numbers: Iterable[int], attempt: int
+    ) -> Iterator[ChatRequest]:
+        for number in numbers:
+            item = items[number]
+            try:
+                question = self._template.render(rubric_values(item))
+            except jinja2.TemplateError as error:
+                raise ValueError(f"the rubric cannot be filled in: {error}") from error
+            yield ChatRequest(
+                [{"role": "user", "content": question}],
+                max_tokens=self._config.max_tokens,
+                temperature=self._config.temperature,
+                seed=endpoint_seed(derived_seed(self._seed, "judge", question, attempt)),
+            )
+
+    def _read(self, reply: str) -> float | None:
+        """The last score in the reply, mapped to 0..1; None if there is none in the scale."""
+        found = [match.group(1) for match in self._pattern.finditer(reply)]
+        try:
+            value = float(found[-1]) if found else math.nan
+        except (TypeError, ValueError):  # a group of the user's pattern that matched no number
+            return None
+        low, high = self._config.scale
+        return (value - low) / (high - low) if low <= value <= high else None
+
+    def counts(self) -> dict[str, Any]:
+        return {**self._endpoint.usage.to_json(), "unparsed": dict(self._unparsed)}
+
+    def close(self) -> None:
+        self._endpoint.close()
+
+
+def rubric_template(rubric: str) -> jinja2.Template:
+    """The rubric as a sandboxed template; ValueError for one that cannot be read or asks for a variable that
+    there is not."""
+    environment = SandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    try:
+        asked = jinja2.meta.find_undeclared_variables(environment.parse(rubric))
+        template = environment.from_string(rubric)
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"the rubric is no template: line {error.lineno}: {error.message}") from error
+    for name in sorted(asked):
+        if name not in RUBRIC_VARIABLES:
+            raise ValueError(f"the rubric: {unknown_name('variable', name, RUBRIC_VARIABLES)}")
+    if not asked & {"steps", "step", "response"}:
+        raise ValueError("the rubric shows the judge nothing to judge: use 'response', 'steps' or 'step'")
+    return template
+
+
+def rubric_values(item: Judged) -> dict[str, Any]:
+    """What a rubric may speak of."""
+    return {
+        "messages": [message.model_dump() for message in item.prompt],
+        "conversation": "\n\n".join(f"{m.role.capitalize()}: {m.content}" for m in item.prompt),
+        "steps": list(item.steps),
+        "step": item.steps[-1],
+        "response": item.response,
+        "answer": item.answer,
+    }
+
+
+def load_function(name: str) -> Callable[..., Any]:
+    """What "module:function" names, imported; ValueError if it is not there."""
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"there is no function '{name}': {error}") from error
+    if not callable(found):
+        raise ValueError(f"'{name}' is not a function")
+    return found
+
+
+@dataclass(frozen=True)
+class JudgeSpec:
+    """A judge as actors make it: the rubric's text instead of its file, the threshold that holds, and whether
+    people's ratings set it (the checker needs none)."""
+
+    config: JudgeConfig
+    threshold: float
+    calibrated: bool
+    rubric: str = ""
+
+    def open(self, placement: Placement, actors: int, seed: int) -> Judge:
+        """The judge, ready to score."""
+        config = self.config
+        if isinstance(config, EndpointJudgeConfig):
+            return EndpointJudge(config, self.rubric, actors, seed)
+        if isinstance(config, ModelJudgeConfig):
+            return ModelJudge(config, placement)
+        if isinstance(config, ProgramJudgeConfig):
+            return ProgramJudge(config.function)
+        assert isinstance(config, CheckerJudgeConfig)
+        return CheckerJudge()
+
+    @property
+    def label(self) -> str:
+        """For people: what judged, and whether it was calibrated."""
+        if isinstance(self.config, CheckerJudgeConfig):
+            return "checker"
+        return f"{self.config.kind} judge, {'calibrated' if self.calibrated else 'UNCALIBRATED'}"
