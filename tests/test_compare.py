@@ -12,15 +12,19 @@ import pytest
 import training_world as world
 from rich.console import Console
 from tiny_run import EXAMPLE, mahalo
+from tiny_tutor import SAMPLING, TOKENIZER, model
 from typer.testing import CliRunner
 
 from mahalo_ray.cli import app
-from mahalo_ray.config import ConfigError, RunConfig, load_config
+from mahalo_ray.config import ConfigError, EvaluationConfig, RunConfig, load_config
+from mahalo_ray.decoding.loading import Placement
 from mahalo_ray.evaluation import plots, report, terminal
 from mahalo_ray.evaluation.claims import check_claims, comparison_claims, headline
 from mahalo_ray.evaluation.families import FamilyCost, family_fronts
+from mahalo_ray.evaluation.methods import Method, MethodPlayer
 from mahalo_ray.evaluation.outcomes import MethodResult
 from mahalo_ray.evaluation.results import ComparisonTable
+from mahalo_ray.models import MultiHeadCausalLM
 from mahalo_ray.objectives import Weights
 from mahalo_ray.pipeline.compare import REPORT, comparison_pipeline
 from mahalo_ray.pipeline.compare_policies import baseline_policies, trainings
@@ -61,7 +65,7 @@ def test_a_wrong_comparison_is_said(baselines: str, message: str) -> None:
 
 def test_own_pairs_have_no_comparison() -> None:
     file = EXAMPLE.with_name("real_pairs.yaml")
-    with pytest.raises(ConfigError, match="'compare' is set, but a run on own pairs"):
+    with pytest.raises(ConfigError, match="'compare' is set, but this run on own data"):
         load_config(file, ["compare.baselines=[{method: dpo}]"])
     result = CliRunner().invoke(app, ["compare", str(file)])
     assert result.exit_code == 2 and "no students to play" in result.output
@@ -158,6 +162,31 @@ def test_a_soup_needs_the_dpo_policies_and_nothing_else_is_trained() -> None:
     stages = comparison_pipeline(config).stages
     own = [name for name in stages if name.startswith("compare/")]
     assert own == ["compare/dpo-accuracy", "compare/dpo-engagement", "compare/soups", "compare/play", REPORT]
+
+
+def test_a_baselines_model_is_what_speaks_and_its_kl_is_measured(tmp_path: Path) -> None:
+    sft, same, moved, plain = (str(tmp_path / name) for name in ("sft", "same", "moved", "plain"))
+    model().save_pretrained(sft)
+    TOKENIZER.save_pretrained(sft)
+    for folder, noise in ((same, 0.0), (moved, 0.5)):
+        policy = MultiHeadCausalLM.from_base(sft, ["modpo"], noise=noise)
+        policy.save_pretrained(folder, TOKENIZER)
+    policy.merge(Weights.one("modpo")).save_pretrained(plain)  # as a soup is stored
+    TOKENIZER.save_pretrained(plain)
+    config = EvaluationConfig(dialogues=3, sampling=SAMPLING)
+    player = MethodPlayer(sft, "no policy", "no reward model", Placement(), config, range(3))
+    half = Weights.balanced(world.OBJECTIVES)
+    base = player.run(Method("SFT", "sft")).result
+    like_sft, one_head, averaged = (
+        player.run(Method(name, "modpo", weights=half, model_url=folder)).result
+        for name, folder in (("same", same), ("moved", moved), ("plain", plain))
+    )
+    assert base.kl_to_reference == 0.0
+    assert like_sft.values == base.values and like_sft.kl_to_reference == pytest.approx(0.0, abs=1e-6)
+    assert one_head.kl_to_reference is not None and one_head.kl_to_reference > 0.01
+    assert averaged.values == one_head.values
+    assert averaged.kl_to_reference == pytest.approx(one_head.kl_to_reference, rel=1e-4)
+    assert one_head.weights == {"accuracy": 0.5, "engagement": 0.5}
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ def compare(config: ConfigFile, set_: Overrides = None, debug: Debug = False) ->
 
         loaded = load(config, set_)
         if loaded.data is not None:
-            raise ConfigError("a run on own pairs ('data') has no students to play, and so no table")
+            raise ConfigError("a run on own data ('data') has no students to play, and so no table")
         manifests = execute(comparison_pipeline(loaded), loaded, (REPORT,))
         print_comparison(out, loaded, manifests)
 
