@@ -150,16 +150,16 @@ def ours_at_once(models: Models, tasks: Sequence[Task]) -> Outcome:
     running = [session.submit(task.request(models.shape)) for task in tasks]
     while session.is_busy:
         session.advance()
-    assert session.scorer is not None
+    assert session.guides is not None
     first = running[0].result()
     return Outcome(
         token_ids=first.token_ids,
         choices=[step.chosen for step in first.steps],
         scores=[[list(c.scores.values()) for c in step.candidates if c.scores] for step in first.steps],
         policy_tokens=session.engine.tokens_forwarded,
-        reward_tokens=session.scorer.tokens_forwarded,
+        reward_tokens=session.guides.tokens_forwarded,
         policy_cache_bytes=session.engine.peak_bytes,
-        reward_cache_bytes=session.scorer.peak_bytes,
+        reward_cache_bytes=session.guides.peak_bytes,
         # Accepting copies a step of each request behind both trunks; nothing else is copied.
         cache_bytes_copied=sum(_accepted_bytes(models, task) for task in tasks),
         phases=phases,
@@ -179,8 +179,8 @@ def _timed_phases(session: GuidedSession) -> dict[str, float]:
     policy's cache and taking the chosen candidates' keys and values over.
     """
     phases = dict.fromkeys(("prefill", "decode", "score_first", "score", "fork_accept"), 0.0)
-    scorer = session.scorer
-    assert scorer is not None
+    guides = session.guides
+    assert guides is not None
     scored = 0
 
     def timed(owner: object, name: str, phase: Callable[[], str]) -> None:
@@ -203,8 +203,8 @@ def _timed_phases(session: GuidedSession) -> dict[str, float]:
     timed(session.engine, "append", lambda: "prefill")
     timed(session.engine, "sample", lambda: "decode")
     timed(session.engine, "accept", lambda: "fork_accept")
-    timed(scorer, "score_candidates", score_phase)
-    timed(scorer, "accept", lambda: "fork_accept")
+    timed(guides, "score", score_phase)
+    timed(guides, "accept", lambda: "fork_accept")
     fork = session.engine.cache.fork
 
     def clocked_fork(*arguments: Any) -> Any:  # inside `sample`: moved from one phase to the other

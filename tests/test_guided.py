@@ -4,72 +4,31 @@ refused.
 
 from __future__ import annotations
 
-import functools
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
+from tiny_guided import ASK, TEXT, memorised, message, model, reward, tokenizer
 
-from mahalo_ray.data.records import Message
 from mahalo_ray.decoding.beam import subtrees
 from mahalo_ray.decoding.boundaries import MathBoundary, SentenceBoundary, TurnBoundary, boundary_for
 from mahalo_ray.decoding.candidates import StopReason
 from mahalo_ray.decoding.guidance import within_candidates
+from mahalo_ray.decoding.guide import Prompt
 from mahalo_ray.decoding.guided import GuidedDecoder
-from mahalo_ray.decoding.requests import GuidedRequest
+from mahalo_ray.decoding.requests import GuidedRequest, StepCandidate
+from mahalo_ray.decoding.running import Running
 from mahalo_ray.decoding.sampling import SamplingParams
 from mahalo_ray.decoding.stopping import StopRule, Vocabulary, step_starts
 from mahalo_ray.domains.tutoring.corpus import train_tokenizer
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
-from mahalo_ray.models.reward import ProcessRewardModel
 from mahalo_ray.models.traces import TokenTrace
 from mahalo_ray.objectives import Weights
-
-TEXT = [
-    "So we add 2 and 3.\n\nThat gives 5.\n\nThe answer is \\boxed{5}.",
-    "Dr. Smith said e.g. this. Is it? Yes!",
-]
-ASK = [{"role": "user", "content": "What is 2 + 3?"}]
-
-
-@functools.cache
-def tokenizer():
-    return train_tokenizer(TEXT * 3, 300)
-
-
-@functools.cache
-def model(seed: int = 0) -> PreTrainedModel:
-    torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer()),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        eos_token_id=tokenizer().eos_token_id,
-    )
-    return AutoModelForCausalLM.from_config(config).eval()
-
-
-@functools.cache
-def reward(separator: str | None = "\n\n") -> ProcessRewardModel:
-    return ProcessRewardModel.from_base(
-        model(1),
-        {"accuracy": "value", "engagement": "probability"},
-        tuning="frozen",
-        tokenizer=tokenizer(),
-        step_separator=separator,
-    )
 
 
 def decoder(boundary="math", **options) -> GuidedDecoder:
     return GuidedDecoder(model(), reward(), boundary, **options)
-
-
-def message(fields: dict[str, str]) -> Message:
-    return Message.model_validate(fields)
 
 
 SHORT = {"max_step_tokens": 8, "max_new_tokens": 30, "num_candidates": 4}
@@ -227,7 +186,9 @@ def test_streaming_yields_the_steps_of_generate_and_tokens_one_by_one():
     made = decoder()
     result = made.generate(ASK, seed=3, **SHORT)
     assert list(made.stream(ASK, seed=3, **SHORT)) == result.steps
-    options = {"seed": 4, "strategy": "none", "max_new_tokens": 20, "max_step_tokens": 20}
+    one = {"strategy": "argmax", "num_candidates": 1}
+    options = {"seed": 4, "max_new_tokens": 20, "max_step_tokens": 20} | one
+    assert made.generate(ASK, **options | {"strategy": "none"}) == made.generate(ASK, **options)
     whole = made.generate(ASK, **options)
     pieces = list(made.stream(ASK, tokens=True, **options))
     assert all(len(piece.accepted.token_ids) == 1 for piece in pieces)
@@ -235,24 +196,6 @@ def test_streaming_yields_the_steps_of_generate_and_tokens_one_by_one():
     assert "".join(piece.text for piece in pieces) == whole.text
     with pytest.raises(ValueError, match="without candidates"):
         list(made.stream(ASK, tokens=True))
-
-
-@functools.cache
-def memorised(text: str) -> PreTrainedModel:
-    """A tiny model trained to answer ASK with one text, to meet boundaries in real sampling."""
-    made = decoder()
-    prompt = made.format.prompt_ids([message(ASK[0])])
-    reply = made.format.encode_reply(text)
-    taught = AutoModelForCausalLM.from_config(model().config)
-    ids = torch.tensor([prompt + reply])
-    labels = ids.clone()
-    labels[:, : len(prompt)] = -100
-    optimiser = torch.optim.Adam(taught.parameters(), lr=1e-2)
-    for _ in range(60):
-        optimiser.zero_grad()
-        taught(input_ids=ids, labels=labels).loss.backward()
-        optimiser.step()
-    return taught.eval()
 
 
 def taught(text: str, boundary: str, separator: str | None = "\n\n", **options):
@@ -292,6 +235,42 @@ def test_limits_inside_a_step():
     made = GuidedDecoder(memorised(text), reward(), "math")
     short = made.generate(ASK, sampling=SamplingParams(temperature=0), max_new_tokens=7, num_candidates=2)
     assert short.stop_reason == "length" and len(short.token_ids) == 7
+
+
+@dataclass(frozen=True)
+class Says:
+    """A step ends as soon as it has said something, here the beginning of a token."""
+
+    words: str
+    stop_strings: ClassVar[tuple[str, ...]] = ()
+
+    def is_trigger(self, piece: str) -> bool:
+        return self.words[-1] in piece
+
+    def verdict(self, text: str, num_tokens: int) -> StopReason | None:
+        return StopReason.STEP if self.words in text else None
+
+
+def test_text_behind_the_boundary_inside_a_token_is_kept():
+    text = "Dr. Smith said this. Dr. Smith said that."
+    longest = max((tokenizer().decode([i]) for i in tokenizer()(text)["input_ids"]), key=len)
+    assert len(longest) > 2
+    result = taught(text, Says(longest[:-1]))
+    assert result.text == text and "".join(step.text for step in result.steps) == text
+    assert len(result.steps) > 1 and result.steps[0].text.endswith(longest)
+
+
+def test_a_candidate_that_ends_at_once_is_passed_over_while_others_speak():
+    def candidate(text: str, total: float) -> StepCandidate:
+        return StepCandidate(text, [1], StopReason.TOKEN, {"accuracy": total}, total)
+
+    running = Running(GuidedRequest(ASK, num_candidates=3), Prompt([message(ASK[0])], [1, 2]), False)
+    own = [candidate("", 3.0), candidate("5", 1.0), candidate("6", 2.0)]
+    assert running.choice(own) == 2
+    running.text = "So far."
+    assert running.choice(own) == 0  # ending here is a choice like any other
+    running.text = ""
+    assert running.choice([candidate("", 1.0), candidate(" ", 2.0)]) == 1
 
 
 def test_immediate_end_of_the_response():

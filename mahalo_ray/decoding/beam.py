@@ -9,10 +9,10 @@ from torch import Tensor
 
 from mahalo_ray.decoding.candidates import StopReason
 from mahalo_ray.decoding.guidance import totals
+from mahalo_ray.decoding.guides import Guides
 from mahalo_ray.decoding.requests import GuidedRequest, GuidedResult, StepCandidate
 from mahalo_ray.decoding.sampling import draw_keys
 from mahalo_ray.decoding.session import GuidedSession, Running
-from mahalo_ray.models.reward import ProcessRewardModel
 
 
 def subtrees(request: GuidedRequest) -> list[GuidedRequest]:
@@ -40,10 +40,10 @@ class BeamSearch:
     several ways is copied. A response that ends keeps its place among the beams.
     """
 
-    def __init__(self, session: GuidedSession, model: ProcessRewardModel, request: GuidedRequest) -> None:
-        self.session, self.model, self.request = session, model, request
+    def __init__(self, session: GuidedSession, guides: Guides, request: GuidedRequest) -> None:
+        self.session, self.guides, self.request = session, guides, request
         self.keep = request.num_candidates // request.beam_width
-        self.guidance = request.guidance_over(model.objectives)
+        self.guidance = request.guidance_over(guides.scale.objectives)
         self.seeds = derived_seeds(request.seed, self.keep)
         self.policy_tokens = self.reward_tokens = 0
 
@@ -64,16 +64,17 @@ class BeamSearch:
         return best.result()
 
     def _totals(self, candidates: list[StepCandidate]) -> Tensor:
-        scores = [[c.scores[name] for name in self.model.objectives] for c in candidates]
-        return totals(torch.tensor(scores), self.guidance, self.request, self.model)
+        scores = [[c.scores[name] for name in self.guides.scale.objectives] for c in candidates]
+        return totals(torch.tensor(scores), self.guidance, self.request, self.guides.scale)
 
     def _step(self, beams: list[Running], count: int, keep: int) -> list[Running]:
         """Each beam's continuations, the `keep` best of them all as beams; the others are dropped."""
-        scorer, engine = self.session.scorer, self.session.engine
-        assert scorer is not None
-        before = scorer.tokens_forwarded
+        guides, engine = self.guides, self.session.engine
+        before = guides.tokens_forwarded
         candidates, offered = self.session.offer(beams, [count] * len(beams))
-        self.reward_tokens += scorer.tokens_forwarded - before
+        self.reward_tokens += guides.tokens_forwarded - before
+        if any(candidate.total is None for own in offered for candidate in own):
+            raise ValueError("the text has become too long for a reward model: lower 'max_new_tokens'")
         self.policy_tokens += candidates.num_tokens
         pool = [(b, k) for b, own in enumerate(offered) for k in _distinct(own)]
         order = torch.argsort(self._totals([offered[b][k] for b, k in pool]), descending=True, stable=True)
@@ -83,7 +84,7 @@ class BeamSearch:
             first = all(beams[b].row != beam.row for beam in grown)
             grown.append(self._beam(beams[b], self.seeds[len(grown)], first))
         engine.accept(candidates.only([b for b, _ in chosen], [g.row for g in grown]), [k for _, k in chosen])
-        scorer.accept([g.reward_row for g in grown], [offered[b][k].token_ids for b, k in chosen])
+        guides.accept([g.guide_row for g in grown], [offered[b][k] for b, k in chosen])
         for beam, (b, k) in zip(grown, chosen, strict=True):
             self.session.extend(beam, offered[b], k)
             if engine.length(beam.row) >= engine.max_context and beam.stop_reason is None:
@@ -91,20 +92,18 @@ class BeamSearch:
         going_on = {beam.row for beam in grown if beam.stop_reason is None}
         gone = [beam for beam in [*beams, *grown] if beam.row not in going_on]
         engine.drop(list({beam.row for beam in gone}))
-        scorer.drop(list({beam.reward_row for beam in gone}))
+        guides.drop(list({beam.guide_row for beam in gone}))
         return grown
 
     def _beam(self, parent: Running, seed: int, first: bool) -> Running:
         """A beam that goes on from `parent`: in its rows, or in copies of them if another beam has them."""
-        session = self.session
-        assert session.scorer is not None
-        row, reward_row = parent.row, parent.reward_row
+        row, guide_row = parent.row, parent.guide_row
         if not first:
-            (row,), (reward_row,) = session.engine.duplicate([row]), session.scorer.duplicate([reward_row])
+            (row,), (guide_row,) = self.session.engine.duplicate([row]), self.guides.duplicate([guide_row])
         return replace(
             parent,
             row=row,
-            reward_row=reward_row,
+            guide_row=guide_row,
             seed=seed,
             token_ids=list(parent.token_ids),
             steps=list(parent.steps),

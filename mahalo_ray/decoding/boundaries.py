@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from mahalo_ray.decoding.candidates import StopReason
 from mahalo_ray.objectives import unknown_name
@@ -12,7 +12,12 @@ from mahalo_ray.objectives import unknown_name
 
 class Boundary(Protocol):
     """A step's end. Equal boundaries must be hashable and equal: tables of trigger tokens are cached by
-    them."""
+    them.
+
+    `stop_strings`: texts that end a step for certain, for engines that know nothing else; `verdict` decides.
+    """
+
+    stop_strings: ClassVar[tuple[str, ...]]
 
     def is_trigger(self, piece: str) -> bool:
         """Whether a token with this text can complete a boundary; `verdict` is asked after such tokens
@@ -32,6 +37,8 @@ class Boundary(Protocol):
 class MathBoundary:
     """A step ends at a blank line; the response ends where \\boxed{...} closes. A blank line inside an open
     box and blank lines before any text do not count."""
+
+    stop_strings: ClassVar[tuple[str, ...]] = ("\n\n",)
 
     def is_trigger(self, piece: str) -> bool:
         return "\n" in piece or "}" in piece
@@ -72,6 +79,8 @@ class SentenceBoundary:
     Abbreviations ("e.g.", "Dr."), initials, decimals and bare list markers ("1.", "-", "a)") do not end a
     sentence. A full stop behind a digit counts only when white space follows, because more digits may come.
     """
+
+    stop_strings: ClassVar[tuple[str, ...]] = ()  # no text ends every sentence it occurs in
 
     min_tokens: int = 8
 
@@ -156,6 +165,8 @@ def _is_end(text: str, match: re.Match[str]) -> bool:
 class TurnBoundary:
     """A step is a whole turn: only stop tokens, stop strings and limits end it."""
 
+    stop_strings: ClassVar[tuple[str, ...]] = ()
+
     def is_trigger(self, piece: str) -> bool:
         return False
 
@@ -166,6 +177,8 @@ class TurnBoundary:
 @dataclass(frozen=True)
 class AnswerOnly:
     """Another boundary of which only complete answers end anything: for sampling whole responses."""
+
+    stop_strings: ClassVar[tuple[str, ...]] = ()
 
     boundary: Boundary
 

@@ -14,10 +14,10 @@ Slots = np.ndarray  # int64 [n]: places of rows in the cache
 
 
 def grown(current: int, needed: int) -> int:
-    """A new size for a buffer that must hold `needed`: at least half as large again, so that copying stays
-    rare.
+    """A new size for a buffer that must hold `needed`: an eighth larger at least, so that copying stays rare
+    and little is held for nothing.
     """
-    return current if needed <= current else max(needed, current + current // 2)
+    return current if needed <= current else max(needed, current + current // 8)
 
 
 def resized(old: Tensor, shape: tuple[int, ...]) -> Tensor:

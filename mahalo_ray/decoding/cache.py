@@ -1,8 +1,8 @@
 """Keys and values of many conversations: one trunk per row, K branches per trunk that share it without a
 copy.
 
-`RaggedCache` holds the trunks: rows of different lengths, left-aligned, in preallocated buffers that grow by
-half. `RaggedCache.fork(slots, K)` gives `Branches`: every branch sees its row's trunk, which exists once,
+`RaggedCache` holds the trunks: rows of different lengths, left-aligned, in buffers that grow by an
+eighth. `RaggedCache.fork(slots, K)` gives `Branches`: every branch sees its row's trunk, which exists once,
 and its own few tokens. `RaggedCache.accept` copies the chosen branch's own tokens, never the prefix, behind
 the trunk.
 

@@ -57,10 +57,13 @@ class BranchDecoder:
         self.stop_table[torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)] = True
         self.trigger_table = None if stop is None else stop.trigger_table(policy.vocab_size).to(device)
         self.with_logps = with_logps
-        self.keys = draw_keys(seeds, self.num_candidates, device).view(-1)
-        self.first_positions = torch.from_numpy(self.base_lengths.repeat(self.num_candidates)).to(device)
         self.params = SamplingBatch.of(params, device)
         self.max_tokens = max(int(caps.max()), 0)
+        # All draws at once: hashing is many small operations.
+        keys = draw_keys(seeds, self.num_candidates, device).view(-1)
+        first = torch.from_numpy(self.base_lengths.repeat(self.num_candidates)).to(device)
+        positions = first[:, None] + torch.arange(self.max_tokens, device=device)
+        self.uniforms = uniforms(keys[:, None], positions)  # [cells, T]
         self.tokens = torch.zeros(self.cells + 1, self.max_tokens, dtype=torch.long, device=device)
         self.logps = torch.zeros(self.cells + 1, self.max_tokens, device=device) if with_logps else None
         self.counts = torch.zeros(self.cells + 1, dtype=torch.long, device=device)
@@ -92,8 +95,7 @@ class BranchDecoder:
         self.target = torch.where(alive, cell, self.cells)
         self.num_alive = int(alive.sum())
         self.cell_params = self.params.take(self.row)
-        self.cell_keys, self.cell_caps = self.keys[cell], self.caps[cell]
-        self.cell_first = self.first_positions[cell]
+        self.cell_uniforms, self.cell_caps = self.uniforms[cell], self.caps[cell]
 
     def _first_logits(self) -> Tensor:
         """Every candidate's first token comes from the same hidden state: one head application per row."""
@@ -101,8 +103,7 @@ class BranchDecoder:
         return self.head(self.last_hidden, rows).repeat_interleave(self.num_candidates, dim=0)
 
     def _draw(self, logits: Tensor, time: int) -> Tensor:
-        uniform = uniforms(self.cell_keys, self.cell_first + time)
-        tokens, logps = draw(logits, self.cell_params, uniform, self.with_logps)
+        tokens, logps = draw(logits, self.cell_params, self.cell_uniforms[:, time], self.with_logps)
         self.tokens[self.target, time] = tokens
         if self.logps is not None and logps is not None:
             self.logps[self.target, time] = logps
@@ -111,19 +112,22 @@ class BranchDecoder:
     def _finish(self, sampled: Tensor, time: int) -> None:
         """Decide which places end with the token just drawn."""
         stopped = self.stop_table[sampled]
-        full = self.cell_caps <= time + 1
-        ended = stopped | full
+        ended = (stopped | (self.cell_caps <= time + 1)) & self.alive
+        by_text: tuple[Tensor, Tensor] | None = None
+        if self.trigger_table is not None:
+            suspects = self.trigger_table[sampled] & self.alive & ~stopped
+            if suspects.any():
+                by_text = self._ended_by_text(suspects.nonzero()[:, 0], time)
+        if by_text is not None:
+            ended[by_text[0]] = True
+        if not ended.any():
+            return
         reason = torch.where(
             self.context_bound[self.cell], _CODE[StopReason.CONTEXT], _CODE[StopReason.LENGTH]
         )
         reason = torch.where(stopped, _CODE[StopReason.TOKEN], reason)
-        if self.trigger_table is not None:
-            suspects = self.trigger_table[sampled] & self.alive & ~stopped
-            if suspects.any():
-                self._check_text(suspects.nonzero()[:, 0], time, ended, reason)
-        ended &= self.alive
-        if not ended.any():
-            return
+        if by_text is not None:
+            reason[by_text[0]] = by_text[1]
         cells = self.cell[ended]
         self.counts[cells] = time + 1
         self.reasons[cells] = reason[ended]
@@ -131,17 +135,18 @@ class BranchDecoder:
         self.target = torch.where(self.alive, self.cell, self.cells)
         self.num_alive = int(self.alive.sum())
 
-    def _check_text(self, places: Tensor, time: int, ended: Tensor, reason: Tensor) -> None:
-        """Only tokens that can end a step or a stop string come here: their candidates are read as text."""
+    def _ended_by_text(self, places: Tensor, time: int) -> tuple[Tensor, Tensor] | None:
+        """Which of these places end with what they say, and why (codes). Only tokens that can end a step or a
+        stop string come here: their candidates are read as text."""
         assert self.stop is not None
         cells = self.cell[places]
         rows = (cells // self.num_candidates).tolist()
         verdicts = self.stop.verdicts(rows, self.tokens[cells, : time + 1].tolist())
         hits = [(at, _CODE[verdict]) for at, verdict in enumerate(verdicts) if verdict is not None]
-        if hits:
-            where, codes = torch.tensor(hits, device=self.device).unbind(1)
-            ended[places[where]] = True
-            reason[places[where]] = codes
+        if not hits:
+            return None
+        where, codes = torch.tensor(hits, device=self.device).unbind(1)
+        return places[where], codes
 
     def _compact(self, sampled: Tensor) -> Tensor:
         """Lay the live cells out in the smallest grid; returns the sampled tokens in the new order."""

@@ -16,55 +16,53 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.decoding.beam import BeamSearch, subtrees
 from mahalo_ray.decoding.boundaries import Boundary, boundary_for
-from mahalo_ray.decoding.guidance import totals
+from mahalo_ray.decoding.guidance import ScoreScale, totals
+from mahalo_ray.decoding.guides import Guides, backbones_of
 from mahalo_ray.decoding.policy import Policy, as_policy
 from mahalo_ray.decoding.requests import GuidedRequest, GuidedResult, Step
 from mahalo_ray.decoding.session import GuidedSession
 from mahalo_ray.decoding.stopping import Vocabulary
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
 from mahalo_ray.models.reward import ProcessRewardModel
+from mahalo_ray.models.scoring import StepScorer
 
 
 class GuidedDecoder:
-    """Answers prompts with a policy, guided by a reward model (None: the policy alone).
+    """Answers prompts with a policy, guided by one or several reward models (None: the policy alone).
 
-    `boundary`: a `Boundary`, or a domain's name ("math", "human_values", "tutoring"). The tokenizer defaults
-    to the reward model's; policy and reward model must have the same vocabulary, since tokens are handed over
-    as they are. `max_branches` bounds the candidates decoded at once over all requests; more requests wait
-    their turn.
+    Process reward models read the policy's tokens as they are over a kept cache, so they must have its
+    vocabulary; other scorers (`models.foreign`) read the text again at every step. `boundary`: a `Boundary`,
+    or a domain's name ("math", "human_values", "tutoring"). The tokenizer defaults to that of the first
+    process reward model. `max_branches` bounds the candidates decoded at once over all requests; more
+    requests wait their turn.
     """
 
     def __init__(
         self,
         policy: Policy | MultiHeadCausalLM | PreTrainedModel,
-        reward_model: ProcessRewardModel | None,
+        reward_model: StepScorer | Sequence[StepScorer] | None,
         boundary: Boundary | str,
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_branches: int = 256,
         max_context: int | None = None,
     ) -> None:
         self.policy = as_policy(policy)
-        self.reward_model = reward_model
+        given = [reward_model] if isinstance(reward_model, StepScorer) else reward_model or []
+        self.reward_models = tuple(given)
+        self.scale = ScoreScale.of(self.reward_models)
         self.boundary = boundary_for(boundary) if isinstance(boundary, str) else boundary
-        judged = None if reward_model is None else reward_model.tokenizer
-        tokenizer = judged if tokenizer is None else tokenizer
-        if tokenizer is None:
-            raise ValueError("give a tokenizer: the reward model does not carry one")
-        if judged is not None and judged is not tokenizer and judged.get_vocab() != tokenizer.get_vocab():
-            raise ValueError(
-                "the policy's and the reward model's tokenizers differ: guided decoding hands over token "
-                "ids, so both must have the same vocabulary"
-            )
+        tokenizer = shared_tokenizer(self.reward_models, tokenizer)
         self.format = ChatFormat(tokenizer)
         self.vocabulary = Vocabulary(tokenizer)
         self.max_branches = max_branches
         self.max_context = max_context
+        self._backbones = backbones_of(self.reward_models)
 
     def session(self) -> GuidedSession:
         """An empty batch that requests can join at any time."""
         return GuidedSession(
             self.policy,
-            self.reward_model,
+            self._guides(),
             self.boundary,
             self.format,
             self.vocabulary,
@@ -72,11 +70,30 @@ class GuidedDecoder:
             self.max_context,
         )
 
+    def _guides(self) -> Guides | None:
+        if not self.reward_models:
+            return None
+        models, backbones = self.reward_models, self._backbones
+        return Guides(models, backbones, self.boundary, self.format, self.vocabulary)
+
     def generate(self, messages: Sequence[Any], **options: Any) -> GuidedResult:
         """Answer one conversation; options are the fields of `GuidedRequest` (weights, guidance,
         num_candidates...).
         """
         return self.generate_batch([GuidedRequest(messages, **options)])[0]
+
+    def generate_each(self, requests: Sequence[GuidedRequest]) -> list[GuidedResult | ValueError]:
+        """`generate_batch`, where a request that cannot be answered is its error and disturbs no other."""
+        session = self.session()
+        errors: dict[int, ValueError] = {}
+        for number, request in enumerate(requests):
+            try:
+                session.check(request)
+            except ValueError as error:
+                errors[number] = error
+        good = [number for number in range(len(requests)) if number not in errors]
+        answered = dict(zip(good, self.generate_batch([requests[n] for n in good]), strict=True))
+        return [answered[n] if n in answered else errors[n] for n in range(len(requests))]
 
     def generate_batch(self, requests: Sequence[GuidedRequest]) -> list[GuidedResult]:
         """Answer many conversations. Each answer is what `generate` would give for it alone.
@@ -99,18 +116,18 @@ class GuidedDecoder:
         ]
 
     def _beam_search(self, request: GuidedRequest) -> GuidedResult:
-        if self.reward_model is None:
+        session = self.session()
+        if session.guides is None:
             raise ValueError("strategy 'beam' needs a reward model; this decoder has none")
-        return BeamSearch(self.session(), self.reward_model, request).run()
+        return BeamSearch(session, session.guides, request).run()
 
     def _best(self, request: GuidedRequest, results: Sequence[GuidedResult]) -> GuidedResult:
         """Of the subtrees' responses the one whose last step scores best, with what all of them cost."""
         if len(results) == 1:
             return results[0]
-        model = self.reward_model
-        assert model is not None
-        last = [[r.steps[-1].accepted.scores[name] for name in model.objectives] for r in results]
-        total = totals(torch.tensor(last), request.guidance_over(model.objectives), request, model)
+        names = self.scale.objectives
+        last = [[r.steps[-1].accepted.scores[name] for name in names] for r in results]
+        total = totals(torch.tensor(last), request.guidance_over(names), request, self.scale)
         return replace(
             results[int(total.argmax())],
             policy_tokens=sum(r.policy_tokens for r in results),
@@ -131,3 +148,20 @@ class GuidedDecoder:
             session.advance()
             yield from running.news()
         return running.result()
+
+
+def shared_tokenizer(
+    reward_models: Sequence[StepScorer], tokenizer: PreTrainedTokenizerBase | None
+) -> PreTrainedTokenizerBase:
+    """The policy's tokenizer, or that of a process reward model; ValueError if vocabularies differ."""
+    own = [model.tokenizer for model in reward_models if isinstance(model, ProcessRewardModel)]
+    known = [one for one in own if one is not None]
+    chosen = tokenizer if tokenizer is not None else next(iter(known), None)
+    if chosen is None:
+        raise ValueError("give a tokenizer: the reward model does not carry one")
+    if any(one is not chosen and one.get_vocab() != chosen.get_vocab() for one in known):
+        raise ValueError(
+            "the policy's and the reward model's tokenizers differ: guided decoding hands over token ids, so "
+            "both must have the same vocabulary"
+        )
+    return chosen

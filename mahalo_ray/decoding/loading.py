@@ -12,8 +12,10 @@ from mahalo_ray.data import storage
 from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.decoding.policy import CausalPolicy, MultiHeadPolicy, Policy
 from mahalo_ray.models.folder import METADATA_FILE
+from mahalo_ray.models.foreign import load_scorer
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
 from mahalo_ray.models.reward import ProcessRewardModel
+from mahalo_ray.models.scoring import StepScorer
 
 
 @dataclass(frozen=True)
@@ -55,3 +57,10 @@ def load_reward_model(url: str, placement: Placement) -> ProcessRewardModel:
     folder = storage.local_copy(url)
     model = ProcessRewardModel.from_pretrained(folder, dtype=placement.torch_dtype, device=placement.device)
     return model.eval()
+
+
+def load_guide(url: str, placement: Placement, objective: str | None = None) -> StepScorer:
+    """Any reward model that can guide decoding: ours, or a sequence or token classifier of another maker,
+    for which `objective` names what it scores.
+    """
+    return load_scorer(storage.local_copy(url), objective, placement.torch_dtype, placement.device)

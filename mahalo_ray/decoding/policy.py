@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from mahalo_ray.decoding.attention import View, cached_attention
 from mahalo_ray.decoding.cache import RaggedCache
+from mahalo_ray.decoding.products import FastProducts, fast_head
 from mahalo_ray.models.backbone import split_causal_lm
 from mahalo_ray.models.heads import FullHead
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
@@ -60,6 +61,7 @@ class CachedBackbone:
         """`around` gives a context for every forward (an adapter switched off)."""
         config = cast(PretrainedConfig, backbone.config)
         self.model, self.config, self._around = backbone, config, around
+        self._fast_products = FastProducts(backbone)
         self.name = type(backbone).__name__
         values = config.to_dict()
         unsupported = sorted(set(values.get("layer_types") or ()) - {"full_attention", "sliding_attention"})
@@ -76,7 +78,7 @@ class CachedBackbone:
 
     def __call__(self, input_ids: Tensor, position_ids: Tensor, kv_cache: View) -> Tensor:
         """[B, T] -> [B, T, D], no gradients."""
-        with torch.no_grad(), cached_attention(self.config), self._around():
+        with torch.no_grad(), cached_attention(self.config), self._around(), self._fast_products():
             out = self.model(
                 input_ids=input_ids,
                 position_ids=position_ids,
@@ -144,7 +146,8 @@ class CausalPolicy:
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """[.., D] -> [.., V]."""
-        return self._transform(self._head(hidden))
+        with fast_head(hidden.shape[-1]):
+            return self._transform(self._head(hidden))
 
     def check_weights(self, weights: Weights | None) -> None:
         if weights is not None:
@@ -189,7 +192,7 @@ class MultiHeadPolicy:
         chosen = [each for each in weights if each is not None]
         if len(set(chosen)) == 1:
             merged = self._merged_head(chosen[0])
-            return lambda hidden, rows: merged(hidden)
+            return lambda hidden, rows: _logits(merged, hidden)
         table = torch.tensor([w.over(self.model.objectives) for w in chosen], device=self.device)
         return lambda hidden, rows: self.model.logits(hidden, table[rows])
 
@@ -200,6 +203,13 @@ class MultiHeadPolicy:
         if len(self._merged) > self._merged_heads_kept:
             self._merged.popitem(last=False)
         return head
+
+
+@torch.no_grad()
+def _logits(head: FullHead, hidden: Tensor) -> Tensor:
+    with fast_head(hidden.shape[-1]):
+        logits: Tensor = head(hidden)
+    return logits
 
 
 def as_policy(model: Policy | MultiHeadCausalLM | PreTrainedModel) -> Policy:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mahalo_ray.decoding.cache import Parts, RaggedCache
 from mahalo_ray.decoding.policy import CachedBackbone
+from mahalo_ray.decoding.products import fast_head
 from mahalo_ray.decoding.rows import RowTable, by_size, padded
 from mahalo_ray.models import lora
 from mahalo_ray.models.reward import ProcessRewardModel
@@ -41,11 +42,17 @@ class RewardConversations:
     `forward_tokens` bounds rows * width of one forward.
     """
 
-    def __init__(self, model: ProcessRewardModel, forward_tokens: int = 16384) -> None:
+    def __init__(
+        self,
+        model: ProcessRewardModel,
+        backbones: Sequence[CachedBackbone] | None = None,
+        forward_tokens: int = 16384,
+    ) -> None:
+        """`backbones`: those of `cached_backbones(model)`, made before (None: made here)."""
         self.model = model.eval()
         self.objectives = model.objectives
         self.device = model.device
-        self._backbones = _backbones(model)
+        self._backbones = cached_backbones(model) if backbones is None else list(backbones)
         self._caches = [RaggedCache() for _ in self._backbones]
         self.max_context = min(backbone.max_context for backbone in self._backbones)
         self.tokens_forwarded = 0  # new tokens, each counted once however many backbones read it
@@ -231,7 +238,8 @@ class RewardConversations:
         """Reference log-probs [R, S] of ids [R, S] from the states one position before them [R, S, D']."""
         real = torch.arange(ids.shape[1], device=self.device) <= ends[:, None]
         logps = torch.zeros(ids.shape, device=self.device)
-        logps[real] = self.model.reference_logps(predicting[real], ids[real]).float()
+        with fast_head(predicting.shape[-1]):
+            logps[real] = self.model.reference_logps(predicting[real], ids[real]).float()
         return logps
 
     @torch.no_grad()
@@ -263,7 +271,7 @@ class RewardConversations:
             )
 
 
-def _backbones(model: ProcessRewardModel) -> list[CachedBackbone]:
+def cached_backbones(model: ProcessRewardModel) -> list[CachedBackbone]:
     """The backbone, and, unless its own states serve it, the reference behind it: last is what predicts
     tokens.
     """

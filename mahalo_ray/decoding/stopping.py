@@ -3,7 +3,7 @@ that can complete one make us look at text at all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,10 @@ class Vocabulary:
             list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
 
+    def words(self, token_ids: Sequence[int]) -> str:
+        """Text of these tokens without special ones."""
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
     def decode_many(self, token_ids: Sequence[Sequence[int]]) -> list[str]:
         return self.tokenizer.batch_decode(
             list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
@@ -63,16 +67,16 @@ class Vocabulary:
         if key not in self._tables:
             if self._pieces is None:
                 self._pieces = self.decode_many([[i] for i in range(len(self.tokenizer))])
-            trigger: Callable[[str], bool] = rule.is_trigger
-            never = not rule.stop_strings and not trigger("\n") and not trigger(".")
+            triggers = [rule.is_trigger(piece) for piece in self._pieces]
+            some = any(triggers)  # none: fragments of characters cannot end anything either
             self._tables[key] = torch.tensor(
-                [not never and ("\ufffd" in p or trigger(p)) for p in self._pieces]
+                [some and (own or "\ufffd" in p) for own, p in zip(triggers, self._pieces, strict=True)]
             )
         return self._tables[key]
 
 
 def step_starts(token_ids: Sequence[int], boundary: Boundary, vocabulary: Vocabulary) -> list[int]:
-    """Where the steps of a response sampled as a whole begin: 0, and behind every inner boundary."""
+    """Where the steps of a response sampled as a whole begin: at 0 and behind its inner boundaries."""
     triggers = vocabulary.table(StopRule(boundary))
     starts = [0]
     for at in range(len(token_ids) - 1):

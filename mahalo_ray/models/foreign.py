@@ -68,26 +68,28 @@ class SequenceClassifierScorer(nn.Module, StepScorer):
             check_steps(steps)
             messages = [Message.model_validate(message) for message in prompt]
             for count in range(1, len(steps) + 1):
-                sequences.append(self._encode(messages, self.step_separator.join(steps[:count])))
+                sequences.append(self.encode(messages, self.step_separator.join(steps[:count])))
         scores = iter(self._scores(sequences, batch_size))
         return [{self.objectives[0]: [next(scores) for _ in steps]} for _, steps in traces]
 
-    def _encode(self, prompt: Sequence[Message], answer: str) -> Mapping[str, Any]:
+    @property
+    def max_length(self) -> int:
+        """The longest conversation the model reads, in tokens."""
+        return int(self.model.config.max_position_embeddings)
+
+    def encode(self, prompt: Sequence[Message], answer: str) -> Mapping[str, Any]:
+        """The tokenizer's encoding of prompt and answer, however long."""
         if self.tokenizer.chat_template:
             chat = [message.model_dump() for message in (*prompt, Message(role="assistant", content=answer))]
             text = self.tokenizer.apply_chat_template(chat, tokenize=False)
             # The template wrote the special tokens; the tokenizer must not add them again.
-            encoded = self.tokenizer(text, add_special_tokens=False)
-        else:
-            encoded = self.tokenizer("\n".join(message.content for message in prompt), answer)
-        limit = self.model.config.max_position_embeddings
-        if len(encoded["input_ids"]) > limit:
-            raise ValueError(
-                f"a conversation has {len(encoded['input_ids'])} tokens, the model reads {limit}"
-            )
-        return encoded
+            return self.tokenizer(text, add_special_tokens=False)
+        return self.tokenizer("\n".join(message.content for message in prompt), answer)
 
     def _scores(self, sequences: Sequence[Mapping[str, Any]], batch_size: int) -> list[float]:
+        longest = max((len(encoded["input_ids"]) for encoded in sequences), default=0)
+        if longest > self.max_length:
+            raise ValueError(f"a conversation has {longest} tokens, the model reads {self.max_length}")
         # Causal classifiers find the last token by looking for padding ids: without one, rows go singly.
         if self.model.config.pad_token_id is None or self.tokenizer.pad_token_id is None:
             batch_size = 1

@@ -6,15 +6,13 @@ from collections.abc import Sequence
 
 from jinja2 import TemplateError
 
-from mahalo_ray.data import storage
 from mahalo_ray.decoding.boundaries import TurnBoundary
 from mahalo_ray.decoding.candidates import StopReason
 from mahalo_ray.decoding.guided import GuidedDecoder
-from mahalo_ray.decoding.loading import Placement, load_policy
+from mahalo_ray.decoding.loading import Placement, load_guide, load_policy
 from mahalo_ray.decoding.policy import MultiHeadPolicy
 from mahalo_ray.decoding.requests import GuidedRequest, Standardisation, StepCandidate
 from mahalo_ray.decoding.session import Running
-from mahalo_ray.models.reward import ProcessRewardModel
 from mahalo_ray.serving.responses import Reply, ScoredCandidate, Step
 from mahalo_ray.serving.schema import ApiError
 from mahalo_ray.serving.service import ChatJob, ScoreJob
@@ -94,13 +92,12 @@ class GuidedBackend:
 
     def __init__(self, decoder: GuidedDecoder) -> None:
         self._decoder = decoder
-        self._reward_model = decoder.reward_model
         policy = decoder.policy
         self.objectives = policy.model.objectives if isinstance(policy, MultiHeadPolicy) else ()
-        self.guidance_objectives = () if self._reward_model is None else self._reward_model.objectives
+        self.guidance_objectives = decoder.scale.objectives
         self._whole_turns = isinstance(decoder.boundary, TurnBoundary)
-        # As in evaluation, where the reward model knows the usual spread of its scores.
-        calibrated = self._reward_model is not None and self._reward_model.calibration
+        # As in evaluation, where the reward models know the usual spread of their scores.
+        calibrated = bool(decoder.reward_models) and decoder.scale.is_calibrated
         self._standardisation: Standardisation = "calibrated" if calibrated else "within_candidates"
         self.reset()
 
@@ -110,12 +107,8 @@ class GuidedBackend:
     ) -> GuidedBackend:
         """Read the model folders and place the models."""
         policy, chat = load_policy(policy_url, placement)
-        reward_model = None
-        if reward_url is not None:
-            reward_model = ProcessRewardModel.from_pretrained(
-                storage.local_copy(reward_url), dtype=placement.torch_dtype, device=placement.device
-            )
-        return cls(GuidedDecoder(policy, reward_model, domain, chat.tokenizer, max_branches))
+        reward_models = [] if reward_url is None else [load_guide(reward_url, placement)]
+        return cls(GuidedDecoder(policy, reward_models, domain, chat.tokenizer, max_branches))
 
     def reset(self) -> None:
         """An empty batch."""
@@ -165,9 +158,13 @@ class GuidedBackend:
 
     def _score(self, job: ScoreJob) -> list[dict[str, float]]:
         """{objective: score} of every candidate as the next step after the messages."""
-        assert self._reward_model is not None, "the service refuses scoring without a reward model"
-        rated = self._reward_model.score_batch([(job.messages, [text]) for text in job.candidates])
-        return [{name: values[0] for name, values in scores.items()} for scores in rated]
+        assert self._decoder.reward_models, "the service refuses scoring without a reward model"
+        scores: list[dict[str, float]] = [{} for _ in job.candidates]
+        for model in self._decoder.reward_models:
+            rated = model.score_batch([(job.messages, [text]) for text in job.candidates])
+            for own, found in zip(scores, rated, strict=True):
+                own.update({name: values[0] for name, values in found.items()})
+        return scores
 
 
 def _scored(candidate: StepCandidate) -> ScoredCandidate:

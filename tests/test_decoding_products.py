@@ -1,0 +1,53 @@
+"""Other kernels for the same products: the same numbers up to rounding, and layers as they were outside."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mahalo_ray.decoding import products
+from mahalo_ray.decoding.products import FastProducts, fast_head, linear
+
+
+@pytest.fixture
+def wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels are tried wherever torch has them, faster or not."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("torch without oneDNN")
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+
+
+def test_layers_give_the_same_inside_and_are_untouched_outside(wanted: None) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(256, 300), nn.GELU(), nn.Linear(300, 8, bias=False))
+    x = torch.randn(3, 5, 256)
+    expected = module(x)
+    fast = FastProducts(module)
+    with torch.no_grad(), fast():
+        assert "forward" in module[0].__dict__
+        torch.testing.assert_close(module(x), expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(module.double()(x.double()).float(), expected, atol=1e-5, rtol=1e-4)
+    assert "forward" not in module[0].__dict__ and "forward" not in module[2].__dict__
+    module.float()(x).sum().backward()
+    assert module[0].weight.grad is not None
+    copy.deepcopy(module)(x)
+
+
+def test_heads_give_the_same(wanted: None) -> None:
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(4, 256), torch.randn(50, 256), torch.randn(50)
+    expected = F.linear(x, weight, bias)
+    with fast_head(256):
+        torch.testing.assert_close(F.linear(x, weight, bias), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(linear(x, weight, bias), expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(linear(x.double(), weight.double()), F.linear(x.double(), weight.double()))
+
+
+def test_narrow_layers_are_left_alone(wanted: None) -> None:
+    module = nn.Linear(32, 32)
+    with FastProducts(module)():
+        assert "forward" not in module.__dict__

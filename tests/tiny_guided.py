@@ -1,0 +1,72 @@
+"""Tiny policies and reward models over one real tokenizer, for tests of guided decoding."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
+
+from mahalo_ray.data.records import Message
+from mahalo_ray.data.templating import ChatFormat
+from mahalo_ray.domains.tutoring.corpus import train_tokenizer
+from mahalo_ray.models.reward import ProcessRewardModel
+
+TEXT = [
+    "So we add 2 and 3.\n\nThat gives 5.\n\nThe answer is \\boxed{5}.",
+    "Dr. Smith said e.g. this. Is it? Yes!",
+]
+ASK = [{"role": "user", "content": "What is 2 + 3?"}]
+
+
+@functools.cache
+def tokenizer():
+    return train_tokenizer(TEXT * 3, 300)
+
+
+@functools.cache
+def model(seed: int = 0) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer()),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        eos_token_id=tokenizer().eos_token_id,
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@functools.cache
+def reward(separator: str | None = "\n\n") -> ProcessRewardModel:
+    return ProcessRewardModel.from_base(
+        model(1),
+        {"accuracy": "value", "engagement": "probability"},
+        tuning="frozen",
+        tokenizer=tokenizer(),
+        step_separator=separator,
+    )
+
+
+def message(fields: dict[str, str]) -> Message:
+    return Message.model_validate(fields)
+
+
+@functools.cache
+def memorised(text: str) -> PreTrainedModel:
+    """A tiny model trained to answer ASK with one text, to meet boundaries in real sampling."""
+    chat = ChatFormat(tokenizer())
+    prompt, reply = chat.prompt_ids([message(ASK[0])]), chat.encode_reply(text)
+    taught = AutoModelForCausalLM.from_config(model().config)
+    ids = torch.tensor([prompt + reply])
+    labels = ids.clone()
+    labels[:, : len(prompt)] = -100
+    optimiser = torch.optim.Adam(taught.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimiser.zero_grad()
+        taught(input_ids=ids, labels=labels).loss.backward()
+        optimiser.step()
+    return taught.eval()
