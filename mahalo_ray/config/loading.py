@@ -27,21 +27,32 @@ def load_document(path: str | Path, kind: type[Document], overrides: list[str] |
 
     Raises ConfigError naming the file and every wrong key.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise ConfigError(f"no config file at '{path}'")
-    try:
-        document = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    return checked(read_document(Path(path), overrides), kind, str(path))
+
+
+def read_document(path: Path | None, overrides: list[str] | None) -> dict[str, Any]:
+    """A YAML file (None: an empty document) with overrides applied, not validated yet."""
+    document: Any = {}
+    if path is not None:
+        if not path.is_file():
+            raise ConfigError(f"no config file at '{path}'")
+        try:
+            document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(document, dict):
         raise ConfigError(f"{path} must hold a mapping of sections, not {type(document).__name__}")
     for override in overrides or []:
         _apply_override(document, override)
+    return document
+
+
+def checked(document: dict[str, Any], kind: type[Document], source: str) -> Document:
+    """The document as a section; ConfigError naming `source` and every wrong key."""
     try:
         return kind.model_validate(document)
     except ValidationError as error:
-        raise ConfigError(_explain(error, str(path), kind)) from error
+        raise ConfigError(_explain(error, source, kind)) from error
 
 
 def dump_config(config: Section) -> str:
