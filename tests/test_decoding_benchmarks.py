@@ -1,0 +1,39 @@
+"""The programs around guided decoding at tiny sizes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+
+pytestmark = pytest.mark.slow
+
+
+def run(script: str, output: Path, *options: str) -> dict[str, Any]:
+    command = [sys.executable, str(FOLDER / script), "--output", str(output), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    results: dict[str, Any] = json.loads(output.read_text())
+    return results
+
+
+def test_growth_measures_every_direction_and_draws(tmp_path: Path) -> None:
+    options = ("--model", "tiny", "--steps", "2", "--step-tokens", "3", "--largest", "100")
+    results = run("decoding_growth.py", tmp_path / "r.json", *options, "--picture", str(tmp_path / "p.png"))
+    assert {cell["grows"] for cell in results["cells"]} == {"candidates", "requests", "prompt"}
+    cells = {(cell["grows"], cell[cell["grows"]]): cell for cell in results["cells"]}
+    assert cells["candidates", 32]["policy_cache_bytes"] > cells["candidates", 2]["policy_cache_bytes"]
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_continuous_batching_samples_as_many_tokens_as_ours(tmp_path: Path) -> None:
+    options = ("--model", "tiny", "--prompt", "40", "--candidates", "3", "--steps", "3", "--step-tokens", "4")
+    results = run("continuous_batching.py", tmp_path / "r.json", *options)
+    for name in ("ours", "transformers"):
+        assert results[name]["sampled"] == 3 * 3 * 4 and len(results[name]["seconds"]) == 3
