@@ -110,6 +110,13 @@ def test_a_text_that_outgrows_a_foreign_guide_ends_there_and_disturbs_no_other()
     assert grown.stop_reason == "context" and len(grown.token_ids) < 100
     assert "".join(step.text for step in grown.steps) == grown.text
     assert fits.stop_reason == "max_steps" and fits.steps
+    tree = options | {"strategy": "dvts", "beam_width": 2}
+    assert made.generate(ASK, **tree).stop_reason == "context"
+    beam, fine = made.generate_each(
+        [GuidedRequest(ASK, **tree | {"strategy": "beam"}), GuidedRequest(ASK, **options | {"max_steps": 1})]
+    )
+    assert isinstance(beam, ValueError) and "too long for a reward model" in str(beam)
+    assert not isinstance(fine, ValueError) and fine.stop_reason == "max_steps"
     with pytest.raises(ValueError, match="tokens for the reward model of helpful, which reads"):
         made.generate([{"role": "user", "content": "2 + 3 " * 30}], **SHORT)
 

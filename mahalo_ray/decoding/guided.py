@@ -92,7 +92,13 @@ class GuidedDecoder:
             except ValueError as error:
                 errors[number] = error
         good = [number for number in range(len(requests)) if number not in errors]
-        answered = dict(zip(good, self.generate_batch([requests[n] for n in good]), strict=True))
+        batch = [number for number in good if requests[number].strategy != "beam"]
+        answered = dict(zip(batch, self.generate_batch([requests[n] for n in batch]), strict=True))
+        for number in set(good) - set(batch):
+            try:
+                answered[number] = self._beam_search(requests[number])
+            except ValueError as error:  # outgrew a reward model
+                errors[number] = error
         return [answered[n] if n in answered else errors[n] for n in range(len(requests))]
 
     def generate_batch(self, requests: Sequence[GuidedRequest]) -> list[GuidedResult]:
@@ -126,10 +132,15 @@ class GuidedDecoder:
         if len(results) == 1:
             return results[0]
         names = self.scale.objectives
-        last = [[r.steps[-1].accepted.scores[name] for name in names] for r in results]
-        total = totals(torch.tensor(last), request.guidance_over(names), request, self.scale)
+        # A search that outgrew a reward model may have ended without a step to judge it by.
+        judged = [r for r in results if r.steps and r.steps[-1].accepted.scores] or results[:1]
+        best = judged[0]
+        if len(judged) > 1:
+            last = [[r.steps[-1].accepted.scores[name] for name in names] for r in judged]
+            total = totals(torch.tensor(last), request.guidance_over(names), request, self.scale)
+            best = judged[int(total.argmax())]
         return replace(
-            results[int(total.argmax())],
+            best,
             policy_tokens=sum(r.policy_tokens for r in results),
             reward_tokens=sum(r.reward_tokens for r in results),
         )
