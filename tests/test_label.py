@@ -42,6 +42,7 @@ from mahalo_ray.pipeline.labelling import make_labels
 from mahalo_ray.pipeline.progress import RunProgress, StageProgress
 from mahalo_ray.rollouts.judges import (
     EndpointJudge,
+    Judge,
     Judged,
     ModelJudge,
     ProgramJudge,
@@ -99,7 +100,7 @@ TRACES = [
 ]
 
 
-class Recorder:
+class Recorder(Judge):
     """A judge that keeps what it was shown."""
 
     def __init__(self, program: str) -> None:
@@ -108,11 +109,6 @@ class Recorder:
     def score(self, items: Sequence[Judged]) -> list[float | Unjudged]:
         self.seen += items
         return self.judge.score(items)
-
-    def counts(self) -> dict[str, Any]:
-        return {}
-
-    def close(self) -> None: ...
 
 
 def labelled(

@@ -6,10 +6,11 @@ from __future__ import annotations
 import importlib
 import math
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import jinja2
 import jinja2.meta
@@ -56,21 +57,22 @@ class Unjudged:
 Score = float | Unjudged
 
 
-class Judge(Protocol):
+class Judge(ABC):
     """Higher is better; what counts as positive is the threshold's affair."""
 
+    @abstractmethod
     def score(self, items: Sequence[Judged]) -> list[Score]:
         """One score per item, in their order."""
-        ...
 
     def counts(self) -> dict[str, Any]:
-        """What it was asked so far, for the summary."""
-        ...
+        """What an endpoint was asked so far; empty for judges without one."""
+        return {}
 
-    def close(self) -> None: ...
+    def close(self) -> None:  # noqa: B027 (most judges hold nothing open)
+        """End what it holds open."""
 
 
-class CheckerJudge:
+class CheckerJudge(Judge):
     """Maths: 1 for a response whose final answer equals the reference."""
 
     def score(self, items: Sequence[Judged]) -> list[Score]:
@@ -81,14 +83,8 @@ class CheckerJudge:
             for item in items
         ]
 
-    def counts(self) -> dict[str, Any]:
-        return {}
 
-    def close(self) -> None:
-        """Nothing to close."""
-
-
-class ProgramJudge:
+class ProgramJudge(Judge):
     """A user's function; what it raises is a defect of the function and ends the job."""
 
     def __init__(self, function: str) -> None:
@@ -104,14 +100,8 @@ class ProgramJudge:
             return Unjudged(f"{self._name} returned {value!r}, not a number")
         return float(value)
 
-    def counts(self) -> dict[str, Any]:
-        return {}
 
-    def close(self) -> None:
-        """Nothing to close."""
-
-
-class ModelJudge:
+class ModelJudge(Judge):
     """A local reward model. The prefixes of one response are read in one forward where the model can."""
 
     def __init__(self, config: ModelJudgeConfig, placement: Placement) -> None:
@@ -161,14 +151,8 @@ class ModelJudge:
         traces = [(item.prompt, item.steps) for item in items]
         return [scores[self._objective] for scores in self._scorer.score_batch(traces, self._batch_size)]
 
-    def counts(self) -> dict[str, Any]:
-        return {}
 
-    def close(self) -> None:
-        """Nothing to close."""
-
-
-class EndpointJudge:
+class EndpointJudge(Judge):
     """A language model asked by a rubric. A reply without a readable score is asked for again, with another
     seed; then, and where requests fail for good, there is no verdict."""
 

@@ -115,11 +115,12 @@ class Labeller:
         self._continuer.sample(fitting, lambda prefixes: self._decide(prefixes, continued))
         for own in self._rollouts:
             name = own.objective.name
-            ends = own.verdicts([self._judged(trace, trace.steps) for trace in traces])
-            for trace, error, end, found, outcome in zip(traces, errors, ends, labels, outcomes, strict=True):
+            ends = iter(own.verdicts([self._judged(trace, trace.steps) for trace in fitting]))
+            for trace, error, found, outcome in zip(traces, errors, labels, outcomes, strict=True):
                 if error is not None:
                     found[name] = [Unjudged(error)] * len(trace.steps)
                     continue
+                end = next(ends)
                 inner = [
                     self._target(own, trace, n, continued[prefix_key(trace, n)])
                     for n in range(1, len(trace.steps))
