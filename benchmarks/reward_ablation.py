@@ -174,27 +174,46 @@ def states_right_arithmetic(turn: str) -> bool | None:
 
 
 def report(runs: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table: the mean over runs of each run's mean, and in brackets its 95 % bootstrap interval
-    over prompts, runs kept."""
+    """Two Markdown tables, each cell the mean over runs of each run's mean, with its 95 % bootstrap interval
+    over prompts (every run's own): the figures, with those of each run, and the paired difference to all
+    inputs with ranking."""
     folders = list(dict.fromkeys(run["run"] for run in runs))
-    prompts = {name: sum(len(run[name]) for run in runs[: len(folders)]) for name in FIGURES}
-    lines = ["| variant | " + " | ".join(f"{name} (n = {prompts[name]})" for name in FIGURES) + " |"]
-    lines.append("|---|" + "---|" * len(FIGURES))
-    for variant in dict.fromkeys(run["variant"] for run in runs):
-        own = [run for run in runs if run["variant"] == variant]
-        cells = [_cell([run[name] for run in own]) for name in FIGURES]
-        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
-    lines.append(f"Prompts of {len(folders)} runs ({', '.join(folders)}), the same for every variant.")
-    return "\n".join(lines)
+    by_variant = {variant: [run for run in runs if run["variant"] == variant] for variant in _variants(runs)}
+    default = by_variant[VARIANTS[-1].name]
+    prompts = {name: sum(len(run[name]) for run in default) for name in FIGURES}
+    head = "| variant | " + " | ".join(f"{name} (n = {prompts[name]})" for name in FIGURES) + " |"
+    rule = "|---|" + "---|" * len(FIGURES)
+    values, differences = [head, rule], [head, rule]
+    for variant, own in by_variant.items():
+        cells = [_cell([run[name] for run in own], each=True) for name in FIGURES]
+        values.append(f"| {variant} | " + " | ".join(cells) + " |")
+        if own is not default:
+            cells = [_cell(_paired(own, default, name), each=False) for name in FIGURES]
+            differences.append(f"| {variant} | " + " | ".join(cells) + " |")
+    prompts_of = f"Prompts of {len(folders)} runs ({', '.join(folders)}), the same for every variant."
+    return "\n".join([*values, prompts_of, "", f"Minus {VARIANTS[-1].name}:", *differences])
 
 
-def _cell(per_run: Sequence[Sequence[float]]) -> str:
+def _variants(runs: Sequence[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(run["variant"] for run in runs))
+
+
+def _paired(own: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]], name: str) -> list[list[float]]:
+    """Differences prompt by prompt: every variant lists the same prompts in the same order."""
+    return [
+        [a - b for a, b in zip(one[name], two[name], strict=True)]
+        for one, two in zip(own, other, strict=True)
+    ]
+
+
+def _cell(per_run: Sequence[Sequence[float]], each: bool) -> str:
     means = [
         bootstrap_means(np.array(values)[:, None], 2000, seed)[:, 0] for seed, values in enumerate(per_run)
     ]
     low, high = percentile_interval(np.mean(means, axis=0), 0.95)
-    each = ", ".join(f"{np.mean(values):.3f}" for values in per_run)
-    return f"{np.mean([np.mean(values) for values in per_run]):.3f} [{low:.3f}, {high:.3f}] ({each})"
+    sign = "" if each else "+"
+    cell = f"{np.mean([np.mean(values) for values in per_run]):{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
+    return cell + (f" ({', '.join(f'{np.mean(values):.3f}' for values in per_run)})" if each else "")
 
 
 if __name__ == "__main__":

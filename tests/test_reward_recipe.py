@@ -184,3 +184,14 @@ def test_a_backbone_that_changes_is_never_kept(base: str, tmp_path: Path) -> Non
     assert "input_ids" in recipe.scoring_batch(np.array([0]))[1]
     with pytest.raises((ConfigError, ValueError), match="'cache_features' is for 'backbone: frozen'"):
         RewardConfig(cache_features=False)
+
+
+def test_objectives_without_labels_are_named(base: str, tmp_path: Path) -> None:
+    other = ObjectiveConfig(name="other", supervision="pairwise")
+    with pytest.raises(ValueError, match=r"'other' has no labels \(or pairs\) to train the reward model on"):
+        make_recipe(base, tmp_path, (*MIXED, other))
+    # One pair is either trained on or held out.
+    pairs = world.save_pairs(tmp_path / "one", world.make_pairs((1,), ("safety",)))
+    settings = RewardConfig(training=TRAINING, held_out_fraction=0.2)
+    with pytest.raises(ValueError, match=r"'safety' has no labels \(or pairs\)"):
+        RewardRecipe(str(tmp_path / "traces"), pairs, base, MIXED, settings, world.MODEL, "\n\n", 5)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
+
+from torch import nn
 
 from mahalo_ray.data.records import PreferencePair, StepTrace
 from mahalo_ray.data.scored import ScoredPair, ScoredTrace
+from mahalo_ray.decoding.products import FastProducts
 from mahalo_ray.models.foreign import SequenceClassifierScorer
 from mahalo_ray.models.scoring import StepScorer, TraceScorer
 from mahalo_ray.models.traces import TokenTrace
@@ -67,7 +70,8 @@ def _by_tokens(
         both = [_answer(pair, name, scorer) for name in ("chosen", "rejected")]
         cut += any(len(tokens.input_ids) > limit for tokens in both)
         answers += [_keep_end(tokens, limit) for tokens in both]
-    values = scorer.score_traces([tokens for _, tokens in kept] + answers, batch_size)
+    with FastProducts(cast(nn.Module, scorer))():
+        values = scorer.score_traces([tokens for _, tokens in kept] + answers, batch_size)
     scores = [{name: own[:, h].tolist() for h, name in enumerate(scorer.objectives)} for own in values]
     found = []
     for (trace, tokens), own in zip(kept, scores[: len(kept)], strict=True):

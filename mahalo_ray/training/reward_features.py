@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mahalo_ray.data import storage
+from mahalo_ray.decoding.products import FastProducts, fast_head
 from mahalo_ray.models import ProcessRewardModel
 from mahalo_ray.models.traces import TokenTrace
 from mahalo_ray.training.recipe import Inference
@@ -56,8 +57,10 @@ def cached_features(
 
 def step_features(model: nn.Module, **tensors: Tensor) -> Tensor:
     """Head inputs [B, S, F] of one batch."""
-    features: Callable[..., Tensor] = cast(ProcessRewardModel, model).features
-    return features(**tensors).float()
+    reward = cast(ProcessRewardModel, model)
+    features: Callable[..., Tensor] = reward.features
+    with FastProducts(reward.backbone)(), fast_head(reward.config.get_text_config().hidden_size):
+        return features(**tensors).float()
 
 
 def trace_key(tokens: TokenTrace) -> str:
