@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from decoding_task import Models, Task
 from decoding_variants import ours_at_once
-from guided_decoding import SIZES, clocked
+from guided_decoding import CLOCKS, SIZES, clocked
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -48,14 +48,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--step-tokens", type=int, default=40)
     parser.add_argument("--largest", type=int, default=4000, help="leave larger values out")
     parser.add_argument("--threads", type=int, default=None, help="of torch; default: its own choice")
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: on a machine in use")
     parser.add_argument("--output", type=Path, required=True, help="results as JSON")
     parser.add_argument("--picture", type=Path, default=None, help="PNG")
     options = parser.parse_args(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    if options.clock == "cpu" and options.threads != 1:
+        raise SystemExit("--clock cpu adds up the time of all threads: use it with --threads 1")
     shape = replace(SIZES[options.model].shape, context=8192)
     models = Models.build(shape, torch.device("cpu"), torch.float32)
-    sizes = {name: getattr(options, name) for name in ("model", "steps", "step_tokens")}
+    models.clock = CLOCKS[options.clock]
+    sizes = {name: getattr(options, name) for name in ("model", "steps", "step_tokens", "clock")}
     results: dict[str, Any] = {
         "benchmark": "decoding_growth",
         "machine": machine(),

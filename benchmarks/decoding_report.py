@@ -73,7 +73,7 @@ def report(results: dict[str, Any]) -> str:
     about, sizes = results["machine"], results["sizes"]
     lines = [
         f"{sizes['steps']} steps of {sizes['step_tokens']} tokens, temperature {sizes['temperature']}, "
-        f"{sizes['dtype']} on {sizes['device']}",
+        f"{sizes['dtype']} on {sizes['device']}, {sizes['clock']} time",
         f"{about['processor']}, {about['threads']} threads, load at the start "
         f"{about['load_average_at_start']}",
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -46,6 +48,7 @@ class Models:
     policy: PreTrainedModel
     reward: ProcessRewardModel
     decoder: GuidedDecoder
+    clock: Callable[[], float] = time.perf_counter
 
     @classmethod
     def build(cls, shape: Shape, device: torch.device, dtype: torch.dtype) -> Models:

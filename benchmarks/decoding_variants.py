@@ -7,7 +7,6 @@ is which state is kept and what is computed again.
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -146,7 +145,7 @@ def ours(models: Models, task: Task) -> Outcome:
 def ours_at_once(models: Models, tasks: Sequence[Task]) -> Outcome:
     """Many requests in one session; the answer reported is the first one's."""
     session = models.decoder.session()
-    phases = _timed_phases(session)
+    phases = _timed_phases(session, models.clock)
     running = [session.submit(task.request(models.shape)) for task in tasks]
     while session.is_busy:
         session.advance()
@@ -171,7 +170,7 @@ def _accepted_bytes(models: Models, task: Task) -> int:
     return task.steps * task.step_tokens * models.cache_bytes_per_token() * read_by
 
 
-def _timed_phases(session: GuidedSession) -> dict[str, float]:
+def _timed_phases(session: GuidedSession, clock: Callable[[], float]) -> dict[str, float]:
     """Seconds per phase, filled while the session runs. The session's public parts are timed from outside.
 
     `prefill`: the policy reads prompts; `decode`: candidates, token by token; `score_first`: the reward model
@@ -187,11 +186,11 @@ def _timed_phases(session: GuidedSession) -> dict[str, float]:
         call = getattr(owner, name)
 
         def clocked(*arguments: Any, **options: Any) -> Any:
-            started = time.perf_counter()
+            started = clock()
             try:
                 return call(*arguments, **options)
             finally:
-                phases[phase()] += time.perf_counter() - started
+                phases[phase()] += clock() - started
 
         setattr(owner, name, clocked)
 
@@ -208,9 +207,9 @@ def _timed_phases(session: GuidedSession) -> dict[str, float]:
     fork = session.engine.cache.fork
 
     def clocked_fork(*arguments: Any) -> Any:  # inside `sample`: moved from one phase to the other
-        started = time.perf_counter()
+        started = clock()
         branches = fork(*arguments)
-        spent = time.perf_counter() - started
+        spent = clock() - started
         phases["fork_accept"] += spent
         phases["decode"] -= spent
         return branches
