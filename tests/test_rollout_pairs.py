@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tiny_tutor import CHAT
 
 from mahalo_ray.config import PairsConfig
 from mahalo_ray.data.readers import ReadPairs, read_pairs
 from mahalo_ray.data.records import Candidate, CandidateSet, Message, PreferencePair
 from mahalo_ray.rollouts.pairs import CandidateShards, build_pairs, labelled_traces
-from mahalo_ray.training.pairs import split_key
+from mahalo_ray.training.pairs import encode_pairs, split_key
 
 
 def candidate_set(
@@ -140,3 +141,5 @@ def test_written_pairs_are_read_back_whole(tmp_path: Path) -> None:
     read_pairs(str(tmp_path / "pairs"), "auto", ["accuracy"], None, "objective", "0", found)
     assert found.bad == []
     assert found.pairs == made
+    tokens = encode_pairs(found.pairs, ["accuracy"], CHAT, max_length=64)  # what the policy is trained on
+    assert (tokens.prompts, tokens.chosen, tokens.rejected) == ([[7]], [[11, 11]], [[10]])
