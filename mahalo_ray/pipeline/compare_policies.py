@@ -13,8 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import ray
-
 from mahalo_ray.config import BaselineName, PolicyConfig, RunConfig
 from mahalo_ray.data import storage
 from mahalo_ray.models.soup import average_models
@@ -130,6 +128,7 @@ def baseline_stages(config: RunConfig) -> list[Stage]:
                 lambda context: _average_all(context, soups),
                 lambda config: vectors,
                 needs=tuple(training_stages(config, "soup")),
+                uses_ray=False,
             )
         )
     return stages
@@ -153,19 +152,13 @@ def _training_stage(name: str, settings: PolicyConfig) -> Stage:
 def _average_all(context: Context, soups: Sequence[BaselinePolicy]) -> StageResult:
     """An ordinary model per weight vector: the average of the objectives' DPO policies."""
     config = context.config
-    folders = {name: context.input(_dpo_stage(name), "model") for name in config.objective_names}
+    folders = {
+        name: storage.local_copy(context.input(_dpo_stage(name), "model")) for name in config.objective_names
+    }
     context.progress.start(len(soups), "weight vectors")
-    average = _average.options(num_cpus=config.cluster.cpus_per_rollout_actor)
-    tasks = [average.remote(folders, soup.weights, context.path(soup.model)) for soup in soups]
-    for task in tasks:
-        ray.get(task)
+    for soup in soups:
+        with tempfile.TemporaryDirectory(prefix="mahalo-soup-") as folder:
+            average_models(folders, soup.weights, folder)
+            storage.upload_folder(folder, context.path(soup.model))
         context.progress.advance()
     return StageResult(outputs={soup.model: soup.model for soup in soups})
-
-
-@ray.remote
-def _average(models: Mapping[str, str], weights: Weights, output: str) -> None:
-    folders = {name: storage.local_copy(url) for name, url in models.items()}
-    with tempfile.TemporaryDirectory(prefix="mahalo-soup-") as folder:
-        average_models(folders, weights, folder)
-        storage.upload_folder(folder, output)
