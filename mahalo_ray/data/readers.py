@@ -6,8 +6,8 @@ mahalo   `question`, `chosen`, `rejected` as in the MAHALO code: the question is
          by `Student:`, `Assistant:` (or User, Human, Tutor, Teacher) at its beginning or after a blank line
 records  pairs that this project wrote (Parquet of `PreferencePair`): taken as they are, token ids and all
 
-The first two may have `id`, `dialogue` (else pairs whose conversations open alike count as one dialogue, which a
-held-out split keeps together), `weight` and `margin` of the loss, and scores: `chosen_score` or
+The first two may have `id`, `dialogue` (else pairs whose conversations open alike count as one dialogue,
+which a held-out split keeps together), `weight` and `margin` of the loss, and scores: `chosen_score` or
 `score_chosen`, `rejected_score` or `score_rejected`, in the row or its `metadata`.
 """
 
@@ -57,7 +57,7 @@ def read_pairs(
 ) -> None:
     """Add the pairs of a file or folder to `into`; rows that are none become its `bad` rows.
 
-    `row_format`: "trl", "mahalo", "records" or "auto" (by the fields of each row). Exactly one of `objective` (that of
+    `row_format`: "trl", "mahalo", "records" or "auto" (by the fields of each row). One of `objective` (that of
     all rows) and `objective_field` (which field of a row names it) is given; rows of objectives outside
     `objectives` are left out and counted. A pair without an `id` gets "name/file:line". ValueError when there
     is nothing to read.
@@ -117,7 +117,8 @@ def _pair(row: Row, row_format: str, objective: str, default_id: str, source: st
 
 def _record(row: Row, objective: str) -> PreferencePair:
     """A row of `PreferencePair`'s own schema; Arrow's maps come as lists of (key, value)."""
-    maps = {name: dict(row[name]) for name in ("chosen_scores", "rejected_scores") if row.get(name) is not None}
+    scores = ("chosen_scores", "rejected_scores")
+    maps = {name: dict(row[name]) for name in scores if row.get(name) is not None}
     try:
         return PreferencePair.model_validate({**row, **maps, "objective": objective})
     except ValidationError as error:
