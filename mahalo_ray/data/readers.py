@@ -57,8 +57,8 @@ def read_pairs(
 ) -> None:
     """Add the pairs of a file or folder to `into`; rows that are none become its `bad` rows.
 
-    `row_format`: "trl", "mahalo", "records" or "auto" (by the fields of each row). Either `objective` (that of
-    all rows) or `objective_field` (which field of a row names it) is given; rows of objectives outside
+    `row_format`: "trl", "mahalo", "records" or "auto" (by the fields of each row). One of `objective` (of
+    all rows) and `objective_field` (which field of a row names it) is given; rows of objectives outside
     `objectives` are left out and counted. A pair without an `id` gets "name/file:line". ValueError when there
     is nothing to read.
     """
