@@ -103,3 +103,22 @@ def test_every_way_of_guided_decoding_gives_one_answer(tmp_path, temperature):
     assert ours["reward_tokens"] == 20 + 3 * 5 * (1 if temperature == "0" else 3)
     assert alone["ways"]["ours"]["reward_tokens"] == 0
     assert "published: the same answer" in results["printed"]
+
+
+def test_a_reward_training_run_compares_one_loss(tmp_path):
+    results = run("reward_training.py", tmp_path / "results.json", *("--preset", "tiny", "--rounds", "1"))
+    assert results["checks"]["loss of prefixes against one pass"] < 1e-5
+    assert results["checks"]["times fewer tokens than prefixes"] > 1.5
+    assert results["variants"]["token_classifier"]["tokens"] == results["variants"]["one_pass"]["tokens"]
+    assert all(one["seconds"] > 0 for one in results["variants"].values())
+
+
+def test_a_reward_scoring_run_compares_the_same_scores(tmp_path):
+    results = run(
+        "reward_scoring.py",
+        tmp_path / "results.json",
+        *("--preset", "tiny", "--prefix", "60", "--step-tokens", "6", "--rounds", "1"),
+    )
+    assert results["largest_difference_of_scores"] < 1e-4
+    assert results["kept"]["tokens_per_step"] == 30
+    assert results["encoded_again"]["tokens_per_step"] == 5 * (60 + 6 + 6)  # 66, 72 and 78 tokens in turn

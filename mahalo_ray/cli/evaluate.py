@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-import click
 import typer
 from typer.core import TyperGroup
 
@@ -15,9 +14,10 @@ _STAGE = "stage"
 
 
 class _StageUnlessNamed(TyperGroup):
-    """What names no verb of this group is the configuration of a run."""
+    """What names no verb of this group is the configuration of a run. (`ctx`: typer carries a click of its
+    own.)"""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in (*self.commands, "--help"):
             args = [_STAGE, *args]
         return super().parse_args(ctx, args)

@@ -118,7 +118,7 @@ def _scored(
     max_bad_fraction: float,
 ) -> Scored:
     rows = read_held_out(paths, names, objective, row_format)
-    quarantine(rows.bad, rows.count, max_bad_fraction, storage.join(folder, QUARANTINE))
+    quarantine(rows.bad, rows.seen, max_bad_fraction, storage.join(folder, QUARANTINE))
     return score_rows(scorer, rows.traces, rows.pairs, batch_size)
 
 

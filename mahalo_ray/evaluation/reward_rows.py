@@ -13,12 +13,12 @@ from mahalo_ray.data.step_readers import ReadTraces, read_traces
 
 
 class Rows(NamedTuple):
-    """What was read; `bad` rows of `count` in all."""
+    """What was read; `bad` rows of `seen` in all."""
 
     traces: list[StepTrace]
     pairs: list[PreferencePair]
     bad: list[BadRow]
-    count: int
+    seen: int
 
 
 def read_held_out(
