@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-# Below this width the products take no time worth the extra call.
-_SMALLEST_WIDTH = 256
+# oneDNN's call is the dearer one: smaller matrices are left to MKL.
+_SMALLEST_WEIGHT = 100_000  # numbers of a layer
+_SMALLEST_WIDTH = 256  # of a vocabulary head
 
 
 @functools.cache
@@ -49,12 +50,14 @@ class FastProducts:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        layers = [layer for layer in module.modules() if type(layer) is nn.Linear]
-        wide = any(layer.in_features >= _SMALLEST_WIDTH for layer in layers)
-        on_cpu = all(layer.weight.device.type == "cpu" for layer in layers)
-        self._swaps: list[tuple[dict[str, Any], Callable[[Tensor], Tensor]]] = []
-        if wide and on_cpu and onednn_is_faster():
-            self._swaps = [(layer.__dict__, functools.partial(_forward, layer)) for layer in layers]
+        self._swaps: list[tuple[dict[str, Any], Callable[[Tensor], Tensor]]] = [
+            (layer.__dict__, functools.partial(_forward, layer))
+            for layer in module.modules()
+            if type(layer) is nn.Linear
+            and layer.weight.device.type == "cpu"
+            and layer.weight.numel() >= _SMALLEST_WEIGHT
+            and onednn_is_faster()
+        ]
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
