@@ -213,7 +213,7 @@ def test_a_step_that_alone_exceeds_the_context(tmp_path: Path) -> None:
     """Nothing can be cut at a step boundary: the row is refused, with file and line."""
     file = lines(tmp_path / "a.jsonl", TRL, {**TRL, "completions": ["x" * 200, "b", "c"]})
     found = read(file)
-    refuse_long(found, StepEncoder(TOKENIZER, "\n\n"), 100)
+    refuse_long(found, 0, StepEncoder(TOKENIZER, "\n\n"), 100)
     assert [trace.id for trace in found.traces] == ["0/a.jsonl:1"]
     (bad,) = found.bad
     assert (bad.file, bad.line) == (str(file), 2)

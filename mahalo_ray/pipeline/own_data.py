@@ -17,14 +17,18 @@ from mahalo_ray.data.step_readers import ReadTraces, read_traces
 from mahalo_ray.domains.human_values import read_truthfulqa
 from mahalo_ray.evaluation.reward_figures import ObjectiveFigures
 from mahalo_ray.evaluation.reward_report import RESULTS, held_out_report, write_report
+from mahalo_ray.models.backbone import load_tokenizer
 from mahalo_ray.models.folder import local_folder
 from mahalo_ray.models.reward_heads import OUTPUT_KIND_OF
+from mahalo_ray.models.traces import StepEncoder
 from mahalo_ray.pipeline.corpus import START_MODEL
 from mahalo_ray.pipeline.heads import train_heads, trained
 from mahalo_ray.pipeline.stages import Context, Pipeline, Stage, StageResult
 from mahalo_ray.training.batches import held_out
 from mahalo_ray.training.launch import TrainingResult, file_fingerprint, train_reward
 from mahalo_ray.training.pairs import split_key
+from mahalo_ray.training.sources import model_folder
+from mahalo_ray.training.traces import refuse_long
 
 R = TypeVar("R", PreferencePair, StepTrace)
 
@@ -66,6 +70,9 @@ def traces(context: Context) -> StageResult:
     assert config.data is not None
     context.progress.start(len(config.data.traces), "sources")
     found, kept = ReadTraces(), list[StepTrace]()
+    assert config.model.base is not None
+    tokenizer = load_tokenizer(model_folder(config.model.base))
+    encoder = StepEncoder(tokenizer, config.data.step_separator)
     for number, source in enumerate(config.data.traces):
         before = len(found.traces)
         read_traces(
@@ -80,6 +87,7 @@ def traces(context: Context) -> StageResult:
             outcome_labels=source.outcome_labels,
             gamma=source.gamma,
         )
+        refuse_long(found, before, encoder, config.model.max_length)
         own = found.traces[before:]
         kept += _sampled(own, [trace.group for trace in own], source.sample, config.seed)
         context.progress.advance()
@@ -225,6 +233,13 @@ def _model_settings(config: RunConfig) -> dict[str, Any]:
     }
 
 
+def _traces_settings(config: RunConfig) -> dict[str, Any]:
+    """The model counts too: what is too long for it is refused."""
+    assert config.data is not None
+    separator = {"step_separator": config.data.step_separator}
+    return {**_source_settings("traces")(config), **separator, **_model_settings(config)}
+
+
 def _policy_settings(config: RunConfig) -> dict[str, Any]:
     return {
         "policy": config.policy.model_dump(mode="json"),
@@ -252,7 +267,7 @@ def _nothing(config: RunConfig) -> None:
 
 _READERS = {
     "pairs": Stage("pairs", "Read preference pairs", pairs, _source_settings("pairs"), uses_ray=False),
-    "traces": Stage("traces", "Read step traces", traces, _source_settings("traces"), uses_ray=False),
+    "traces": Stage("traces", "Read step traces", traces, _traces_settings, uses_ray=False),
 }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mahalo_ray.config import ClusterConfig
@@ -69,7 +69,7 @@ class RolloutReport:
 
     def metrics(self) -> dict[str, Any]:
         """As plain numbers, for the stage's manifest."""
-        return {name: dict(v) if isinstance(v, Counter) else v for name, v in asdict(self).items()}
+        return {name: dict(v) if isinstance(v, Counter) else v for name, v in vars(self).items()}
 
 
 @dataclass(frozen=True)

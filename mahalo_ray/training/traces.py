@@ -118,12 +118,13 @@ def add_traces(
         data.add_unit(names, tokens_of, labels_of, split_key, group)
 
 
-def refuse_long(found: ReadTraces, encoder: StepEncoder, max_length: int) -> None:
-    """Move traces that cannot be cut at a step boundary to the bad rows: their prompt and first step alone
-    exceed `max_length` tokens."""
-    kept = []
-    for trace in found.traces:
-        tokens = len(encoder.encode(trace.prompt, trace.steps[:1]).input_ids)
+def refuse_long(found: ReadTraces, first: int, encoder: StepEncoder, max_length: int) -> None:
+    """Move those of `found.traces[first:]` that cannot be cut at a step boundary to the bad rows: prompt
+    and first step alone exceed `max_length` tokens."""
+    kept = found.traces[:first]
+    for trace in found.traces[first:]:
+        ends = trace.step_ends or encoder.encode(trace.prompt, trace.steps[:1]).ends
+        tokens = ends[0] + 1
         if tokens <= max_length:
             kept.append(trace)
             continue
