@@ -350,15 +350,12 @@ def test_the_example_is_a_labelling_job() -> None:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    ray.init(
-        address="local",
-        num_cpus=3,
-        include_dashboard=False,
-        log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": PROGRAMS}},
-    )
-    yield
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        # The cluster's own workers inherit it, whichever job they work for: the judge is the tests' own.
+        patch.setenv("PYTHONPATH", os.pathsep.join([PROGRAMS, os.getcwd()]))
+        ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
+        yield
+        ray.shutdown()
 
 
 @pytest.fixture(scope="module")

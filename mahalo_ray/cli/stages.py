@@ -62,7 +62,7 @@ def serve(config: ConfigFile, set_: Overrides = None, debug: Debug = False) -> N
 def run_stages(config: RunConfig, targets: tuple[str, ...] | None, config_name: str) -> None:
     """Bring stages up to date (None: all) and say what came of it."""
     from mahalo_ray.evaluation.reward_report import print_report as print_reward_report
-    from mahalo_ray.pipeline.evaluating import print_outcome
+    from mahalo_ray.pipeline.evaluating import print_outcome, wide_enough
 
     targets = targets_of(config, targets)
     manifests = execute(pipeline_of(config, targets or ()), config, targets)
@@ -71,7 +71,7 @@ def run_stages(config: RunConfig, targets: tuple[str, ...] | None, config_name: 
         say(f"Serve it: mahalo serve {config_name}")
         return
     if "reward_report" in manifests:
-        print_reward_report(out, storage.join(config.output, "reward_report"))
+        print_reward_report(wide_enough(out), storage.join(config.output, "reward_report"))
     for name in targets or manifests:
         say(f"{name}: {storage.join(config.output, name)}")
 
@@ -87,7 +87,7 @@ def serve_run(config: RunConfig) -> None:
     """Make policy and reward model if they are not there yet, then serve them until Ctrl-C."""
     from mahalo_ray.pipeline.serve import serve_in_foreground
 
-    manifests = execute(pipeline_of(config, ("policy", "reward")), config, ("policy",))
+    manifests = execute(pipeline_of(config, ("serve",)), config, ("policy",))
     with open_session(config):
         serve_in_foreground(config, manifests, out)
 
