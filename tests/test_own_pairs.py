@@ -71,7 +71,7 @@ def test_the_example_is_valid_and_writes_itself() -> None:
         ("data.pairs.0.objective_field=x", "exactly one of 'objective'"),
         ("model={scratch: {}}", "needs 'model.base'"),
         ("data.pairs=[]", "give 'pairs', 'traces' or both"),
-        ("reward.dedicated=[[accuracy], [honest, acuracy]]", "'reward.dedicated'.*Did you mean 'accuracy'"),
+        ("reward.dedicated=[[accuracy], [truthful, acuracy]]", "'reward.dedicated'.*Did you mean 'accuracy'"),
         ("reward.dedicated=[[accuracy], [accuracy]]", "names 'accuracy' twice"),
     ],
 )
