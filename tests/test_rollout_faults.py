@@ -38,7 +38,7 @@ from mahalo_ray.domains.tutoring.cases import load_cases
 from mahalo_ray.rollouts.actors import CANDIDATES, DIALOGUES, RolloutWorker
 from mahalo_ray.rollouts.driver import DialogueChunks, run_rollouts
 from mahalo_ray.rollouts.parties import CASES, RolloutSpec
-from mahalo_ray.rollouts.pool import RolloutError
+from mahalo_ray.rollouts.pool import IN_FLIGHT_PER_ACTOR, RolloutError
 
 pytestmark = pytest.mark.slow
 
@@ -224,7 +224,8 @@ def test_the_driver_killed_and_started_again(base: Path, tmp_path: Path) -> None
             said, _ = second.communicate(timeout=120)
         assert second.returncode == 0, said
     metrics: dict[str, Any] = json.loads((output / "manifest.json").read_text())["metrics"]
-    assert (metrics["dialogues"], metrics["resumed"]) == (18, finished)
+    # The dead driver's actor may finish what it had in flight before it notices.
+    assert metrics["dialogues"] == 18 and finished <= metrics["resumed"] <= finished + IN_FLIGHT_PER_ACTOR
     assert shards(output) == shards(base / "quiet")
     page = (output / "dialogues.html").read_text()
     assert "18 dialogues" in page and "knowledge: solid" in page

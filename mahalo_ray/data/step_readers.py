@@ -33,12 +33,17 @@ OutcomeLabels = Literal["last", "all"]
 
 @dataclass
 class ReadTraces:
-    """What was read. `rows` counts all rows, one may hold several traces; `places`: file and line by id."""
+    """What was read. `rows` counts lines, one may hold several traces; `places`: file and line by id."""
 
     traces: list[StepTrace] = field(default_factory=list)
     bad: list[BadRow] = field(default_factory=list)
     rows: int = 0
     places: dict[str, tuple[str, int]] = field(default_factory=dict)
+
+    @property
+    def seen(self) -> int:
+        """Traces and refused ones together: what a share of bad rows is a share of."""
+        return len(self.traces) + len(self.bad)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def read_held_out(
             read_pairs(path, "auto", objectives, objective, named, str(number), pairs)
         else:
             read_traces(path, row_format, objectives, objective, None, str(number), traces)
-    return Rows(traces.traces, pairs.pairs, pairs.bad + traces.bad, pairs.rows + traces.rows)
+    return Rows(traces.traces, pairs.pairs, pairs.bad + traces.bad, pairs.rows + traces.seen)
 
 
 def _first_fields(path: str) -> set[str]:

@@ -74,7 +74,7 @@ def _rated(config: LabelConfig, settings: CalibrationConfig) -> tuple[list[StepT
     source, scale = settings.ratings, settings.label_range
     read_traces(source, settings.format, [name], name, None, "ratings", found, label_range=scale)
     url, share = storage.join(config.output, QUARANTINE), settings.max_bad_fraction
-    quarantine(found.bad, found.rows, share, url, "calibration.max_bad_fraction")
+    quarantine(found.bad, found.seen, share, url, "calibration.max_bad_fraction")
     rated = [(t, t.outcome[name]) for t in found.traces if t.outcome is not None and name in t.outcome]
     return [trace for trace, _ in rated], [rating for _, rating in rated]
 

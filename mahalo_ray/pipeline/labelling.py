@@ -123,9 +123,9 @@ def _write_chunks(config: LabelConfig, output: str) -> list[LabelChunk]:
     for number, asked in enumerate(config.input.prompts):
         read_prompts(asked.path, f"prompts{number}", prompts)
         answers += [asked.responses] * (len(prompts.traces) - len(answers))
-    bad, rows = [*found.bad, *prompts.bad], found.rows + prompts.rows
+    bad, seen = [*found.bad, *prompts.bad], found.seen + prompts.seen
     share, url = config.input.max_bad_fraction, storage.join(output, QUARANTINE)
-    quarantine(bad, rows, share, url, "input.max_bad_fraction")
+    quarantine(bad, seen, share, url, "input.max_bad_fraction")
     limit = config.input.limit
     traces = found.traces[:limit]
     left = None if limit is None else limit - len(traces)

@@ -91,7 +91,7 @@ def traces(context: Context) -> StageResult:
         own = found.traces[before:]
         kept += _sampled(own, [trace.group for trace in own], source.sample, config.seed)
         context.progress.advance()
-    quarantine(found.bad, found.rows, config.data.max_bad_fraction, context.path(QUARANTINE))
+    quarantine(found.bad, found.seen, config.data.max_bad_fraction, context.path(QUARANTINE))
     counts = {
         objective.name: sum(labelled(trace, objective.name) for trace in kept)
         for objective in config.objectives
