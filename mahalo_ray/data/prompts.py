@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from mahalo_ray.data.quarantine import BadRow
 from mahalo_ray.data.records import Message
-from mahalo_ray.data.row_files import Row, data_files, read_rows
+from mahalo_ray.data.row_files import Row, use_rows
 from mahalo_ray.objectives import Weights
 
 _OPTIONS = ("id", "prompt", "messages", "weights", "guidance", "seed")
@@ -50,20 +50,15 @@ def read_prompts(path: str) -> tuple[list[PromptRow], list[BadRow]]:
     prompts: list[PromptRow] = []
     bad: list[BadRow] = []
     seen: set[str] = set()
-    for file in data_files(path):
-        for line, row in read_rows(file):
-            if isinstance(row, BadRow):
-                bad.append(row)
-                continue
-            try:
-                prompt = _prompt(row, file, line)
-                if prompt.id in seen:
-                    raise ValueError(f"another row has the id '{prompt.id}' too")
-            except ValueError as error:
-                bad.append(BadRow.of(file, line, str(error), row))
-                continue
-            seen.add(prompt.id)
-            prompts.append(prompt)
+
+    def use(row: Row, file: str, line: int) -> None:
+        prompt = _prompt(row, file, line)
+        if prompt.id in seen:
+            raise ValueError(f"another row has the id '{prompt.id}' too")
+        seen.add(prompt.id)
+        prompts.append(prompt)
+
+    use_rows(path, use, bad)
     if not prompts:
         first = f"; the first row: {bad[0].reason}" if bad else ""
         raise ValueError(f"'{path}' holds no prompts ({len(bad)} rows cannot be used{first})")

@@ -33,7 +33,7 @@ from mahalo_ray.data.row_fields import (
     text_of,
     turns,
 )
-from mahalo_ray.data.row_files import Row, data_files, read_rows
+from mahalo_ray.data.row_files import Row, use_rows
 
 
 @dataclass
@@ -64,25 +64,19 @@ def read_pairs(
     """
     assert (objective is None) != (objective_field is None)
     seen = {pair.id for pair in into.pairs}
-    for file in data_files(path):
-        for line, row in read_rows(file):
-            into.rows += 1
-            if isinstance(row, BadRow):
-                into.bad.append(row)
-                continue
-            try:
-                own = objective or text_of(row, str(objective_field))
-                if own not in objectives:
-                    into.left_out[own] = into.left_out.get(own, 0) + 1
-                    continue
-                pair = _pair(row, row_format, own, f"{name}/{posixpath.basename(file)}:{line}", path)
-                if pair.id in seen:
-                    raise Refused(f"another row has the id '{pair.id}' too")
-            except Refused as error:
-                into.bad.append(BadRow.of(file, line, str(error), row))
-                continue
-            seen.add(pair.id)
-            into.pairs.append(pair)
+
+    def use(row: Row, file: str, line: int) -> None:
+        own = objective or text_of(row, str(objective_field))
+        if own not in objectives:
+            into.left_out[own] = into.left_out.get(own, 0) + 1
+            return
+        pair = _pair(row, row_format, own, f"{name}/{posixpath.basename(file)}:{line}", path)
+        if pair.id in seen:
+            raise Refused(f"another row has the id '{pair.id}' too")
+        seen.add(pair.id)
+        into.pairs.append(pair)
+
+    into.rows += use_rows(path, use, into.bad, Refused)
 
 
 def _pair(row: Row, row_format: str, objective: str, default_id: str, source: str) -> PreferencePair:

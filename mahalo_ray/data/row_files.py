@@ -6,7 +6,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,31 @@ def read_rows(file: str) -> Iterator[tuple[int, Row | BadRow]]:
         yield from _array_rows(file, data)
     else:
         yield from _lines(file, data)
+
+
+def use_rows(
+    path: str,
+    use: Callable[[Row, str, int], None],
+    bad: list[BadRow],
+    refusal: type[ValueError] = ValueError,
+) -> int:
+    """Call `use(row, file, line)` for every row of `path` (see `data_files`); returns their number.
+
+    What is no row, and what `use` refuses by raising a `refusal`, is added to `bad`. ValueError when there is
+    nothing to read.
+    """
+    rows = 0
+    for file in data_files(path):
+        for line, row in read_rows(file):
+            rows += 1
+            if isinstance(row, BadRow):
+                bad.append(row)
+                continue
+            try:
+                use(row, file, line)
+            except refusal as error:
+                bad.append(BadRow.of(file, line, str(error), row))
+    return rows
 
 
 def _parquet_rows(file: str, data: bytes) -> Iterator[tuple[int, Row]]:

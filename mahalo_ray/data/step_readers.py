@@ -24,7 +24,7 @@ from typing import Any, Literal
 from mahalo_ray.data.quarantine import BadRow
 from mahalo_ray.data.records import StepTrace
 from mahalo_ray.data.row_fields import Refused, digest, opening, text_of
-from mahalo_ray.data.row_files import Row, data_files, read_rows
+from mahalo_ray.data.row_files import Row, use_rows
 from mahalo_ray.data.step_formats import FORMATS, Parsed, asked, format_of, reference_answer
 from mahalo_ray.objectives import unknown_name
 
@@ -124,26 +124,19 @@ def _collect(
 ) -> None:
     """Add what `traces_of` makes of every row (and its default id); what it refuses becomes bad rows."""
     seen = {trace.id for trace in into.traces}
-    for file in data_files(path):
-        for line, row in read_rows(file):
-            into.rows += 1
-            if isinstance(row, BadRow):
-                into.bad.append(row)
-                continue
-            try:
-                for found in traces_of(row, f"{name}/{posixpath.basename(file)}:{line}"):
-                    if isinstance(found, Refused):
-                        into.bad.append(BadRow.of(file, line, str(found), row))
-                    elif found.id in seen:
-                        into.bad.append(
-                            BadRow.of(file, line, f"another row has the id '{found.id}' too", row)
-                        )
-                    else:
-                        seen.add(found.id)
-                        into.traces.append(found)
-                        into.places[found.id] = (file, line)
-            except Refused as error:
-                into.bad.append(BadRow.of(file, line, str(error), row))
+
+    def use(row: Row, file: str, line: int) -> None:
+        for found in traces_of(row, f"{name}/{posixpath.basename(file)}:{line}"):
+            if isinstance(found, Refused):
+                into.bad.append(BadRow.of(file, line, str(found), row))
+            elif found.id in seen:
+                into.bad.append(BadRow.of(file, line, f"another row has the id '{found.id}' too", row))
+            else:
+                seen.add(found.id)
+                into.traces.append(found)
+                into.places[found.id] = (file, line)
+
+    into.rows += use_rows(path, use, into.bad, Refused)
 
 
 def _trace(row: Row, parsed: Parsed, mapping: _Mapping, default_id: str, source: str) -> StepTrace:

@@ -6,27 +6,21 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Sequence
 
-from mahalo_ray.data.quarantine import BadRow
 from mahalo_ray.data.readers import ReadPairs
 from mahalo_ray.data.records import PreferencePair
 from mahalo_ray.data.row_fields import Refused, digest, prompt_of, text_of
-from mahalo_ray.data.row_files import Row, data_files, read_rows
+from mahalo_ray.data.row_files import Row, use_rows
 
 
 def read_truthfulqa(path: str, objective: str, max_pairs_per_question: int, into: ReadPairs) -> None:
     """Add pairs of TruthfulQA to `into`: the n-th correct answer of a question against its n-th incorrect
     one, the best of both first. Pairs of one question share a dialogue."""
-    for file in data_files(path):
-        for line, row in read_rows(file):
-            into.rows += 1
-            if isinstance(row, BadRow):
-                into.bad.append(row)
-                continue
-            try:
-                default_id = f"truthfulqa/{posixpath.basename(file)}:{line}"
-                into.pairs += _pairs(row, objective, max_pairs_per_question, default_id, path)
-            except Refused as error:
-                into.bad.append(BadRow.of(file, line, str(error), row))
+
+    def use(row: Row, file: str, line: int) -> None:
+        default_id = f"truthfulqa/{posixpath.basename(file)}:{line}"
+        into.pairs += _pairs(row, objective, max_pairs_per_question, default_id, path)
+
+    into.rows += use_rows(path, use, into.bad, Refused)
 
 
 def _pairs(row: Row, objective: str, most: int, default_id: str, source: str) -> list[PreferencePair]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from mahalo_ray.config.rollouts import CasesConfig, GridCases, MathDialCases, PrefixCases
 from mahalo_ray.data.quarantine import BadRow, TooManyBadRows
 from mahalo_ray.data.records import Message
-from mahalo_ray.data.row_files import data_files, read_rows
+from mahalo_ray.data.row_files import Row, use_rows
 from mahalo_ray.domains.tutoring.checks import final_number
 from mahalo_ray.domains.tutoring.personas import AnswerKey, Case, Misunderstanding, Task
 
@@ -23,15 +21,11 @@ def load_cases(config: CasesConfig) -> tuple[list[Case], list[BadRow]]:
             read = _prefix
     cases: list[Case] = []
     bad: list[BadRow] = []
-    for file in data_files(config.path):
-        for line, row in read_rows(file):
-            if isinstance(row, BadRow):
-                bad.append(row)
-                continue
-            try:
-                cases.append(read(row, f"{len(cases)}"))
-            except ValueError as error:
-                bad.append(BadRow.of(file, line, str(error), row))
+
+    def use(row: Row, file: str, line: int) -> None:
+        cases.append(read(row, f"{len(cases)}"))
+
+    use_rows(config.path, use, bad)
     if not cases:
         first = f"; the first: line {bad[0].line}: {bad[0].reason}" if bad else ""
         raise TooManyBadRows(f"none of the {len(bad)} rows of '{config.path}' can be used{first}")
@@ -55,7 +49,7 @@ def _grid(config: GridCases) -> list[Case]:
     ]
 
 
-def _mathdial(row: dict[str, Any], name: str) -> Case:
+def _mathdial(row: Row, name: str) -> Case:
     """The topic is the problem: dialogues about one problem stay together in a split."""
     problem, work = _text(row, "question"), _text(row, "student_incorrect_solution")
     answer = final_number(_text(row, "ground_truth"))
@@ -75,7 +69,7 @@ def _mathdial(row: dict[str, Any], name: str) -> Case:
     )
 
 
-def _prefix(row: dict[str, Any], name: str) -> Case:
+def _prefix(row: Row, name: str) -> Case:
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages:
         raise ValueError("'messages' is missing: a list of messages with role and content")
@@ -93,7 +87,7 @@ def _opening(problem: str, work: str | None) -> Message:
     return Message(role="user", content=f"{problem}\n\n{words}")
 
 
-def _text(row: dict[str, Any], field: str) -> str:
+def _text(row: Row, field: str) -> str:
     value = row.get(field)
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"'{field}' is missing or not a text")
