@@ -154,5 +154,5 @@ def test_a_family_that_reads_positions_otherwise_is_refused() -> None:
 def test_ordinary_rows_under_the_attention_of_pairs_are_refused() -> None:
     model = policy("llama")
     model.read_packed_pairs()
-    with pytest.raises(ValueError, match="did not receive pair_spans"):
+    with pytest.raises(ValueError, match="did not receive pair_layout"):
         model.hidden_states(torch.tensor([[3, 4, 5]]))

@@ -9,67 +9,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface
+from torch import Tensor
 
-from mahalo_ray.models.attention import refuse_options, softcapped
+from mahalo_ray.models.attention import register_attention, softcapped
 
 IMPLEMENTATION = "mahalo_cached"
 
-
-class View(Protocol):
-    """Where new keys and values go, and what the new queries may look at."""
-
-    @property
-    def context(self) -> int:
-        """Longest row in tokens, the new ones included: compared with a layer's sliding window."""
-        ...
-
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None
-    ) -> Tensor:
-        """query [B, Hq, S, D]; key, value [B, Hkv, S, D], new tokens only -> [B, S, Hq, D]."""
-        ...
-
-
-def _forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    sliding_window: int | None = None,
-    dropout: float = 0.0,
-    kv_cache: View | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    name = type(module).__name__
-    if kv_cache is None:
-        raise ValueError(
-            f"{name} did not receive kv_cache: this architecture does not pass it on to its attention"
-        )
-    refuse_options(name, options, "the decoding cache")
-    if dropout:
-        raise ValueError(f"{name} applies attention dropout: call model.eval() before decoding")
-    if sliding_window is not None and kv_cache.context > sliding_window:
-        raise ValueError(
-            f"{name} attends to a sliding window of {sliding_window} tokens and the context has "
-            f"{kv_cache.context}: "
-            "the decoding cache keeps whole contexts only; shorten the prompt or use a full-attention model"
-        )
-    if scaling is None:
-        scaling = query.shape[-1] ** -0.5
-    layer = module.layer_idx
-    assert isinstance(layer, int)
-    return kv_cache.attend(layer, query, key, value, scaling, softcap), None
-
-
-AttentionInterface.register(IMPLEMENTATION, _forward)
+register_attention(IMPLEMENTATION, "kv_cache", "the decoding cache")
 
 
 @contextlib.contextmanager

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from mahalo_ray.decoding.attention import View, cached_attention
+from mahalo_ray.decoding.attention import cached_attention
 from mahalo_ray.decoding.cache import RaggedCache
 from mahalo_ray.decoding.products import FastProducts, fast_head
+from mahalo_ray.models.attention import View
 from mahalo_ray.models.backbone import split_causal_lm
 from mahalo_ray.models.heads import FullHead
 from mahalo_ray.models.multi_head import MultiHeadCausalLM

@@ -1,24 +1,81 @@
-"""Plain attention that our own attention implementations are made of, and what they refuse."""
+"""What our own transformers attention implementations are made of: how they are called, what they refuse, and
+plain attention."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import AttentionInterface
 
 # Arguments some architectures pass to their attention that change its result: ignoring one would be silently
 # wrong.
 _UNSUPPORTED = ("s_aux", "position_bias", "head_mask", "encoder_hidden_states")
 
 
-def refuse_options(module: str, options: Mapping[str, Any], by: str) -> None:
-    """ValueError if a module passes something to its attention that changes the result."""
-    for option in _UNSUPPORTED:
-        if options.get(option) is not None:
-            raise ValueError(f"{module} passes '{option}' to its attention, which {by} does not support")
+class View(Protocol):
+    """What the queries of one forward may look at."""
+
+    @property
+    def context(self) -> int:
+        """Longest sequence in tokens, the new ones included: compared with a layer's sliding window."""
+        ...
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None
+    ) -> Tensor:
+        """query [B, Hq, S, D]; key, value [B, Hkv, S, D], new tokens only -> [B, S, Hq, D]."""
+        ...
+
+
+def register_attention(implementation: str, argument: str, by: str) -> None:
+    """Register an attention implementation that leaves everything to the View a model is called with.
+
+    `argument` names it among the model's keyword arguments; `by` names the implementation in errors. No mask
+    is built by transformers: what may be seen belongs to the view. ValueError, when a model is called, for a
+    module that does not pass the view on, or that wants something which would change the result.
+    """
+
+    def forward(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        sliding_window: int | None = None,
+        dropout: float = 0.0,
+        **options: Any,
+    ) -> tuple[Tensor, None]:
+        name = type(module).__name__
+        view: View | None = options.get(argument)
+        if view is None:
+            raise ValueError(
+                f"{name} did not receive {argument}: this architecture does not pass it on to its attention"
+            )
+        for option in _UNSUPPORTED:
+            if options.get(option) is not None:
+                raise ValueError(f"{name} passes '{option}' to its attention, which {by} does not support")
+        if dropout:
+            raise ValueError(
+                f"{name} applies attention dropout, which {by} does not: call model.eval() or set it to 0"
+            )
+        if sliding_window is not None and view.context > sliding_window:
+            raise ValueError(
+                f"{name} attends to a sliding window of {sliding_window} tokens and the context has "
+                f"{view.context}: {by} knows whole contexts only; shorten the prompt or use a full-attention "
+                "model"
+            )
+        if scaling is None:
+            scaling = query.shape[-1] ** -0.5
+        layer = module.layer_idx
+        assert isinstance(layer, int)
+        return view.attend(layer, query, key, value, scaling, softcap), None
+
+    AttentionInterface.register(implementation, forward)
 
 
 def repeat_heads(states: Tensor, times: int) -> Tensor:

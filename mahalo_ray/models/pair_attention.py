@@ -13,13 +13,14 @@ predicts one token, as in an ordinary sequence.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
 
-from mahalo_ray.models.attention import prefix_attention, refuse_options
+from mahalo_ray.models.attention import prefix_attention, register_attention
 from mahalo_ray.models.sharding import is_sharded
 
 IMPLEMENTATION = "mahalo_pairs"
@@ -27,11 +28,12 @@ IMPLEMENTATION = "mahalo_pairs"
 
 @dataclass(frozen=True)
 class PairLayout:
-    """Where pairs lie in their packed sequence. `lengths` [R][3]: tokens of prompt, chosen and rejected as
-    packed; each may be 0."""
+    """Where pairs lie in their packed sequence, and what each token of it attends to (a View). `lengths`
+    [R][3]: tokens of prompt, chosen and rejected as packed; each may be 0."""
 
     lengths: list[list[int]]
 
+    @cached_property
     def spans(self) -> list[tuple[int, int, int, int]]:
         """(prompt's begin, chosen's begin, rejected's begin, end) of every pair."""
         found, at = [], 0
@@ -40,6 +42,28 @@ class PairLayout:
             found.append(bounds)
             at = bounds[-1]
         return found
+
+    @property
+    def context(self) -> int:
+        """Tokens of the longest prompt with one answer."""
+        return max(prompt + max(chosen, rejected) for prompt, chosen, rejected in self.lengths)
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None
+    ) -> Tensor:
+        """query [1, Hq, N, D]; key, value [1, Hkv, N, D] -> [1, N, Hq, D]."""
+        found = []
+        for first, middle, last, end in self.spans:
+            q, k, v = (states[:, :, first:end] for states in (query, key, value))
+            prompt, whole = middle - first, last - first
+            found.append(
+                prefix_attention(q[:, :, :whole], k[:, :, :whole], v[:, :, :whole], None, scaling, softcap)
+            )
+            if end > last:
+                keys, values = (torch.cat([s[:, :, :prompt], s[:, :, whole:]], dim=2) for s in (k, v))
+                starts = torch.tensor([prompt], device=query.device)
+                found.append(prefix_attention(q[:, :, whole:], keys, values, starts, scaling, softcap))
+        return torch.cat(found, dim=1)
 
     def positions(self, device: torch.device) -> Tensor:
         """Position ids [1, N]: both answers begin where their prompt ends."""
@@ -62,7 +86,7 @@ def packed_arguments(pair_lengths: Tensor | None) -> dict[str, Any]:
     if pair_lengths is None:
         return {}
     layout = PairLayout(pair_lengths.tolist())
-    return {"position_ids": layout.positions(pair_lengths.device), "pair_spans": layout.spans()}
+    return {"position_ids": layout.positions(pair_lengths.device), "pair_layout": layout}
 
 
 def sequence_numbers(labels: Tensor, pair_lengths: Tensor | None) -> Tensor:
@@ -72,46 +96,7 @@ def sequence_numbers(labels: Tensor, pair_lengths: Tensor | None) -> Tensor:
     return PairLayout(pair_lengths.tolist()).rows(labels.device)
 
 
-def _forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    sliding_window: int | None = None,
-    dropout: float = 0.0,
-    pair_spans: list[tuple[int, int, int, int]] | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """query [1, Hq, N, D]; key, value [1, Hkv, N, D] -> [1, N, Hq, D]."""
-    name = type(module).__name__
-    if pair_spans is None:
-        raise ValueError(f"{name} did not receive pair_spans: it does not pass them on to its attention")
-    refuse_options(name, options, "attention over packed pairs")
-    if dropout:
-        raise ValueError(f"{name} applies attention dropout, which attention over packed pairs does not")
-    longest = max(max(last, end - last + middle) - first for first, middle, last, end in pair_spans)
-    if sliding_window is not None and longest > sliding_window:
-        raise ValueError(f"{name} attends to {sliding_window} tokens, and a sequence has {longest}")
-    if scaling is None:
-        scaling = query.shape[-1] ** -0.5
-    found = []
-    for first, middle, last, end in pair_spans:
-        q, k, v = (states[:, :, first:end] for states in (query, key, value))
-        prompt, whole = middle - first, last - first
-        found.append(
-            prefix_attention(q[:, :, :whole], k[:, :, :whole], v[:, :, :whole], None, scaling, softcap)
-        )
-        if end > last:
-            keys, values = (torch.cat([s[:, :, :prompt], s[:, :, whole:]], dim=2) for s in (k, v))
-            starts = torch.tensor([prompt], device=query.device)
-            found.append(prefix_attention(q[:, :, whole:], keys, values, starts, scaling, softcap))
-    return torch.cat(found, dim=1), None
-
-
-AttentionInterface.register(IMPLEMENTATION, _forward)
+register_attention(IMPLEMENTATION, "pair_layout", "attention over packed pairs")
 
 
 def why_not_packed(config: PretrainedConfig, attn_implementation: str, max_length: int) -> str | None:
