@@ -70,7 +70,7 @@ def make_dialogues(config: DialoguesConfig, session: Session, progress: RunProgr
                 config.cluster,
                 bar.update,
                 config.max_failed_fraction,
-            ).metrics()
+            ).as_json()
         ray.close()
         with display.stage("[2/3] Build preference pairs"):
             metrics[PAIRS] = _write_pairs(config, output)

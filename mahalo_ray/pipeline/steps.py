@@ -126,7 +126,7 @@ def _play(context: Context, settings: RolloutConfig, reward_url: str | None, pur
     first = first_seed(config.seed, purpose)
     chunks = DialogueChunks(first, settings.dialogues, settings.batch_size_per_actor)
     context.progress.start(settings.dialogues, "dialogues")
-    return run_rollouts(spec, chunks, config.cluster, context.progress.update).metrics()
+    return run_rollouts(spec, chunks, config.cluster, context.progress.update).as_json()
 
 
 def _pairs_settings(config: RunConfig) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import ray
@@ -47,13 +47,12 @@ class Chunk:
         return storage.join(output_url, SUMMARIES, f"part-{self.number:06d}.json")
 
 
-@dataclass(frozen=True)
-class ChunkSummary:
-    """What one chunk came to, attempts added up. `dialogues`: those finished, branches not counted; `failed`:
-    dialogue number -> (kind, message); `retries` and `failed_attempts` by kind; `seconds` of the last
-    attempt."""
+@dataclass(kw_only=True)
+class Counts:
+    """What is counted of dialogues and added up. `dialogues`: those finished, branches not counted; by kind,
+    `failed_attempts` counts dialogues that failed, also those that came to a result later, and `retries`
+    requests that endpoints were sent again."""
 
-    number: int
     dialogues: int = 0
     branches: int = 0
     candidates: int = 0
@@ -63,29 +62,41 @@ class ChunkSummary:
     endpoint_requests: int = 0
     endpoint_tokens: int = 0
     endpoint_cost: float = 0.0
+    retries: Counter[str] = field(default_factory=Counter)
+    failed_attempts: Counter[str] = field(default_factory=Counter)
+
+    def plus(self, other: Counts) -> dict[str, Any]:
+        """The sums, by name."""
+        return {
+            count.name: getattr(self, count.name) + getattr(other, count.name) for count in fields(Counts)
+        }
+
+    def as_json(self) -> dict[str, Any]:
+        """All fields as plain numbers, for JSON."""
+        return {name: dict(v) if isinstance(v, Counter) else v for name, v in vars(self).items()}
+
+
+@dataclass(kw_only=True)
+class ChunkSummary(Counts):
+    """What one chunk came to, attempts added up. `failed`: dialogue number -> (kind, message); `seconds` of
+    the last attempt."""
+
+    number: int
     seconds: float = 0.0
-    retries: dict[str, int] = field(default_factory=dict)
-    failed_attempts: dict[str, int] = field(default_factory=dict)
     failed: dict[int, tuple[str, str]] = field(default_factory=dict)
     actor: str = ""
 
     def after(self, earlier: ChunkSummary) -> ChunkSummary:
         """This attempt's summary with what earlier ones came to; who failed is up to this one."""
-        summed = {
-            name: getattr(self, name) + getattr(earlier, name)
-            for name, value in asdict(self).items()
-            if isinstance(value, int | float) and name not in ("number", "seconds")
-        }
-        for name in ("retries", "failed_attempts"):
-            summed[name] = dict(Counter(getattr(self, name)) + Counter(getattr(earlier, name)))
-        return replace(self, **summed)
+        return replace(self, **self.plus(earlier))
 
     def write(self, url: str) -> None:
-        storage.write_json(url, asdict(self))
+        storage.write_json(url, self.as_json())
 
     @classmethod
     def read(cls, url: str) -> ChunkSummary:
         values: dict[str, Any] = storage.read_json(url)
+        values |= {name: Counter(values[name]) for name in ("retries", "failed_attempts")}
         failed = {int(number): (kind, message) for number, (kind, message) in values.pop("failed").items()}
         return cls(**values, failed=failed)
 
@@ -138,8 +149,8 @@ class RolloutWorker:
             endpoint_tokens=spent.tokens - usage.tokens,
             endpoint_cost=spent.cost - usage.cost,
             seconds=time.monotonic() - began,
-            retries=dict(spent.retries - usage.retries),
-            failed_attempts=dict(Counter(failure.kind for failure in failed.values())),
+            retries=spent.retries - usage.retries,
+            failed_attempts=Counter(failure.kind for failure in failed.values()),
             failed={seed: (failure.kind, failure.message) for seed, failure in failed.items()},
             actor=self.name,
         )

@@ -14,62 +14,33 @@ from typing import Any
 
 from mahalo_ray.config import ClusterConfig
 from mahalo_ray.data import storage
-from mahalo_ray.rollouts.actors import Chunk, ChunkSummary, RolloutActor
+from mahalo_ray.rollouts.actors import Chunk, ChunkSummary, Counts, RolloutActor
 from mahalo_ray.rollouts.parties import RolloutSpec
 from mahalo_ray.rollouts.pool import ActorPool, RolloutError
 
 JUDGED_FROM = 50  # dialogues played before a share of failures says anything
-_SUMMED = (
-    "dialogues",
-    "branches",
-    "candidates",
-    "tokens",
-    "malformed_turns",
-    "tutor_turns",
-    "endpoint_requests",
-    "endpoint_tokens",
-    "endpoint_cost",
-)
 
 Progress = Callable[[int, int, str], None]
 
 
-@dataclass
-class RolloutReport:
+@dataclass(kw_only=True)
+class RolloutReport(Counts):
     """What a stage came to, summed over its chunks, those of earlier attempts included; `resumed` counts
-    chunks found finished. `failed`: dialogues without a result, by kind; `failed_attempts` also those that
-    came to one later; `retries`: requests that endpoints were sent again."""
+    chunks found finished. `failed`: dialogues without a result, by kind."""
 
     chunks: int = 0
     resumed: int = 0
-    dialogues: int = 0
-    branches: int = 0
-    candidates: int = 0
-    tokens: int = 0
-    malformed_turns: int = 0
-    tutor_turns: int = 0
-    endpoint_requests: int = 0
-    endpoint_tokens: int = 0
-    endpoint_cost: float = 0.0
     actor_deaths: int = 0
-    retries: Counter[str] = field(default_factory=Counter)
-    failed_attempts: Counter[str] = field(default_factory=Counter)
     failed: Counter[str] = field(default_factory=Counter)
     example: str = ""  # of a failure, in the endpoint's words
 
     def add(self, summary: ChunkSummary) -> None:
         """Another chunk's final summary."""
-        for name in _SUMMED:
-            setattr(self, name, getattr(self, name) + getattr(summary, name))
-        self.retries += Counter(summary.retries)
-        self.failed_attempts += Counter(summary.failed_attempts)
+        for name, total in self.plus(summary).items():
+            setattr(self, name, total)
         for kind, message in summary.failed.values():
             self.failed[kind] += 1
             self.example = f"{kind}: {message}"
-
-    def metrics(self) -> dict[str, Any]:
-        """As plain numbers, for the stage's manifest."""
-        return {name: dict(v) if isinstance(v, Counter) else v for name, v in vars(self).items()}
 
 
 @dataclass(frozen=True)
