@@ -18,7 +18,7 @@ from measuring import PeakMemory, mib, table
 from rollout_engine import GRID, REPLY
 from shapes import TINY
 
-from mahalo_ray.config import ClusterConfig, SamplingConfig
+from mahalo_ray.config import ActorsConfig, SamplingConfig
 from mahalo_ray.config.endpoint import EndpointConfig
 from mahalo_ray.config.rollouts import EndpointStudentConfig, ModelTutorConfig, PlayConfig
 from mahalo_ray.decoding.loading import Placement
@@ -56,7 +56,7 @@ def queue(sizes: Sequence[int]) -> list[dict[str, Any]]:
             report = run_rollouts(
                 spec,
                 DialogueChunks(0, size, 32),
-                ClusterConfig(rollout_actors=1, train_workers=1),
+                ActorsConfig(rollout_actors=1),
                 lambda done, total, note: None,
                 actor_class=ray.remote(NoWork),
             )
@@ -100,7 +100,7 @@ def actors(counts: Sequence[int], quick: bool) -> list[dict[str, Any]]:
 
 def _rate(spec: RolloutSpec, chunks: DialogueChunks, n: int) -> float:
     """Dialogues/s from when every actor has finished a chunk until the last chunk that leaves none idle."""
-    pool = ActorPool(RolloutActor, spec, ClusterConfig(rollout_actors=n, train_workers=1), iter(chunks))
+    pool = ActorPool(RolloutActor, spec, ActorsConfig(rollout_actors=n), iter(chunks))
     at_work: set[str] = set()
     times = []
     for number, summary in enumerate(pool.results()):

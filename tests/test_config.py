@@ -103,6 +103,8 @@ def test_the_resolved_document_loads_to_the_same_config(file: Path, tmp_path: Pa
         ("policy.beta={accuracy: 0}", "policy.beta.by_objective.accuracy", "greater than 0"),
         ("policy.beta=much", "policy.beta.number", "valid number"),
         ("policy.gradient_cosine=true", "policy", "set them above 0"),
+        ("policy.metrics_rows=8", "policy", "set them above 0"),
+        ("policy.head_rank=8", "policy", "'head_rank' is that of 'head_kind: low_rank'"),
         ("policy={metrics_every_steps: 5, gradient_cosine: true}", "policy", "zero_stage: 3"),
         ("policy.method=dpo", "policy", "'method: dpo' needs 'objective'"),
         ("policy.objective=accuracy", "policy", "'objective' is not used by 'method: mah_dpo'"),

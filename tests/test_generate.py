@@ -135,11 +135,11 @@ def test_several_reward_models_and_a_foreign_one_guide_together(folders: Path, t
 def test_text_ends_before_a_stop_string(folders: Path, tmp_path: Path) -> None:
     assert before_stop("one STOP two", ("STOP", "two")) == "one "
     prompts = write_rows(tmp_path / "p.jsonl", ROWS[:1])
-    greedy = {"strategy": "none", "temperature": 0}
-    play(job(folders, prompts, tmp_path / "free", request=greedy))
+    greedy = {"strategy": "none", "num_candidates": 1, "temperature": 0}
+    play(job(folders, prompts, tmp_path / "free", request=greedy, rewards=[]))
     (free,) = answers(tmp_path / "free")
     stop = next(letter for letter in free.text[1:] if letter.isascii() and letter.isalnum())
-    play(job(folders, prompts, tmp_path / "cut", request=greedy | {"stop": [stop]}))
+    play(job(folders, prompts, tmp_path / "cut", request=greedy | {"stop": [stop]}, rewards=[]))
     (cut,) = answers(tmp_path / "cut")
     assert cut.text == free.text[: free.text.index(stop)] and cut.stop_reason == "stop_string"
 
@@ -183,6 +183,11 @@ def test_prompts_of_every_format_and_rows_that_are_none(tmp_path: Path) -> None:
     [
         ({"policy": None}, "either a policy or a completion server"),
         ({"rewards": []}, "needs a reward model"),
+        ({"request": {"strategy": "none"}}, "strategy: none' decodes one candidate"),
+        ({"request": {"strategy": "none", "num_candidates": 1}}, "'rewards' are not used by strategy 'none'"),
+        ({"request": {"beam_width": 2}}, "'beam_width' is not used by 'strategy: argmax'"),
+        ({"request": {"score_temperature": 2}}, "'score_temperature' is not used by 'strategy: argmax'"),
+        ({"cluster": {"train_workers": 1}}, "'train_workers' is not used: nothing is trained here"),
         ({"request": {"strateggy": "argmax"}}, "Did you mean 'strategy'"),
         ({"request": {"weights": {"accuracy": -1}}}, "greater than or equal to 0"),
     ],

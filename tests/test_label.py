@@ -336,6 +336,17 @@ def document(output: Path, **changes: Any) -> dict[str, Any]:
             "leave 'threshold' out",
         ),
         ({"judges": {"accuracy": {"kind": "program", "function": "os.system"}}}, "pattern"),
+        (
+            {"cluster": {"cpus_per_train_worker": 1}},
+            "'cpus_per_train_worker' is not used: nothing is trained",
+        ),
+        (
+            {
+                "objectives": [{"name": "accuracy", "supervision": "judged_rollouts"}],
+                "continuations": {"policy": "somewhere", "gamma": 0.5},
+            },
+            "'continuations.gamma' belongs to 'rollout_value'",
+        ),
     ],
 )
 def test_what_does_not_fit_together_is_said(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -70,6 +70,8 @@ reward:
         ("data.traces.0.gamma=0.5", "goes with 'outcome_labels: all'"),
         ("data.traces.0.label_range=[1, 0]", "the first must be below the second"),
         ("data.traces.0.objective_field=x", "at most one of"),
+        ("cluster.rollout_actors=1", "'cluster.rollout_actors' is set, but a run on own data"),
+        ("cluster.cpus_per_rollout_actor=2", "'cluster.cpus_per_rollout_actor' is set"),
         ("reward.cache_features=false", None),
         ("reward.backbone=full", None),
     ],

@@ -209,7 +209,7 @@ def test_the_driver_killed_and_started_again(base: Path, tmp_path: Path) -> None
             },
             "cases": GRID.model_dump(),
             "play": PLAY.model_dump(),
-            "cluster": {"rollout_actors": 1, "train_workers": 1},
+            "cluster": {"rollout_actors": 1},
         }
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(document))
         with _dialogues(tmp_path) as first:

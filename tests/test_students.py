@@ -282,6 +282,7 @@ DOCUMENT: dict[str, Any] = {
         ({"student": {"kind": "endpoint"}}, "endpoint"),
         ({"student": {"kind": "modle", "path": "m"}}, "modle"),
         ({"play": {"turns": 1, "branching": {"width": 9}}}, "'branching.width' is 9"),
+        ({"cluster": {"train_workers": 1}}, "'train_workers' is not used: nothing is trained here"),
     ],
 )
 def test_what_does_not_go_together_is_said(change: dict[str, Any], complaint: str) -> None:

@@ -34,6 +34,8 @@ def open_session(config: RunConfig) -> AbstractContextManager[None]:
     """Ray, as this configuration wants it."""
     from mahalo_ray.pipeline.cluster import ray_session
 
+    if config.data is not None:  # trained on, not served
+        return ray_session(config.cluster, rollouts=False)
     return ray_session(config.cluster, config.serve.replicas * config.serve.cpus_per_replica)
 
 

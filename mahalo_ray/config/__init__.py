@@ -12,6 +12,7 @@ from mahalo_ray.config.policy import PolicyConfig
 from mahalo_ray.config.run import RunConfig
 from mahalo_ray.config.section import ConfigError, Section
 from mahalo_ray.config.stages import (
+    ActorsConfig,
     ClusterConfig,
     EvaluationConfig,
     GuidedConfig,
@@ -31,6 +32,7 @@ from mahalo_ray.config.stages import (
 )
 
 __all__ = [
+    "ActorsConfig",
     "BaselineConfig",
     "BaselineName",
     "ClusterConfig",

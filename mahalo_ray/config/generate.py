@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from mahalo_ray.config.endpoint import EndpointConfig
 from mahalo_ray.config.section import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Section
-from mahalo_ray.config.stages import ClusterConfig
+from mahalo_ray.config.stages import ActorsConfig
 from mahalo_ray.objectives import Weights
 
 
@@ -35,6 +35,16 @@ class ServerSource(Section):
     weights: dict[str, Annotated[float, Field(ge=0)]] | None = None
 
 
+_GUIDED = ("argmax", "sample", "beam", "dvts", "best_of_n")
+# The strategies that make use of an option: setting it for another one is an error, never ignored.
+_USED_BY = {
+    "guidance": _GUIDED,
+    "standardisation": _GUIDED,
+    "beam_width": ("beam", "dvts"),
+    "score_temperature": ("sample",),
+}
+
+
 class RequestConfig(Section):
     """What every prompt is answered with, as the endpoint's requests; rows may have weights, guidance and
     seed of their own. `seed` is mixed with each row's id."""
@@ -57,10 +67,17 @@ class RequestConfig(Section):
     stop: list[Annotated[str, Field(min_length=1)]] = []
 
     @model_validator(mode="after")
-    def _weights_are_weights(self) -> Self:
+    def _options_are_used(self) -> Self:
         for values in (self.weights, self.guidance):
             if values is not None:
                 Weights(values)
+        for name, strategies in _USED_BY.items():
+            given = getattr(self, name) != type(self).model_fields[name].default
+            if given and self.strategy not in strategies:
+                raise ValueError(f"'{name}' is not used by 'strategy: {self.strategy}': leave it out")
+        default = type(self).model_fields["num_candidates"].default
+        if self.strategy == "none" and self.num_candidates not in (1, default):
+            raise ValueError("'strategy: none' decodes one candidate: leave 'num_candidates' out")
         return self
 
 
@@ -81,7 +98,7 @@ class GenerateConfig(Section):
     max_branches: PositiveInt = 256
     max_bad_fraction: Fraction = 0.05
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    cluster: ClusterConfig = ClusterConfig()
+    cluster: ActorsConfig = ActorsConfig()
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -91,4 +108,8 @@ class GenerateConfig(Section):
             raise ValueError(
                 f"strategy '{self.request.strategy}' needs a reward model: name one, or use strategy 'none'"
             )
+        if self.rewards and self.request.strategy == "none":
+            raise ValueError("'rewards' are not used by strategy 'none': leave them out")
+        if self.server is not None and self.max_branches != type(self).model_fields["max_branches"].default:
+            raise ValueError("'max_branches' is for a policy: a completion server has its own limits")
         return self

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mahalo_ray.config.endpoint import EndpointConfig
 from mahalo_ray.config.section import Fraction, NonNegativeInt, PositiveInt, Section
-from mahalo_ray.config.stages import ClusterConfig, ObjectiveConfig, SamplingConfig
+from mahalo_ray.config.stages import ActorsConfig, ObjectiveConfig, SamplingConfig
 from mahalo_ray.objectives import Weights, unknown_name
 
 ROLLOUTS = ("rollout_value", "judged_rollouts")
@@ -208,7 +208,7 @@ class LabelConfig(Section):
     traces_per_chunk: PositiveInt = 16
     max_unjudged_fraction: Fraction = 0.05
     dtype: Literal["float32", "bfloat16"] = "float32"
-    cluster: ClusterConfig = ClusterConfig(train_workers=1)
+    cluster: ActorsConfig = ActorsConfig()
 
     @property
     def objective_names(self) -> tuple[str, ...]:
@@ -253,6 +253,13 @@ class LabelConfig(Section):
             raise ValueError(
                 "'continuations' is not used: no objective has rollouts, and there are no prompts"
             )
+        valued = any(objective.supervision == "rollout_value" for objective in self.objectives)
+        for name in ("gamma", "step_reward"):
+            default = ContinuationsConfig.model_fields[name].default
+            if self.continuations is not None and not valued and getattr(self.continuations, name) != default:
+                raise ValueError(
+                    f"'continuations.{name}' belongs to 'rollout_value', which no objective has: leave it out"
+                )
         if asked and self.domain == "tutoring":
             raise ValueError(
                 "in tutoring a student answers every turn, a policy alone cannot go on: use 'judged_prefix' "

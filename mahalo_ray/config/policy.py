@@ -68,6 +68,8 @@ class PolicyConfig(Section):
                 raise ValueError(f"'{option}' is not used by 'method: {self.method}': leave it out")
             if not value and option in used and option != "alpha":
                 raise ValueError(f"'method: {self.method}' needs '{option}'")
+        if self.head_kind == "full" and self.head_rank != type(self).model_fields["head_rank"].default:
+            raise ValueError("'head_rank' is that of 'head_kind: low_rank': leave it out")
         if self.mixture:
             Weights(self.mixture)  # refuses weights that are all zero
         if self.method == "modpo" and self.loss != "sigmoid":
@@ -80,10 +82,12 @@ class PolicyConfig(Section):
 
     @model_validator(mode="after")
     def _metrics_can_be_measured(self) -> Self:
-        if self.gradient_cosine and self.metrics_every_steps == 0:
-            raise ValueError(
-                "'gradient_cosine' is measured every 'metrics_every_steps' steps: set them above 0"
-            )
+        for name in ("gradient_cosine", "metrics_rows"):
+            given = getattr(self, name) != type(self).model_fields[name].default
+            if given and self.metrics_every_steps == 0:
+                raise ValueError(
+                    f"'{name}' is for what is measured every 'metrics_every_steps' steps: set them above 0"
+                )
         if self.gradient_cosine and self.training.zero_stage == 3:
             raise ValueError(
                 "'gradient_cosine' needs whole parameters on every worker, which 'training.zero_stage: 3' "

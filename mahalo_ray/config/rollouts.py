@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from mahalo_ray.config.endpoint import EndpointConfig
 from mahalo_ray.config.section import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Section
-from mahalo_ray.config.stages import ClusterConfig, PairsConfig, SamplingConfig
+from mahalo_ray.config.stages import ActorsConfig, PairsConfig, SamplingConfig
 from mahalo_ray.objectives import Weights
 
 Knowledge = Literal["none", "partial", "solid"]
@@ -196,7 +196,7 @@ class DialoguesConfig(Section):
     pairs: PairsConfig = PairsConfig()
     max_failed_fraction: Fraction = 0.1
     dtype: Literal["float32", "bfloat16"] = "float32"
-    cluster: ClusterConfig = ClusterConfig(train_workers=1)
+    cluster: ActorsConfig = ActorsConfig()
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:

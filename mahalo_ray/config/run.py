@@ -90,6 +90,9 @@ class RunConfig(Section):
         unused_of_pairs = self.pairs.model_dump(exclude={"held_out_fraction"})
         if unused_of_pairs != PairsConfig().model_dump(exclude={"held_out_fraction"}):
             raise ValueError("of 'pairs', a run on own data ('data') uses 'held_out_fraction' alone")
+        for name in ("rollout_actors", "cpus_per_rollout_actor"):
+            if getattr(self.cluster, name) != ClusterConfig.model_fields[name].default:
+                raise ValueError(f"'cluster.{name}' is set, but a run on own data ('data') has no rollouts")
         self._check_sources(self.data)
         return self
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -24,12 +24,11 @@ class ObjectiveConfig(Section):
     description: str = ""
 
 
-class ClusterConfig(Section):
-    """Where the work runs. `address: null` starts a private local Ray unless RAY_ADDRESS is set."""
+class ActorsConfig(Section):
+    """Where the work of a job that trains nothing runs. `address: null` starts a private local Ray unless
+    RAY_ADDRESS is set."""
 
     address: str | None = None
-    train_workers: PositiveInt = 2
-    cpus_per_train_worker: PositiveFloat = 1
     rollout_actors: PositiveInt = 2
     cpus_per_rollout_actor: PositiveFloat = 1
     use_gpu: bool = False
@@ -39,6 +38,22 @@ class ClusterConfig(Section):
     def device(self) -> str:
         """Torch device type of every worker."""
         return "cuda" if self.use_gpu else "cpu"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _trains_nothing(cls, data: Any) -> Any:
+        """The keys of a run's `cluster` that a job without training has no use for."""
+        for name in ("train_workers", "cpus_per_train_worker"):
+            if name not in cls.model_fields and isinstance(data, dict) and name in data:
+                raise ValueError(f"'{name}' is not used: nothing is trained here, leave it out")
+        return data
+
+
+class ClusterConfig(ActorsConfig):
+    """Where the work of a run with training stages runs."""
+
+    train_workers: PositiveInt = 2
+    cpus_per_train_worker: PositiveFloat = 1
 
 
 class ScratchModelConfig(Section):

@@ -14,11 +14,12 @@ import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 import psutil
 import ray
 
-from mahalo_ray.config import ClusterConfig, ConfigError
+from mahalo_ray.config import ActorsConfig, ClusterConfig, ConfigError
 
 # A unix socket's path may have 107 bytes; Ray appends up to 75 to its temporary folder.
 LONGEST_TEMP_DIR = 30
@@ -35,8 +36,17 @@ WORKER_ENV = {
 PRIVATE_ENV = {"RAY_USAGE_STATS_ENABLED": "0"}
 
 
+class _Needs(NamedTuple):
+    """What the largest of the stages asks Ray for, with one CPU to spare for the actors that steer it. `keys`
+    say so."""
+
+    cpus: int
+    gpus: int
+    keys: str
+
+
 @contextlib.contextmanager
-def ray_session(cluster: ClusterConfig, serve_cpus: float = 0) -> Iterator[None]:
+def ray_session(cluster: ActorsConfig, serve_cpus: float = 0, rollouts: bool = True) -> Iterator[None]:
     """Ray is connected while the block runs, and left or shut down after it, also on errors and signals.
 
     The cluster is `cluster.address`, else RAY_ADDRESS (as `ray job submit` sets it), else a private one with
@@ -47,13 +57,14 @@ def ray_session(cluster: ClusterConfig, serve_cpus: float = 0) -> Iterator[None]
     if ray.is_initialized():
         raise ConfigError("Ray is already running in this process: call ray.shutdown() first")
     address = cluster.address or os.environ.get("RAY_ADDRESS")
-    opened = _connected(address, cluster, serve_cpus) if address else _private(cluster, serve_cpus)
+    needs = _needs(cluster, serve_cpus, rollouts)
+    opened = _connected(address, needs) if address else _private(needs)
     with opened, _sigterm_raises():
         yield
 
 
 @contextlib.contextmanager
-def _connected(address: str, cluster: ClusterConfig, serve_cpus: float) -> Iterator[None]:
+def _connected(address: str, needs: _Needs) -> Iterator[None]:
     missing = {key: value for key, value in WORKER_ENV.items() if key not in os.environ}
     with _environment(missing):
         try:
@@ -66,14 +77,14 @@ def _connected(address: str, cluster: ClusterConfig, serve_cpus: float) -> Itera
         except ConnectionError as error:
             raise ConfigError(f"no Ray cluster answers at '{address}': {error}") from error
         try:
-            _check_size(cluster, serve_cpus)
+            _check_size(needs)
             yield
         finally:
             ray.shutdown()
 
 
 @contextlib.contextmanager
-def _private(cluster: ClusterConfig, serve_cpus: float) -> Iterator[None]:
+def _private(needs: _Needs) -> Iterator[None]:
     folder = tempfile.mkdtemp(prefix="mahalo-", dir=_short_temp_dir())
     before = {process.pid for process in psutil.Process().children()}
     # Ray Train builds with the interpreter's own tools (ninja), which a venv has beside it.
@@ -83,42 +94,44 @@ def _private(cluster: ClusterConfig, serve_cpus: float) -> Iterator[None]:
         try:
             ray.init(
                 address="local",
-                num_cpus=max(os.cpu_count() or 1, cpus_needed(cluster, serve_cpus)),
+                num_cpus=max(os.cpu_count() or 1, needs.cpus),
                 object_store_memory=_object_store_bytes(),
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 _temp_dir=folder,
             )
-            _check_size(cluster, serve_cpus)
+            _check_size(needs)
             yield
         finally:
             _shut_down(before)
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def cpus_needed(cluster: ClusterConfig, serve_cpus: float = 0) -> int:
-    """CPUs that the largest of the stages asks Ray for, and one to spare for the actors that steer it."""
-    training = cluster.train_workers * cluster.cpus_per_train_worker
-    rollouts = cluster.rollout_actors * cluster.cpus_per_rollout_actor
-    return math.ceil(max(training, rollouts, serve_cpus)) + 1
+def _needs(cluster: ActorsConfig, serve_cpus: float, rollouts: bool) -> _Needs:
+    users: dict[str, tuple[int, float]] = {}  # key -> processes and CPUs of each
+    if isinstance(cluster, ClusterConfig):
+        users["cluster.train_workers"] = cluster.train_workers, cluster.cpus_per_train_worker
+    if rollouts:
+        users["cluster.rollout_actors"] = cluster.rollout_actors, cluster.cpus_per_rollout_actor
+    cpus = max(serve_cpus, *(count * each for count, each in users.values()))
+    gpus = max(count for count, _ in users.values()) if cluster.use_gpu else 0
+    return _Needs(math.ceil(cpus) + 1, gpus, " and ".join(f"'{key}'" for key in users))
 
 
-def _check_size(cluster: ClusterConfig, serve_cpus: float) -> None:
+def _check_size(needs: _Needs) -> None:
     """What a stage asks for must exist: Ray would wait for it without a word."""
     found = ray.cluster_resources()
     cpus, gpus = int(found.get("CPU", 0)), int(found.get("GPU", 0))
-    if cpus < cpus_needed(cluster, serve_cpus):
+    if cpus < needs.cpus:
         raise ConfigError(
-            f"the Ray cluster has {cpus} CPU(s) and the run needs {cpus_needed(cluster, serve_cpus)}: lower "
-            "'cluster.train_workers', 'cluster.rollout_actors' or their CPUs, or add nodes"
+            f"the Ray cluster has {cpus} CPU(s) and {needs.cpus} are needed: lower {needs.keys} or their "
+            "CPUs, or add nodes"
         )
-    needed = max(cluster.train_workers, cluster.rollout_actors) if cluster.use_gpu else 0
-    if gpus < needed:
+    if gpus < needs.gpus:
         raise ConfigError(
-            f"'cluster.use_gpu' is set and the run needs {needed} GPU(s) for its training workers or rollout "
-            f"actors, but there are {gpus}: lower 'cluster.train_workers' and 'cluster.rollout_actors', or "
-            "set 'cluster.use_gpu=false'"
+            f"'cluster.use_gpu' is set and {needs.gpus} GPU(s) are needed, but there are {gpus}: lower "
+            f"{needs.keys}, or set 'cluster.use_gpu=false'"
         )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mahalo_ray.config import ClusterConfig
+from mahalo_ray.config import ActorsConfig
 from mahalo_ray.data import storage
 from mahalo_ray.rollouts.actors import Chunk, ChunkSummary, Counts, RolloutActor
 from mahalo_ray.rollouts.parties import RolloutSpec
@@ -64,7 +64,7 @@ class DialogueChunks:
 def run_rollouts(
     spec: RolloutSpec,
     chunks: DialogueChunks,
-    cluster: ClusterConfig,
+    cluster: ActorsConfig,
     progress: Progress,
     max_failed_fraction: float = 0.0,
     actor_class: Any = RolloutActor,

@@ -16,7 +16,7 @@ import pyarrow as pa
 import ray
 import torch
 
-from mahalo_ray.config import ClusterConfig, ObjectiveConfig
+from mahalo_ray.config import ActorsConfig, ObjectiveConfig
 from mahalo_ray.config.label import ContinuationsConfig
 from mahalo_ray.data import storage
 from mahalo_ray.data.quarantine import SCHEMA, BadRow
@@ -181,7 +181,7 @@ LabelActor = ray.remote(LabelWorker)
 def run_labelling(
     spec: LabelSpec,
     chunks: Sequence[LabelChunk],
-    cluster: ClusterConfig,
+    cluster: ActorsConfig,
     progress: Progress,
     max_unjudged_fraction: float,
 ) -> LabelSummary:

@@ -13,7 +13,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
-from mahalo_ray.config import ClusterConfig
+from mahalo_ray.config import ActorsConfig
 from mahalo_ray.errors import StageError
 
 IN_FLIGHT_PER_ACTOR = 2  # one playing, one waiting: enough to keep an actor busy
@@ -46,7 +46,7 @@ class ActorPool(Generic[ChunkT]):
 
     actor_class: Any
     spec: Any
-    cluster: ClusterConfig
+    cluster: ActorsConfig
     waiting: Iterable[ChunkT]
     deaths: int = 0
     flying: dict[Any, tuple[ActorHandle, Piece[ChunkT]]] = field(default_factory=dict)
