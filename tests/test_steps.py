@@ -20,6 +20,7 @@ from mahalo_ray.pipeline.stages import Context
 from mahalo_ray.pipeline.steps import PIPELINE
 from mahalo_ray.pipeline.students import BLOCKS, check_domain, first_seed
 from mahalo_ray.rollouts.driver import DialogueChunks
+from mahalo_ray.training.methods import METHOD_VERSIONS
 
 
 def example(*overrides: str) -> RunConfig:
@@ -56,6 +57,23 @@ AFTER_POLICY = {"policy", "sweep", "evaluate", "serve", "report"}
 def test_a_setting_reruns_the_stages_that_depend_on_it(override: str, rerun: set[str]) -> None:
     before, after = PIPELINE.fingerprints(example()), PIPELINE.fingerprints(example(override))
     assert {name for name in before if before[name] != after[name]} == rerun
+
+
+MODPO = "policy={method: modpo, objective: accuracy, mixture: {accuracy: 1, engagement: 1}}"
+
+
+def test_a_policy_of_a_method_that_has_changed_is_trained_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def at_version(number: int, *overrides: str) -> dict[str, str]:
+        monkeypatch.setitem(METHOD_VERSIONS, "modpo", number)
+        return PIPELINE.fingerprints(example(*overrides))
+
+    def rerun(before: int, after: int, *overrides: str) -> set[str]:
+        old, new = at_version(before, *overrides), at_version(after, *overrides)
+        return {name for name in old if old[name] != new[name]}
+
+    assert METHOD_VERSIONS["modpo"] == 2  # since its margin is made of standardised rewards
+    assert rerun(1, 2, MODPO) == AFTER_POLICY
+    assert rerun(1, 2) == set()  # policies of other methods stay
 
 
 @pytest.mark.parametrize(

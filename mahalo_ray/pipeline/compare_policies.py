@@ -18,7 +18,7 @@ from mahalo_ray.data import storage
 from mahalo_ray.models.soup import average_models
 from mahalo_ray.objectives import Weights
 from mahalo_ray.pipeline.evaluating import in_order
-from mahalo_ray.pipeline.heads import train_heads
+from mahalo_ray.pipeline.heads import method_version, train_heads
 from mahalo_ray.pipeline.stages import Context, Stage, StageResult
 from mahalo_ray.pipeline.steps import sections
 
@@ -143,7 +143,8 @@ def _training_stage(name: str, settings: PolicyConfig) -> Stage:
 
     def config_of(config: RunConfig) -> dict[str, Any]:
         rest = sections("pairs.held_out_fraction", "objective_names", "model")(config)
-        return {**rest, "policy": settings.model_dump(mode="json")}
+        # The comparison never had MODPO's first version.
+        return {**rest, "policy": settings.model_dump(mode="json"), **method_version(settings, since=2)}
 
     title = f"Train {name.removeprefix('compare/')}"
     return Stage(name, title, train, config_of, needs=("sft", "pairs"), resumes=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from mahalo_ray.config import PolicyConfig
 from mahalo_ray.data import storage
 from mahalo_ray.pipeline.stages import Context, StageResult
 from mahalo_ray.training.launch import TrainingResult, train_policy
+from mahalo_ray.training.methods import METHOD_VERSIONS
 
 
 def train_heads(context: Context, base_url: str) -> StageResult:
@@ -24,6 +26,13 @@ def train_heads(context: Context, base_url: str) -> StageResult:
         context.progress.training,
     )
     return trained(context, result)
+
+
+def method_version(policy: PolicyConfig, since: int = 1) -> dict[str, int]:
+    """What a stage's fingerprint is made of besides `policy` where the method is no longer what it was in
+    version `since`, with which the stage came to be."""
+    version = METHOD_VERSIONS[policy.method]
+    return {"method_version": version} if version > since else {}
 
 
 def trained(context: Context, result: TrainingResult) -> StageResult:

@@ -22,7 +22,7 @@ from mahalo_ray.models.folder import local_folder
 from mahalo_ray.models.reward_heads import OUTPUT_KIND_OF
 from mahalo_ray.models.traces import StepEncoder
 from mahalo_ray.pipeline.corpus import START_MODEL
-from mahalo_ray.pipeline.heads import train_heads, trained
+from mahalo_ray.pipeline.heads import method_version, train_heads, trained
 from mahalo_ray.pipeline.stages import Context, Pipeline, Stage, StageResult
 from mahalo_ray.training.batches import held_out
 from mahalo_ray.training.launch import TrainingResult, file_fingerprint, train_reward
@@ -244,6 +244,7 @@ def _policy_settings(config: RunConfig) -> dict[str, Any]:
     return {
         "policy": config.policy.model_dump(mode="json"),
         "held_out_fraction": config.pairs.held_out_fraction,
+        **method_version(config.policy),
         **_model_settings(config),
     }
 

@@ -15,7 +15,7 @@ from mahalo_ray.data.records import CandidateSet, PreferencePair, StepTrace
 from mahalo_ray.decoding.loading import Placement
 from mahalo_ray.pipeline.corpus import make_sft_data, start_model_url
 from mahalo_ray.pipeline.evaluating import evaluate, report, sweep
-from mahalo_ray.pipeline.heads import train_heads, trained
+from mahalo_ray.pipeline.heads import method_version, train_heads, trained
 from mahalo_ray.pipeline.serve import try_serving
 from mahalo_ray.pipeline.stages import Context, Pipeline, Stage, StageResult
 from mahalo_ray.pipeline.students import first_seed
@@ -136,6 +136,11 @@ def _pairs_settings(config: RunConfig) -> dict[str, Any]:
     return {**settings, **{f"pairs.{name}": value for name, value in later.items()}}
 
 
+def _policy_settings(config: RunConfig) -> dict[str, Any]:
+    settings = sections("policy", "pairs.held_out_fraction", "objective_names", "model")(config)
+    return {**settings, **method_version(config.policy)}
+
+
 def sections(*names: str) -> Callable[[RunConfig], Any]:
     """The part of a configuration named by dotted paths, as JSON values."""
 
@@ -211,7 +216,7 @@ PIPELINE = Pipeline(
             "policy",
             "Train the multi-head policy",
             policy,
-            sections("policy", "pairs.held_out_fraction", "objective_names", "model"),
+            _policy_settings,
             needs=("sft", "pairs"),
             resumes=True,
         ),

@@ -54,6 +54,11 @@ def plan_method(policy: PolicyConfig, objectives: Sequence[str]) -> MethodPlan:
     return MethodPlan(trained, heads, head_of, torch.tensor(alpha), torch.tensor(beta))
 
 
+# Raised when a method computes something else from the same settings and pairs: policies made before are made
+# again. modpo 2: its margin is made of standardised rewards.
+METHOD_VERSIONS = {"mah_dpo": 1, "dpo": 1, "scalarised": 1, "modpo": 2}
+
+
 def method_margins(policy: PolicyConfig, pairs: Sequence[PreferencePair]) -> npt.NDArray[np.float64]:
     """What the method adds to the pairs' own margins [N]: for MODPO (Zhou et al. 2024, arXiv 2310.03708) the
     weighted differences of the other objectives' standardised rewards, else 0.
