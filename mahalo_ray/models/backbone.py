@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -121,13 +121,31 @@ def run_backbone(
 
 
 def save_backbone(
-    backbone: PreTrainedModel, folder: Path, state: Mapping[str, Tensor], with_backbone: bool
-) -> None:
-    """Write the backbone as a plain transformers folder and its LoRA adapter, if any, as a plain peft folder.
+    backbone: PreTrainedModel,
+    folder: Path,
+    state: Mapping[str, Tensor],
+    with_backbone: bool | None,
+    base_name: str | None,
+    unchanged: bool,
+) -> dict[str, Any]:
+    """Write the backbone as a plain transformers folder and its LoRA adapter, if any, as a plain peft folder;
+    returns what `load_saved_backbone` needs to know.
 
-    `state` holds the backbone's whole parameters under its own names (under ZeRO-3 the modules hold only
-    shards).
+    `state` holds the whole model's parameters, the backbone's under `backbone.` (under ZeRO-3 the modules
+    hold only shards). `with_backbone` None saves the backbone unless there is an adapter on a base that has a
+    name. `unchanged`: below an adapter, the backbone is as it was loaded. ValueError for one that is to be
+    left out although it is not, or has no name to load it from.
     """
+    adapter = isinstance(backbone, PeftModel)
+    if with_backbone is None:
+        with_backbone = not adapter or base_name is None
+    if not with_backbone and not unchanged:
+        raise ValueError("a backbone that was trained itself cannot be left out: save it too")
+    if not with_backbone and base_name is None:
+        raise ValueError(
+            "the backbone comes from a model in memory, without a name to load it from: save it too"
+        )
+    state = prefixed(state, "backbone.")
     plain, plain_state = backbone, dict(state)
     if isinstance(backbone, PeftModel):
         backbone.save_pretrained(
@@ -141,6 +159,22 @@ def save_backbone(
         }
     if with_backbone:
         plain.save_pretrained(str(folder / BACKBONE_FOLDER), state_dict=plain_state)
+    return {
+        "base": None if with_backbone else base_name,
+        "saved_backbone": with_backbone,
+        "adapter": adapter,
+    }
+
+
+class SavedModel(NamedTuple):
+    """A model folder with its backbone read, and how; `base_name`: where the backbone was found."""
+
+    folder: Path
+    metadata: Mapping[str, Any]
+    backbone: PreTrainedModel
+    base_name: str
+    dtype: torch.dtype | None
+    attn_implementation: str | None
 
 
 def load_saved_backbone(
@@ -149,9 +183,8 @@ def load_saved_backbone(
     dtype: torch.dtype | None,
     attn_implementation: str | None,
     source: str | Path | None,
-) -> tuple[PreTrainedModel, str]:
-    """(backbone, where its base was found) of a folder written by `save_backbone`; `source` overrides the
-    latter.
+) -> SavedModel:
+    """The backbone of a folder written by `save_backbone`; `source` overrides where its base is found.
 
     An adapter comes trainable, so that training can go on.
     """
@@ -166,7 +199,7 @@ def load_saved_backbone(
         ) from error
     if metadata["adapter"]:
         backbone = load_adapter(backbone, folder / ADAPTER_FOLDER)
-    return backbone, str(source)
+    return SavedModel(folder, metadata, backbone, str(source), dtype, attn_implementation)
 
 
 def prefixed(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

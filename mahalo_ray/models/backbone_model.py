@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mahalo_ray.models import lora
-from mahalo_ray.models.backbone import run_backbone
+from mahalo_ray.models.backbone import SavedModel, load_saved_backbone, run_backbone
+from mahalo_ray.models.folder import HEADS_FILE, fill_parameters, local_folder, read_metadata
 from mahalo_ray.models.pair_attention import read_packed_pairs
 
 
 class BackboneModel(nn.Module):
     """A module on a transformers base model (no head), perhaps with a LoRA adapter."""
 
+    kind: ClassVar[str]  # of model, as its folder says
     backbone: PreTrainedModel
 
     @property
@@ -60,3 +63,34 @@ class BackboneModel(nn.Module):
     def backbone_parameters(self) -> Iterator[nn.Parameter]:
         """The backbone's trainable parameters: the adapter's with LoRA, none when it is frozen."""
         return (parameter for parameter in self.backbone.parameters() if parameter.requires_grad)
+
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of `heads.safetensors` by name: all but the backbones' (and what is tied to them).
+        What heads share appears once."""
+        backbones = ("backbone.", "reference.backbone.")
+        return {name: own for name, own in self.named_parameters() if not name.startswith(backbones)}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        dtype: torch.dtype | None = None,
+        attn_implementation: str | None = None,
+        device: torch.device | str | None = None,
+        backbone: str | Path | None = None,
+    ) -> Self:
+        """Read a folder (or hub repository) written by `save_pretrained`.
+
+        `backbone` overrides where an adapter's base model is found. An adapter comes trainable, so that
+        training can go on. ValueError for a folder of another kind or a newer format, and what is missing.
+        """
+        path = local_folder(folder)
+        metadata = read_metadata(path, cls.kind)
+        model = cls._of_saved(load_saved_backbone(path, metadata, dtype, attn_implementation, backbone))
+        fill_parameters(path / HEADS_FILE, model.own_parameters())
+        return model if device is None else model.to(device)
+
+    @classmethod
+    def _of_saved(cls, saved: SavedModel) -> Self:
+        """The model as its folder describes it, its own parameters not yet filled."""
+        raise NotImplementedError

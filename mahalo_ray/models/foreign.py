@@ -25,11 +25,31 @@ from mahalo_ray.models.backbone import load_tokenizer
 from mahalo_ray.models.calibration import ObjectiveCalibration
 from mahalo_ray.models.folder import METADATA_FILE
 from mahalo_ray.models.reward import ProcessRewardModel
+from mahalo_ray.models.reward_heads import OutputKind
 from mahalo_ray.models.scoring import StepScorer, TraceScorer
 from mahalo_ray.models.traces import Messages, TokenTrace, check_steps
 
 
-class SequenceClassifierScorer(nn.Module, StepScorer):
+class _Classifier(nn.Module):
+    """A transformers classifier that judges by one objective."""
+
+    def __init__(
+        self, model: PreTrainedModel, objective: str, output_kind: OutputKind, positive_label: int
+    ) -> None:
+        super().__init__()
+        self.model = model.eval()
+        self.objectives: tuple[str, ...] = (objective,)
+        self.output_kinds: dict[str, OutputKind] = {objective: output_kind}
+        self.positive_label = positive_label
+        self.calibration: dict[str, ObjectiveCalibration] = {}
+
+    @property
+    def max_length(self) -> int:
+        """The longest text the model reads, in tokens."""
+        return int(self.model.config.max_position_embeddings)
+
+
+class SequenceClassifierScorer(_Classifier, StepScorer):
     """A transformers sequence classifier: one label is a Bradley-Terry score, two are a probability.
 
     The score of step t is what the classifier says of the prompt answered by steps 1..t, joined by
@@ -45,19 +65,15 @@ class SequenceClassifierScorer(nn.Module, StepScorer):
         positive_label: int = 1,
         step_separator: str = "\n\n",
     ) -> None:
-        super().__init__()
         if model.config.num_labels not in (1, 2):
             raise ValueError(
                 f"{type(model).__name__} has {model.config.num_labels} labels: a scorer has 1 "
                 "(Bradley-Terry) or 2 (no, yes)"
             )
-        self.model = model.eval()
+        kind: OutputKind = "preference" if model.config.num_labels == 1 else "probability"
+        super().__init__(model, objective, kind, positive_label)
         self.tokenizer = tokenizer
-        self.objectives = (objective,)
-        self.output_kinds = {objective: "preference" if model.config.num_labels == 1 else "probability"}
-        self.positive_label = positive_label
         self.step_separator = step_separator
-        self.calibration: dict[str, ObjectiveCalibration] = {}
 
     @torch.no_grad()
     def score_batch(
@@ -71,11 +87,6 @@ class SequenceClassifierScorer(nn.Module, StepScorer):
                 sequences.append(self.encode(messages, self.step_separator.join(steps[:count])))
         scores = iter(self._scores(sequences, batch_size))
         return [{self.objectives[0]: [next(scores) for _ in steps]} for _, steps in traces]
-
-    @property
-    def max_length(self) -> int:
-        """The longest conversation the model reads, in tokens."""
-        return int(self.model.config.max_position_embeddings)
 
     def encode(self, prompt: Sequence[Message], answer: str) -> Mapping[str, Any]:
         """The tokenizer's encoding of prompt and answer, however long."""
@@ -139,7 +150,7 @@ class PlainStepEncoder:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-class TokenClassifierScorer(nn.Module, TraceScorer):
+class TokenClassifierScorer(_Classifier, TraceScorer):
     """A transformers token classifier with two labels, as TRL's PRM trainer makes them: P(yes) per step."""
 
     def __init__(
@@ -150,25 +161,16 @@ class TokenClassifierScorer(nn.Module, TraceScorer):
         positive_label: int = 1,
         step_separator: str = "\n",
     ) -> None:
-        super().__init__()
         if model.config.num_labels != 2:
             raise ValueError(
                 f"{type(model).__name__} has {model.config.num_labels} labels: a step scorer has 2"
             )
-        self.model = model.eval()
-        self.objectives = (objective,)
-        self.output_kinds = {objective: "probability"}
-        self.positive_label = positive_label
-        self.calibration: dict[str, ObjectiveCalibration] = {}
+        super().__init__(model, objective, "probability", positive_label)
         self._encoder = PlainStepEncoder(tokenizer, step_separator)
 
     @property
     def encoder(self) -> PlainStepEncoder:
         return self._encoder
-
-    @property
-    def max_length(self) -> int:
-        return self.model.config.max_position_embeddings
 
     def final_scores(self, input_ids: Tensor, attention_mask: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
         logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits.float()

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from mahalo_ray.logprobs import DEFAULT_CHUNK_SIZE, IGNORE_INDEX, sum_rows
 from mahalo_ray.models import lora
-from mahalo_ray.models.backbone import assemble_causal_lm, load_causal_lm, split_causal_lm
+from mahalo_ray.models.backbone import SavedModel, assemble_causal_lm, load_causal_lm, split_causal_lm
 from mahalo_ray.models.backbone_model import BackboneModel
 from mahalo_ray.models.folder import Figures
 from mahalo_ray.models.heads import (
@@ -29,7 +29,7 @@ from mahalo_ray.models.heads import (
 )
 from mahalo_ray.models.mixing import merge_heads, weighted_projection
 from mahalo_ray.models.pair_attention import packed_arguments, sequence_numbers
-from mahalo_ray.models.saving import load_policy, save_policy
+from mahalo_ray.models.saving import policy_of, save_policy
 from mahalo_ray.models.sharding import full_shape, sharded_creation
 from mahalo_ray.objectives import Weights, unknown_name
 
@@ -42,6 +42,8 @@ class MultiHeadCausalLM(BackboneModel):
     Where the family soft-caps its logits, heads are summed before the cap, so that a merged model is the same
     function.
     """
+
+    kind = "multi_head_causal_lm"
 
     def __init__(
         self,
@@ -283,13 +285,5 @@ class MultiHeadCausalLM(BackboneModel):
         save_policy(self, Path(folder), tokenizer, figures, state_dict, with_backbone)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | Path,
-        dtype: torch.dtype | None = None,
-        attn_implementation: str | None = None,
-        device: torch.device | str | None = None,
-        backbone: str | Path | None = None,
-    ) -> MultiHeadCausalLM:
-        """Read a folder written by `save_pretrained`; see `mahalo_ray.models.saving.load_policy`."""
-        return load_policy(cls, folder, dtype, attn_implementation, device, backbone)
+    def _of_saved(cls, saved: SavedModel) -> MultiHeadCausalLM:
+        return policy_of(cls, saved)

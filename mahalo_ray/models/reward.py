@@ -14,7 +14,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mahalo_ray.logprobs import DEFAULT_CHUNK_SIZE
 from mahalo_ray.models import lora
-from mahalo_ray.models.backbone import load_causal_lm, load_tokenizer, run_backbone, split_causal_lm
+from mahalo_ray.models.backbone import (
+    SavedModel,
+    load_causal_lm,
+    load_tokenizer,
+    run_backbone,
+    split_causal_lm,
+)
 from mahalo_ray.models.backbone_model import BackboneModel
 from mahalo_ray.models.folder import Figures
 from mahalo_ray.models.reference import FrozenReference
@@ -27,7 +33,7 @@ from mahalo_ray.models.reward_heads import (
     step_features,
     step_tokens,
 )
-from mahalo_ray.models.reward_saving import load_reward_model, save_reward_model
+from mahalo_ray.models.reward_saving import reward_model_of, save_reward_model
 from mahalo_ray.models.scoring import TraceScorer
 from mahalo_ray.models.traces import StepEncoder
 from mahalo_ray.objectives import unknown_name
@@ -46,6 +52,8 @@ class ProcessRewardModel(BackboneModel, TraceScorer):
     `reference_logps`, `step_features`, `heads`) can be called one by one by a decoder that keeps caches of
     its own.
     """
+
+    kind = "process_reward_model"
 
     def __init__(
         self,
@@ -293,13 +301,5 @@ class ProcessRewardModel(BackboneModel, TraceScorer):
         save_reward_model(self, Path(folder), figures, state_dict, with_backbone)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | Path,
-        dtype: torch.dtype | None = None,
-        attn_implementation: str | None = None,
-        device: torch.device | str | None = None,
-        backbone: str | Path | None = None,
-    ) -> ProcessRewardModel:
-        """Read a folder written by `save_pretrained`; see `reward_saving.load_reward_model`."""
-        return load_reward_model(cls, folder, dtype, attn_implementation, device, backbone)
+    def _of_saved(cls, saved: SavedModel) -> ProcessRewardModel:
+        return reward_model_of(cls, saved)

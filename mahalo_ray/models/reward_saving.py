@@ -12,27 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from mahalo_ray.models.backbone import (
-    load_backbone,
-    load_saved_backbone,
-    load_tokenizer,
-    prefixed,
-    save_backbone,
-)
-from mahalo_ray.models.folder import (
-    HEADS_FILE,
-    Figures,
-    fill_parameters,
-    local_folder,
-    read_metadata,
-    save_tensors,
-    write_card,
-    write_metadata,
-)
+from mahalo_ray.models.backbone import SavedModel, load_backbone, load_tokenizer, prefixed, save_backbone
+from mahalo_ray.models.folder import HEADS_FILE, Figures, save_tensors, write_card, write_metadata
 from mahalo_ray.models.heads import FullHead, LogitTransform
 from mahalo_ray.models.reference import FrozenReference
 from mahalo_ray.models.sharding import full_shape, sharded_creation
@@ -40,7 +24,6 @@ from mahalo_ray.models.sharding import full_shape, sharded_creation
 if TYPE_CHECKING:
     from mahalo_ray.models.reward import ProcessRewardModel
 
-KIND = "process_reward_model"
 REFERENCE_FOLDER = "reference"
 
 
@@ -53,23 +36,20 @@ def save_reward_model(
 ) -> None:
     """Write the reward model's folder.
 
-    `state_dict` replaces the model's own (whole) parameters, as for policies. `with_backbone` None saves the
-    backbone unless there is a LoRA adapter on a base that has a name.
+    `state_dict` replaces the model's own (whole) parameters, as for policies. `with_backbone`: see
+    `save_backbone`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = dict(reward.state_dict() if state_dict is None else state_dict)
-    if with_backbone is None:
-        with_backbone = reward.tuning != "lora" or reward.base_name is None
-    if not with_backbone and (reward.base_name is None or reward.tuning == "full"):
-        raise ValueError("the backbone cannot be loaded from anywhere else: save it too")
-    save_backbone(reward.backbone, folder, prefixed(state, "backbone."), with_backbone)
+    unchanged = reward.tuning != "full"
+    saved = save_backbone(reward.backbone, folder, state, with_backbone, reward.base_name, unchanged)
     if reward.reference is not None and reward.reference.backbone is not None:
         reference_state = prefixed(state, "reference.backbone.")
         reward.reference.backbone.save_pretrained(str(folder / REFERENCE_FOLDER), state_dict=reference_state)
-    save_tensors(folder / HEADS_FILE, {name: state[name] for name in own_parameters(reward)})
+    save_tensors(folder / HEADS_FILE, {name: state[name] for name in reward.own_parameters()})
     write_metadata(
         folder,
-        KIND,
+        reward.kind,
         {
             "objectives": reward.output_kinds,
             "inputs": list(reward.inputs),
@@ -79,9 +59,7 @@ def save_reward_model(
             "reference": describe_reference(reward),
             "calibration": reward.calibration,
             "tokenizer": reward.tokenizer is not None,
-            "base": None if with_backbone else reward.base_name,
-            "saved_backbone": with_backbone,
-            "adapter": reward.tuning == "lora",
+            **saved,
         },
     )
     if reward.tokenizer is not None:
@@ -119,20 +97,16 @@ def describe_reference(reward: ProcessRewardModel) -> dict[str, Any] | None:
     }
 
 
-def load_reference(
-    folder: Path,
-    described: Mapping[str, Any],
-    model: PreTrainedModel,
-    dtype: torch.dtype | None,
-    attn_implementation: str | None,
-) -> FrozenReference:
-    """The reference as described; its own backbone is read here, its head is filled with the other heads."""
-    own = (
-        load_backbone(folder / REFERENCE_FOLDER, dtype, attn_implementation)
-        if described["own_backbone"]
-        else None
-    )
-    reader = model if own is None else own
+def load_reference(saved: SavedModel) -> FrozenReference | None:
+    """The reference as described, if any; its own backbone is read here, its head is filled with the other
+    heads."""
+    described = saved.metadata["reference"]
+    if described is None:
+        return None
+    own = None
+    if described["own_backbone"]:
+        own = load_backbone(saved.folder / REFERENCE_FOLDER, saved.dtype, saved.attn_implementation)
+    reader = saved.backbone if own is None else own
     embedding = reader.get_input_embeddings().weight
     transform = LogitTransform(described["logit_scale"], described["logit_softcap"])
     with sharded_creation():
@@ -148,41 +122,19 @@ def load_reference(
     return FrozenReference(own, head)
 
 
-def own_parameters(reward: ProcessRewardModel) -> dict[str, nn.Parameter]:
-    """The parameters of `heads.safetensors` by name: all but the backbones' (and what is tied to them)."""
-    return {
-        name: parameter
-        for name, parameter in reward.named_parameters()
-        if not name.startswith(("backbone.", "reference.backbone."))
-    }
-
-
-def load_reward_model(
-    cls: type[ProcessRewardModel],
-    folder: str | Path,
-    dtype: torch.dtype | None,
-    attn_implementation: str | None,
-    device: torch.device | str | None,
-    backbone: str | Path | None,
-) -> ProcessRewardModel:
-    """Read a reward model's folder (or hub repository); `backbone` overrides where its base is found."""
-    path = local_folder(folder)
-    metadata = read_metadata(path, KIND)
-    model, base_name = load_saved_backbone(path, metadata, dtype, attn_implementation, backbone)
-    reference = None
-    if metadata["reference"] is not None:
-        reference = load_reference(path, metadata["reference"], model, dtype, attn_implementation)
+def reward_model_of(cls: type[ProcessRewardModel], saved: SavedModel) -> ProcessRewardModel:
+    """The reward model that a folder describes, its heads not yet filled."""
+    metadata = saved.metadata
     reward = cls(
-        model,
+        saved.backbone,
         metadata["objectives"],
         metadata["inputs"],
         metadata["head_hidden_size"],
         metadata["tuning"],
-        reference,
-        load_tokenizer(path) if metadata["tokenizer"] else None,
+        load_reference(saved),
+        load_tokenizer(saved.folder) if metadata["tokenizer"] else None,
         metadata["step_separator"],
-        base_name=base_name,
+        base_name=saved.base_name,
     )
     reward.calibration = metadata["calibration"]
-    fill_parameters(path / HEADS_FILE, own_parameters(reward))
-    return reward.to(device) if device is not None else reward
+    return reward

@@ -13,27 +13,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from mahalo_ray.models.backbone import load_saved_backbone, prefixed, save_backbone
-from mahalo_ray.models.folder import (
-    HEADS_FILE,
-    Figures,
-    fill_parameters,
-    local_folder,
-    read_metadata,
-    save_tensors,
-    write_card,
-    write_metadata,
-)
+from mahalo_ray.models.backbone import SavedModel, save_backbone
+from mahalo_ray.models.folder import HEADS_FILE, Figures, save_tensors, write_card, write_metadata
 from mahalo_ray.models.heads import LogitTransform
 
 if TYPE_CHECKING:
     from mahalo_ray.models.multi_head import MultiHeadCausalLM
-
-KIND = "multi_head_causal_lm"
 
 
 def save_policy(
@@ -47,25 +35,18 @@ def save_policy(
     """Write the policy's folder.
 
     `state_dict` replaces the model's own (whole) parameters: what a ZeRO-3 engine gathered, under the
-    policy's names. `with_backbone` None saves the backbone unless there is a LoRA adapter on a base that has
-    a name.
+    policy's names. `with_backbone`: see `save_backbone`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = dict(policy.state_dict() if state_dict is None else state_dict)
-    if with_backbone is None:
-        with_backbone = not policy.has_lora or policy.base_name is None
-    if not with_backbone and not policy.has_lora:
-        raise ValueError("only a policy with a LoRA adapter can be saved without its backbone")
-    if not with_backbone and policy.base_name is None:
-        raise ValueError(
-            "the backbone comes from a model in memory, without a name to load it from: save it too"
-        )
-    save_backbone(policy.backbone, folder, prefixed(state, "backbone."), with_backbone)
-    heads = {name: state[name] for name in head_parameters(policy)}
+    saved = save_backbone(
+        policy.backbone, folder, state, with_backbone, policy.base_name, unchanged=policy.has_lora
+    )
+    heads = {name: state[name] for name in policy.own_parameters()}
     save_tensors(folder / HEADS_FILE, heads)
     write_metadata(
         folder,
-        KIND,
+        policy.kind,
         {
             "objectives": list(policy.objectives),
             "head_kind": policy.head_kind,
@@ -76,9 +57,7 @@ def save_policy(
             "head_bias": any(name.endswith("bias") for name in heads),
             "logit_scale": policy.transform.scale,
             "logit_softcap": policy.transform.softcap,
-            "base": None if with_backbone else policy.base_name,
-            "saved_backbone": with_backbone,
-            "adapter": policy.has_lora,
+            **saved,
         },
     )
     if policy.generation_config is not None:
@@ -94,45 +73,21 @@ def save_policy(
     write_card(folder, "Multi-head policy", text, policy.base_name, notes, figures)
 
 
-def load_policy(
-    cls: type[MultiHeadCausalLM],
-    folder: str | Path,
-    dtype: torch.dtype | None,
-    attn_implementation: str | None,
-    device: torch.device | str | None,
-    backbone: str | Path | None,
-) -> MultiHeadCausalLM:
-    """Read a policy's folder (or hub repository). `backbone` overrides where an adapter's base model is
-    found.
-
-    An adapter is loaded trainable, so that training can go on.
-    """
-    path = local_folder(folder)
-    metadata = read_metadata(path, KIND)
-    model, base_name = load_saved_backbone(path, metadata, dtype, attn_implementation, backbone)
-    generation = path / "generation_config.json"
-    policy = cls(
-        model,
+def policy_of(cls: type[MultiHeadCausalLM], saved: SavedModel) -> MultiHeadCausalLM:
+    """The policy that a folder describes, its heads not yet filled."""
+    metadata, folder = saved.metadata, saved.folder
+    generation = folder / "generation_config.json"
+    return cls(
+        saved.backbone,
         metadata["objectives"],
         metadata["head_kind"],
         LogitTransform(metadata["logit_scale"], metadata["logit_softcap"]),
         metadata["vocab_size"],
         metadata["hidden_size"],
         bias=metadata["head_bias"],
-        dtype=next(model.parameters()).dtype,
+        dtype=next(saved.backbone.parameters()).dtype,
         rank=metadata["rank"],
         keep_base_head=metadata["keep_base_head"],
-        generation_config=GenerationConfig.from_pretrained(str(path)) if generation.is_file() else None,
-        base_name=base_name,
+        generation_config=GenerationConfig.from_pretrained(str(folder)) if generation.is_file() else None,
+        base_name=saved.base_name,
     )
-    fill_parameters(path / HEADS_FILE, head_parameters(policy))
-    return policy.to(device) if device is not None else policy
-
-
-def head_parameters(policy: MultiHeadCausalLM) -> dict[str, nn.Parameter]:
-    """The parameters of `heads.safetensors` by name; what low-rank heads share appears once, as the base
-    head's.
-    """
-    return {
-        name: parameter for name, parameter in policy.named_parameters() if not name.startswith("backbone.")
-    }
