@@ -13,12 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from mahalo_ray import __version__
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import CandidateSet, Dialogue
-from mahalo_ray.evaluation.report import SampleDialogue, SampleTurn, number
+from mahalo_ray.evaluation.pages import render_page
+from mahalo_ray.evaluation.report import SampleDialogue, SampleTurn
 from mahalo_ray.evaluation.statistics import mean_interval
 from mahalo_ray.rollouts.actors import CANDIDATES, DIALOGUES
 from mahalo_ray.rollouts.dialogues import BRANCH
@@ -176,16 +175,6 @@ def write_dialogue_report(output: str, name: str, run: Mapping[str, Any], url: s
     """Write the page (self-contained, no script, no requests) and return its figures. `run`: the stage's
     metrics, failures and pairs among them."""
     figures, samples = dialogue_figures(output)
-    environment = Environment(
-        loader=PackageLoader("mahalo_ray.evaluation", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["number"] = number
-    page = environment.get_template("dialogue_report.html").render(
-        name=name, figures=figures, run=run, samples=samples, version=__version__
-    )
+    page = render_page("dialogue_report.html", name=name, figures=figures, run=run, samples=samples)
     storage.write_bytes(url, page.encode())
     return figures

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic import BaseModel, ConfigDict
 
@@ -15,9 +13,9 @@ from mahalo_ray.data import storage
 from mahalo_ray.evaluation import curves, plots
 from mahalo_ray.evaluation.claims import Claim, headline, in_words
 from mahalo_ray.evaluation.families import FamilyFront
+from mahalo_ray.evaluation.pages import render_page
 from mahalo_ray.evaluation.results import ComparisonTable
 from mahalo_ray.evaluation.statistics import finite_or_none
-from mahalo_ray.evaluation.terminal import compact_count
 
 FORMAT = 1  # of results.json
 
@@ -128,15 +126,8 @@ def render_html(
     fronts: Sequence[FamilyFront] = (),
 ) -> str:
     """The page as one string: inline style and pictures, no script. All texts are escaped."""
-    environment = Environment(
-        loader=PackageLoader("mahalo_ray.evaluation", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": number, "signed": signed, "duration": duration, "count": compact_count}
-    return environment.get_template("report.html").render(
+    return render_page(
+        "report.html",
         table=table,
         contents=contents,
         claims=claims,
@@ -152,7 +143,6 @@ def render_html(
         curves=curves.curves(contents.history),
         curve_size=(curves.WIDTH, curves.HEIGHT),
         reward_columns=_metric_names(contents.reward_metrics),
-        version=__version__,
     )
 
 
@@ -161,24 +151,6 @@ def front_title(table: ComparisonTable) -> str:
     return (
         f"{' against '.join(table.objectives)}: {table.dialogues} students, {table.confidence:.0%} intervals"
     )
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """A figure for the page; a dash where it is unknown or undefined."""
-    return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
-
-
-def signed(value: float) -> str:
-    """A difference with its sign (a true minus sign)."""
-    return f"{value:+.3f}".replace("-", "−")
-
-
-def duration(seconds: float) -> str:
-    """`8.3 s`, `2 min 05 s`, `1 h 02 min`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _ranges(table: ComparisonTable) -> dict[str, tuple[float, float]]:
