@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from mahalo_ray.config import dump_config
 from mahalo_ray.config.rollouts import (
     DialoguesConfig,
     EndpointTutorConfig,
@@ -27,7 +26,8 @@ from mahalo_ray.domains.tutoring.cases import load_cases
 from mahalo_ray.errors import StageError
 from mahalo_ray.evaluation.dialogue_report import write_dialogue_report
 from mahalo_ray.models.folder import METADATA_FILE
-from mahalo_ray.pipeline.fingerprint import Manifest, fingerprint, read_started, write_started
+from mahalo_ray.pipeline.fingerprint import Manifest, fingerprint
+from mahalo_ray.pipeline.jobs import claim_output
 from mahalo_ray.pipeline.lock import run_lock
 from mahalo_ray.pipeline.progress import RunProgress
 from mahalo_ray.pipeline.students import first_seed
@@ -54,12 +54,7 @@ def make_dialogues(config: DialoguesConfig, session: Session, progress: RunProgr
     began, output = time.monotonic(), storage.absolute(config.output)
     with run_lock(output), progress as display, contextlib.ExitStack() as ray:
         mine = _fingerprint(config)
-        if read_started(output) not in (None, mine):
-            raise ValueError(
-                f"'{config.output}' holds dialogues of other settings: give another 'output', or delete it"
-            )
-        write_started(output, mine)
-        storage.write_bytes(storage.join(output, "config.yaml"), dump_config(config).encode())
+        claim_output(output, config, mine, "dialogues")
         cases_url = _write_cases(config, output)
         with display.stage("[1/3] Play dialogues") as bar:
             ray.enter_context(session())

@@ -6,14 +6,14 @@ import contextlib
 import time
 from collections.abc import Callable
 
-from mahalo_ray.config import dump_config
 from mahalo_ray.config.generate import GenerateConfig
 from mahalo_ray.data import storage
 from mahalo_ray.data.prompts import read_prompts
 from mahalo_ray.data.quarantine import QUARANTINE, BadRow, quarantine
 from mahalo_ray.data.row_files import data_files
 from mahalo_ray.models.folder import METADATA_FILE
-from mahalo_ray.pipeline.fingerprint import Manifest, fingerprint, read_started, write_started
+from mahalo_ray.pipeline.fingerprint import Manifest, fingerprint
+from mahalo_ray.pipeline.jobs import claim_output
 from mahalo_ray.pipeline.lock import run_lock
 from mahalo_ray.pipeline.progress import RunProgress
 from mahalo_ray.rollouts.generate import ANSWERS, REJECTED, PromptChunks, generate_chunks
@@ -34,12 +34,7 @@ def generate(config: GenerateConfig, session: Session, progress: RunProgress) ->
     rows, bad = read_prompts(config.prompts)
     with run_lock(output), progress as display, contextlib.ExitStack() as ray:
         mine = _fingerprint(config)
-        if read_started(output) not in (None, mine):
-            raise ValueError(
-                f"'{output}' holds answers of other settings or prompts: give another output, or delete it"
-            )
-        write_started(output, mine)
-        storage.write_bytes(storage.join(output, "config.yaml"), dump_config(config).encode())
+        claim_output(output, config, mine, "answers")
         with display.stage("Answer prompts") as bar:
             ray.enter_context(session())
             bar.start(len(rows), "prompts")

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from mahalo_ray.config import ConfigError, dump_config
+from mahalo_ray.config import ConfigError
 from mahalo_ray.config.label import ContinuationsConfig, EndpointJudgeConfig, LabelConfig
 from mahalo_ray.data import storage
 from mahalo_ray.data.quarantine import QUARANTINE, quarantine
@@ -19,7 +19,8 @@ from mahalo_ray.data.step_readers import ReadTraces, read_prompts, read_traces
 from mahalo_ray.decoding.loading import Placement
 from mahalo_ray.errors import StageError
 from mahalo_ray.models.folder import local_folder
-from mahalo_ray.pipeline.fingerprint import Manifest, fingerprint, read_started, write_started
+from mahalo_ray.pipeline.fingerprint import Manifest, fingerprint
+from mahalo_ray.pipeline.jobs import claim_output
 from mahalo_ray.pipeline.judging import judge_identity, judge_spec
 from mahalo_ray.pipeline.lock import run_lock
 from mahalo_ray.pipeline.progress import RunProgress
@@ -49,13 +50,7 @@ def make_labels(config: LabelConfig, session: Session, progress: RunProgress) ->
     began, output = time.monotonic(), storage.absolute(config.output)
     with run_lock(output), progress as display, contextlib.ExitStack() as ray:
         mine = _fingerprint(config, judges)
-        if read_started(output) not in (None, mine):
-            raise ValueError(
-                f"'{config.output}' holds labels of other settings or input: give another 'output', or "
-                "delete it"
-            )
-        write_started(output, mine)
-        storage.write_bytes(storage.join(output, "config.yaml"), dump_config(config).encode())
+        claim_output(output, config, mine, "labels")
         with display.stage("[1/2] Read traces"):
             chunks = _write_chunks(config, output)
         with display.stage("[2/2] Label") as bar:
