@@ -8,14 +8,13 @@ from collections.abc import Iterator
 import pytest
 from local_endpoint import GARBAGE, HANGS, LocalEndpoint, Received, Scripted, fails, says
 
-from mahalo_ray import endpoints
 from mahalo_ray.config.endpoint import EndpointConfig
-from mahalo_ray.endpoints import ChatRequest, CompletionRequest, Endpoint, Failure, Reply
+from mahalo_ray.endpoints import ChatRequest, CompletionRequest, Endpoint, Failure, Reply, client
 
 
 @pytest.fixture(autouse=True)
 def short_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoints, "_BACKOFF_S", 0.01)
+    monkeypatch.setattr(client, "_BACKOFF_S", 0.01)
 
 
 def asked(text: str = "2+2?") -> ChatRequest:

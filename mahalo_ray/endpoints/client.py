@@ -1,0 +1,167 @@
+"""Bounded concurrency, rate limit and retries over the OpenAI client."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from concurrent.futures import Future
+from typing import Any, Self
+
+import openai
+
+from mahalo_ray.config.endpoint import EndpointConfig
+from mahalo_ray.endpoints.messages import ChatRequest, CompletionRequest, Failure, Reply, Usage
+from mahalo_ray.endpoints.replies import (
+    TROUBLE,
+    TextOf,
+    chat_text,
+    completion_text,
+    kind_of,
+    reply_of,
+    retry_after,
+)
+
+_BACKOFF_S = 0.5  # before the first retry; doubled at each further one, with jitter
+_MAX_BACKOFF_S = 30.0
+_MESSAGE_CHARACTERS = 500
+
+Answer = tuple[int, Reply | Failure]
+Create = Callable[[dict[str, Any]], Coroutine[Any, Any, Any]]
+
+
+class Endpoint:
+    """One server. Requests run on a thread of its own, so that none times out while the caller computes.
+
+    Raises ValueError if the environment variable of the key is not set.
+    """
+
+    def __init__(self, config: EndpointConfig) -> None:
+        self.config = config
+        self.usage = Usage(cost=None if config.input_price is None else 0.0)
+        self._key = _key(config)
+        self._client = openai.AsyncOpenAI(
+            base_url=config.base_url, api_key=self._key, timeout=config.timeout_s, max_retries=0
+        )
+        self._not_before = 0.0  # on time.monotonic's clock: when the next request may go out
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="endpoint", daemon=True)
+        self._thread.start()
+
+    def chat(self, requests: Iterable[ChatRequest]) -> Iterator[Answer]:
+        """Answers of /chat/completions as they finish. Requests are taken one by one, never more than
+        `concurrency` ahead; leaving the iterator cancels what is under way."""
+        return self._run(requests, lambda body: self._client.chat.completions.create(**body), chat_text)
+
+    def complete(self, requests: Iterable[CompletionRequest]) -> Iterator[Answer]:
+        """The same for /completions."""
+        return self._run(requests, lambda body: self._client.completions.create(**body), completion_text)
+
+    def close(self) -> None:
+        """End the thread. The endpoint cannot be used any more."""
+        if self._loop.is_closed():
+            return
+        asyncio.run_coroutine_threadsafe(self._client.close(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run(
+        self, requests: Iterable[ChatRequest] | Iterable[CompletionRequest], create: Create, text_of: TextOf
+    ) -> Iterator[Answer]:
+        numbered = enumerate(requests)
+        finished: queue.SimpleQueue[tuple[int, Future[Reply | Failure]]] = queue.SimpleQueue()
+        running: dict[int, Future[Reply | Failure]] = {}
+        try:
+            while True:
+                while len(running) < self.config.concurrency:
+                    number, request = next(numbered, (0, None))
+                    if request is None:
+                        break
+                    body = {"model": self.config.model, **request.body()}
+                    sent = asyncio.run_coroutine_threadsafe(self._send(body, create, text_of), self._loop)
+                    running[number] = sent
+                    sent.add_done_callback(lambda done, number=number: finished.put((number, done)))  # type: ignore[misc]
+                if not running:
+                    return
+                number, done = finished.get()
+                del running[number]
+                yield number, done.result()
+        finally:
+            for future in running.values():
+                future.cancel()
+
+    async def _send(self, body: dict[str, Any], create: Create, text_of: TextOf) -> Reply | Failure:
+        """Send until there is a reply, an error that another try cannot mend, or no try left."""
+        attempt = 0
+        while True:
+            attempt += 1
+            await self._turn()
+            try:
+                async with asyncio.timeout(self.config.timeout_s):
+                    reply = reply_of(await create(body), text_of)
+            except TROUBLE as error:
+                kind, retry = kind_of(error)
+                if not retry or attempt > self.config.max_retries:
+                    self.usage.requests += 1
+                    self.usage.failures[kind] += 1
+                    return Failure(kind, self._shown(error), attempt)
+                self.usage.retries[kind] += 1
+                await self._wait(error, attempt)
+                continue
+            self._count(reply)
+            return reply
+
+    async def _turn(self) -> None:
+        """Wait until the rate limit, or a server that asked for a pause, lets the next request out."""
+        while (now := time.monotonic()) < self._not_before:
+            await asyncio.sleep(self._not_before - now)
+        if self.config.requests_per_minute is not None:
+            self._not_before = now + 60.0 / self.config.requests_per_minute
+
+    async def _wait(self, error: Exception, attempt: int) -> None:
+        asked = retry_after(error)
+        if asked is not None:  # the whole server is busy: everybody waits
+            self._not_before = max(self._not_before, time.monotonic() + asked)
+            return
+        backoff = min(_MAX_BACKOFF_S, _BACKOFF_S * 2 ** (attempt - 1))
+        await asyncio.sleep(backoff * random.uniform(0.5, 1.0))
+
+    def _count(self, reply: Reply) -> None:
+        usage = self.usage
+        usage.requests += 1
+        usage.prompt_tokens += reply.prompt_tokens
+        usage.completion_tokens += reply.completion_tokens
+        if self.config.input_price is not None and self.config.output_price is not None:
+            spent = reply.prompt_tokens * self.config.input_price
+            spent += reply.completion_tokens * self.config.output_price
+            usage.cost = (usage.cost or 0.0) + spent / 1e6
+
+    def _shown(self, error: Exception) -> str:
+        """The error's text; servers like to repeat the key they were given."""
+        text = str(error) or type(error).__name__
+        if self.config.api_key_env is not None:
+            text = text.replace(self._key, f"${self.config.api_key_env}")
+        return text[:_MESSAGE_CHARACTERS]
+
+
+def _key(config: EndpointConfig) -> str:
+    if config.api_key_env is None:
+        return "none"
+    key = os.environ.get(config.api_key_env)
+    if not key:
+        raise ValueError(
+            f"the environment variable '{config.api_key_env}' is not set: it holds the key for "
+            f"{config.base_url} ('api_key_env')"
+        )
+    return key
