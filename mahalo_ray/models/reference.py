@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mahalo_ray.logprobs import DEFAULT_CHUNK_SIZE, IGNORE_INDEX, sum_rows
-from mahalo_ray.models.backbone import run_backbone, split_causal_lm
+from mahalo_ray.models.backbone import load_causal_lm, run_backbone, split_causal_lm
 from mahalo_ray.models.heads import FullHead
 from mahalo_ray.models.pair_attention import packed_arguments, read_packed_pairs, sequence_numbers
 
@@ -88,3 +91,24 @@ class FrozenReference(nn.Module):
         backbone, output, transform = split_causal_lm(model)
         head = FullHead(cast(nn.Parameter, output.weight), cast(nn.Parameter | None, output.bias), transform)
         return cls(None if shared else backbone, head)
+
+
+def reference_of(
+    model: PreTrainedModel,
+    base: str | Path | PreTrainedModel,
+    given: str | Path | PreTrainedModel | None,
+    changes: bool,
+    dtype: torch.dtype | None,
+    attn_implementation: str | None,
+) -> FrozenReference:
+    """The reference of a reward model on `model`, as it was loaded from `base`: the causal LM that was given,
+    else the base as it is now. `changes`: training changes the model itself, so the base is held twice.
+
+    ValueError if the base itself is given.
+    """
+    if given is model:
+        raise ValueError("the reference is the base itself: leave it out, and the base as it is now is taken")
+    if given is None and not changes:
+        return FrozenReference.of(model, shared=True)
+    source = given or (copy.deepcopy(model) if isinstance(base, PreTrainedModel) else base)
+    return FrozenReference.of(load_causal_lm(source, dtype, attn_implementation), shared=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,7 +22,7 @@ from mahalo_ray.models.backbone import (
 )
 from mahalo_ray.models.backbone_model import BackboneModel
 from mahalo_ray.models.folder import Figures
-from mahalo_ray.models.reference import FrozenReference
+from mahalo_ray.models.reference import FrozenReference, reference_of
 from mahalo_ray.models.reward_heads import (
     HEAD_INPUTS,
     OutputKind,
@@ -121,16 +120,10 @@ class ProcessRewardModel(BackboneModel, TraceScorer):
         wanted = "reference_logps" in check_inputs(inputs)
         if reference is not None and not wanted:
             raise ValueError("a reference was given, but 'reference_logps' is not among the head inputs")
-        if reference is model:
-            raise ValueError(
-                "the reference is the base itself: leave it out, and the base as it is now is taken"
-            )
         frozen = None
-        if wanted and reference is None and tuning != "full":
-            frozen = FrozenReference.of(model, shared=True)
-        elif wanted:
-            source = reference or (copy.deepcopy(model) if isinstance(base, PreTrainedModel) else base)
-            frozen = FrozenReference.of(load_causal_lm(source, dtype, attn_implementation), shared=False)
+        if wanted:
+            changes = tuning == "full"
+            frozen = reference_of(model, base, reference, changes, dtype, attn_implementation)
         if tuning == "lora":
             backbone = lora.with_lora(backbone, lora_settings or lora.LoraSettings())
         if tokenizer is None and not isinstance(base, PreTrainedModel):
