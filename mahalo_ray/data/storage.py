@@ -6,6 +6,7 @@ Writers are atomic for readers: data goes under a temporary name and is renamed,
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import posixpath
 import tempfile
@@ -17,6 +18,8 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
+
+_SMALL_FILE = 64 * 2**20
 
 
 def filesystem(url: str | Path) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -89,6 +92,14 @@ def read_bytes(url: str) -> bytes:
     fs, path = filesystem(url)
     with fs.open(path, "rb") as file:
         return bytes(file.read())
+
+
+def fingerprint(url: str) -> str:
+    """Content of a small file; of a large one what its storage says (size, time of change, tag)."""
+    fs, path = filesystem(url)
+    if fs.size(path) > _SMALL_FILE:
+        return str(fs.checksum(path))
+    return hashlib.sha256(read_bytes(url)).hexdigest()
 
 
 def write_json(url: str, value: Any) -> None:

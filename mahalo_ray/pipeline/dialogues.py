@@ -35,7 +35,6 @@ from mahalo_ray.rollouts.actors import CANDIDATES, DIALOGUES
 from mahalo_ray.rollouts.driver import DialogueChunks, run_rollouts
 from mahalo_ray.rollouts.pairs import CandidateShards, build_pairs
 from mahalo_ray.rollouts.parties import CASES, RolloutSpec, shared
-from mahalo_ray.training.launch import file_fingerprint
 
 PAIRS = "pairs"
 CASES_FILE = "cases.json"
@@ -117,7 +116,7 @@ def _fingerprint(config: DialoguesConfig) -> str:
             settings[side]["endpoint"] = settings[side]["endpoint"]["model"]
     files = []
     if config.cases is not None and not isinstance(config.cases, GridCases):
-        files = [file_fingerprint(file) for file in data_files(config.cases.path)]
+        files = [storage.fingerprint(file) for file in data_files(config.cases.path)]
     return fingerprint("dialogues", 1, config.seed, {**settings, "files": files}, {})
 
 

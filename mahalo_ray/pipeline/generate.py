@@ -17,7 +17,6 @@ from mahalo_ray.pipeline.jobs import claim_output
 from mahalo_ray.pipeline.lock import run_lock
 from mahalo_ray.pipeline.progress import RunProgress
 from mahalo_ray.rollouts.generate import ANSWERS, REJECTED, PromptChunks, generate_chunks
-from mahalo_ray.training.launch import file_fingerprint
 
 Session = Callable[[], contextlib.AbstractContextManager[None]]
 
@@ -86,9 +85,11 @@ def _fingerprint(config: GenerateConfig) -> str:
     settings = config.model_dump(mode="json", exclude={"output", "prompts", "cluster", "max_bad_fraction"})
     if config.server is not None:
         settings["server"]["endpoint"] = config.server.endpoint.model
-    settings["files"] = [file_fingerprint(file) for file in data_files(config.prompts)]
+    settings["files"] = [storage.fingerprint(file) for file in data_files(config.prompts)]
     models = [source.model for source in config.rewards] + ([] if config.policy is None else [config.policy])
-    settings["models"] = [[file_fingerprint(file) for file in storage.list_files(model)] for model in models]
+    settings["models"] = [
+        [storage.fingerprint(file) for file in storage.list_files(model)] for model in models
+    ]
     return fingerprint("generate", 1, config.request.seed, settings, {})
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from mahalo_ray.config import PolicyConfig
 from mahalo_ray.data import storage
 from mahalo_ray.pipeline.stages import Context, StageResult
-from mahalo_ray.training.launch import TrainingResult, train_policy
+from mahalo_ray.training.launch import train_policy
 from mahalo_ray.training.methods import METHOD_VERSIONS
+from mahalo_ray.training.ray_train import TrainingResult
 
 
 def train_heads(context: Context, base_url: str) -> StageResult:

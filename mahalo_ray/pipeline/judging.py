@@ -16,7 +16,6 @@ from mahalo_ray.config.label import (
 )
 from mahalo_ray.data import storage
 from mahalo_ray.rollouts.judges import JudgeSpec, load_function, rubric_template
-from mahalo_ray.training.launch import file_fingerprint
 
 
 def judge_spec(name: str, config: JudgeConfig) -> JudgeSpec:
@@ -43,7 +42,7 @@ def judge_identity(spec: JudgeSpec) -> dict[str, Any]:
         kept["endpoint"] = config.endpoint.model
         kept["rubric"] = hashlib.sha256(spec.rubric.encode()).hexdigest()
     if isinstance(config, ModelJudgeConfig) and storage.exists(config.path):
-        files = "\n".join(file_fingerprint(file) for file in storage.list_files(config.path))
+        files = "\n".join(storage.fingerprint(file) for file in storage.list_files(config.path))
         kept["path"] = hashlib.sha256(files.encode()).hexdigest()
     return kept
 

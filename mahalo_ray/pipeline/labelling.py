@@ -34,7 +34,6 @@ from mahalo_ray.rollouts.label_actors import (
     run_labelling,
 )
 from mahalo_ray.rollouts.parties import shared
-from mahalo_ray.training.launch import file_fingerprint
 
 INPUT = "input"
 
@@ -101,10 +100,10 @@ def _fingerprint(config: LabelConfig, judges: dict[str, JudgeSpec]) -> str:
     }
     assert config.input is not None
     sources = [*(s.path for s in config.input.traces), *(s.path for s in config.input.prompts)]
-    settings["files"] = [file_fingerprint(file) for source in sources for file in data_files(source)]
+    settings["files"] = [storage.fingerprint(file) for source in sources for file in data_files(source)]
     policy = None if config.continuations is None else config.continuations.policy
     if policy is not None and storage.exists(policy):
-        settings["policy"] = [file_fingerprint(file) for file in storage.list_files(policy)]
+        settings["policy"] = [storage.fingerprint(file) for file in storage.list_files(policy)]
     return fingerprint("label", 1, config.seed, settings, {})
 
 
