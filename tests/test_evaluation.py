@@ -1,61 +1,15 @@
-"""Statistics, the comparison table, the claims and the report."""
+"""Statistics, the comparison table and the claims."""
 
-import io
-import json
-import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from rich.console import Console
+from evaluated_run import OBJECTIVES, STUDENTS, method, run_of, table_of
 from scipy import stats
 
-from mahalo_ray.evaluation import claims, plots, report, statistics, terminal
+from mahalo_ray.evaluation import claims, statistics
 from mahalo_ray.evaluation.outcomes import MethodResult
-from mahalo_ray.evaluation.results import ComparisonTable
 from mahalo_ray.objectives import Weights
-
-STUDENTS = 60
-OBJECTIVES = ("accuracy", "engagement")
-
-
-def method(name: str, kind: str, means: tuple[float, ...], seed: int = 0, **more: Any) -> MethodResult:
-    """A method whose students scatter around `means`: each has the same luck with every method."""
-    luck = np.random.default_rng(99).normal(0, 0.1, STUDENTS)
-    noise = np.random.default_rng(seed).normal(0, 0.02, (len(means), STUDENTS))
-    names = (*OBJECTIVES, "helpfulness", "safety")
-    values = {
-        o: (mean + luck + noise[i]).tolist() for i, (o, mean) in enumerate(zip(names, means, strict=False))
-    }
-    return MethodResult.model_validate(
-        {"name": name, "kind": kind, "student_ids": list(range(STUDENTS)), "values": values}
-        | {"malformed_rate": 0.01, "tokens": 31400, "kl_to_reference": 0.04}
-        | more
-    )
-
-
-def run_of(accuracy_head: float = 0.30, guided: tuple[float, float] = (0.29, 0.71)) -> list[MethodResult]:
-    """A whole table in which everything holds unless told otherwise."""
-    half = {"accuracy": 0.5, "engagement": 0.5}
-    methods = [
-        method("SFT", "sft", (0.26, 0.45), 1),
-        method("SFT, guided", "guided_sft", (0.29, 0.65), 2, guidance=half, num_candidates=5),
-        method("accuracy head", "head", (accuracy_head, 0.42), 3, weights={"accuracy": 1}),
-        method("engagement head", "head", (0.19, 0.74), 4, weights={"engagement": 1}),
-        method("policy, guided", "guided", guided, 5, weights=half, guidance=half, num_candidates=5),
-    ]
-    for i, (a, e) in enumerate([(0.30, 0.42), (0.28, 0.52), (0.26, 0.61), (0.23, 0.68), (0.19, 0.74)]):
-        weights = {"accuracy": 1 - i / 4, "engagement": i / 4}
-        methods.append(
-            method(f"weights {1 - i / 4:g} / {i / 4:g}", "weights", (a, e), 10 + i, weights=weights)
-        )
-    return methods
-
-
-def table_of(methods: list[MethodResult], objectives: tuple[str, ...] = OBJECTIVES) -> ComparisonTable:
-    return ComparisonTable(methods, objectives, resamples=200)
-
 
 # --- statistics
 
@@ -304,148 +258,6 @@ def test_a_head_row_can_be_a_point_of_the_sweep() -> None:
     methods = [m for m in run_of() if m.name not in ("weights 1 / 0", "weights 0 / 1")]
     methods = [m.model_copy(update={"sweep": True}) if m.kind == "head" else m for m in methods]
     assert "5 of 5" in by_key(methods)["front"].evidence
-
-
-# --- report
-
-
-def contents_of(**more: Any) -> report.ReportContents:
-    return report.ReportContents.model_validate(
-        {
-            "title": "Run <one> & only",
-            "measurement": {"seed": 17, "judge": "a program, independent of the reward model"},
-            "timings": {"sft": 152.0, "policy": 44.0},
-            "samples": [
-                {
-                    "method": "SFT",
-                    "topic": "3 + 4",
-                    "turns": [
-                        {
-                            "speaker": "tutor",
-                            "content": "<script>alert('x')</script>",
-                            "scores": {"accuracy": 0.5},
-                        }
-                    ],
-                    "outcome": {"accuracy": 0.4},
-                }
-            ],
-            "history": {
-                "sft": [{"step": 1, "loss": 3.0}, {"step": 2, "loss": float("nan")}, {"step": 3, "loss": 1.0}]
-            },
-            "reward_metrics": {
-                "accuracy": {"auc": float("nan"), "correlation": 0.77},
-                "engagement": {"auc": 0.9},
-            },
-        }
-        | more
-    )
-
-
-def test_report_writes_three_files_that_agree(tmp_path: Path) -> None:
-    table = table_of(run_of())
-    found = claims.check_claims(table)
-    files = report.write_report(str(tmp_path / "report"), table, found, contents_of())
-    results = json.loads(Path(files.results).read_text())
-    assert results["headline"] == "All 5 claims of this run hold."
-    assert [row["name"] for row in results["rows"]] == [m.name for m in table.methods]
-    assert results["reward_metrics"]["accuracy"] == {"auc": None, "correlation": 0.77}
-    assert results["history"]["sft"][1]["loss"] is None
-    assert [MethodResult.model_validate(m) for m in results["methods"]] == list(table.methods)
-    assert [
-        claims.Claim.model_validate({k: v for k, v in c.items() if k != "words"}) for c in results["claims"]
-    ] == found
-    png = Path(files.front).read_bytes()
-    assert png[:8] == b"\x89PNG\r\n\x1a\n"
-    assert int.from_bytes(png[16:20]) >= 1600
-    html = Path(files.html).read_text()
-    assert "All 5 claims of this run hold." in html
-    assert f"{table.rows[0].means['accuracy'].value:.3f}" in html
-    assert "value(s) not finite" in html
-
-
-def test_page_asks_nothing_of_the_network_and_runs_nothing() -> None:
-    html = report.render_html(table_of(run_of()), [], contents_of())
-    assert "default-src 'none'" in html
-    # only links inside the page and names of XML vocabularies may look like addresses
-    addresses = re.findall(r"""(?:href|src|url)\s*[=(]\s*["']?([^"')\s>]+)""", html)
-    assert all(address.startswith("#") for address in addresses)
-    left = re.sub(r'xmlns(:\w+)?="[^"]*"', "", html)
-    assert not re.search(r"https?://|<script|<link|@import", left)
-
-
-def test_untrusted_text_is_escaped_everywhere() -> None:
-    nasty = "<img src=x onerror=alert(1)>"
-    methods = run_of()
-    methods[0] = methods[0].model_copy(update={"name": nasty})
-    table = table_of(methods)
-    html = report.render_html(table, claims.check_claims(table), contents_of(title=nasty, summary=nasty))
-    assert "<img" not in html
-    assert "&lt;script&gt;alert" in html
-    assert html.count("&lt;img src=x") >= 4  # title, table, claims, picture
-
-
-def test_page_says_plainly_that_a_claim_fails() -> None:
-    table = table_of(run_of(accuracy_head=0.24))
-    html = report.render_html(table, claims.check_claims(table), contents_of())
-    assert 'class="verdict fails"' in html
-    assert "do NOT hold: the accuracy head beats SFT on accuracy" in html
-    assert html.count("✗ does not hold") == 1
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_any_number_of_objectives_makes_a_whole_report(count: int, tmp_path: Path) -> None:
-    objectives = (*OBJECTIVES, "helpfulness", "safety")[:count]
-    methods = [
-        method("SFT", "sft", (0.2, 0.3, 0.4, 0.5), 1),
-        method("$head$ of_accuracy", "head", (0.3, 0.3, 0.4, 0.5), 2, weights={"accuracy": 1}),
-        method("weights a", "weights", (0.3, 0.2, 0.5, 0.4), 3, weights={"accuracy": 1, "engagement": 1}),
-        method("weights b", "weights", (0.2, 0.4, 0.5, 0.4), 4, weights={"accuracy": 1, "engagement": 2}),
-    ]
-    table = table_of(methods, objectives)
-    found = claims.check_claims(table)
-    assert ("front" in {claim.key for claim in found}) == (count > 1)
-    files = report.write_report(str(tmp_path), table, found, report.ReportContents(title="many"))
-    assert Path(files.front).stat().st_size > 10_000
-    figure = plots.draw_front(table, width=6, title=None)
-    panels = [panel for panel in figure.axes if panel.get_visible()]
-    assert len(panels) == max(1, count * (count - 1) // 2)
-
-
-def test_labels_of_the_picture_stay_off_each_other() -> None:
-    figure = plots.draw_front(table_of(run_of()), width=8.4, title=None)
-    texts = figure.axes[0].texts
-    assert len(texts) == 10
-    boxes = [text.get_window_extent() for text in texts]
-    overlapping = [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
-    assert not overlapping
-
-
-def test_history_without_steps_is_an_error() -> None:
-    with pytest.raises(ValueError, match="stage 'sft', record 0: no 'step'"):
-        report.render_html(table_of(run_of()), [], contents_of(history={"sft": [{"loss": 1.0}]}))
-
-
-def test_terminal_table_fits_100_columns() -> None:
-    for objectives in (OBJECTIVES, (*OBJECTIVES, "helpfulness", "safety")):
-        methods = [
-            method(
-                f"weights {i} / 0.25 of it",
-                "weights",
-                (0.3, 0.2, 0.5, 0.4),
-                i,
-                weights={"accuracy": 1, "engagement": i},
-            )
-            for i in range(3)
-        ]
-        console = Console(width=100, record=True, file=io.StringIO())
-        table = table_of(methods, objectives)
-        terminal.print_table(console, table)
-        terminal.print_claims(console, claims.check_claims(table))
-        text = console.export_text()
-        assert max(map(len, text.splitlines())) <= 100
-        estimate = table.rows[0].means[objectives[-1]]
-        assert f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]" in text
-        assert "0.040" in text and "31k" in text and "1.0%" in text
 
 
 def test_weighted_difference_uses_normalised_weights() -> None:

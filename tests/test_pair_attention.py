@@ -13,7 +13,7 @@ import torch
 import transformers as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_multi_head import FAMILIES, OBJECTIVES, V, policy, tiny
+from tiny_policies import FAMILIES, OBJECTIVES, V, policy, tiny
 from torch import Tensor
 
 from mahalo_ray.models import ChunkedCausalLM, LoraSettings, MultiHeadCausalLM
