@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import gc
 import importlib.metadata
@@ -10,7 +11,7 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,16 @@ class PeakMemory:
                     return int(line.split()[1]) * 1024
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def options_of(description: str | None, presets: Iterable[str], preset: str) -> argparse.ArgumentParser:
+    """Options of a benchmark over presets: which one, how often, on how many threads, and where to."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--preset", choices=list(presets), default=preset)
+    parser.add_argument("--rounds", type=int, default=3, help="how often everything is measured")
+    parser.add_argument("--threads", type=int, default=None, help="of torch; default: its own choice")
+    parser.add_argument("--output", type=Path, default=None, help="results as JSON")
+    return parser
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from measuring import PeakMemory, installed, machine, mib, synchronise, write_results
+from measuring import PeakMemory, installed, machine, mib, options_of, synchronise, write_results
 from step_report import checks, ratios, report, summary
 from step_variants import PRESETS, Pairs, Setting, Step, make_pairs, ours, reference_logps, textbook, trl
 
@@ -85,8 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--preset", choices=list(PRESETS), default="smollm2-135m")
+    parser = options_of(__doc__, PRESETS, "smollm2-135m")
     parser.add_argument("--pairs", type=int, default=2, help="pairs per step")
     parser.add_argument("--heads", type=_numbers, default=(1, 2, 3, 4, 8), help="H of ours: 1,2,3,4,8")
     parser.add_argument(
@@ -101,12 +100,9 @@ def _parser() -> argparse.ArgumentParser:
         default=KINDS,
         help="a selection, separated by commas",
     )
-    parser.add_argument("--rounds", type=int, default=3, help="processes per variant")
     parser.add_argument("--steps", type=int, default=1, help="timed steps per process")
-    parser.add_argument("--threads", type=int, default=None, help="of torch; default: its own choice")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--output", type=Path, default=None, help="results as JSON")
     parser.add_argument("--measure", default=None, help=argparse.SUPPRESS)
     parser.add_argument("--reference", type=Path, default=None, help=argparse.SUPPRESS)
     return parser

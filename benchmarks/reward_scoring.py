@@ -12,12 +12,11 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from measuring import machine, table, write_results
+from measuring import machine, options_of, table, write_results
 from shapes import ABOUT_30M, SMOLLM2_135M, TINY, Shape
 from torch import Tensor
 
@@ -72,15 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--preset", choices=list(PRESETS), default="smollm2-135m")
+    parser = options_of(__doc__, PRESETS, "smollm2-135m")
     parser.add_argument("--prefix", type=int, default=500, help="tokens before the first step")
     parser.add_argument("--candidates", type=int, default=5, help="K")
     parser.add_argument("--steps", type=int, default=3, help="steps scored one after the other")
     parser.add_argument("--step-tokens", type=int, default=40, help="tokens of every candidate")
-    parser.add_argument("--rounds", type=int, default=3, help="how often both ways are measured")
-    parser.add_argument("--threads", type=int, default=None, help="of torch; default: its own choice")
-    parser.add_argument("--output", type=Path, default=None, help="results as JSON")
     return parser
 
 

@@ -17,12 +17,11 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from measuring import PeakMemory, machine, mib, table, write_results
+from measuring import PeakMemory, machine, mib, options_of, table, write_results
 from shapes import ABOUT_30M, SMOLLM2_135M, TINY, Shape
 from torch import Tensor, nn
 from transformers import (
@@ -102,11 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--preset", choices=list(PRESETS), default="30m")
-    parser.add_argument("--rounds", type=int, default=3, help="processes per variant")
-    parser.add_argument("--threads", type=int, default=None, help="of torch; default: its own choice")
-    parser.add_argument("--output", type=Path, default=None, help="results as JSON")
+    parser = options_of(__doc__, PRESETS, "30m")
     parser.add_argument("--measure", choices=VARIANTS, default=None, help=argparse.SUPPRESS)
     return parser
 
