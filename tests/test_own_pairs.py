@@ -12,8 +12,9 @@ import yaml
 from typer.testing import CliRunner
 
 from mahalo_ray.cli import app
-from mahalo_ray.config import ConfigError, RunConfig, dump_config, load_config
+from mahalo_ray.config import ActorsConfig, ClusterConfig, ConfigError, RunConfig, dump_config, load_config
 from mahalo_ray.models import MultiHeadCausalLM
+from mahalo_ray.pipeline.cluster import needs_of
 from mahalo_ray.pipeline.own_data import pipeline
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "real_pairs.yaml"
@@ -84,6 +85,13 @@ def test_other_stages_are_refused() -> None:
     for verb in ("sweep", "serve", "evaluate"):
         result = CliRunner().invoke(app, [verb, str(EXAMPLE)])
         assert result.exit_code == 2 and "run on own data ('data') has no stage" in result.output
+
+
+def test_training_on_own_data_needs_no_room_for_rollouts() -> None:
+    cluster = ClusterConfig(train_workers=1, rollout_actors=6)
+    assert needs_of(cluster, rollouts=False).cpus == 1 + 1  # one steers
+    assert needs_of(cluster).cpus == needs_of(ActorsConfig(rollout_actors=6)).cpus == 6 + 1
+    assert needs_of(cluster, serve_cpus=8).cpus == 8 + 1
 
 
 def test_changed_files_rerun_the_stages(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ WORKER_ENV = {
 PRIVATE_ENV = {"RAY_USAGE_STATS_ENABLED": "0"}
 
 
-class _Needs(NamedTuple):
+class Needs(NamedTuple):
     """What the largest of the stages asks Ray for, with one CPU to spare for the actors that steer it. `keys`
     say so."""
 
@@ -57,14 +57,14 @@ def ray_session(cluster: ActorsConfig, serve_cpus: float = 0, rollouts: bool = T
     if ray.is_initialized():
         raise ConfigError("Ray is already running in this process: call ray.shutdown() first")
     address = cluster.address or os.environ.get("RAY_ADDRESS")
-    needs = _needs(cluster, serve_cpus, rollouts)
+    needs = needs_of(cluster, serve_cpus, rollouts)
     opened = _connected(address, needs) if address else _private(needs)
     with opened, _sigterm_raises():
         yield
 
 
 @contextlib.contextmanager
-def _connected(address: str, needs: _Needs) -> Iterator[None]:
+def _connected(address: str, needs: Needs) -> Iterator[None]:
     missing = {key: value for key, value in WORKER_ENV.items() if key not in os.environ}
     with _environment(missing):
         try:
@@ -84,7 +84,7 @@ def _connected(address: str, needs: _Needs) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _private(needs: _Needs) -> Iterator[None]:
+def _private(needs: Needs) -> Iterator[None]:
     folder = tempfile.mkdtemp(prefix="mahalo-", dir=_short_temp_dir())
     before = {process.pid for process in psutil.Process().children()}
     # Ray Train builds with the interpreter's own tools (ninja), which a venv has beside it.
@@ -108,7 +108,9 @@ def _private(needs: _Needs) -> Iterator[None]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _needs(cluster: ActorsConfig, serve_cpus: float, rollouts: bool) -> _Needs:
+def needs_of(cluster: ActorsConfig, serve_cpus: float = 0, rollouts: bool = True) -> Needs:
+    """What Ray must have: training workers (where the section has any), rollout actors and endpoint run one
+    after the other."""
     users: dict[str, tuple[int, float]] = {}  # key -> processes and CPUs of each
     if isinstance(cluster, ClusterConfig):
         users["cluster.train_workers"] = cluster.train_workers, cluster.cpus_per_train_worker
@@ -116,10 +118,10 @@ def _needs(cluster: ActorsConfig, serve_cpus: float, rollouts: bool) -> _Needs:
         users["cluster.rollout_actors"] = cluster.rollout_actors, cluster.cpus_per_rollout_actor
     cpus = max(serve_cpus, *(count * each for count, each in users.values()))
     gpus = max(count for count, _ in users.values()) if cluster.use_gpu else 0
-    return _Needs(math.ceil(cpus) + 1, gpus, " and ".join(f"'{key}'" for key in users))
+    return Needs(math.ceil(cpus) + 1, gpus, " and ".join(f"'{key}'" for key in users))
 
 
-def _check_size(needs: _Needs) -> None:
+def _check_size(needs: Needs) -> None:
     """What a stage asks for must exist: Ray would wait for it without a word."""
     found = ray.cluster_resources()
     cpus, gpus = int(found.get("CPU", 0)), int(found.get("GPU", 0))
