@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mahalo_ray.data import storage
-from mahalo_ray.decoding.products import FastProducts, fast_head
+from mahalo_ray.decoding.products import FastHead, FastProducts
 from mahalo_ray.models import ProcessRewardModel
 from mahalo_ray.models.traces import TokenTrace
 from mahalo_ray.training.recipe import Inference
@@ -59,7 +59,8 @@ def step_features(model: nn.Module, **tensors: Tensor) -> Tensor:
     """Head inputs [B, S, F] of one batch."""
     reward = cast(ProcessRewardModel, model)
     features: Callable[..., Tensor] = reward.features
-    with FastProducts(reward.backbone)(), fast_head(reward.config.get_text_config().hidden_size):
+    text = reward.config.get_text_config()
+    with FastProducts(reward.backbone)(), FastHead(text.hidden_size, text.vocab_size)():
         return features(**tensors).float()
 
 
