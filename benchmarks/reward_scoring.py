@@ -20,7 +20,7 @@ from measuring import machine, options_of, table, write_results
 from shapes import ABOUT_30M, SMOLLM2_135M, TINY, Shape
 from torch import Tensor
 
-from mahalo_ray.decoding.products import FastProducts, fast_head
+from mahalo_ray.decoding.products import FastHead, FastProducts
 from mahalo_ray.decoding.reward_cache import RewardConversations
 from mahalo_ray.models import ProcessRewardModel
 from mahalo_ray.models.traces import TokenTrace
@@ -101,12 +101,13 @@ def kept(model: ProcessRewardModel, prefix: Ids, steps: Sequence[Sequence[Ids]])
 def encoded_again(model: ProcessRewardModel, prefix: Ids, steps: Sequence[Sequence[Ids]]) -> dict[str, Any]:
     """The whole text of every candidate, all K in one batch; with the same kernels as the other way."""
     tokens, fast = 0, FastProducts(model.backbone)
+    fast_head = FastHead(model.config.hidden_size, model.config.vocab_size)
 
     def score(candidates: Sequence[Ids], text: Ids) -> Tensor:
         nonlocal tokens
         traces = [TokenTrace(text + own, [len(text)], [len(text) + len(own) - 1]) for own in candidates]
         tokens += sum(len(trace.input_ids) for trace in traces)
-        with fast(), fast_head(model.config.hidden_size):
+        with fast(), fast_head():
             return torch.stack([scores[0] for scores in model.score_traces(traces, len(traces))])
 
     found = _timed(score, prefix, steps)

@@ -7,14 +7,14 @@ import json
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
-from measuring import PeakMemory, mib, table
+from measuring import PeakMemory, table
 from rollout_engine import GRID, REPLY
 from shapes import TINY
 
@@ -42,34 +42,56 @@ class NoWork:
 
 
 def queue(sizes: Sequence[int]) -> list[dict[str, Any]]:
-    """The driver's memory with a queue of n dialogues, chunks of 32, on an actor that plays nothing."""
+    """The driver's memory with a queue of n dialogues, chunks of 32, on an actor that plays nothing; and
+    beside it that of a loop which does nothing but call the actor as often."""
     found = []
-    memory = PeakMemory(torch.device("cpu"))
     with _ray(2), tempfile.TemporaryDirectory() as folder:
         spec = _spec(
             folder, EndpointConfig(base_url="http://127.0.0.1:1", model="m"), folder, PlayConfig(turns=1)
         )
         for size in [sizes[0], *sizes]:  # the first round warms up
-            before = memory.now()
-            memory.reset()
-            began = time.perf_counter()
-            report = run_rollouts(
-                spec,
-                DialogueChunks(0, size, 32),
-                ActorsConfig(rollout_actors=1),
-                lambda done, total, note: None,
-                actor_class=ray.remote(NoWork),
+            chunks = DialogueChunks(0, size, 32)
+            grown, seconds = _grown(lambda chunks=chunks: _driver(spec, chunks))
+            bare, _ = _grown(lambda chunks=chunks: _calls_alone(spec, chunks))
+            found.append(
+                {"queued": size, "grown_bytes": grown, "calls_alone_bytes": bare, "seconds": seconds}
             )
-            assert report.dialogues == size
-            seconds = time.perf_counter() - began
-            found.append({"queued": size, "grown_bytes": memory.peak() - before, "seconds": seconds})
     found = found[1:]
     rows = [
-        [str(f["queued"]), mib(f["grown_bytes"]), f"{f['seconds'] / f['queued'] * 1e6:.0f}"] for f in found
+        [
+            str(f["queued"]),
+            f"{f['grown_bytes'] / 2**20:.1f} MiB",
+            f"{f['calls_alone_bytes'] / 2**20:.1f} MiB",
+            f"{f['seconds'] / f['queued'] * 1e6:.0f}",
+        ]
+        for f in found
     ]
     print("\nthe driver's memory above what it had before, at its peak")
-    print(table(["dialogues queued", "grown by", "driver, us per dialogue"], rows))
+    print(table(["dialogues queued", "driver", "Ray's calls alone", "driver, us per dialogue"], rows))
     return found
+
+
+def _grown(work: Callable[[], None]) -> tuple[int, float]:
+    """Bytes at the peak above those before, and seconds."""
+    memory = PeakMemory(torch.device("cpu"))
+    before = memory.now()
+    memory.reset()
+    began = time.perf_counter()
+    work()
+    return memory.peak() - before, time.perf_counter() - began
+
+
+def _driver(spec: RolloutSpec, chunks: DialogueChunks) -> None:
+    one = ActorsConfig(rollout_actors=1)
+    report = run_rollouts(spec, chunks, one, lambda done, total, note: None, actor_class=ray.remote(NoWork))
+    assert report.dialogues == chunks.dialogues
+
+
+def _calls_alone(spec: RolloutSpec, chunks: DialogueChunks) -> None:
+    actor = ray.remote(NoWork).options(num_cpus=1).remote(spec)
+    for chunk in chunks:
+        ray.get(actor.play.remote(chunk))
+    ray.kill(actor)
 
 
 def actors(counts: Sequence[int], quick: bool) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mahalo_ray.decoding import products
-from mahalo_ray.decoding.products import FastProducts, fast_head, linear
+from mahalo_ray.decoding.products import FastHead, FastProducts, PackedWeights
 
 
 @pytest.fixture
@@ -41,10 +41,34 @@ def test_heads_give_the_same(wanted: None) -> None:
     torch.manual_seed(0)
     x, weight, bias = torch.randn(4, 256), torch.randn(50, 256), torch.randn(50)
     expected = F.linear(x, weight, bias)
-    with fast_head(256):
-        torch.testing.assert_close(F.linear(x, weight, bias), expected, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(linear(x, weight, bias), expected, atol=1e-4, rtol=1e-4)
-    assert torch.equal(linear(x.double(), weight.double()), F.linear(x.double(), weight.double()))
+    fast = FastHead(256, 50)
+    for _ in range(3):  # from the second use on with packed weights
+        with fast():
+            torch.testing.assert_close(F.linear(x, weight, bias), expected, atol=1e-4, rtol=1e-4)
+    store = PackedWeights(weight.nbytes)
+    assert torch.equal(store.linear(x.double(), weight.double()), F.linear(x.double(), weight.double()))
+
+
+@pytest.mark.parametrize("size", [0, 1 << 40])
+def test_weights_that_change_are_packed_again(wanted: None, size: int) -> None:
+    """A store for more bytes than it may copy gives the same numbers, from the weights as they are."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(4, 256), nn.Parameter(torch.randn(50, 256))
+    store = PackedWeights(size)
+    with torch.no_grad():
+        for _ in range(3):
+            for _ in range(3):
+                expected = F.linear(x, weight)
+                torch.testing.assert_close(store.linear(x, weight), expected, atol=1e-4, rtol=1e-4)
+            weight.mul_(-0.5)
+
+
+def test_weights_in_inference_mode(wanted: None) -> None:
+    with torch.inference_mode():
+        x, weight = torch.randn(4, 256), torch.randn(50, 256)
+        store = PackedWeights(weight.nbytes)
+        for _ in range(3):
+            torch.testing.assert_close(store.linear(x, weight), F.linear(x, weight), atol=1e-4, rtol=1e-4)
 
 
 def test_small_layers_are_left_alone(wanted: None) -> None:

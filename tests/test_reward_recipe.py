@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mahalo_ray.config import ConfigError, ObjectiveConfig, RewardConfig, TrainingConfig
 from mahalo_ray.data import storage
+from mahalo_ray.training import reward_features
 from mahalo_ray.training.reward import RewardRecipe
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -129,12 +130,16 @@ def test_all_kinds_of_supervision_train_together(base: str, tmp_path: Path) -> N
         assert trained[f"{objective.name}/loss"] < 0.7 * figures[f"{objective.name}/loss"]
 
 
+def untold(done: int, of: int) -> None:
+    """Nobody asks how far it has come."""
+
+
 def test_kept_features_give_the_same_loss_gradient_and_scores(base: str, tmp_path: Path) -> None:
     plain = make_recipe(base, tmp_path, backbone="frozen", cache_features=False)
     kept = make_recipe(base, tmp_path, backbone="frozen")
     model, infer = build(plain)
-    plain.prepare(infer, 0, 1)
-    kept.prepare(infer, 0, 1)
+    plain.prepare(infer, 0, 1, untold)
+    kept.prepare(infer, 0, 1, untold)
     assert set(kept.scoring_batch(kept.batches[0])[1]) == {"features"}
     assert "input_ids" in plain.scoring_batch(plain.batches[0])[1]
     for one, other in zip(losses(plain, model), losses(kept, model), strict=True):
@@ -142,25 +147,41 @@ def test_kept_features_give_the_same_loss_gradient_and_scores(base: str, tmp_pat
     assert kept.finish(infer, 0, 1) == pytest.approx(plain.finish(infer, 0, 1), rel=1e-5)
 
 
+def test_features_are_stored_part_by_part_and_told(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reward_features, "_PART_TOKENS", 100)
+    store = tmp_path / "features"
+    recipe = make_recipe(base, tmp_path, features=str(store), backbone="frozen")
+    _, infer = build(recipe)
+    told: list[tuple[int, int]] = []
+    recipe.prepare(infer, 0, 1, lambda done, of: told.append((done, of)))
+    tokens = int(recipe.units.tokens.sum())
+    assert len(told) == len(list(store.glob("*/*.parquet"))) > 2
+    assert told[-1] == (tokens, tokens) and {of for _, of in told} == {tokens}
+    steps = np.diff([0, *(done for done, _ in told)])
+    assert steps.min() > 0 and steps.max() <= 100 + int(recipe.units.tokens.max())
+
+
 def test_a_store_is_read_instead_of_computed_again(base: str, tmp_path: Path) -> None:
     store = str(tmp_path / "features")
     first = make_recipe(base, tmp_path, features=store, backbone="frozen")
     model, infer = build(first)
-    first.prepare(infer, 0, 1)
+    first.prepare(infer, 0, 1, untold)
     expected = losses(first, model)[0]
 
     def never(function: Any, tensors: Any) -> Tensor:
         raise AssertionError("a stored sequence was computed again")
 
     again = make_recipe(base, tmp_path, features=store, backbone="frozen")
-    again.prepare(never, 0, 1)
+    again.prepare(never, 0, 1, untold)
     torch.testing.assert_close(losses(again, model)[0], expected, rtol=0, atol=0)
     # Another model on the same data and backbone finds them too; one with other inputs does not.
     part = make_recipe(base, tmp_path, MIXED[::-1], store, backbone="frozen")
-    part.prepare(never, 0, 1)
+    part.prepare(never, 0, 1, untold)
     other = make_recipe(base, tmp_path, features=store, backbone="frozen", inputs=["last"])
     with pytest.raises(AssertionError, match="computed again"):
-        other.prepare(never, 0, 1)
+        other.prepare(never, 0, 1, untold)
     # What is missing is computed, and only that.
     (folder,) = (tmp_path / "features").iterdir()
     (file,) = folder.iterdir()
@@ -172,7 +193,7 @@ def test_a_store_is_read_instead_of_computed_again(base: str, tmp_path: Path) ->
         return infer(function, tensors)
 
     rest = make_recipe(base, tmp_path, features=store, backbone="frozen")
-    rest.prepare(count, 0, 1)
+    rest.prepare(count, 0, 1, untold)
     assert 0 < sum(seen) < len(rest.data.tokens)
     torch.testing.assert_close(losses(rest, model)[0], expected, rtol=1e-5, atol=1e-6)
 
@@ -180,7 +201,7 @@ def test_a_store_is_read_instead_of_computed_again(base: str, tmp_path: Path) ->
 def test_a_backbone_that_changes_is_never_kept(base: str, tmp_path: Path) -> None:
     recipe = make_recipe(base, tmp_path)
     _, infer = build(recipe)
-    recipe.prepare(infer, 0, 1)
+    recipe.prepare(infer, 0, 1, untold)
     assert "input_ids" in recipe.scoring_batch(np.array([0]))[1]
     with pytest.raises((ConfigError, ValueError), match="'cache_features' is for 'backbone: frozen'"):
         RewardConfig(cache_features=False)

@@ -191,7 +191,7 @@ def test_a_lost_driver_goes_on_from_the_latest_checkpoint(
     ray.shutdown()
     start_ray()
     steps: list[int] = []
-    result = run_policy(base, tmp_path, lambda step, total, metrics: steps.append(step))
+    result = run_policy(base, tmp_path, lambda step, total, unit, metrics: steps.append(step))
     assert steps[0] > 4
     assert figures(result) == figures(unbroken[0])
 
@@ -206,7 +206,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_once(
     reports: list[int] = []
     message = r"the loss is not finite .* for engagement pair e3; nothing was"
     with pytest.raises(NonFiniteError, match=message):
-        run_policy(base, tmp_path, lambda step, total, metrics: reports.append(step))
+        run_policy(base, tmp_path, lambda step, total, unit, metrics: reports.append(step))
     assert len(reports) == len(set(reports))  # no second attempt
     assert not (tmp_path / "model").exists()
 

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from mahalo_ray.decoding.attention import cached_attention
 from mahalo_ray.decoding.cache import RaggedCache
-from mahalo_ray.decoding.products import FastProducts, fast_head
+from mahalo_ray.decoding.products import FastHead, FastProducts
 from mahalo_ray.models.attention import View
 from mahalo_ray.models.backbone import split_causal_lm
 from mahalo_ray.models.heads import FullHead
@@ -140,6 +140,7 @@ class CausalPolicy:
         self.device = self._backbone.device
         self.max_context = self._backbone.max_context
         self.vocab_size: int = model.config.vocab_size
+        self._fast_head = FastHead(model.config.hidden_size, self.vocab_size)
 
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor, kv_cache: View) -> Tensor:
         return self._backbone(input_ids, position_ids, kv_cache)
@@ -147,7 +148,7 @@ class CausalPolicy:
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """[.., D] -> [.., V]."""
-        with fast_head(hidden.shape[-1]):
+        with self._fast_head():
             return self._transform(self._head(hidden))
 
     def check_weights(self, weights: Weights | None) -> None:
@@ -172,6 +173,7 @@ class MultiHeadPolicy:
         self.device = self._backbone.device
         self.max_context = self._backbone.max_context
         self.vocab_size: int = model.config.vocab_size
+        self._fast_head = FastHead(model.config.hidden_size, self.vocab_size)
         self._merged: OrderedDict[Weights, FullHead] = OrderedDict()
         self._merged_heads_kept = merged_heads_kept
 
@@ -193,7 +195,7 @@ class MultiHeadPolicy:
         chosen = [each for each in weights if each is not None]
         if len(set(chosen)) == 1:
             merged = self._merged_head(chosen[0])
-            return lambda hidden, rows: _logits(merged, hidden)
+            return lambda hidden, rows: self._logits(merged, hidden)
         table = torch.tensor([w.over(self.model.objectives) for w in chosen], device=self.device)
         return lambda hidden, rows: self.model.logits(hidden, table[rows])
 
@@ -205,12 +207,11 @@ class MultiHeadPolicy:
             self._merged.popitem(last=False)
         return head
 
-
-@torch.no_grad()
-def _logits(head: FullHead, hidden: Tensor) -> Tensor:
-    with fast_head(hidden.shape[-1]):
-        logits: Tensor = head(hidden)
-    return logits
+    @torch.no_grad()
+    def _logits(self, head: FullHead, hidden: Tensor) -> Tensor:
+        with self._fast_head():
+            logits: Tensor = head(hidden)
+        return logits
 
 
 def as_policy(model: Policy | MultiHeadCausalLM | PreTrainedModel) -> Policy:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mahalo_ray.decoding.cache import Parts, RaggedCache
 from mahalo_ray.decoding.policy import CachedBackbone
-from mahalo_ray.decoding.products import fast_head
+from mahalo_ray.decoding.products import FastHead
 from mahalo_ray.decoding.rows import RowTable, by_size, padded
 from mahalo_ray.models import lora
 from mahalo_ray.models.reward import ProcessRewardModel
@@ -57,6 +57,8 @@ class RewardConversations:
         self.max_context = min(backbone.max_context for backbone in self._backbones)
         self.tokens_forwarded = 0  # new tokens, each counted once however many backbones read it
         self.peak_bytes = 0
+        text = model.config.get_text_config()
+        self._fast_head = FastHead(text.hidden_size, text.vocab_size)
         self._budget = forward_tokens
         self._rows = RowTable()
         self._ids: dict[int, list[int]] = {}
@@ -238,7 +240,7 @@ class RewardConversations:
         """Reference log-probs [R, S] of ids [R, S] from the states one position before them [R, S, D']."""
         real = torch.arange(ids.shape[1], device=self.device) <= ends[:, None]
         logps = torch.zeros(ids.shape, device=self.device)
-        with fast_head(predicting.shape[-1]):
+        with self._fast_head():
             logps[real] = self.model.reference_logps(predicting[real], ids[real]).float()
         return logps
 

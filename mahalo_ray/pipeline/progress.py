@@ -109,11 +109,13 @@ class StageProgress:
             self.estimate.observe(min(done / self._total, 1.0))
         self._show(note)
 
-    def training(self, step: int, total_steps: int, metrics: Mapping[str, float]) -> None:
-        """For training stages: `step` of `total_steps` optimiser steps are done, with these metrics."""
-        self._unit = "steps"
+    def training(self, done: int, total: int, unit: str, metrics: Mapping[str, float]) -> None:
+        """For training stages: `done` of `total` optimiser steps, or of what comes before them, with these
+        metrics."""
+        if unit != self._unit:
+            self.start(total, unit)
         note = f"loss {metrics['loss']:.4f}" if "loss" in metrics else ""
-        self.update(step, total_steps, note)
+        self.update(done, total, note)
 
     def say(self, message: str) -> None:
         """Print a line that stays, above the bar."""

@@ -48,7 +48,7 @@ def train(make_recipe: Callable[[], Recipe], settings: LoopSettings) -> dict[str
     rank, workers, micro_rows = dist.get_rank(), dist.get_world_size(), training.micro_batch_size_per_device
     accumulation = accumulation_steps(recipe.batches, recipe.units, micro_rows, workers)
     engine = build_engine(recipe, training, settings.dtype, settings.seed, accumulation)
-    recipe.prepare(partial(infer, engine), rank, workers)
+    recipe.prepare(partial(infer, engine), rank, workers, _tell_preparing)
     reporter = Reporter(recipe, engine, training, RunIdentity(workers, accumulation, recipe.fingerprint()))
 
     for step in range(reporter.progress.step, len(recipe.batches)):
@@ -76,6 +76,10 @@ def train(make_recipe: Callable[[], Recipe], settings: LoopSettings) -> dict[str
     save_model(recipe, engine, settings.output_url)
     history = reporter.progress.history
     return {"metrics": {**history[-1], **figures}, "history": history}
+
+
+def _tell_preparing(done: int, of: int) -> None:
+    ray.train.report({"done": done, "of": of, "unit": "tokens read"})
 
 
 def save_model(recipe: Recipe, engine: Any, output_url: str) -> None:
@@ -125,7 +129,7 @@ class Reporter:
         if probe is not None and probe_due:
             metrics |= probe.figures(partial(infer, self.engine), self.engine.module.model)
         self.progress.history.append(metrics)
-        news = {**metrics, "total_steps": self.total_steps}
+        news = {"done": step, "of": self.total_steps, "unit": "steps", "metrics": metrics}
         if checkpoint_due:
             with saved_checkpoint(self.engine, self.identity, self.progress) as checkpoint:
                 ray.train.report(news, **checkpoint)

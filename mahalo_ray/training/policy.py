@@ -32,7 +32,7 @@ from mahalo_ray.training.engine import training_device
 from mahalo_ray.training.methods import method_margins, plan_method
 from mahalo_ray.training.pairs import encode_pairs, pair_inputs, pair_logps, shares_prompts, split_key
 from mahalo_ray.training.policy_metrics import GradientConflict, HeldOutKl, PolicyProbe
-from mahalo_ray.training.recipe import Inference, Output, Probe, Tensors
+from mahalo_ray.training.recipe import Inference, Output, Probe, Tell, Tensors
 from mahalo_ray.training.reference import reference_logps
 from mahalo_ray.training.sources import keeps_backbone, model_folder
 
@@ -146,7 +146,7 @@ class PolicyRecipe:
     def enable_gradient_checkpointing(self, model: nn.Module) -> None:
         cast(MultiHeadCausalLM, model).gradient_checkpointing_enable()
 
-    def prepare(self, infer: Inference, rank: int, workers: int) -> None:
+    def prepare(self, infer: Inference, rank: int, workers: int, tell: Tell) -> None:
         if self.probe is not None:
             self.probe.prepare(infer)
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from ray.train import Checkpoint, UserCallback
 
-# (steps done, steps in all, metrics of the last report)
-ProgressFunction = Callable[[int, int, dict[str, float]], None]
+# (done, in all, of what: "steps", or what comes before the first; metrics of the last report)
+ProgressFunction = Callable[[int, int, str, dict[str, float]], None]
 
 # What would come again on every retry: wrong input or a programming error. A lost process, a broken
 # connection, a hiccup of the storage or of the device are RuntimeErrors, OSErrors or Ray's own.
@@ -46,7 +46,7 @@ class ProgressFile(UserCallback):
         self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None
     ) -> None:
         """Pass rank 0's report on."""
-        self._append({"metrics": metrics[0]})
+        self._append({"report": metrics[0]})
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Pass the failure on, or end the run."""
@@ -85,8 +85,8 @@ class ProgressReader:
             what = "; ".join(f"worker {rank}: {text}" for rank, text in news["failures"].items())
             logger.warning("%s: training failed (%s); it goes on from the last checkpoint", self._stage, what)
         elif self._progress is not None:
-            metrics = dict(news["metrics"])
-            self._progress(int(metrics["step"]), int(metrics.pop("total_steps")), metrics)
+            report = news["report"]
+            self._progress(report["done"], report["of"], report["unit"], report.get("metrics", {}))
 
 
 def _first_line(error: Exception) -> str:

@@ -19,6 +19,8 @@ Tensors = dict[str, Tensor]
 Output = tuple[Tensor, Tensor, Tensor]
 # One forward pass of a function of (model, tensors) under the engine, without gradients.
 Inference = Callable[[Callable[..., Tensor], Tensors], Tensor]
+# (done, of): how far something slow has come. Every worker must call it equally often.
+Tell = Callable[[int, int], None]
 
 
 class Probe(Protocol):
@@ -51,8 +53,9 @@ class Recipe(Protocol):
     def enable_gradient_checkpointing(self, model: nn.Module) -> None:
         """Recompute activations in backward instead of keeping them."""
 
-    def prepare(self, infer: Inference, rank: int, workers: int) -> None:
-        """Called once on every worker with the model as it was built, before a checkpoint is loaded."""
+    def prepare(self, infer: Inference, rank: int, workers: int, tell: Tell) -> None:
+        """Called once on every worker with the model as it was built, before a checkpoint is loaded. `tell`
+        counts tokens read."""
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """AdamW groups: name, params, lr, weight_decay."""

@@ -30,7 +30,7 @@ from mahalo_ray.models.traces import StepEncoder, pad_traces
 from mahalo_ray.training.batches import Indices, held_out, plan_batches
 from mahalo_ray.training.deepspeed_config import parameter_group
 from mahalo_ray.training.pairs import encode_pairs, split_key
-from mahalo_ray.training.recipe import Inference, Output, Probe, Tensors
+from mahalo_ray.training.recipe import Inference, Output, Probe, Tell, Tensors
 from mahalo_ray.training.reference import reference_key
 from mahalo_ray.training.reward_evaluation import (
     StepValues,
@@ -149,7 +149,7 @@ class RewardRecipe:
         ranked = zip(self._names, self._ranked[batch].sum(axis=0), strict=True)
         return counts | {f"{name}/ranked": count for name, count in ranked}
 
-    def prepare(self, infer: Inference, rank: int, workers: int) -> None:
+    def prepare(self, infer: Inference, rank: int, workers: int, tell: Tell) -> None:
         """A frozen backbone reads every sequence here, once; after that only its head inputs are used."""
         if self._reward.backbone != "frozen" or not self._reward.cache_features:
             return
@@ -159,7 +159,7 @@ class RewardRecipe:
                 url, f"{reference_key(self._folder, self._model)}-{'-'.join(self._reward.inputs)}"
             )
         micro_rows = self._training.micro_batch_size_per_device
-        self._features = cached_features(self, url, micro_rows, infer, rank, workers)
+        self._features = cached_features(self, url, micro_rows, infer, rank, workers, tell)
 
     def scoring_batch(self, units: Indices) -> tuple[list[int], Tensors]:
         """The sequences of the units, and the tensors `scores` reads: token ids, or kept head inputs."""

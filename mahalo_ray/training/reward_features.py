@@ -20,38 +20,48 @@ import torch
 from torch import Tensor, nn
 
 from mahalo_ray.data import storage
-from mahalo_ray.decoding.products import FastProducts, fast_head
+from mahalo_ray.decoding.products import FastHead, FastProducts
 from mahalo_ray.models import ProcessRewardModel
 from mahalo_ray.models.traces import TokenTrace
-from mahalo_ray.training.recipe import Inference
+from mahalo_ray.training.recipe import Inference, Tell
 from mahalo_ray.training.reward_evaluation import StepValues, step_values
 
 if TYPE_CHECKING:
     from mahalo_ray.training.reward import RewardRecipe
 
 SCHEMA = pa.schema([("trace", pa.string()), ("steps", pa.int32()), ("features", pa.list_(pa.float32()))])
-# Units computed between two parts of the store: what an interruption may cost.
-_PART = 512
+# Tokens read between two parts of the store, by all workers: what an interruption may cost.
+_PART_TOKENS = 32768
 
 
 def cached_features(
-    recipe: RewardRecipe, store_url: str | None, micro_rows: int, infer: Inference, rank: int, workers: int
+    recipe: RewardRecipe,
+    store_url: str | None,
+    micro_rows: int,
+    infer: Inference,
+    rank: int,
+    workers: int,
+    tell: Tell,
 ) -> StepValues:
     """Features [S, F] of every sequence by its number, on every worker; computed are those the store lacks.
 
-    Every worker must call this. Without `store_url` nothing is kept on disk.
+    Every worker must call this. Without `store_url` nothing is kept on disk. `tell` counts tokens.
     """
     keys = [trace_key(tokens) for tokens in recipe.data.tokens]
     known = read_store(store_url) if store_url is not None else {}
     features = {row: known[key] for row, key in enumerate(keys) if key in known}
     members = recipe.data.members
     lacking = [unit for unit, rows in enumerate(members) if any(row not in features for row in rows)]
-    for start in range(0, len(lacking), _PART):
-        units = np.array(lacking[start : start + _PART])
+    tokens = np.cumsum(recipe.units.tokens[lacking])
+    cuts = np.flatnonzero(np.diff(tokens // _PART_TOKENS)) + 1
+    for end, units in zip([*cuts, len(lacking)], np.split(np.array(lacking), cuts), strict=True):
+        if len(units) == 0:
+            break
         found = step_values(recipe, units, step_features, micro_rows, infer, rank, workers)
         if store_url is not None and rank == 0:
             write_part(store_url, {keys[row]: values for row, values in found.items()})
         features |= found
+        tell(int(tokens[end - 1]), int(tokens[-1]))
     return features
 
 
@@ -59,7 +69,8 @@ def step_features(model: nn.Module, **tensors: Tensor) -> Tensor:
     """Head inputs [B, S, F] of one batch."""
     reward = cast(ProcessRewardModel, model)
     features: Callable[..., Tensor] = reward.features
-    with FastProducts(reward.backbone)(), fast_head(reward.config.get_text_config().hidden_size):
+    text = reward.config.get_text_config()
+    with FastProducts(reward.backbone)(), FastHead(text.hidden_size, text.vocab_size)():
         return features(**tensors).float()
 
 

@@ -22,7 +22,7 @@ from mahalo_ray.models import ChunkedCausalLM
 from mahalo_ray.models.backbone import load_causal_lm
 from mahalo_ray.training.batches import Indices, Units, plan_batches
 from mahalo_ray.training.deepspeed_config import parameter_group
-from mahalo_ray.training.recipe import Inference, Output, Probe, Tensors, pad
+from mahalo_ray.training.recipe import Inference, Output, Probe, Tell, Tensors, pad
 from mahalo_ray.training.sources import model_folder
 
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
@@ -63,7 +63,7 @@ class SftRecipe:
     def enable_gradient_checkpointing(self, model: nn.Module) -> None:
         cast(PreTrainedModel, model.model).gradient_checkpointing_enable({"use_reentrant": False})
 
-    def prepare(self, infer: Inference, rank: int, workers: int) -> None:
+    def prepare(self, infer: Inference, rank: int, workers: int, tell: Tell) -> None:
         """Nothing to prepare."""
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
