@@ -13,9 +13,10 @@ from mahalo_ray.decoding.attention import shared_prefix_attention
 from mahalo_ray.decoding.cache import RaggedCache, Slots, TrunkAppend
 from mahalo_ray.decoding.parts import Part, grown, resized
 
-# Lines whose trunks do not lie side by side are attended to run by run. Beyond so many runs a copy of the
-# trunks, kept while the lines stay, is cheaper than the calls.
-_MOST_RUNS = 4
+# Lines whose trunks do not lie side by side are attended to run by run, up to so many runs, if that is done once
+# (the candidates of a few requests are scored). A token loop attends to the same trunks again and again, for
+# which one copy, kept while the lines stay, is cheaper than the calls.
+_MOST_RUNS = 8
 _LEAST_GROWTH = 16  # tokens
 NO_LINES = np.zeros(0, dtype=np.int64)
 
@@ -164,6 +165,7 @@ class Branches:
         if self._from is None:
             line, column = self._own
             self._at = (line, column, torch.from_numpy(self.lengths).to(device)[line])
+        self._most_runs = _MOST_RUNS if width > 1 else 1
         self._own_bias = None
         if width > 1:
             assert self._from is not None, "several tokens at once need branches of equal lengths"
@@ -206,7 +208,7 @@ class Branches:
         """Lines, and the keys and values [lines, Hkv, L, D] of their trunks, run by run."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         longest = int(self.trunk_lengths.max())
-        if len(self._runs) <= _MOST_RUNS:
+        if len(self._runs) <= self._most_runs:
             for first, end, slot in self._runs:
                 rows = slice(slot, slot + end - first)
                 yield slice(first, end), (keys[rows, :, :longest], values[rows, :, :longest])
