@@ -27,6 +27,7 @@ from mahalo_ray.decoding.cache import RaggedCache
 from mahalo_ray.decoding.parts import Place
 from mahalo_ray.decoding.policy import CachedBackbone, CausalPolicy, MultiHeadPolicy
 from mahalo_ray.decoding.sampling import SamplingParams
+from mahalo_ray.decoding.together import smallest_grid
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
 from mahalo_ray.objectives import Weights
 
@@ -150,8 +151,8 @@ def test_branches_extended_by_several_tokens_at_once(name):
             torch.testing.assert_close(
                 found[2 * row + k, : len(ids)], expected[len(trunks[row]) :], atol=1e-4, rtol=1e-4
             )
-    places = [Place(branches.part(), line) for line in range(2)]
-    cache.accept(slots, places, [0, 1], np.array([3, 3]))
+    places = [Place(branches.part(), 0, 0), Place(branches.part(), 1, 1)]
+    cache.accept(slots, places, np.array([3, 3]))
     assert cache.lengths.tolist() == [7, 4]
 
 
@@ -261,3 +262,17 @@ def test_changed_conversation_cannot_accept_old_candidates():
     engine.append(rows, [[3]])
     with pytest.raises(ValueError, match="changed since"):
         engine.accept(got, [0])
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=1, max_size=12))
+def test_smallest_grid_keeps_every_live_branch_once_under_its_own_row(alive):
+    flat = np.array(alive).reshape(-1)
+    if not flat.any():
+        return
+    rows, grid = smallest_grid(flat, 4, len(alive))
+    kept = grid[grid >= 0]
+    assert sorted(kept.tolist()) == np.nonzero(flat)[0].tolist()
+    assert all(
+        place // 4 == row for row, line in zip(rows, grid, strict=True) for place in line if place >= 0
+    )
+    assert grid.size <= flat.size

@@ -25,6 +25,7 @@ from mahalo_ray.decoding.policy import Policy, as_policy
 from mahalo_ray.decoding.rows import RowTable, by_size, padded
 from mahalo_ray.decoding.sampling import SamplingParams
 from mahalo_ray.decoding.stopping import StopRule, TextStop, Vocabulary
+from mahalo_ray.decoding.together import TogetherDecoder
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
 from mahalo_ray.objectives import Weights
 
@@ -157,18 +158,16 @@ class BatchedConversations:
             [max_new_tokens] * count if isinstance(max_new_tokens, int) else max_new_tokens,
             [None] * count if stop is None else stop.rules,
         )
-        decoder = self.decoder(stop_ids, None if stop is None else stop.vocabulary, with_logps)
-        decoder.begin(forks)
-        candidates = decoder.run(rows)
+        vocabulary = None if stop is None else stop.vocabulary
+        decoder = TogetherDecoder(self.policy, self.cache, self._rows, stop_ids, vocabulary, with_logps)
+        candidates = decoder.run(forks)
         self.tokens_forwarded += decoder.tokens_forwarded
         self.note_bytes(decoder.nbytes)
         return candidates
 
-    def decoder(
-        self, stop_ids: Collection[int], vocabulary: Vocabulary | None, with_logps: bool = False
-    ) -> BranchDecoder:
-        """What decodes forks of this engine's rows."""
-        return BranchDecoder(self.policy, self.cache, self._rows, stop_ids, vocabulary, with_logps)
+    def decoder(self, stop_ids: Collection[int], vocabulary: Vocabulary | None) -> BranchDecoder:
+        """What decodes forks of this engine's rows that begin at different times."""
+        return BranchDecoder(self.policy, self.cache, self._rows, stop_ids, vocabulary, with_logps=False)
 
     def forks(
         self,
@@ -209,7 +208,7 @@ class BatchedConversations:
         Copies only the chosen tokens' keys and values. Rows must not have been appended to or dropped in
         between.
         """
-        slots, places, branches, counts = [], [], [], []
+        slots, places, counts = [], [], []
         for at, (row, chosen) in enumerate(zip(candidates.rows, choice, strict=True)):
             if chosen < 0:
                 continue
@@ -220,10 +219,9 @@ class BatchedConversations:
             # The model has not seen the last token yet: it goes in with whatever comes next.
             self._pending[row] += ids[-1:]
             slots.append(int(self._rows.slots([row])[0]))
-            places.append(candidates.places[at])
-            branches.append(chosen)
+            places.append(candidates.places[at][chosen])
             counts.append(max(len(ids) - 1, 0))
-        self.cache.accept(np.array(slots, dtype=np.int64), places, branches, np.array(counts))
+        self.cache.accept(np.array(slots, dtype=np.int64), places, np.array(counts))
 
     def _prefill(self, rows: Sequence[int]) -> None:
         """Run all tokens of these rows that the model has not seen, in forwards of bounded size."""

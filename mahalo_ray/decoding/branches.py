@@ -13,9 +13,9 @@ from mahalo_ray.decoding.attention import shared_prefix_attention
 from mahalo_ray.decoding.cache import RaggedCache, Slots, TrunkAppend
 from mahalo_ray.decoding.parts import Part, grown, resized
 
-# Lines whose trunks do not lie side by side are attended to run by run, up to so many runs, if that is done once
-# (the candidates of a few requests are scored). A token loop attends to the same trunks again and again, for
-# which one copy, kept while the lines stay, is cheaper than the calls.
+# Lines whose trunks do not lie side by side are attended to run by run, up to so many runs, if that is done
+# once (the candidates of a few requests are scored). A token loop attends to the same trunks again and again,
+# for which one copy, kept while the lines stay, is cheaper than the calls.
 _MOST_RUNS = 8
 _LEAST_GROWTH = 16  # tokens
 NO_LINES = np.zeros(0, dtype=np.int64)
@@ -71,20 +71,22 @@ class Branches:
         self.lengths[lines], self.trunk_lengths[lines] = 0, trunk_lengths
         self._forget_trunks()
 
-    def regrid(self, source: np.ndarray, slots: Slots, columns: int) -> None:
-        """Other lines: new line i is the old line source[i], or a new one (-1, `restart` it), with `columns`
-        branches."""
+    def regrid(self, source: np.ndarray, grid: np.ndarray, slots: Slots) -> None:
+        """Other lines: new line i belongs to the trunk of the old line source[i] (-1: a new one, `restart`
+        it), now at slots[i], and has the branches that were at the places grid[i] (-1: an empty one)."""
         kept = np.flatnonzero(source >= 0)
         lengths, trunk_lengths = np.zeros((2, len(source)), dtype=np.int64)
         lengths[kept], trunk_lengths[kept] = self.lengths[source[kept]], self.trunk_lengths[source[kept]]
         self.lengths, self.trunk_lengths = lengths, trunk_lengths
-        common, self._capacity = min(columns, self.branches), int(lengths.max(initial=0))
-        new, old = torch.from_numpy(kept), torch.from_numpy(source[kept])
+        self._capacity = int(lengths.max(initial=0))
+        new = np.flatnonzero(grid.reshape(-1) >= 0)
+        old, columns = torch.from_numpy(grid.reshape(-1)[new]), grid.shape[1]
+        line, column = torch.from_numpy(new // columns), torch.from_numpy(new % columns)
         for buffers in (self.keys, self.values):
             for layer, buffer in enumerate(buffers):
                 shape = (len(source), buffer.shape[1], columns, self._capacity, buffer.shape[4])
                 buffers[layer] = buffer.new_zeros(shape)
-                buffers[layer][new, :, :common] = buffer[old, :, :common, : self._capacity]
+                buffers[layer][line, :, column] = self._picked(buffer, old, self._capacity)
         self.branches = columns
         self.move(slots)
 
@@ -142,17 +144,23 @@ class Branches:
         """The keys and values where they lie: those of a line stay as they are until it is restarted."""
         return Part(list(self.keys), list(self.values))
 
-    def copied(self, lines: np.ndarray) -> Part:
-        """The keys and values of these lines in a place of their own."""
-        index, longest = torch.from_numpy(lines), int(self.lengths[lines].max())
+    def copied(self, places: np.ndarray) -> Part:
+        """The branches at these places, as lines of one branch in a part of their own."""
+        index, longest = torch.from_numpy(places), int(self.lengths.max())
         keys, values = (
-            [b[index.to(b.device), ..., :longest, :] for b in buffers] for buffers in (self.keys, self.values)
+            [self._picked(buffer, index, longest).unsqueeze(2) for buffer in buffers]
+            for buffers in (self.keys, self.values)
         )
         return Part(keys, values)
 
+    def _picked(self, buffer: Tensor, places: Tensor, length: int) -> Tensor:
+        """[n, Hkv, length, D] of the branches at these places."""
+        at = places.to(buffer.device)
+        return buffer[at // self.branches, :, at % self.branches, :length]
+
     def _forget_trunks(self) -> None:
         self._gathered: tuple[list[Tensor], list[Tensor]] = ([], [])
-        self._trunk_bias_known = self._settled = False
+        self._trunks_known = self._settled = False
 
     def _settle(self, query: Tensor) -> None:
         """What all layers of a forward share."""
@@ -176,11 +184,12 @@ class Branches:
             seen[self._lines] = lengths + 1
             behind = torch.arange(self._end) >= torch.from_numpy(seen)[:, None]
             self._own_bias = _hiding(behind, query)[:, None, None, None, None]
-        if not self._trunk_bias_known:
+        if not self._trunks_known:
             lengths = self.trunk_lengths
-            self._trunk_bias, self._trunk_bias_known = None, True
+            self._longest = int(lengths.max())
+            self._trunk_bias, self._trunks_known = None, True
             if (lengths != lengths[0]).any():
-                behind = torch.arange(int(lengths.max())) >= torch.from_numpy(lengths)[:, None]
+                behind = torch.arange(self._longest) >= torch.from_numpy(lengths)[:, None]
                 self._trunk_bias = _hiding(behind, query)[:, None, None]
         self._settled = True
 
@@ -207,7 +216,7 @@ class Branches:
     def _trunks(self, layer: int) -> Iterator[tuple[slice, tuple[Tensor, Tensor]]]:
         """Lines, and the keys and values [lines, Hkv, L, D] of their trunks, run by run."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        longest = int(self.trunk_lengths.max())
+        longest = self._longest
         if len(self._runs) <= self._most_runs:
             for first, end, slot in self._runs:
                 rows = slice(slot, slot + end - first)

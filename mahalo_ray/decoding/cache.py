@@ -89,10 +89,8 @@ class RaggedCache:
             return slice(first, first + len(slots))
         return torch.from_numpy(slots)
 
-    def accept(
-        self, slots: Slots, places: Sequence[Place], branches: Sequence[int], counts: np.ndarray
-    ) -> None:
-        """Copy the first counts[i] own tokens of branch branches[i] at places[i] behind the trunk slots[i].
+    def accept(self, slots: Slots, places: Sequence[Place], counts: np.ndarray) -> None:
+        """Copy the first counts[i] own tokens of the branch at places[i] behind the trunk slots[i].
 
         One copy per layer and part, whatever the number of rows.
         """
@@ -101,7 +99,7 @@ class RaggedCache:
         self._reserve(self._slots, int((self.lengths[slots] + counts).max()))
         parts = {id(place.part): place.part for place in places}
         of = np.array([id(place.part) for place in places])
-        lines = np.array([place.line for place in places])
+        lines, branches = np.array([(place.line, place.branch) for place in places]).T
         for key, part in parts.items():
             which = np.flatnonzero(of == key)
             row, offset = np.nonzero(np.arange(int(counts.max())) < counts[which][:, None])
@@ -112,7 +110,7 @@ class RaggedCache:
                 slots[row],
                 self.lengths[slots][row] + offset,
                 lines[row],
-                np.array(branches)[row],
+                branches[row],
                 offset,
             )
             slot, position, line, branch, token = torch.from_numpy(np.stack(wanted)).to(part.keys[0].device)

@@ -34,7 +34,7 @@ class Candidates:
     reasons: list[list[StopReason]]
     logps: list[list[list[float]]] | None
     base_lengths: list[int]  # tokens of every conversation when it was sampled
-    places: list[Place]  # where the keys and values of the row's candidates lie
+    places: list[list[Place]]  # where the keys and values of every candidate lie
 
     @classmethod
     def empty(cls, row: int, num_candidates: int, length: int, with_logps: bool) -> Candidates:
@@ -42,7 +42,9 @@ class Candidates:
         nothing: list[list] = [[] for _ in range(num_candidates)]
         reasons = [StopReason.CONTEXT] * num_candidates
         logps = [list(nothing)] if with_logps else None
-        return cls([row], [nothing], [reasons], logps, [length], [Place(Part([], []), 0)])
+        return cls(
+            [row], [nothing], [reasons], logps, [length], [[Place(Part([], []), 0, 0)] * num_candidates]
+        )
 
     @classmethod
     def joined(cls, parts: Sequence[Candidates], rows: Sequence[int]) -> Candidates:

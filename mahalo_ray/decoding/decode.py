@@ -12,7 +12,7 @@ from mahalo_ray.decoding.branches import NO_LINES, Branches
 from mahalo_ray.decoding.cache import RaggedCache
 from mahalo_ray.decoding.candidates import Candidates, StopReason
 from mahalo_ray.decoding.forks import CODE, Fork, Forks
-from mahalo_ray.decoding.parts import Place
+from mahalo_ray.decoding.parts import Part, Place
 from mahalo_ray.decoding.policy import Policy
 from mahalo_ray.decoding.rows import RowTable
 from mahalo_ray.decoding.sampling import draw
@@ -52,10 +52,10 @@ class BranchDecoder:
         self._left: set[int] = set()
         self._empty: dict[int, Fork] = {}  # no room for a token: their candidates are empty
         self._unreported: list[int] = []
-        self._retired_bytes = 0
+        self._moves = 0
         self._sampled = torch.zeros(0, dtype=torch.long, device=self.device)  # last tokens, not yet read
-        self._cell = self._line = self._sampled  # where they decode, ascending, and on which lines
-        self._live(self._cell)
+        self._cell = self._place = self._sampled  # what decodes, in ascending order, and where in the grid
+        self._grid_lines, self._is_new = NO_LINES, True
 
     @property
     def is_busy(self) -> bool:
@@ -65,7 +65,7 @@ class BranchDecoder:
     @property
     def nbytes(self) -> int:
         """Bytes of the branches' keys and values, those of finished branches included."""
-        return self.branches.nbytes + self._retired_bytes
+        return self.branches.nbytes
 
     def begin(self, forks: Sequence[Fork]) -> None:
         """Decode these from the next token on; a row's earlier fork is forgotten."""
@@ -93,35 +93,27 @@ class BranchDecoder:
             done += self._ended(self._drawn(self._forward(begun)))
         return done
 
-    def run(self, rows: Sequence[int]) -> Candidates:
-        """Until everything has ended: the candidates of these rows."""
-        done, parts = list[int](), list[Candidates]()
-        while self.is_busy:
-            done += self.step()
-            if done and self.is_busy and len(self._lines) <= _COMPACT_BELOW * len(self._forks):
-                parts.append(self.taken(done, copied=True))
-                self.leave(done)
-                done = []
-        return Candidates.joined([*parts, self.taken(done)], rows)
-
-    def taken(self, rows: Sequence[int], copied: bool = False) -> Candidates:
+    def taken(self, rows: Sequence[int]) -> Candidates:
         """The candidates of finished rows. Their keys and values stay where they are, good until the row
-        begins again, or are `copied`."""
+        begins again."""
         empty = [self._empty.pop(row) for row in rows if row in self._empty]
         with_logps = self._tables.logps is not None
         parts = [Candidates.empty(f.row, f.num_candidates, f.length, with_logps) for f in empty]
         known = {fork.row for fork in empty}
         lines = self._forks.lines_of([row for row in rows if row not in known])
         if len(lines):
-            part = self.branches.copied(lines) if copied else self.branches.part()
-            self._retired_bytes += part.nbytes if copied else 0
+            part, columns = self.branches.part(), self._tables.columns
             forks = [self._forks[line] for line in lines]
+            cells = [
+                range(line * columns, line * columns + f.num_candidates)
+                for line, f in zip(lines.tolist(), forks, strict=True)
+            ]
             parts.append(
                 Candidates(
                     [fork.row for fork in forks],
                     *self._tables.lists(lines, [fork.num_candidates for fork in forks]),
                     [fork.length for fork in forks],
-                    [Place(part, at if copied else int(line)) for at, line in enumerate(lines)],
+                    [[self._kept(part, cell) for cell in own] for own in cells],
                 )
             )
         return Candidates.joined(parts, rows)
@@ -129,10 +121,9 @@ class BranchDecoder:
     def _arranged(self) -> np.ndarray:
         """Lay the lines out for who joins and who left, in the order of the rows' slots: the trunks of all
         live rows then lie side by side. Returns the lines that begin."""
-        if not self._joining and not self._left:
-            slots = self._forks.slots(self._rows)  # other rows may have been dropped
-            if np.array_equal(slots, self.branches.slots):
-                return NO_LINES
+        if not self._joining and not self._left and self._moves == self._rows.moves:
+            return NO_LINES
+        self._moves = self._rows.moves
         source = self._forks.replace(self._joining, self._left, self._rows)
         self._regrid(source, self._forks.slots(self._rows))
         begun = self._forks.lines_of(list(self._joining))
@@ -147,29 +138,41 @@ class BranchDecoder:
 
     def _regrid(self, source: np.ndarray, slots: np.ndarray) -> None:
         """A grid whose line i is the old line source[i] (-1: a new one); what decodes moves along."""
-        lines, columns = len(self.branches.slots), self.branches.branches
-        if self._forks.columns == columns and np.array_equal(source, np.arange(lines)):
+        lines, columns, old_columns = len(self.branches.slots), self._forks.columns, self.branches.branches
+        if columns == old_columns and np.array_equal(source, np.arange(lines)):
             self.branches.move(slots)
             return
-        self.branches.regrid(source, slots, self._forks.columns)
-        self._tables.regrid(source, self._forks.columns)
-        line_now = np.full(lines + 1, -1)  # the last one is for what new lines were
-        line_now[source] = np.arange(len(source))
-        line = torch.from_numpy(line_now[:lines]).to(self.device)[self._line]
-        cell = (line * self._forks.columns + self._cell % columns)[line >= 0]
-        order = cell.argsort()
-        self._sampled, self._cell = self._sampled[line >= 0][order], cell[order]
+        column = np.arange(columns)
+        is_old = (source[:, None] >= 0) & (column < old_columns)
+        grid = np.where(is_old, source[:, None] * old_columns + column, -1)
+        self.branches.regrid(source, grid, slots)
+        self._tables.regrid(source, columns)
+        cell_now = np.full(lines * old_columns + 1, -1)  # the last one is for what was nowhere
+        cell_now[grid] = np.arange(grid.size).reshape(grid.shape)
+        cell = torch.from_numpy(cell_now[:-1]).to(self.device)[self._cell]
+        order = cell.argsort()[int((cell < 0).sum()) :]
+        self._sampled, self._cell = self._sampled[order], cell[order]
 
     def _live(self, cell: Tensor) -> None:
         """These cells decode now, in ascending order: what the token loop needs of each."""
-        self._cell, self._line = cell, cell // self.branches.branches
-        self._lines = np.unique(self._line.cpu().numpy())
+        self._cell, self._place = cell, self._places(cell)
+        grid_line = self._place // self.branches.branches
+        self._grid_lines = np.unique(grid_line.cpu().numpy())
         self._is_new = True
         if len(cell):
+            self._line = cell // self._tables.columns
             # As many tokens drawn as the model has read since the fork.
-            self._time = torch.from_numpy(self.branches.lengths).to(self.device)[self._line]
+            self._time = torch.from_numpy(self.branches.lengths).to(self.device)[grid_line]
             self._caps, self._starts = self._forks.caps[self._line], self._forks.lengths[self._line]
             self._params = self._forks.params.take(self._line)
+
+    def _places(self, cell: Tensor) -> Tensor:
+        """Where cells lie in the grid: at the place of the same number, here."""
+        return cell
+
+    def _kept(self, part: Part, cell: int) -> Place:
+        """Where a cell's keys and values lie, if the grid's are `part`."""
+        return Place(part, cell // self.branches.branches, cell % self.branches.branches)
 
     def _forward(self, begun: np.ndarray) -> Tensor:
         """What the next token of every cell is drawn from, [cells, D]: one forward over the cells' last
@@ -202,7 +205,7 @@ class BranchDecoder:
             ends = torch.tensor([fork.length - 1 for fork in forks], device=self.device)
             positions = torch.cat([positions, ends])
         if forks or self._is_new:
-            self.branches.take_part(self._cell, self._lines, opening)
+            self.branches.take_part(self._place, self._grid_lines, opening)
             self._is_new = bool(forks)
         hidden = self.policy.hidden_states(ids[:, None], positions[:, None], self.branches)[:, 0]
         self.branches.advance(1)
@@ -238,10 +241,10 @@ class BranchDecoder:
         if by_text is not None:
             reason[by_text[0]] = by_text[1]
         self._tables.end(self._cell[ended], self._time[ended] + 1, reason[ended])
-        before = self._lines
+        lines, left = self._line[ended], self._line[~ended]
         self._sampled = sampled[~ended]
         self._live(self._cell[~ended])
-        return [self._forks[line].row for line in np.setdiff1d(before, self._lines)]
+        return [self._forks[line].row for line in sorted({*lines.tolist()} - {*left.tolist()})]
 
     def _ended_by_text(self, which: Tensor) -> tuple[Tensor, Tensor] | None:
         """Which of these live cells end with what they say, and why (codes). Only tokens that can end a step

@@ -21,10 +21,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Place:
-    """The branches of one row: a line of a part."""
+    """One branch of a part."""
 
     part: Part
     line: int
+    branch: int
 
 
 def grown(current: int, needed: int, least: int = 1) -> int:

@@ -32,7 +32,8 @@ class _Scored:
 
     length: int
     distinct: list[tuple[int, ...]]
-    places: list[Place]  # one per cache
+    parts: list[Part]  # one per cache
+    line: int  # in the parts
     last_states: Tensor | None  # [distinct, D']: the reference's state behind each candidate
 
 
@@ -172,10 +173,10 @@ class RewardConversations:
             if scored.last_states is not None:
                 self._last_state[row] = scored.last_states[which]
         slots = self._rows.slots([row for row, _, _ in kept])
-        branches = [which for _, _, which in kept]
         counts = np.array([len(scored.distinct[which]) for _, scored, which in kept])
         for number, cache in enumerate(self._caches):
-            cache.accept(slots, [scored.places[number] for _, scored, _ in kept], branches, counts)
+            places = [Place(scored.parts[number], scored.line, which) for _, scored, which in kept]
+            cache.accept(slots, places, counts)
 
     def _score(
         self,
@@ -227,8 +228,7 @@ class RewardConversations:
             last = reference_states[torch.arange(len(ends), device=self.device), ends.clamp(min=0)]
         for i, (row, own) in enumerate(zip(rows, distinct, strict=True)):
             behind = None if last is None else last[i * columns : i * columns + len(own)]
-            places = [Place(part, i) for part in parts]
-            self._scored[row] = _Scored(len(self._ids[row]), list(own), places, behind)
+            self._scored[row] = _Scored(len(self._ids[row]), list(own), parts, i, behind)
 
     def _token_logps(self, predicting: Tensor, ids: Tensor, ends: Tensor) -> Tensor:
         """Reference log-probs [R, S] of ids [R, S] from the states one position before them [R, S, D']."""
