@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -40,7 +37,6 @@ class Branches:
         self._capacity = 0
         self._places: Tensor | None = None
         self._opening: TrunkAppend | None = None
-        self._own_bias: Tensor | None = None
         self._trunk_bias: Tensor | None = None
         self.move(slots)
         self.take_part(None, np.arange(len(slots)))
@@ -52,7 +48,7 @@ class Branches:
     @property
     def nbytes(self) -> int:
         """Bytes of the branches' own keys and values, and of trunks that had to be copied."""
-        return Part(self.keys, self.values).nbytes + Part(*self._gathered).nbytes
+        return Part(self.keys, self.values).nbytes + self._copied_bytes
 
     def positions(self, width: int, device: torch.device) -> Tensor:
         """Position ids [N * K, width] of the next `width` tokens of every branch."""
@@ -63,8 +59,10 @@ class Branches:
         """The trunks lie at these slots now."""
         self.slots = slots
         self._forget_trunks()
-        firsts = np.flatnonzero(np.diff(slots, prepend=-2) != 1).tolist()
-        self._runs = [(a, b, int(slots[a])) for a, b in itertools.pairwise([*firsts, len(slots)])]
+        firsts = np.flatnonzero(np.diff(slots, prepend=-2) != 1)
+        counts = np.diff(firsts, append=len(slots))
+        # Stretches of lines whose trunks lie side by side: first line, its slot, how many.
+        self._runs = list(zip(firsts.tolist(), slots[firsts].tolist(), counts.tolist(), strict=True))
 
     def restart(self, lines: np.ndarray, trunk_lengths: np.ndarray) -> None:
         """These lines forget their own tokens: their trunks have grown to these lengths."""
@@ -97,6 +95,9 @@ class Branches:
 
         Such a token goes through the attention in the place of its line's first branch.
         """
+        lengths = self.lengths[lines]
+        self._start = int(lengths.max(initial=0))
+        self._even = bool((lengths == self._start).all())
         self._lines, self._places, self._opening, self._settled = lines, places, None, False
         if places is None:
             return
@@ -121,21 +122,29 @@ class Branches:
         self._store(layer, key, value)
         if self._places is not None:
             query = query[self._spread]
-        columns, end = self.branches, self._end
-        pieces = []
-        for lines, trunk in self._trunks(layer):
-            own = (self.keys[layer][lines, ..., :end, :], self.values[layer][lines, ..., :end, :])
-            trunk_bias = None if self._trunk_bias is None else self._trunk_bias[lines]
-            own_bias = self._own_bias
-            if own_bias is not None and own_bias.dim() > 2:  # of every line
-                own_bias = own_bias[lines]
-            asked = query[lines.start * columns : lines.stop * columns]
-            pieces.append(shared_prefix_attention(asked, trunk, own, trunk_bias, own_bias, scaling, softcap))
-        out = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        return out if self._places is None else out[self._places]
+        if layer == len(self._trunks):
+            self._trunks.append(self._trunks_of(layer))
+        keys, values, end = self.keys[layer], self.values[layer], self._end
+        out = [
+            shared_prefix_attention(
+                query[places],
+                trunk,
+                (keys[lines, :, :, :end], values[lines, :, :, :end]),
+                trunk_bias,
+                own_bias,
+                scaling,
+                softcap,
+            )
+            for trunk, (lines, places, trunk_bias, own_bias) in zip(
+                self._trunks[layer], self._pieces, strict=True
+            )
+        ]
+        whole = out[0] if len(out) == 1 else torch.cat(out)
+        return whole if self._places is None else whole[self._places]
 
     def advance(self, width: int) -> None:
         self.lengths[self._lines] += width
+        self._start += width
         if self._opening is not None:
             self._opening.commit()
         self._opening, self._settled = None, False
@@ -159,38 +168,47 @@ class Branches:
         return buffer[at // self.branches, :, at % self.branches, :length]
 
     def _forget_trunks(self) -> None:
-        self._gathered: tuple[list[Tensor], list[Tensor]] = ([], [])
-        self._trunks_known = self._settled = False
+        # Per layer: keys and values [lines, Hkv, L, D] of the trunks, run by run; views unless there are too
+        # many runs. Views outlive the cache's buffers when those grow: these trunks do not change meanwhile.
+        self._trunks: list[list[tuple[Tensor, Tensor]]] = []
+        self._copied_bytes = 0
+        self._settled = False
 
     def _settle(self, query: Tensor) -> None:
         """What all layers of a forward share."""
-        width, device = query.shape[2], query.device
-        lengths = self.lengths[self._lines]
-        start = int(lengths.max(initial=0))
-        even = bool((lengths == start).all())
-        self._end = start + width if len(lengths) else 0
-        self._from = start if even and self._places is None else None
+        width, start, lines = query.shape[2], self._start, len(self.slots)
+        self._end = start + width if len(self._lines) else 0
+        self._from = start if self._even and self._places is None else None
         if self._from is None:
             line, column = self._own
-            self._at = (line, column, torch.from_numpy(self.lengths).to(device)[line])
-        self._most_runs = _MOST_RUNS if width > 1 else 1
-        self._own_bias = None
+            self._at = (line, column, torch.from_numpy(self.lengths).to(query.device)[line])
+        own_bias: Tensor | None = None
         if width > 1:
             assert self._from is not None, "several tokens at once need branches of equal lengths"
-            last = torch.arange(start, self._end, device=device)
-            self._own_bias = _hiding(torch.arange(self._end, device=device) > last[:, None], query)
-        elif not even or self._opening is not None:
-            seen = np.zeros(len(self.slots), dtype=np.int64)
-            seen[self._lines] = lengths + 1
-            behind = torch.arange(self._end) >= torch.from_numpy(seen)[:, None]
-            self._own_bias = _hiding(behind, query)[:, None, None, None, None]
-        if not self._trunks_known:
-            lengths = self.trunk_lengths
-            self._longest = int(lengths.max())
-            self._trunk_bias, self._trunks_known = None, True
-            if (lengths != lengths[0]).any():
-                behind = torch.arange(self._longest) >= torch.from_numpy(lengths)[:, None]
+            behind = torch.arange(self._end) > torch.arange(start, self._end)[:, None]
+            own_bias = _hiding(behind, query).expand(lines, 1, 1, 1, width, self._end)
+        elif not self._even or self._opening is not None:
+            seen = np.zeros(lines, dtype=np.int64)
+            seen[self._lines] = self.lengths[self._lines] + 1
+            own_bias = _hiding(torch.arange(self._end) >= torch.from_numpy(seen)[:, None], query)
+            own_bias = own_bias[:, None, None, None, None]
+        if not self._trunks:
+            self._most_runs = _MOST_RUNS if width > 1 else 1
+            self._longest, self._trunk_bias = int(self.trunk_lengths.max()), None
+            if (self.trunk_lengths != self._longest).any():
+                behind = torch.arange(self._longest) >= torch.from_numpy(self.trunk_lengths)[:, None]
                 self._trunk_bias = _hiding(behind, query)[:, None, None]
+        firsts = [first for first, _, _ in self._runs] if len(self._runs) <= self._most_runs else [0]
+        ends = [*firsts[1:], lines]
+        self._pieces = [
+            (
+                slice(a, b),
+                slice(a * self.branches, b * self.branches),
+                None if self._trunk_bias is None else self._trunk_bias[a:b],
+                None if own_bias is None else own_bias[a:b],
+            )
+            for a, b in zip(firsts, ends, strict=True)
+        ]
         self._settled = True
 
     def _store(self, layer: int, key: Tensor, value: Tensor) -> None:
@@ -213,20 +231,15 @@ class Branches:
                 grid = new.unflatten(0, (-1, self.branches)).transpose(1, 2)
                 buffers[layer][..., self._from : self._end, :] = grid
 
-    def _trunks(self, layer: int) -> Iterator[tuple[slice, tuple[Tensor, Tensor]]]:
-        """Lines, and the keys and values [lines, Hkv, L, D] of their trunks, run by run."""
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        longest = self._longest
-        if len(self._runs) <= self._most_runs:
-            for first, end, slot in self._runs:
-                rows = slice(slot, slot + end - first)
-                yield slice(first, end), (keys[rows, :, :longest], values[rows, :, :longest])
-            return
-        if layer == len(self._gathered[0]):
+    def _trunks_of(self, layer: int) -> list[tuple[Tensor, Tensor]]:
+        keys, values, longest = self.cache.keys[layer], self.cache.values[layer], self._longest
+        if len(self._runs) > self._most_runs:
             index = torch.from_numpy(self.slots)
-            for gathered, buffer in zip(self._gathered, (keys, values), strict=True):
-                gathered.append(buffer[index, :, :longest])
-        yield slice(0, len(self.slots)), (self._gathered[0][layer], self._gathered[1][layer])
+            copies = (keys[index, :, :longest], values[index, :, :longest])
+            self._copied_bytes += sum(t.numel() * t.element_size() for t in copies)
+            return [copies]
+        places = [slice(slot, slot + count) for _, slot, count in self._runs]
+        return [(keys[at, :, :longest], values[at, :, :longest]) for at in places]
 
 
 def _hiding(hidden: Tensor, query: Tensor) -> Tensor:
