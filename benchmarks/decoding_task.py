@@ -81,7 +81,8 @@ class Task:
     temperature: float
     seed: int = 0
 
-    def request(self, shape: Shape) -> GuidedRequest:
+    def request(self, shape: Shape, max_steps: int | None = None) -> GuidedRequest:
+        """`max_steps`: more of them, where a boundary ends steps early."""
         # The template adds the two speakers and the end of the user's turn.
         generator = torch.Generator().manual_seed(_PROMPT_SEED + self.seed)
         drawn = torch.randint(shape.end_id, (self.prompt_tokens - 3,), generator=generator).tolist()
@@ -92,7 +93,7 @@ class Task:
             sampling=SamplingParams(self.temperature),
             max_new_tokens=self.steps * self.step_tokens,
             max_step_tokens=self.step_tokens,
-            max_steps=self.steps,
+            max_steps=self.steps if max_steps is None else max_steps,
         )
 
     def prompt(self, models: Models) -> list[int]:

@@ -22,10 +22,12 @@ from transformers import (
 )
 
 from mahalo_ray.decoding.batch import BatchedConversations
+from mahalo_ray.decoding.branches import Branches
 from mahalo_ray.decoding.cache import RaggedCache
-from mahalo_ray.decoding.decode import smallest_grid
+from mahalo_ray.decoding.parts import Place
 from mahalo_ray.decoding.policy import CachedBackbone, CausalPolicy, MultiHeadPolicy
 from mahalo_ray.decoding.sampling import SamplingParams
+from mahalo_ray.decoding.together import smallest_grid
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
 from mahalo_ray.objectives import Weights
 
@@ -137,7 +139,7 @@ def test_branches_extended_by_several_tokens_at_once(name):
     view = cache.append(slots, np.array([4, 1]), 4)
     backbone(torch.tensor([[5, 6, 7, 8], [9, 0, 0, 0]]), view.positions(4, torch.device("cpu")), view)
     view.commit()
-    branches = cache.fork(slots, 2)
+    branches = Branches(cache, slots, 2)
     padded = torch.tensor([ids + [0] * (3 - len(ids)) for row in candidates for ids in row])
     found = backbone(padded, branches.positions(3, torch.device("cpu")), branches)
     branches.advance(3)
@@ -149,7 +151,8 @@ def test_branches_extended_by_several_tokens_at_once(name):
             torch.testing.assert_close(
                 found[2 * row + k, : len(ids)], expected[len(trunks[row]) :], atol=1e-4, rtol=1e-4
             )
-    cache.accept(slots, branches.finished(), np.array([0, 3]), np.array([3, 3]))
+    places = [Place(branches.part(), 0, 0), Place(branches.part(), 1, 1)]
+    cache.accept(slots, places, np.array([3, 3]))
     assert cache.lengths.tolist() == [7, 4]
 
 

@@ -20,10 +20,12 @@ from transformers import PreTrainedModel
 from mahalo_ray.decoding.cache import RaggedCache
 from mahalo_ray.decoding.candidates import Candidates
 from mahalo_ray.decoding.decode import BranchDecoder
+from mahalo_ray.decoding.forks import Fork
 from mahalo_ray.decoding.policy import Policy, as_policy
 from mahalo_ray.decoding.rows import RowTable, by_size, padded
 from mahalo_ray.decoding.sampling import SamplingParams
-from mahalo_ray.decoding.stopping import TextStop
+from mahalo_ray.decoding.stopping import StopRule, TextStop, Vocabulary
+from mahalo_ray.decoding.together import TogetherDecoder
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
 from mahalo_ray.objectives import Weights
 
@@ -145,42 +147,60 @@ class BatchedConversations:
         candidate's number only. The conversations do not change until `accept`.
         """
         count = len(rows)
-        wanted = np.array([num_candidates] * count if isinstance(num_candidates, int) else num_candidates)
-        if (wanted < 1).any():
-            raise ValueError(f"num_candidates is {int(wanted.min())}: it must be at least 1")
-        limits = np.array(
-            [max_new_tokens] * count if isinstance(max_new_tokens, int) else list(max_new_tokens)
-        )
-        if (limits < 1).any():
-            raise ValueError(f"max_new_tokens is {int(limits.min())}: it must be at least 1")
         if not rows:
             raise ValueError("no conversations to sample: rows is empty")
         self._prefill(rows)
-        empty = [row for row in rows if not self._ids[row]]
-        if empty:
-            raise ValueError(f"conversation {empty[0]} is empty: append a prompt before sampling")
-        order = self._rows.in_slot_order(rows)
-        slots = self._rows.slots(rows)[order]
-        each = [params] * count if isinstance(params, SamplingParams) else list(params)
-        assert self._last_hidden is not None
-        decoder = BranchDecoder(
-            self.policy,
-            self.cache.fork(slots, int(wanted.max())),
-            wanted[order],
-            self._last_hidden[torch.from_numpy(slots).to(self.policy.device)],
-            [self._weights[rows[i]] for i in order],
-            [each[i] for i in order],
-            [seeds[i] for i in order],
-            limits[order],
-            self.max_context,
-            stop_ids,
-            None if stop is None else stop.reordered(order),
-            with_logps,
+        forks = self.forks(
+            rows,
+            [num_candidates] * count if isinstance(num_candidates, int) else num_candidates,
+            [params] * count if isinstance(params, SamplingParams) else params,
+            seeds,
+            [max_new_tokens] * count if isinstance(max_new_tokens, int) else max_new_tokens,
+            [None] * count if stop is None else stop.rules,
         )
-        decoded = decoder.run()
+        vocabulary = None if stop is None else stop.vocabulary
+        decoder = TogetherDecoder(self.policy, self.cache, self._rows, stop_ids, vocabulary, with_logps)
+        candidates = decoder.run(forks)
         self.tokens_forwarded += decoder.tokens_forwarded
-        self.peak_bytes = max(self.peak_bytes, self.cache.nbytes + decoder.branches.nbytes)
-        return Candidates.gathered(decoded, list(rows), order, wanted)
+        self.note_bytes(decoder.nbytes)
+        return candidates
+
+    def decoder(self, stop_ids: Collection[int], vocabulary: Vocabulary | None) -> BranchDecoder:
+        """What decodes forks of this engine's rows that begin at different times."""
+        return BranchDecoder(self.policy, self.cache, self._rows, stop_ids, vocabulary, with_logps=False)
+
+    def forks(
+        self,
+        rows: Sequence[int],
+        num_candidates: Sequence[int],
+        params: Sequence[SamplingParams],
+        seeds: Sequence[int],
+        limits: Sequence[int],
+        rules: Sequence[StopRule | None],
+    ) -> list[Fork]:
+        """What is wanted of these rows, one of each per row. Rows may have one token that the model has not
+        read. ValueError for an empty conversation, or counts below 1."""
+        found = []
+        each = zip(rows, num_candidates, params, seeds, limits, rules, strict=True)
+        for row, count, sampling, seed, limit, rule in each:
+            length, unread = len(self._ids[row]), self._pending[row]
+            for name, value in (("num_candidates", count), ("max_new_tokens", limit)):
+                if value < 1:
+                    raise ValueError(f"{name} is {value}: it must be at least 1")
+            if not length:
+                raise ValueError(f"conversation {row} is empty: append a prompt before sampling")
+            room = self.max_context - length
+            last: Tensor | int
+            if unread:
+                (last,) = unread
+            else:
+                assert self._last_hidden is not None
+                last = self._last_hidden[int(self._rows.slots([row])[0])]
+            weights = self._weights[row]
+            found.append(
+                Fork(row, count, sampling, seed, min(limit, room), room <= limit, weights, rule, length, last)
+            )
+        return found
 
     def accept(self, candidates: Candidates, choice: Sequence[int]) -> None:
         """Make candidate choice[i] of the i-th sampled row part of its conversation (-1: none of them).
@@ -188,7 +208,7 @@ class BatchedConversations:
         Copies only the chosen tokens' keys and values. Rows must not have been appended to or dropped in
         between.
         """
-        slots, cells, counts = [], [], []
+        slots, places, counts = [], [], []
         for at, (row, chosen) in enumerate(zip(candidates.rows, choice, strict=True)):
             if chosen < 0:
                 continue
@@ -199,11 +219,9 @@ class BatchedConversations:
             # The model has not seen the last token yet: it goes in with whatever comes next.
             self._pending[row] += ids[-1:]
             slots.append(int(self._rows.slots([row])[0]))
-            cells.append(candidates.cell(at, chosen))
+            places.append(candidates.places[at][chosen])
             counts.append(max(len(ids) - 1, 0))
-        self.cache.accept(
-            np.array(slots, dtype=np.int64), candidates.parts, np.array(cells), np.array(counts)
-        )
+        self.cache.accept(np.array(slots, dtype=np.int64), places, np.array(counts))
 
     def _prefill(self, rows: Sequence[int]) -> None:
         """Run all tokens of these rows that the model has not seen, in forwards of bounded size."""
@@ -218,16 +236,20 @@ class BatchedConversations:
             hidden = self.policy.hidden_states(ids.to(device), view.positions(ids.shape[1], device), view)
             view.commit()
             last = torch.from_numpy(counts - 1).to(device)
-            self._keep_hidden(slots, hidden[torch.arange(len(now), device=device), last])
+            self.have_read(now, hidden[torch.arange(len(now), device=device), last])
             self.tokens_forwarded += int(counts.sum())
-            self._pending.update({row: [] for row in now})
-        self.peak_bytes = max(self.peak_bytes, self.cache.nbytes)
+        self.note_bytes(0)
 
-    def _keep_hidden(self, slots: np.ndarray, hidden: Tensor) -> None:
-        """hidden [n, D]: the last position of these rows."""
+    def have_read(self, rows: Sequence[int], hidden: Tensor) -> None:
+        """The model has read these conversations to their ends; hidden [n, D]: its states there."""
         self._grow_hidden(hidden)
         assert self._last_hidden is not None
-        self._last_hidden[torch.from_numpy(slots)] = hidden
+        self._last_hidden[torch.from_numpy(self._rows.slots(rows))] = hidden
+        self._pending.update({row: [] for row in rows})
+
+    def note_bytes(self, branches: int) -> None:
+        """Remember the peak, with so many bytes of keys and values beside the trunks."""
+        self.peak_bytes = max(self.peak_bytes, self.cache.nbytes + branches)
 
     def _grow_hidden(self, like: Tensor) -> None:
         known = 0 if self._last_hidden is None else len(self._last_hidden)

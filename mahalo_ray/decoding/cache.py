@@ -2,12 +2,12 @@
 copy.
 
 `RaggedCache` holds the trunks: rows of different lengths, left-aligned, in buffers that grow by an
-eighth. `RaggedCache.fork(slots, K)` gives `Branches`: every branch sees its row's trunk, which exists once,
-and its own few tokens. `RaggedCache.accept` copies the chosen branch's own tokens, never the prefix, behind
-the trunk.
+eighth. `Branches(cache, slots, K)` are K branches of rows: every branch sees its row's trunk, which exists
+once, and its own few tokens. `RaggedCache.accept` copies the chosen branch's own tokens, never the prefix,
+behind the trunk.
 
-Both views go into a model's forward as `kv_cache=` (see attention.py). Positions never attended to may hold
-stale numbers; buffers start as zeros because 0 * NaN would still be NaN.
+Both views, `TrunkAppend` and `Branches`, go into a model's forward as `kv_cache=` (see attention.py).
+Positions never attended to may hold stale numbers; buffers start as zeros because 0 * NaN would still be NaN.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mahalo_ray.decoding.branches import Branches, Parts, Slots, grown, resized
+from mahalo_ray.decoding.parts import Place, grown, resized
 from mahalo_ray.models.attention import prefix_attention
+
+Slots = np.ndarray  # int64 [n]: places of rows in the cache
 
 
 class RaggedCache:
@@ -80,15 +82,6 @@ class RaggedCache:
         self._reserve(self._slots, int(self.lengths[slots].max()) + width)
         return TrunkAppend(self, slots, counts, width)
 
-    def fork(self, slots: Slots, branches: int) -> Branches:
-        """`branches` branches of every given row; they see the trunks as they are now."""
-        rows, longest = self.select(slots), int(self.lengths[slots].max())
-        trunk = [
-            (key[rows, :, :longest], value[rows, :, :longest])
-            for key, value in zip(self.keys, self.values, strict=True)
-        ]
-        return Branches(trunk, self.lengths[slots], branches)
-
     def select(self, slots: Slots) -> slice | Tensor:
         """An index of these slots: a slice (no copy) when they are consecutive, else a tensor (a copy)."""
         first = int(slots[0])
@@ -96,23 +89,33 @@ class RaggedCache:
             return slice(first, first + len(slots))
         return torch.from_numpy(slots)
 
-    def accept(self, slots: Slots, source: Parts, cells: np.ndarray, counts: np.ndarray) -> None:
-        """Copy the first counts[i] own tokens of branch cells[i] behind the trunk slots[i]."""
+    def accept(self, slots: Slots, places: Sequence[Place], counts: np.ndarray) -> None:
+        """Copy the first counts[i] own tokens of the branch at places[i] behind the trunk slots[i].
+
+        One copy per layer and part, whatever the number of rows.
+        """
         if len(slots) == 0 or int(counts.max()) == 0:
             return
         self._reserve(self._slots, int((self.lengths[slots] + counts).max()))
-        for part, at in source.locate(cells):
-            which = np.nonzero(at >= 0)[0]
+        parts = {id(place.part): place.part for place in places}
+        of = np.array([id(place.part) for place in places])
+        lines, branches = np.array([(place.line, place.branch) for place in places]).T
+        for key, part in parts.items():
+            which = np.flatnonzero(of == key)
             row, offset = np.nonzero(np.arange(int(counts.max())) < counts[which][:, None])
             if len(row) == 0:
                 continue
-            to_slot, to_position = slots[which][row], self.lengths[slots[which]][row] + offset
-            index = torch.from_numpy(np.stack([to_slot, to_position, at[which][row], offset]))
-            slot, position, cell, token = index.to(part.keys[0].device)
-            branches = part.keys[0].shape[2]
-            row_of, branch_of = cell // branches, cell % branches
+            row = which[row]
+            wanted = (
+                slots[row],
+                self.lengths[slots][row] + offset,
+                lines[row],
+                branches[row],
+                offset,
+            )
+            slot, position, line, branch, token = torch.from_numpy(np.stack(wanted)).to(part.keys[0].device)
             for own, trunk in zip((*part.keys, *part.values), (*self.keys, *self.values), strict=True):
-                trunk[slot, :, position] = own[row_of, :, branch_of, token]
+                trunk[slot, :, position] = own[line, :, branch, token]
         self.lengths[slots] += counts
 
     def write(
@@ -164,16 +167,20 @@ class TrunkAppend:
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None
     ) -> Tensor:
-        if self._on_device is None:
-            self._on_device = torch.from_numpy(self.starts).to(query.device)
-        cache = self.cache
-        cache.write(layer, self.rows, self._on_device if self._uniform is None else self._uniform, key, value)
+        self.store(layer, key, value)
         if self._uniform == 0:
             return prefix_attention(query, key, value, None, scaling, softcap)
         keys, values = (
-            buffers[layer][self.rows, :, : self.context] for buffers in (cache.keys, cache.values)
+            buffers[layer][self.rows, :, : self.context] for buffers in (self.cache.keys, self.cache.values)
         )
         return prefix_attention(query, keys, values, self._on_device, scaling, softcap)
+
+    def store(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Put new keys and values [n, Hkv, width, D] behind the trunks."""
+        if self._on_device is None:
+            self._on_device = torch.from_numpy(self.starts).to(key.device)
+        starts = self._on_device if self._uniform is None else self._uniform
+        self.cache.write(layer, self.rows, starts, key, value)
 
     def commit(self) -> None:
         self.cache.lengths[self.slots] += self.counts

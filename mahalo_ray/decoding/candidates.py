@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-import numpy as np
-
-from mahalo_ray.decoding.cache import Parts
+from mahalo_ray.decoding.parts import Part, Place
 
 
 class StopReason(StrEnum):
@@ -27,17 +25,6 @@ REASONS = tuple(StopReason)
 
 
 @dataclass
-class Decoded:
-    """Raw results in cell order (row-major [N, K], rows in slot order)."""
-
-    tokens: list[list[int]]
-    logps: list[list[float]] | None
-    reasons: list[StopReason]
-    base_lengths: np.ndarray
-    parts: Parts
-
-
-@dataclass
 class Candidates:
     """token_ids[i][k], reasons[i][k] and, if asked for, logps[i][k] (one per token) of the i-th sampled
     row."""
@@ -47,29 +34,32 @@ class Candidates:
     reasons: list[list[StopReason]]
     logps: list[list[list[float]]] | None
     base_lengths: list[int]  # tokens of every conversation when it was sampled
-    first_cells: list[int]  # where the row's candidates begin among the fork's branches
-    parts: Parts  # the branches' keys and values
+    places: list[list[Place]]  # where the keys and values of every candidate lie
 
     @classmethod
-    def gathered(cls, decoded: Decoded, rows: list[int], order: np.ndarray, wanted: np.ndarray) -> Candidates:
-        """From cell order back to the order the rows were asked for; order[j]: which asked-for row is the
-        j-th."""
-        branches = int(wanted.max())
-        first = np.empty(len(rows), dtype=np.int64)
-        first[order] = np.arange(len(rows)) * branches
-        starts = first.tolist()
-
-        def grouped(items: Sequence) -> list:
-            return [list(items[at : at + n]) for at, n in zip(starts, wanted.tolist(), strict=True)]
-
+    def empty(cls, row: int, num_candidates: int, length: int, with_logps: bool) -> Candidates:
+        """Of a row whose conversation fills the context."""
+        nothing: list[list] = [[] for _ in range(num_candidates)]
+        reasons = [StopReason.CONTEXT] * num_candidates
+        logps = [list(nothing)] if with_logps else None
         return cls(
-            rows,
-            grouped(decoded.tokens),
-            grouped(decoded.reasons),
-            None if decoded.logps is None else grouped(decoded.logps),
-            [int(decoded.base_lengths[at // branches]) for at in starts],
-            starts,
-            decoded.parts,
+            [row], [nothing], [reasons], logps, [length], [[Place(Part([], []), 0, 0)] * num_candidates]
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Candidates], rows: Sequence[int]) -> Candidates:
+        """Those of several calls together, in the order of `rows`."""
+        at = {row: (part, i) for part in parts for i, row in enumerate(part.rows)}
+        found = [at[row] for row in rows]
+        return cls(
+            list(rows),
+            [part.token_ids[i] for part, i in found],
+            [part.reasons[i] for part, i in found],
+            None
+            if any(part.logps is None for part in parts)
+            else [(part.logps or [])[i] for part, i in found],
+            [part.base_lengths[i] for part, i in found],
+            [part.places[i] for part, i in found],
         )
 
     def only(self, which: Sequence[int], rows: Sequence[int] | None = None) -> Candidates:
@@ -82,14 +72,10 @@ class Candidates:
             [self.reasons[i] for i in which],
             None if self.logps is None else [self.logps[i] for i in which],
             [self.base_lengths[i] for i in which],
-            [self.first_cells[i] for i in which],
-            self.parts,
+            [self.places[i] for i in which],
         )
 
     @property
     def num_tokens(self) -> int:
         """Tokens of all candidates together."""
         return sum(len(ids) for row in self.token_ids for ids in row)
-
-    def cell(self, at: int, candidate: int) -> int:
-        return self.first_cells[at] + candidate

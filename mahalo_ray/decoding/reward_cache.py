@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mahalo_ray.decoding.cache import Parts, RaggedCache
+from mahalo_ray.decoding.branches import Branches
+from mahalo_ray.decoding.cache import RaggedCache
+from mahalo_ray.decoding.parts import Part, Place
 from mahalo_ray.decoding.policy import CachedBackbone
 from mahalo_ray.decoding.products import FastHead
 from mahalo_ray.decoding.rows import RowTable, by_size, padded
@@ -30,8 +32,8 @@ class _Scored:
 
     length: int
     distinct: list[tuple[int, ...]]
-    parts: list[Parts]
-    cells: list[int]
+    parts: list[Part]  # one per cache
+    line: int  # in the parts
     last_states: Tensor | None  # [distinct, D']: the reference's state behind each candidate
 
 
@@ -172,16 +174,11 @@ class RewardConversations:
             self._ids[row] += ids
             if scored.last_states is not None:
                 self._last_state[row] = scored.last_states[which]
-        # Rows scored in one forward share their parts: one copy per forward and cache.
-        groups: dict[int, list[tuple[int, _Scored, int]]] = {}
-        for item in kept:
-            groups.setdefault(id(item[1].parts), []).append(item)
-        for items in groups.values():
-            slots = self._rows.slots([row for row, _, _ in items])
-            cells = np.array([scored.cells[which] for _, scored, which in items])
-            counts = np.array([len(scored.distinct[which]) for _, scored, which in items])
-            for cache, parts in zip(self._caches, items[0][1].parts, strict=True):
-                cache.accept(slots, parts, cells, counts)
+        slots = self._rows.slots([row for row, _, _ in kept])
+        counts = np.array([len(scored.distinct[which]) for _, scored, which in kept])
+        for number, cache in enumerate(self._caches):
+            places = [Place(scored.parts[number], scored.line, which) for _, scored, which in kept]
+            cache.accept(slots, places, counts)
 
     def _score(
         self,
@@ -199,11 +196,11 @@ class RewardConversations:
         ids, slots = ids.to(self.device), self._rows.slots(rows)
         states, parts = [], []
         for backbone, cache in zip(self._backbones, self._caches, strict=True):
-            branches = cache.fork(slots, columns)
+            branches = Branches(cache, slots, columns)
             states.append(backbone(ids, branches.positions(width, self.device), branches))
             branches.advance(width)
             self.peak_bytes = max(self.peak_bytes, sum(c.nbytes for c in self._caches) + branches.nbytes)
-            parts.append(branches.finished())
+            parts.append(branches.part())
         self.tokens_forwarded += int(counts.sum())
         ends = torch.from_numpy(counts - 1).to(self.device)
         logps = None
@@ -223,7 +220,7 @@ class RewardConversations:
         self,
         rows: Sequence[int],
         distinct: Sequence[Sequence[tuple[int, ...]]],
-        parts: list[Parts],
+        parts: list[Part],
         reference_states: Tensor,
         ends: Tensor,
         columns: int,
@@ -232,9 +229,8 @@ class RewardConversations:
         if self.model.reference is not None:
             last = reference_states[torch.arange(len(ends), device=self.device), ends.clamp(min=0)]
         for i, (row, own) in enumerate(zip(rows, distinct, strict=True)):
-            cells = list(range(i * columns, i * columns + len(own)))
-            behind = None if last is None else last[cells]
-            self._scored[row] = _Scored(len(self._ids[row]), list(own), parts, cells, behind)
+            behind = None if last is None else last[i * columns : i * columns + len(own)]
+            self._scored[row] = _Scored(len(self._ids[row]), list(own), parts, i, behind)
 
     def _token_logps(self, predicting: Tensor, ids: Tensor, ends: Tensor) -> Tensor:
         """Reference log-probs [R, S] of ids [R, S] from the states one position before them [R, S, D']."""

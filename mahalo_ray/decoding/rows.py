@@ -13,6 +13,7 @@ class RowTable:
     """Gives out row numbers and knows each one's slot: live rows are always slots 0 .. len - 1."""
 
     def __init__(self) -> None:
+        self.moves = 0  # so far: equal numbers, equal slots
         self._next = 0
         self._slot: dict[int, int] = {}
         self._row_at: list[int] = []
@@ -39,6 +40,7 @@ class RowTable:
             self._row_at[target] = self._row_at[source]
             self._slot[self._row_at[target]] = target
         del self._row_at[left:]
+        self.moves += len(moves)
         return moves
 
     def slots(self, rows: Sequence[int]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A batch of guided requests, each at its own step; new ones join between steps."""
+"""A batch of guided requests, each at its own step and token; new ones join between tokens."""
 
 from __future__ import annotations
 
@@ -12,15 +12,20 @@ from mahalo_ray.decoding.candidates import Candidates, StopReason
 from mahalo_ray.decoding.guidance import with_totals
 from mahalo_ray.decoding.guide import Prompt
 from mahalo_ray.decoding.guides import Guides, check_guidance
+from mahalo_ray.decoding.in_flight import InFlight
 from mahalo_ray.decoding.policy import Policy
 from mahalo_ray.decoding.requests import GuidedRequest, Step, StepCandidate
 from mahalo_ray.decoding.running import NONE_TAKEN, Running
 from mahalo_ray.decoding.stopping import StopRule, TextStop, Vocabulary
 
+TOKENS_AT_ONCE = 8
+_SCORED_TOGETHER = 1 / 8  # of the requests in flight
+_LONGEST_WAIT = 4  # tokens
+
 
 class GuidedSession:
-    """Requests in play over one policy and its guides. `advance` takes every active request one step
-    on.
+    """Requests in play over one policy and its guides. None waits for another: a request whose candidates are
+    all done is scored, and its next step goes on among the others' tokens.
     """
 
     def __init__(
@@ -40,7 +45,10 @@ class GuidedSession:
         if guides is not None and guides.max_context is not None:
             context = min(context, guides.max_context)
         self.engine = BatchedConversations(policy, context)
+        self.in_flight = InFlight(self.engine, [chat.end_id], vocabulary)
         self._waiting: deque[Running] = deque()
+        self._done: list[Running] = []  # whose candidates have ended, not yet scored
+        self._held = 0  # tokens since the first of them
         self._active: list[Running] = []
 
     @property
@@ -93,19 +101,56 @@ class GuidedSession:
             self._leave(running)
 
     def advance(self) -> None:
-        """One step of every active request: candidates, scores, choice. Finished ones leave, others join."""
-        self.admit()
-        active = list(self._active)
-        if not active:
-            return
-        candidates, offered = self.offer(active, [one.request.candidates_per_step for one in active])
-        choice = [one.choice(own) for one, own in zip(active, offered, strict=True)]
+        """Decode until a step of some request has been decided, but at most `TOKENS_AT_ONCE` tokens, so that
+        the caller can let others join or leave."""
+        self._begin(self.admit())
+        by_row = {one.row: one for one in self._active}
+        for _ in range(TOKENS_AT_ONCE):
+            if not self._active:
+                return
+            self._done += [by_row[row] for row in self.in_flight.step()]
+            if self._is_time():
+                self._decide()
+                return
+
+    def _is_time(self) -> bool:
+        """Whether those who are done are scored now.
+
+        Scoring is a forward of its own, which costs about as much for one request as for a few. So where many
+        are in flight, one that is done waits, a few tokens at most, until some others are done too.
+        """
+        if not self._done:
+            return False
+        self._held += 1
+        some = len(self._done) >= _SCORED_TOGETHER * len(self._active)
+        alone = not self.in_flight.is_busy or not all(one.request.is_guided for one in self._done)
+        return some or alone or self._held > _LONGEST_WAIT
+
+    def _decide(self) -> None:
+        """Scores, choice and next step of the requests that are done. Finished ones leave."""
+        done, self._done, self._held = self._done, [], 0
+        candidates = self.in_flight.taken([one.row for one in done])
+        offered = self._offered(done, candidates)
+        choice = [one.choice(own) for one, own in zip(done, offered, strict=True)]
         self.engine.accept(candidates, choice)
-        for one, own, chosen in zip(active, offered, choice, strict=True):
+        for one, own, chosen in zip(done, offered, choice, strict=True):
             self._take(one, own, chosen)
+        self._begin([one for one in done if one.stop_reason is None])
+
+    def _begin(self, requests: list[Running]) -> None:
+        """Let the next steps of these requests begin."""
+        self.in_flight.begin(
+            [one.row for one in requests],
+            [one.request.candidates_per_step for one in requests],
+            [one.request.sampling for one in requests],
+            [one.seed for one in requests],
+            [one.step_limit for one in requests],
+            [self._rule(one) for one in requests],
+        )
 
     def offer(self, active: list[Running], counts: list[int]) -> tuple[Candidates, list[list[StepCandidate]]]:
-        """Candidates of these requests' next steps, scored where there is something to choose from."""
+        """Candidates of these requests' next steps, all sampled to their ends, scored where there is
+        something to choose from. For searches whose rows are compared with each other."""
         candidates = self.engine.sample(
             [one.row for one in active],
             counts,
@@ -115,6 +160,10 @@ class GuidedSession:
             [self._chat.end_id],
             TextStop(self._vocabulary, [self._rule(one) for one in active]),
         )
+        return candidates, self._offered(active, candidates)
+
+    def _offered(self, active: list[Running], candidates: Candidates) -> list[list[StepCandidate]]:
+        """What was sampled for these requests, with scores."""
         offered = [
             [
                 StepCandidate(self._text_after(one, ids), ids, reason, {}, None)
@@ -122,17 +171,18 @@ class GuidedSession:
             ]
             for one, own, reasons in zip(active, candidates.token_ids, candidates.reasons, strict=True)
         ]
-        return candidates, self._scored(active, offered)
+        return self._scored(active, offered)
 
-    def admit(self) -> None:
-        """Let waiting requests in while there is room for their branches."""
+    def admit(self) -> list[Running]:
+        """Let waiting requests in while there is room for their branches: those that join now, read by the
+        models."""
         busy = sum(one.request.candidates_per_step for one in self._active)
         joining = []
         while self._waiting and busy + self._waiting[0].request.candidates_per_step <= self._max_branches:
             joining.append(self._waiting.popleft())
             busy += joining[-1].request.candidates_per_step
         if not joining:
-            return
+            return []
         rows = self.engine.add(len(joining), [one.request.weights for one in joining])
         for one, row in zip(joining, rows, strict=True):
             one.row = row
@@ -144,6 +194,7 @@ class GuidedSession:
             opened = self.guides.open([one.prompt for one in guided])
             for one, row in zip(guided, opened, strict=True):
                 one.guide_row = row
+        return joining
 
     def _rule(self, one: Running) -> StopRule:
         """How this request's next candidates may end. Whole responses are not cut at steps."""
@@ -207,6 +258,9 @@ class GuidedSession:
     def _leave(self, one: Running) -> None:
         one.cache_bytes = self.peak_bytes
         self._active.remove(one)
+        if one in self._done:
+            self._done.remove(one)
+        self.in_flight.leave([one.row])
         self.engine.drop([one.row])
         if self.guides is not None and one.request.is_guided:
             self.guides.drop([one.guide_row])

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +24,11 @@ class StopRule:
     before: str = ""
     begun: str = ""  # text and tokens of the same step that were accepted earlier (token by token)
     begun_tokens: int = 0
+
+    @property
+    def key(self) -> tuple[Boundary, tuple[str, ...]]:
+        """What the tokens after which it must be asked depend on."""
+        return self.boundary, self.stop_strings
 
     def is_trigger(self, piece: str) -> bool:
         return self.boundary.is_trigger(piece) or any(stop[-1] in piece for stop in self.stop_strings)
@@ -63,7 +67,7 @@ class Vocabulary:
 
     def table(self, rule: StopRule) -> Tensor:
         """[tokens] bool: tokens after which this rule must be asked. Fragments of characters always count."""
-        key = (rule.boundary, rule.stop_strings)
+        key = rule.key
         if key not in self._tables:
             if self._pieces is None:
                 self._pieces = self.decode_many([[i] for i in range(len(self.tokenizer))])
@@ -93,14 +97,11 @@ class TextStop:
     def __init__(self, vocabulary: Vocabulary, rules: Sequence[StopRule | None]) -> None:
         self.vocabulary, self.rules = vocabulary, list(rules)
 
-    def reordered(self, order: np.ndarray) -> TextStop:
-        return TextStop(self.vocabulary, [self.rules[i] for i in order])
-
     def trigger_table(self, vocab_size: int) -> Tensor:
         """[vocab_size] bool, the union over rows; the model's vocabulary may be padded beyond the
         tokenizer's."""
         table = torch.zeros(vocab_size, dtype=torch.bool)
-        for rule in {(r.boundary, r.stop_strings): r for r in self.rules if r is not None}.values():
+        for rule in {rule.key: rule for rule in self.rules if rule is not None}.values():
             known = self.vocabulary.table(rule)[:vocab_size]
             table[: len(known)] |= known
         return table
