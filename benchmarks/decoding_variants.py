@@ -174,8 +174,8 @@ def _timed_phases(session: GuidedSession, clock: Callable[[], float]) -> dict[st
     """Seconds per phase, filled while the session runs. The session's public parts are timed from outside.
 
     `prefill`: the policy reads prompts; `decode`: candidates, token by token; `score_first`: the reward model
-    scores a first step, for which it reads the prompt; `score`: all other steps; `fork_accept`: forking the
-    policy's cache and taking the chosen candidates' keys and values over.
+    scores a first step, for which it reads the prompt; `score`: all other steps; `fork_accept`: beginning
+    forks and taking the chosen candidates' keys and values over.
     """
     phases = dict.fromkeys(("prefill", "decode", "score_first", "score", "fork_accept"), 0.0)
     guides = session.guides
@@ -200,19 +200,10 @@ def _timed_phases(session: GuidedSession, clock: Callable[[], float]) -> dict[st
         return "score_first" if scored == 1 else "score"
 
     timed(session.engine, "append", lambda: "prefill")
-    timed(session.engine, "sample", lambda: "decode")
+    timed(session.in_flight, "step", lambda: "decode")
+    timed(session.in_flight, "begin", lambda: "fork_accept")
+    timed(session.in_flight, "taken", lambda: "fork_accept")
     timed(session.engine, "accept", lambda: "fork_accept")
     timed(guides, "score", score_phase)
     timed(guides, "accept", lambda: "fork_accept")
-    fork = session.engine.cache.fork
-
-    def clocked_fork(*arguments: Any) -> Any:  # inside `sample`: moved from one phase to the other
-        started = clock()
-        branches = fork(*arguments)
-        spent = clock() - started
-        phases["fork_accept"] += spent
-        phases["decode"] -= spent
-        return branches
-
-    setattr(session.engine.cache, "fork", clocked_fork)  # noqa: B010 (a method is not assignable)
     return phases

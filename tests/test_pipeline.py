@@ -273,7 +273,7 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch: pytest.
     text = io.StringIO()
     with RunProgress(Console(file=text, width=200)) as run, run.stage("[1/2] Train", 30.0) as stage:
         monkeypatch.setattr("mahalo_ray.pipeline.progress.PLAIN_INTERVAL_S", 0.0)
-        stage.training(5, 10, {"loss": 0.25})
+        stage.training(5, 10, "steps", {"loss": 0.25})
         stage.start(4, "dialogues")
         stage.advance(2)
     lines = text.getvalue().splitlines()

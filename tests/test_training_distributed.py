@@ -131,7 +131,7 @@ def test_sft_from_scratch_with_zero_2_equals_plain_torch(cluster: None, tmp_path
         CLUSTER,
         SEED,
         f"{tmp_path}/run",
-        lambda step, total, metrics: seen.append((step, total)),
+        lambda step, total, unit, metrics: seen.append((step, total)),
     )
     losses, state = plain_losses(lambda: SftRecipe(examples, base, world.MODEL, training, SEED), training)
     check_same(result, losses)
@@ -164,7 +164,7 @@ def test_a_killed_worker_changes_nothing(
 ) -> None:
     killed: list[int] = []
 
-    def kill_once(step: int, total: int, metrics: dict[str, float]) -> None:
+    def kill_once(step: int, total: int, unit: str, metrics: dict[str, float]) -> None:
         if step >= 6 and not killed:
             killed.append(train_workers()[-1])
             os.kill(killed[0], signal.SIGKILL)
@@ -182,7 +182,7 @@ def test_a_lost_driver_goes_on_from_the_latest_checkpoint(
     class Stop(Exception):
         pass
 
-    def stop(step: int, total: int, metrics: dict[str, float]) -> None:
+    def stop(step: int, total: int, unit: str, metrics: dict[str, float]) -> None:
         if step >= 6:
             raise Stop
 

@@ -113,7 +113,8 @@ class StageProgress:
         """For training stages: `done` of `total` optimiser steps, or of what comes before them, with these
         metrics."""
         if unit != self._unit:
-            self.start(total, unit)
+            self._unit = unit
+            self.estimate.restart()
         note = f"loss {metrics['loss']:.4f}" if "loss" in metrics else ""
         self.update(done, total, note)
 
