@@ -1,0 +1,134 @@
+"""Requests of one session do not wait for each other, and their answers do not depend on who runs beside them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_guided import model, reward
+
+from mahalo_ray.decoding.guided import GuidedDecoder
+from mahalo_ray.decoding.requests import GuidedRequest, GuidedResult
+from mahalo_ray.decoding.running import Running
+from mahalo_ray.decoding.session import GuidedSession
+from mahalo_ray.models.traces import TokenTrace
+
+
+def decoder() -> GuidedDecoder:
+    return GuidedDecoder(model(), reward(), "math")
+
+
+def request(step: int, seed: int, text: str = "What is 2 + 3?", **options: Any) -> GuidedRequest:
+    """Steps of at most `step` tokens, answers of at most 40."""
+    settings = {"num_candidates": 3, "max_new_tokens": 40} | options
+    return GuidedRequest([{"role": "user", "content": text}], seed=seed, max_step_tokens=step, **settings)
+
+
+REQUESTS = [
+    request(2, 1),
+    request(5, 2, "So?", num_candidates=5),
+    request(17, 3, "The answer"),
+    request(40, 4, "Is it? Yes!", num_candidates=2),
+    request(3, 5, num_candidates=1),
+    request(11, 6, "Dr. Smith said", strategy="sample"),
+]
+
+
+def same(found: GuidedResult, alone: GuidedResult) -> None:
+    assert found.token_ids == alone.token_ids and found.stop_reason == alone.stop_reason
+    assert [step.chosen for step in found.steps] == [step.chosen for step in alone.steps]
+    assert found.policy_tokens == alone.policy_tokens
+
+
+def finish(session: GuidedSession) -> None:
+    while session.is_busy:
+        session.advance()
+
+
+def test_answers_are_those_of_requests_alone_whoever_joins_and_leaves() -> None:
+    session = decoder().session()
+    running = [session.submit(one) for one in REQUESTS[:3]]
+    cancelled = session.submit(request(40, 9, num_candidates=4))
+    session.advance()
+    running += [session.submit(one) for one in REQUESTS[3:]]
+    session.advance()
+    assert cancelled.stop_reason is None and not cancelled.steps  # in the middle of its first step
+    session.cancel(cancelled)
+    finish(session)
+    assert len(session.engine) == 0
+    for one, alone in zip(running, REQUESTS, strict=True):
+        same(one.result(), decoder().generate_batch([alone])[0])
+
+
+def test_scores_over_kept_caches_are_those_of_the_text_encoded_again() -> None:
+    made = decoder()
+    session = made.session()
+    running = [session.submit(one) for one in REQUESTS]
+    finish(session)
+    checked = 0
+    for one in running:
+        before = list(one.prompt_ids)
+        for step in one.result().steps:
+            for candidate in step.candidates:
+                if candidate.scores and candidate.reason.value in ("step", "length"):
+                    ids = before + candidate.token_ids
+                    again = reward().score_traces([TokenTrace(ids, [len(before)], [len(ids) - 1])])[0][0]
+                    found = torch.tensor([candidate.scores[name] for name in reward().objectives])
+                    torch.testing.assert_close(found, again, atol=1e-4, rtol=1e-4)
+                    checked += 1
+            before += step.accepted.token_ids
+    assert checked > 30
+
+
+def test_short_steps_do_not_wait_for_a_long_one() -> None:
+    """The short request is through while its neighbour is still in its first step."""
+    session = decoder().session()
+    long = session.submit(request(200, 3, num_candidates=2, max_new_tokens=200))
+    short = session.submit(request(2, 1, max_new_tokens=12))
+    while short.stop_reason is None:
+        session.advance()
+    assert len(short.result().steps) >= 6
+    assert long.stop_reason is None and not long.steps
+
+
+def test_one_forward_serves_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six requests need about as many forwards as the longest of them, not as all one after the other."""
+    counts: dict[str, int] = {}
+    made = decoder()
+    forward = made.policy.hidden_states
+    where = "alone"
+
+    def counted(*arguments: Any) -> Any:
+        counts[where] = counts.get(where, 0) + 1
+        return forward(*arguments)
+
+    monkeypatch.setattr(made.policy, "hidden_states", counted)
+    longest = 0
+    for one in REQUESTS:
+        before = counts.get("alone", 0)
+        made.generate_batch([one])
+        longest = max(longest, counts["alone"] - before)
+    where = "together"
+    session = made.session()
+    for one in REQUESTS:
+        session.submit(one)
+    finish(session)
+    # A request that is done may be held back a few tokens, to be scored together with others.
+    assert counts["together"] < 0.5 * counts["alone"]
+    assert counts["together"] <= 2 * longest
+
+
+def test_single_tokens_are_told_beside_guided_neighbours() -> None:
+    session = decoder().session()
+    guided = session.submit(REQUESTS[2])
+    plain = request(20, 4, num_candidates=1, max_new_tokens=20)
+    streamed: Running = session.submit(plain, token_by_token=True)
+    told: list[int] = []
+    while session.is_busy:
+        session.advance()
+        told += [token for step in streamed.news() for token in step.accepted.token_ids]
+    alone = decoder().generate_batch([plain, REQUESTS[2]])
+    assert told == streamed.token_ids == alone[0].token_ids
+    assert all(len(step.accepted.token_ids) == 1 for step in streamed.steps)
+    same(guided.result(), alone[1])
