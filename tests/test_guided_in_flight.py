@@ -1,4 +1,4 @@
-"""Requests of one session do not wait for each other, and their answers do not depend on who runs beside them."""
+"""Requests of one session do not wait for each other, and no answer depends on who runs beside it."""
 
 from __future__ import annotations
 

@@ -19,8 +19,6 @@ from mahalo_ray.decoding.sampling import draw
 from mahalo_ray.decoding.stopping import Vocabulary
 from mahalo_ray.decoding.tables import DrawTables
 
-_COMPACT_BELOW = 0.5  # finished lines leave a grid of which at most this share still decodes
-
 
 class BranchDecoder:
     """Decodes forks of rows token by token; forks may begin, and rows leave, between any two tokens.

@@ -1,8 +1,8 @@
-"""One thread owns the models; requests join the running batch between steps; what waits is bounded.
+"""One thread owns the models; requests join the running batch while it runs; what waits is bounded.
 
 The asyncio side submits jobs and awaits their events. The thread admits up to `max_active` jobs at a time and
-advances all of them together, step by step. A job nobody waits for any more (client gone, deadline passed)
-turns `wanted` False: it is dropped before it starts, or taken out at the next step.
+advances all of them together, a few tokens at a time. A job nobody waits for any more (client gone, deadline
+passed) turns `wanted` False: it is dropped before it starts, or taken out after those tokens.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Engine(Protocol):
         ...
 
     def advance(self) -> None:
-        """One step of everything admitted and still wanted."""
+        """A few tokens of everything admitted and still wanted."""
         ...
 
     def reset(self) -> None:
@@ -143,7 +143,7 @@ class Worker:
             self._changed.notify()
 
     def close(self) -> None:
-        """Answer everything unfinished with 503 and stop the thread after the step it is at."""
+        """Answer everything unfinished with 503 and stop the thread after what it is at."""
         with self._changed:
             self._closed = True
             unfinished = [*self._active, *self._waiting]
