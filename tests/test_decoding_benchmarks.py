@@ -37,3 +37,10 @@ def test_continuous_batching_samples_as_many_tokens_as_ours(tmp_path: Path) -> N
     results = run("continuous_batching.py", tmp_path / "r.json", *options)
     for name in ("ours", "transformers"):
         assert results[name]["sampled"] == 3 * 3 * 4 and len(results[name]["seconds"]) == 3
+
+
+def test_requests_at_their_own_steps_give_the_same_answers(tmp_path: Path) -> None:
+    options = ("--model", "tiny", "--requests", "4", "--at-once", "3", "--candidates", "2", "--prompt", "20")
+    command = [*options, "--answer", "16", "--step-tokens", "4", "--rounds", "1"]
+    results = run("ragged_steps.py", tmp_path / "r.json", *command)
+    assert results["same_answers"] == 4
