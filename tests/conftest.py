@@ -9,12 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from hypothesis import settings
 from tiny_run import EXAMPLE, mahalo
 
 
 def pytest_configure() -> None:
-    """Started in the background, a suite ignores SIGINT, and so would the runs that it stops with it."""
+    """Started in the background, a suite ignores SIGINT, and so would the runs that it stops with it. And a
+    slow machine is no failure: examples have no deadline."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    settings.register_profile("mahalo", deadline=None)
+    settings.load_profile("mahalo")
 
 
 @pytest.fixture(scope="session")
@@ -30,8 +34,8 @@ def deepspeed_alone(one_process: None) -> Iterator[None]:
     """What DeepSpeed reads from the environment, for an engine in this process."""
     with pytest.MonkeyPatch.context() as patch, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        settings = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
-        for name, value in {**settings, "MASTER_PORT": probe.getsockname()[1]}.items():
+        variables = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
+        for name, value in {**variables, "MASTER_PORT": probe.getsockname()[1]}.items():
             patch.setenv(name, str(value))
         yield
 

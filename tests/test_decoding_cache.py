@@ -85,7 +85,7 @@ tokens = st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=9)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     prompts=st.lists(tokens, min_size=1, max_size=4),
     rounds=st.lists(

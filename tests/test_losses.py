@@ -56,7 +56,7 @@ def chunked(
     )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.integers(1, N + 5),
     st.booleans(),

@@ -85,7 +85,7 @@ def test_training_does_not_touch_the_base_model_heads_or_embedding_through_a_tie
         assert head.weight.data_ptr() != base.get_input_embeddings().weight.data_ptr()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     st.lists(st.integers(0, 2), min_size=1, max_size=6),
     st.integers(1, 20),

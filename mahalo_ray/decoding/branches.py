@@ -37,6 +37,8 @@ class Branches:
         self._capacity = 0
         self._places: Tensor | None = None
         self._opening: TrunkAppend | None = None
+        self._from: int | None = None  # where the next tokens of all branches go, if that is one place
+        self._end = 0
         self._trunk_bias: Tensor | None = None
         self.move(slots)
         self.take_part(None, np.arange(len(slots)))
@@ -147,7 +149,11 @@ class Branches:
         self._start += width
         if self._opening is not None:
             self._opening.commit()
-        self._opening, self._settled = None, False
+            self._opening = None
+        if self._from is None or width > 1:
+            self._settled = False
+        else:  # all branches go on together: only the end moves
+            self._end, self._from = self._end + 1, self._from + 1
 
     def part(self) -> Part:
         """The keys and values where they lie: those of a line stay as they are until it is restarted."""
@@ -228,7 +234,7 @@ class Branches:
                 line, column, position = self._at
                 buffers[layer][line, :, column, position] = new[:, :, 0]
             else:
-                grid = new.unflatten(0, (-1, self.branches)).transpose(1, 2)
+                grid = new.reshape(shape[0], shape[2], shape[1], -1, shape[4]).transpose(1, 2)
                 buffers[layer][..., self._from : self._end, :] = grid
 
     def _trunks_of(self, layer: int) -> list[tuple[Tensor, Tensor]]:

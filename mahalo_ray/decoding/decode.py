@@ -175,12 +175,12 @@ class BranchDecoder:
     def _forward(self, begun: np.ndarray) -> Tensor:
         """What the next token of every cell is drawn from, [cells, D]: one forward over the cells' last
         tokens and over those with which rows begin. Begun lines become cells."""
-        is_unread = np.array([isinstance(self._forks[line].last, int) for line in begun], dtype=bool)
+        if len(begun) == 0:
+            return self._read(begun)
+        is_unread = np.array([isinstance(self._forks[line].last, int) for line in begun])
         opening, ready = begun[is_unread], begun[~is_unread]
         count = len(self._cell)
         states = [self._read(opening)] if count or len(opening) else []
-        if len(begun) == 0:
-            return states[0]
         fresh = [self._forks[line].last for line in ready]
         states += [torch.stack([last for last in fresh if isinstance(last, Tensor)])] if fresh else []
         lines = [*opening.tolist(), *ready.tolist()]
@@ -210,7 +210,8 @@ class BranchDecoder:
         if count:
             self._time = self._time + 1
         self.tokens_forwarded += len(ids)
-        self.read = [(fork.row, state) for fork, state in zip(forks, hidden[count:], strict=True)]
+        if forks:
+            self.read = [(fork.row, state) for fork, state in zip(forks, hidden[count:], strict=True)]
         return hidden
 
     def _drawn(self, hidden: Tensor) -> Tensor:
