@@ -36,8 +36,6 @@ class Branches:
         self.values: list[Tensor] = []
         self._capacity = 0
         self._places: Tensor | None = None
-        self._end = 0  # own tokens attended to, the new ones included
-        self._from: int | None = None  # where all places write their new tokens; None: each at its own end
         self._opening: TrunkAppend | None = None
         self._from: int | None = None  # where the next tokens of all branches go, if that is one place
         self._end = 0
