@@ -128,7 +128,7 @@ class GuidedBackend:
                 job.fail(ApiError(400, str(error), "messages", "invalid_value"))
 
     def advance(self) -> None:
-        """One step of every answer that is still wanted."""
+        """A few tokens of every answer that is still wanted."""
         for answer in self._answers:
             if not answer.job.wanted:
                 self._session.cancel(answer.running)
