@@ -67,7 +67,7 @@ def test_every_family_computes_the_same_or_is_refused(family: str) -> None:
             torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-4, rtol=1e-4, msg=name)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     sizes=st.lists(st.tuples(*[st.integers(1, 7)] * 3), min_size=1, max_size=4),
     average=st.booleans(),

@@ -73,7 +73,7 @@ def test_front_and_spread() -> None:
     assert pareto.spread(points) == pytest.approx([0.6, 0.7])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.lists(st.integers(0, 5), min_size=3, max_size=3), min_size=1, max_size=8))
 def test_dominance_agrees_with_its_definition(points: list[list[int]]) -> None:
     array = np.array(points, dtype=float)

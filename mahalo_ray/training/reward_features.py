@@ -52,11 +52,11 @@ def cached_features(
     features = {row: known[key] for row, key in enumerate(keys) if key in known}
     members = recipe.data.members
     lacking = [unit for unit, rows in enumerate(members) if any(row not in features for row in rows)]
+    if not lacking:
+        return features
     tokens = np.cumsum(recipe.units.tokens[lacking])
     cuts = np.flatnonzero(np.diff(tokens // _PART_TOKENS)) + 1
     for end, units in zip([*cuts, len(lacking)], np.split(np.array(lacking), cuts), strict=True):
-        if len(units) == 0:
-            break
         found = step_values(recipe, units, step_features, micro_rows, infer, rank, workers)
         if store_url is not None and rank == 0:
             write_part(store_url, {keys[row]: values for row, values in found.items()})
