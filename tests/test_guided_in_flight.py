@@ -11,6 +11,7 @@ from tiny_guided import model, reward
 from mahalo_ray.decoding.guided import GuidedDecoder
 from mahalo_ray.decoding.requests import GuidedRequest, GuidedResult
 from mahalo_ray.decoding.running import Running
+from mahalo_ray.decoding.sampling import SamplingParams
 from mahalo_ray.decoding.session import GuidedSession
 from mahalo_ray.models.traces import TokenTrace
 
@@ -79,6 +80,26 @@ def test_scores_over_kept_caches_are_those_of_the_text_encoded_again() -> None:
                     checked += 1
             before += step.accepted.token_ids
     assert checked > 30
+
+
+def test_greedy_answers_are_those_of_transformers_whatever_runs_beside_them() -> None:
+    """Another implementation, which encodes each prompt alone, finds the same likeliest tokens."""
+    made = decoder()
+    session = made.session()
+    greedy = {"sampling": SamplingParams(temperature=0), "strategy": "none", "num_candidates": 1}
+    asked = [
+        request(step, 0, text, **greedy) for step, text in ((3, "So?"), (40, "The answer"), (7, "Is it?"))
+    ]
+    running = [session.submit(asked[0]), session.submit(REQUESTS[2]), session.submit(asked[1])]
+    session.advance()
+    running.append(session.submit(asked[2]))
+    finish(session)
+    for one in (running[0], running[2], running[3]):
+        ids = torch.tensor([one.prompt_ids])
+        mask = torch.ones_like(ids)
+        whole = model().generate(ids, attention_mask=mask, max_new_tokens=40, do_sample=False, pad_token_id=0)
+        expected = whole[0, ids.shape[1] :].tolist()
+        assert len(one.token_ids) > 8 and one.token_ids == expected[: len(one.token_ids)]
 
 
 def test_short_steps_do_not_wait_for_a_long_one() -> None:
