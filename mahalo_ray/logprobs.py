@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -21,7 +22,11 @@ DEFAULT_CHUNK_SIZE = 256
 
 @dataclass
 class _Projection:
-    """Hidden states to fp32 logits, chunk by chunk, in buffers of its own. Used without autograd."""
+    """Hidden states to fp32 logits, chunk by chunk, in buffers of its own. Used without autograd.
+
+    `linear`: the product is a call of `F.linear`, for which a reader may have put a faster kernel
+    (`decoding/products.py`); it has memory of its own.
+    """
 
     hidden: Tensor
     weight: Tensor
@@ -32,14 +37,14 @@ class _Projection:
     scale: float
     softcap: float | None
     dtype: torch.dtype  # of the matrix products
+    linear: bool = False
 
     def __post_init__(self) -> None:
         self.weight = self.weight.to(self.dtype)
         self.bias = None if self.bias is None else self.bias.to(self.dtype)
         self.outer = None if self.outer is None else self.outer.to(self.dtype)
-        self._product, self._logits = self.buffer(self.dtype), self.buffer(torch.float32)
-        if self.dtype == torch.float32:
-            self._product = self._logits
+        self._product = None if self.linear else self.buffer(self.dtype)
+        self._logits = None if self.dtype == torch.float32 else self.buffer(torch.float32)
 
     def buffer(self, dtype: torch.dtype) -> Tensor:
         """Uninitialised memory for one chunk of logits."""
@@ -58,13 +63,16 @@ class _Projection:
     def logits(self, at: slice) -> Tensor:
         """[C, V] in fp32, valid until the next call."""
         hidden = self.rows(self.hidden, at)
-        product = torch.mm(hidden, self.weight.T, out=self._product[: len(hidden)])
+        if self._product is None:
+            product = F.linear(hidden, self.weight)
+        else:
+            product = torch.mm(hidden, self.weight.T, out=self._product[: len(hidden)])
         if self.inner is not None:
             assert self.outer is not None
             product.addmm_(self.rows(self.inner, at), self.outer.T)
         if self.bias is not None:
             product += self.bias
-        logits = product if self._product is self._logits else self._logits[: len(hidden)].copy_(product)
+        logits = product if self._logits is None else self._logits[: len(hidden)].copy_(product)
         if self.scale != 1.0:
             logits *= self.scale
         if self.softcap is not None:
@@ -91,6 +99,7 @@ class _TokenLogps(torch.autograd.Function):
         chunk_size: int,
         scale: float,
         softcap: float | None,
+        learns: bool,
     ) -> Tensor:
         device_type = hidden.device.type
         autocast = torch.is_autocast_enabled(device_type)
@@ -99,7 +108,8 @@ class _TokenLogps(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, inner, outer, labels)
         logps = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
         with torch.autocast(device_type, enabled=False):
-            projection = _Projection(hidden, weight, bias, inner, outer, *ctx.options)
+            options = (chunk_size, scale, softcap, dtype, not learns)
+            projection = _Projection(hidden, weight, bias, inner, outer, *options)
             normal = projection.buffer(torch.float32)
             for at in projection.chunks():
                 logits = projection.logits(at)
@@ -147,7 +157,7 @@ class _TokenLogps(torch.autograd.Function):
             None if grad_bias is None else grad_bias.to(bias.dtype),
             grad_inner,
             None if grad_outer is None else grad_outer.total(),
-            *(None,) * 4,
+            *(None,) * 5,
         )
 
 
@@ -203,8 +213,9 @@ def token_logps(
     if low_rank is not None:
         outer = low_rank[0]
         inner = hidden.to(low_rank[1].dtype) @ low_rank[1].T
+    learns = torch.is_grad_enabled()
     return _TokenLogps.apply(
-        hidden, head_weight, bias, inner, outer, labels, chunk_size, logit_scale, logit_softcap
+        hidden, head_weight, bias, inner, outer, labels, chunk_size, logit_scale, logit_softcap, learns
     )
 
 

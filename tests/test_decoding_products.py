@@ -11,6 +11,7 @@ from torch import nn
 
 from mahalo_ray.decoding import products
 from mahalo_ray.decoding.products import FastHead, FastProducts, PackedWeights
+from mahalo_ray.models.heads import FullHead, LogitTransform
 
 
 @pytest.fixture
@@ -47,6 +48,24 @@ def test_heads_give_the_same(wanted: None) -> None:
             torch.testing.assert_close(F.linear(x, weight, bias), expected, atol=1e-4, rtol=1e-4)
     store = PackedWeights(weight.nbytes)
     assert torch.equal(store.linear(x.double(), weight.double()), F.linear(x.double(), weight.double()))
+
+
+def test_log_probs_that_are_only_read_use_the_head_s_products(
+    wanted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    head = FullHead(nn.Parameter(torch.randn(50, 256) / 16), None, LogitTransform(scale=0.5, softcap=3.0))
+    hidden, labels = torch.randn(7, 256), torch.randint(50, (7,))
+    learnt = head(hidden, labels, 3)
+    products_made = []
+    linear = PackedWeights.linear
+    monkeypatch.setattr(
+        PackedWeights, "linear", lambda *args: products_made.append(args[1].shape) or linear(*args)
+    )
+    with torch.no_grad(), FastHead(256, 50)():
+        read = head(hidden, labels, 3)
+    assert products_made == [(3, 256), (3, 256), (1, 256)]
+    torch.testing.assert_close(read, learnt, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("size", [0, 1 << 40])

@@ -197,3 +197,22 @@ def test_empty_conversation_and_bad_counts_are_refused():
         batch.sample(rows, 0, SamplingParams(), [0], 4, [])
     with pytest.raises(ValueError, match="max_new_tokens is 0"):
         batch.sample(rows, 1, SamplingParams(), [0], 0, [])
+
+
+@pytest.mark.parametrize("vocab_size", [5, 256, 257, 1000, 49152])
+def test_draws_are_those_of_the_running_sum_over_the_whole_vocabulary(vocab_size):
+    torch.manual_seed(vocab_size)
+    rows = 400
+    logits = torch.randn(rows, vocab_size).mul(3)
+    logits[torch.rand(rows, vocab_size) < 0.6] = float("-inf")  # some blocks and most tokens have no mass
+    logits[:, -1] = 0
+    uniform = torch.rand(rows, dtype=torch.float64)
+    uniform[:2] = torch.tensor([0.0, 1 - 2.0**-52], dtype=torch.float64)
+    batch = SamplingBatch.of([SamplingParams()] * rows, torch.device("cpu"))
+    tokens, logps = draw(logits, batch, uniform, with_logps=True)
+    mass = torch.softmax(logits, -1).cumsum(-1, dtype=torch.float64)
+    assert (
+        tokens.tolist()
+        == torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True)[:, 0].tolist()
+    )
+    assert torch.isfinite(logps).all()

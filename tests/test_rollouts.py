@@ -30,8 +30,8 @@ from mahalo_ray.rollouts.dialogues import Conversation, DialogueBatch, first_can
 from mahalo_ray.rollouts.driver import DialogueChunks, run_rollouts
 from mahalo_ray.rollouts.parties import RolloutSpec
 from mahalo_ray.rollouts.pool import RolloutError
-from mahalo_ray.rollouts.scoring import CachedScorer, GuidedChoice
-from mahalo_ray.rollouts.tutors import PolicyTutor
+from mahalo_ray.rollouts.scoring import CachedScorer, GuidedChoice, TextScorer
+from mahalo_ray.rollouts.tutors import PolicyTutor, TutorTurn
 
 
 def opened(
@@ -47,10 +47,10 @@ def engine_of(batch: DialogueBatch) -> BatchedConversations:
     return batch.tutor.engine
 
 
-def reward_model() -> ProcessRewardModel:
+def reward_model(step_separator: str | None = None) -> ProcessRewardModel:
     kinds = {"accuracy": "value", "engagement": "probability"}
     reward = ProcessRewardModel.from_base(
-        model(seed=1), kinds, head_hidden_size=8, tokenizer=TOKENIZER, step_separator=None
+        model(seed=1), kinds, head_hidden_size=8, tokenizer=TOKENIZER, step_separator=step_separator
     )
     torch.manual_seed(2)
     for parameter in reward.heads.parameters():
@@ -100,9 +100,9 @@ def test_branches_leave_their_origin_alone() -> None:
     batch.play_out([c for own in branches for copies in own for c in copies])
     assert [engine_of(batch).token_ids(c.row) for c in conversations] == before
     assert all(c.tutor_turns == 0 for c in conversations)
-    for own, ids in zip(branches, candidates.token_ids, strict=True):
-        for copies, said in zip(own, ids, strict=True):
-            assert [copy.turns[1].token_ids for copy in copies] == [said] * 3
+    for own, turns in zip(branches, candidates.turns, strict=True):
+        for copies, said in zip(own, turns, strict=True):
+            assert [copy.turns[1].token_ids for copy in copies] == [list(said.token_ids)] * 3
     batch.accept(candidates, [0, 1, 0])
     assert all(c.tutor_turns == 1 for c in conversations)
 
@@ -137,22 +137,41 @@ def test_values_are_discounted_by_the_turns_that_follow() -> None:
             assert 0 <= following <= limits[one.dialogue] - one.turn - 1
 
 
-def test_scores_over_the_kept_cache_equal_scores_of_the_whole_text() -> None:
-    reward = reward_model()
+@pytest.mark.parametrize("separator", [None, "\n\n"])
+def test_scores_over_the_kept_cache_equal_scores_of_the_whole_text(separator: str | None) -> None:
+    """A model whose steps end with a separator reads a candidate's text closed with it, the said turns as
+    they were sampled."""
+    reward = reward_model(separator)
     batch, conversations = opened(range(3))
     scorer = CachedScorer(reward, conversations)
     sets = Collector(batch, num_candidates=3, scorer=scorer).run()
     assert len(sets) > 3
     for one in sets:
         start = len(one.prompt_ids)
-        traces = [
-            TokenTrace(one.prompt_ids + c.token_ids, [start], [start + len(c.token_ids) - 1])
-            for c in one.candidates
+        read = [
+            c.token_ids if separator is None else reward.encoder.step_ids(c.content) for c in one.candidates
         ]
+        traces = [TokenTrace(one.prompt_ids + ids, [start], [start + len(ids) - 1]) for ids in read]
         whole = reward.score_traces(traces)
         for number, candidate in enumerate(one.candidates):
             expected = dict(zip(reward.objectives, whole[number][0].tolist(), strict=True))
             assert candidate.scores == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_turn_without_words_is_as_bad_as_its_worst_rival() -> None:
+    reward = reward_model("\n\n")
+    batch, conversations = opened(range(2))
+    offered = batch.sample(conversations, 3)
+    silent = TutorTurn(" ", (CHAT.end_id,))
+    offered.turns[0][1] = silent
+    offered.turns[1][:] = [silent] * 3
+    some, none = TextScorer(reward).score(offered)
+    spoken = [reward.score(conversations[0].messages, [offered.turns[0][k].text]) for k in (0, 2)]
+    for name in reward.objectives:
+        values = [own[name][0] for own in spoken]
+        assert [some[0][name], some[2][name]] == pytest.approx(values, abs=1e-5)
+        assert some[1][name] == min(some[0][name], some[2][name])
+        assert [own[name] for own in none] == [0.0] * 3
 
 
 def test_guidance_takes_the_best_standardised_sum() -> None:

@@ -19,7 +19,7 @@ from mahalo_ray.decoding.stopping import Vocabulary, step_starts
 from mahalo_ray.models.reward import ProcessRewardModel
 
 # Room for the tokens that close a step the policy left open, when it is scored.
-_CLOSING_ROOM = 16
+CLOSING_ROOM = 16
 _OPEN = (StopReason.STEP, StopReason.LENGTH, StopReason.CONTEXT)
 
 
@@ -80,7 +80,7 @@ class CachedGuide:
     ) -> None:
         self._model, self._boundary, self._chat, self._vocabulary = model, boundary, chat, vocabulary
         self._followed = RewardConversations(model, backbones)
-        self.max_context: int | None = self._followed.max_context - _CLOSING_ROOM
+        self.max_context: int | None = self._followed.max_context - CLOSING_ROOM
         self._unread: dict[int, int] = {}  # tokens of prompts that the first scoring will encode
 
     @property

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from mahalo_ray.models.reward import ProcessRewardModel
+
 # oneDNN's call is the dearer one: smaller matrices are left to MKL.
 _SMALLEST_WEIGHT = 100_000  # numbers of a layer
 _SMALLEST_WIDTH = 256  # of a vocabulary head
@@ -120,6 +122,19 @@ class FastHead:
             yield
             return
         with torch.no_grad(), _Intercepted(self._store):
+            yield
+
+
+class FastReward:
+    """Both for a reward model that reads whole texts: keep it as long as the model is read."""
+
+    def __init__(self, reward: ProcessRewardModel) -> None:
+        text = reward.config.get_text_config()
+        self._products, self._head = FastProducts(reward), FastHead(text.hidden_size, text.vocab_size)
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self._products(), self._head():
             yield
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -90,16 +91,36 @@ def draw(
             scaled = logits / torch.where(temperature == 0, 1.0, temperature)
         if params.truncates:
             scaled = truncated(scaled, params)
-        cumulative = torch.softmax(scaled, dim=-1).cumsum(dim=-1, dtype=torch.float64)
-        threshold = uniform[:, None] * cumulative[:, -1:]
-        # the first token whose cumulative mass exceeds the threshold; tokens of probability 0 are never that
-        tokens = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
+        tokens = _drawn(torch.softmax(scaled, dim=-1), uniform)
         if params.some_greedy:
             tokens = torch.where(temperature[:, 0] == 0, logits.argmax(dim=-1), tokens)
     if not with_logps:
         return tokens, None
-    chosen = logits.gather(1, tokens[:, None])[:, 0]
-    return tokens, chosen - torch.logsumexp(logits, dim=-1)
+    # not chosen logit - logsumexp, which takes many times as long on the CPU
+    return tokens, torch.log_softmax(logits, dim=-1).gather(1, tokens[:, None])[:, 0]
+
+
+_BLOCK = 256  # tokens
+
+
+def _drawn(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """Tokens [B]: the first whose cumulative mass exceeds uniform [B] of the whole, probabilities [B, V].
+
+    A token of probability 0 is never that. Blocks of the vocabulary are added up first, and only the block
+    that holds the token is looked at one by one: running sums in double precision over all of it cost more
+    than the softmax.
+    """
+    rows, vocab_size = probabilities.shape
+    blocks = F.pad(probabilities, (0, -vocab_size % _BLOCK)).view(rows, -1, _BLOCK)
+    until = blocks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    threshold = uniform[:, None] * until[:, -1:]
+    block = torch.searchsorted(until, threshold, right=True).clamp_(max=until.shape[1] - 1)  # NaN: the last
+    within = blocks[torch.arange(rows, device=block.device), block[:, 0]].cumsum(-1, dtype=torch.float64)
+    before = F.pad(until, (1, 0)).gather(1, block)
+    # Sums in another order differ in the last digits: the block found must hold the token.
+    last = torch.nextafter(within[:, -1:], within.new_zeros(1))
+    inside = torch.searchsorted(within, torch.minimum(threshold - before, last), right=True)
+    return (block * _BLOCK + inside)[:, 0].clamp_(max=vocab_size - 1)
 
 
 def truncated(logits: Tensor, params: SamplingBatch) -> Tensor:

@@ -77,10 +77,6 @@ class Offered:
     turns: list[list[TutorTurn]]
     offers: Offers
 
-    @property
-    def token_ids(self) -> list[list[list[int]]]:
-        return [[list(turn.token_ids) for turn in own] for own in self.turns]
-
 
 @dataclass
 class DialogueBatch:

@@ -25,6 +25,7 @@ from mahalo_ray.data import storage
 from mahalo_ray.data.records import Dialogue
 from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.decoding.batch import BatchedConversations
+from mahalo_ray.decoding.guide import CLOSING_ROOM
 from mahalo_ray.decoding.loading import Placement, load_policy, load_reward_model
 from mahalo_ray.decoding.policy import Policy
 from mahalo_ray.domains.tutoring.checks import consistency
@@ -173,7 +174,8 @@ class Parties:
         if play.max_tokens is not None:
             limits.append(play.max_tokens)
         if self.reward is not None and self._reward_reads_tokens:
-            limits.append(self.reward.max_length)
+            closing = 0 if self.reward.step_separator is None else CLOSING_ROOM
+            limits.append(self.reward.max_length - closing)
         miniature = isinstance(self.spec.student, MiniatureStudentConfig)
         engine = BatchedConversations(policy, max_context=min(limits))
         return PolicyTutor(engine, chat, play.sampling, self._weights, sentences_are_moves=miniature)
@@ -204,10 +206,10 @@ class Parties:
 
     @cached_property
     def _reward_reads_tokens(self) -> bool:
-        """Whether the reward model was trained on whole turns in the tutor's own tokens."""
+        """Whether the reward model reads the tutor's own tokens."""
         assert self.reward is not None
         tutor = self.spec.tutor
-        if isinstance(tutor, EndpointTutorConfig) or self.reward.step_separator is not None:
+        if isinstance(tutor, EndpointTutorConfig):
             return False
         ours, its = self._policy(tutor.path)[1].tokenizer, self.reward.tokenizer
         return (

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
 
+from mahalo_ray.decoding.products import FastReward
 from mahalo_ray.decoding.reward_cache import RewardConversations
 from mahalo_ray.models.calibration import standardised
 from mahalo_ray.models.reward import ProcessRewardModel
-from mahalo_ray.models.scoring import StepScorer
 from mahalo_ray.objectives import Weights
 from mahalo_ray.rollouts.dialogues import Conversation, Offered
+from mahalo_ray.rollouts.tutors import TutorTurn
 
 Scores = dict[str, float]
 
@@ -36,7 +37,12 @@ class CandidateScorer(Protocol):
 
 
 class CachedScorer:
-    """Follows opened conversations over the reward model's own cache: each token is encoded once."""
+    """Follows opened conversations over the reward model's own cache, in the tutor's tokens: each is encoded
+    once.
+
+    A reward model whose steps end with a separator reads a candidate as it learned to: its text, closed with
+    that. Said turns are then read again as they were sampled, once.
+    """
 
     def __init__(self, model: ProcessRewardModel, conversations: Sequence[Conversation]) -> None:
         self.model = model
@@ -57,7 +63,8 @@ class CachedScorer:
         """The same scores as a tensor [N, K, H]."""
         self._catch_up(offered.conversations)
         rows = [self._row[c.id] for c in offered.conversations]
-        return self.followed.score_candidates(rows, offered.token_ids)
+        read = [[self._as_scored(turn) for turn in own] for own in offered.turns]
+        return self.followed.score_candidates(rows, read)
 
     def accept(self, offered: Offered, choice: Sequence[int]) -> None:
         """What the student replies is read at the next scoring."""
@@ -77,6 +84,9 @@ class CachedScorer:
                 self._row[conversation.id] = row
                 self._read[conversation.id] = self._read[origin.id] + 1
 
+    def _as_scored(self, turn: TutorTurn) -> Sequence[int]:
+        return turn.token_ids if self.model.step_separator is None else self.model.encoder.step_ids(turn.text)
+
     def _catch_up(self, waiting: Sequence[Conversation]) -> None:
         """Append the turns the reward model has not read yet."""
         rows, unread = [], []
@@ -94,18 +104,27 @@ class TextScorer:
     """Scores candidates as text, the whole conversation each time: for a reward model with another tokenizer
     than the tutor's, and for turns that came without token ids."""
 
-    def __init__(self, model: StepScorer) -> None:
+    def __init__(self, model: ProcessRewardModel) -> None:
         self.model = model
+        self._fast = FastReward(model)
 
     def score(self, offered: Offered) -> list[list[Scores]]:
-        traces = [
-            ([message.model_dump() for message in conversation.messages], [turn.text])
-            for conversation, own in zip(offered.conversations, offered.turns, strict=True)
+        """A turn without words, which is no step to score, is as bad as its worst rival."""
+        traces = {
+            (i, turn.text): (conversation.messages, [turn.text])
+            for i, (conversation, own) in enumerate(zip(offered.conversations, offered.turns, strict=True))
             for turn in own
-        ]
-        scores = iter(self.model.score_batch(traces))
+            if turn.text.strip()
+        }
+        with self._fast():
+            scored = self.model.score_batch(list(traces.values()))
+        found = {
+            key: {name: values[0] for name, values in scores.items()}
+            for key, scores in zip(traces, scored, strict=True)
+        }
         return [
-            [{name: values[0] for name, values in next(scores).items()} for _ in own] for own in offered.turns
+            [found.get((i, turn.text)) or self._worst(found, i) for turn in own]
+            for i, own in enumerate(offered.turns)
         ]
 
     def accept(self, offered: Offered, choice: Sequence[int]) -> None:
@@ -115,6 +134,10 @@ class TextScorer:
         self, offered: Offered, chosen: Sequence[Sequence[int]], made: Sequence[Sequence[Conversation]]
     ) -> None:
         """Nothing is kept."""
+
+    def _worst(self, found: Mapping[tuple[int, str], Scores], conversation: int) -> Scores:
+        spoken = [scores for (i, _), scores in found.items() if i == conversation]
+        return {name: min((own[name] for own in spoken), default=0.0) for name in self.model.objectives}
 
 
 class GuidedChoice:

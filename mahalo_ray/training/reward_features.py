@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mahalo_ray.data import storage
-from mahalo_ray.decoding.products import FastHead, FastProducts
+from mahalo_ray.decoding.products import FastReward
 from mahalo_ray.models import ProcessRewardModel
 from mahalo_ray.models.traces import TokenTrace
 from mahalo_ray.training.recipe import Inference, Tell
@@ -56,6 +56,7 @@ def cached_features(
         return features
     tokens = np.cumsum(recipe.units.tokens[lacking])
     cuts = np.flatnonzero(np.diff(tokens // _PART_TOKENS)) + 1
+    step_features = StepFeatures()
     for end, units in zip([*cuts, len(lacking)], np.split(np.array(lacking), cuts), strict=True):
         found = step_values(recipe, units, step_features, micro_rows, infer, rank, workers)
         if store_url is not None and rank == 0:
@@ -65,13 +66,18 @@ def cached_features(
     return features
 
 
-def step_features(model: nn.Module, **tensors: Tensor) -> Tensor:
-    """Head inputs [B, S, F] of one batch."""
-    reward = cast(ProcessRewardModel, model)
-    features: Callable[..., Tensor] = reward.features
-    text = reward.config.get_text_config()
-    with FastProducts(reward.backbone)(), FastHead(text.hidden_size, text.vocab_size)():
-        return features(**tensors).float()
+class StepFeatures:
+    """Head inputs [B, S, F] of one batch after another, all of one model."""
+
+    def __init__(self) -> None:
+        self._fast: FastReward | None = None
+
+    def __call__(self, model: nn.Module, **tensors: Tensor) -> Tensor:
+        reward = cast(ProcessRewardModel, model)
+        self._fast = self._fast or FastReward(reward)
+        features: Callable[..., Tensor] = reward.features
+        with self._fast():
+            return features(**tensors).float()
 
 
 def trace_key(tokens: TokenTrace) -> str:
