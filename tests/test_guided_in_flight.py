@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_guided import model, reward
 
+from mahalo_ray.data.records import Message
+from mahalo_ray.decoding.cache import RaggedCache
 from mahalo_ray.decoding.guided import GuidedDecoder
 from mahalo_ray.decoding.requests import GuidedRequest, GuidedResult
 from mahalo_ray.decoding.running import Running
 from mahalo_ray.decoding.sampling import SamplingParams
 from mahalo_ray.decoding.session import GuidedSession
 from mahalo_ray.models.traces import TokenTrace
+from mahalo_ray.objectives import Weights
+from mahalo_ray.serving.backend import GuidedBackend
+from mahalo_ray.serving.service import ChatJob
+from mahalo_ray.serving.worker import Job
 
 
 def decoder() -> GuidedDecoder:
@@ -153,3 +161,65 @@ def test_single_tokens_are_told_beside_guided_neighbours() -> None:
     assert told == streamed.token_ids == alone[0].token_ids
     assert all(len(step.accepted.token_ids) == 1 for step in streamed.steps)
     same(guided.result(), alone[1])
+
+
+def test_only_the_chosen_candidates_are_copied_once_for_each_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many candidates there were, and whatever else runs: no whole trunk, no token twice."""
+    copied: list[tuple[RaggedCache, np.ndarray]] = []
+    accept = RaggedCache.accept
+
+    def counted(self: RaggedCache, slots: np.ndarray, places: Any, counts: np.ndarray) -> None:
+        copied.append((self, counts))
+        accept(self, slots, places, counts)
+
+    def refused(self: RaggedCache, source: np.ndarray, target: np.ndarray) -> None:
+        raise AssertionError("a whole trunk is copied")
+
+    monkeypatch.setattr(RaggedCache, "accept", counted)
+    monkeypatch.setattr(RaggedCache, "copy", refused)
+    results = decoder().generate_batch(REQUESTS)
+    steps, tokens = sum(len(one.steps) for one in results), sum(len(one.token_ids) for one in results)
+    caches = {id(cache): cache for cache, _ in copied}
+    assert len(caches) == 2  # the policy's and the reward model's
+    totals = [np.concatenate([counts for found, counts in copied if found is c]) for c in caches.values()]
+    assert all((own > 0).sum() <= steps and own.sum() <= tokens for own in totals)
+    assert max(own.sum() for own in totals) > 0.75 * tokens  # the last token of a step is read with the next
+
+
+def test_a_client_that_leaves_in_the_middle_of_a_step_changes_nothing_for_the_others() -> None:
+    async def run() -> None:
+        backend = GuidedBackend(decoder())
+        jobs = [Job(chat_job(seed), timeout_s=60) for seed in range(3)]
+        backend.admit(jobs)
+        backend.advance()
+        waiting = asyncio.ensure_future(jobs[1].result())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        while not (jobs[0].finished and jobs[2].finished):
+            backend.advance()
+        assert not jobs[1].finished
+        for job in (jobs[0], jobs[2]):
+            alone = GuidedBackend(decoder())
+            other = Job(job.payload, timeout_s=60)
+            alone.admit([other])
+            while not other.finished:
+                alone.advance()
+            found, expected = await job.result(), await other.result()
+            assert found.text == expected.text
+            assert [step.chosen for step in found.steps] == [step.chosen for step in expected.steps]
+        late = Job(chat_job(7), timeout_s=60)  # the place is free again
+        backend.admit([late])
+        while not late.finished:
+            backend.advance()
+        assert (await late.result()).completion_tokens > 0
+
+    asyncio.run(run())
+
+
+def chat_job(seed: int) -> ChatJob:
+    both = Weights({"accuracy": 0.5, "engagement": 0.5})
+    messages = [Message(role="user", content="What is 2 + 3?")]
+    return ChatJob(messages, None, both, 3, SamplingParams(), 40, (), seed, "argmax", 1.0)
