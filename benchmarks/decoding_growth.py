@@ -124,7 +124,8 @@ def draw(results: dict[str, Any]) -> bytes:
         figure.axes, ("candidates per step, K", "requests at once", "prompt, tokens"), strict=True
     ):
         axes.set_xlabel(label)
-    figure.axes[0].legend(frameon=False, fontsize=8, loc="upper left")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside lower center", ncols=len(labels))
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     return buffer.getvalue()
