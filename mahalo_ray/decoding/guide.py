@@ -17,6 +17,7 @@ from mahalo_ray.decoding.requests import StepCandidate
 from mahalo_ray.decoding.reward_cache import RewardConversations
 from mahalo_ray.decoding.stopping import Vocabulary, step_starts
 from mahalo_ray.models.reward import ProcessRewardModel
+from mahalo_ray.models.traces import StepEncoder
 
 # Room for the tokens that close a step the policy left open, when it is scored.
 CLOSING_ROOM = 16
@@ -78,7 +79,8 @@ class CachedGuide:
         chat: ChatFormat,
         vocabulary: Vocabulary,
     ) -> None:
-        self._model, self._boundary, self._chat, self._vocabulary = model, boundary, chat, vocabulary
+        self._encoder = StepEncoder(chat.tokenizer, model.step_separator)
+        self._boundary, self._vocabulary = boundary, vocabulary
         self._followed = RewardConversations(model, backbones)
         self.max_context: int | None = self._followed.max_context - CLOSING_ROOM
         self._unread: dict[int, int] = {}  # tokens of prompts that the first scoring will encode
@@ -126,10 +128,8 @@ class CachedGuide:
 
         Where steps end with a separator, a response that ended without one is given it, as in training.
         """
-        ids, separator = candidate.token_ids, self._model.step_separator
+        ids = candidate.token_ids
         start = step_starts(ids, self._boundary, self._vocabulary)[-1] if whole else 0
-        if separator is None or candidate.reason in _OPEN:
+        if self._encoder.separator is None or candidate.reason in _OPEN:
             return ids, start
-        text = self._chat.decode(ids[start:])
-        closed = text if text.endswith(separator) else text + separator
-        return ids[:start] + self._chat.encode_reply(closed)[:-1], start
+        return ids[:start] + self._encoder.step_ids(self._encoder.format.decode(ids[start:])), start
