@@ -21,7 +21,7 @@ from measuring import machine, mib, table, write_results
 from shapes import ABOUT_1M, ABOUT_30M, SMOLLM2_135M, TINY, Shape
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
-from mahalo_ray.decoding.batch import BatchedConversations
+from mahalo_ray.decoding.engine import BatchedConversations
 from mahalo_ray.decoding.sampling import SamplingParams
 
 SHAPES: dict[str, Shape] = {"tiny": TINY, "1m": ABOUT_1M, "30m": ABOUT_30M, "135m": SMOLLM2_135M}

@@ -11,11 +11,11 @@ from shapes import ASSISTANT, Shape, words
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mahalo_ray.decoding.boundaries import TurnBoundary
+from mahalo_ray.decoding.guidance import GuidedRequest
 from mahalo_ray.decoding.guided import GuidedDecoder
 from mahalo_ray.decoding.policy import CausalPolicy
-from mahalo_ray.decoding.requests import GuidedRequest
 from mahalo_ray.decoding.sampling import SamplingParams
+from mahalo_ray.decoding.stopping import TurnBoundary
 from mahalo_ray.models import ProcessRewardModel
 from mahalo_ray.models.reward_heads import OutputKind
 

@@ -23,16 +23,16 @@ from measuring import machine, table, write_results
 
 from mahalo_ray.config import RunConfig
 from mahalo_ray.data.records import Message
-from mahalo_ray.decoding.boundaries import Boundary, SentenceBoundary, TurnBoundary
+from mahalo_ray.decoding.guidance import GuidedRequest
 from mahalo_ray.decoding.guided import GuidedDecoder
-from mahalo_ray.decoding.loading import Placement, load_policy, load_reward_model
-from mahalo_ray.decoding.requests import GuidedRequest
+from mahalo_ray.decoding.policy import Placement, load_policy, load_reward_model
 from mahalo_ray.decoding.sampling import SamplingParams
-from mahalo_ray.domains.tutoring.episode import OBJECTIVES, Episode
+from mahalo_ray.decoding.stopping import Boundary, SentenceBoundary, TurnBoundary
+from mahalo_ray.domains.tutoring.student import OBJECTIVES, Episode
 from mahalo_ray.evaluation.statistics import Estimate, mean_interval
 from mahalo_ray.objectives import Weights
-from mahalo_ray.pipeline.students import BLOCK_SIZE, first_seed
-from mahalo_ray.rollouts.seeds import derived_seed
+from mahalo_ray.pipeline.seed_blocks import BLOCK_SIZE, first_seed
+from mahalo_ray.seeding import derived_seed
 
 # Where a step is a whole turn, best_of_n, beam and dvts choose among whole turns too: they are argmax there.
 BOUNDARIES: dict[str, Boundary] = {"turn": TurnBoundary(), "sentence": SentenceBoundary(min_tokens=1)}

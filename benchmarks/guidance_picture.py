@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mahalo_ray.domains.tutoring.episode import OBJECTIVES
+from mahalo_ray.domains.tutoring.student import OBJECTIVES
 from mahalo_ray.evaluation.statistics import mean_interval
 
 _LINES = {

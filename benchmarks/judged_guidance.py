@@ -22,16 +22,16 @@ import torch.nn.functional as F
 from measuring import machine, write_results
 from torch import Tensor
 
-from mahalo_ray.data.readers import ReadPairs, read_pairs
+from mahalo_ray.data.pair_readers import ReadPairs, read_pairs
 from mahalo_ray.data.records import PreferencePair
-from mahalo_ray.decoding.boundaries import TurnBoundary
+from mahalo_ray.decoding.cpu_matmul import FastProducts
+from mahalo_ray.decoding.guidance import GuidedRequest
 from mahalo_ray.decoding.guided import GuidedDecoder
-from mahalo_ray.decoding.products import FastProducts
-from mahalo_ray.decoding.requests import GuidedRequest
+from mahalo_ray.decoding.stopping import TurnBoundary
 from mahalo_ray.evaluation.statistics import mean_interval
 from mahalo_ray.models import ProcessRewardModel
 from mahalo_ray.models.backbone import load_causal_lm, load_tokenizer
-from mahalo_ray.models.traces import pad_traces
+from mahalo_ray.models.scoring import pad_traces
 
 OBJECTIVE = "quality"
 PARTS = ("guide", "judge", "prompts")

@@ -23,10 +23,10 @@ from decoding_task import EndlessPolicy, Models, Task
 from measuring import machine, mib, table, write_results
 from shapes import ABOUT_1M, ABOUT_30M, TINY, Shape
 
-from mahalo_ray.decoding.candidates import StopReason
+from mahalo_ray.decoding.guidance import GuidedResult
 from mahalo_ray.decoding.guided import GuidedDecoder
-from mahalo_ray.decoding.requests import GuidedResult
 from mahalo_ray.decoding.session import GuidedSession, Running
+from mahalo_ray.decoding.stopping import StopReason
 
 SHAPES: dict[str, Shape] = {"tiny": TINY, "1m": ABOUT_1M, "30m": ABOUT_30M}
 

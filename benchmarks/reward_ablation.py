@@ -31,8 +31,8 @@ from torch import Tensor
 from mahalo_ray.config import ModelConfig, RewardConfig, TrainingConfig, load_config
 from mahalo_ray.data.records import StepTrace
 from mahalo_ray.domains.tutoring.moves import Move, parse_turn
-from mahalo_ray.evaluation.reward_metrics import best_against_worst_accuracy, within_group_rank_correlation
 from mahalo_ray.evaluation.statistics import bootstrap_means, percentile_interval
+from mahalo_ray.metrics import best_against_worst_accuracy, within_group_rank_correlation
 from mahalo_ray.training.batches import accumulation_steps, split_batch
 from mahalo_ray.training.deepspeed_config import optimizer_and_schedule
 from mahalo_ray.training.reward import RewardRecipe

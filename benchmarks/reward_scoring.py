@@ -20,10 +20,10 @@ from measuring import machine, options_of, table, write_results
 from shapes import ABOUT_30M, SMOLLM2_135M, TINY, Shape
 from torch import Tensor
 
-from mahalo_ray.decoding.products import FastHead, FastProducts
-from mahalo_ray.decoding.reward_cache import RewardConversations
+from mahalo_ray.decoding.cpu_matmul import FastHead, FastProducts
+from mahalo_ray.decoding.scorers import RewardConversations
 from mahalo_ray.models import ProcessRewardModel
-from mahalo_ray.models.traces import TokenTrace
+from mahalo_ray.models.scoring import TokenTrace
 
 PRESETS: dict[str, Shape] = {"tiny": TINY, "30m": ABOUT_30M, "smollm2-135m": SMOLLM2_135M}
 Ids = list[int]

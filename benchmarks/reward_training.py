@@ -33,7 +33,7 @@ from transformers import (
 
 from mahalo_ray.losses import step_bce
 from mahalo_ray.models import ProcessRewardModel
-from mahalo_ray.models.traces import TokenTrace, pad_traces
+from mahalo_ray.models.scoring import TokenTrace, pad_traces
 
 VARIANTS = ("one_pass", "prefixes", "token_classifier")
 _NAMES = {

@@ -19,13 +19,19 @@ from rollout_engine import GRID, REPLY
 from shapes import TINY
 
 from mahalo_ray.config import ActorsConfig, SamplingConfig
-from mahalo_ray.config.endpoint import EndpointConfig
 from mahalo_ray.config.rollouts import EndpointStudentConfig, ModelTutorConfig, PlayConfig
-from mahalo_ray.decoding.loading import Placement
-from mahalo_ray.domains.tutoring.cases import load_cases
-from mahalo_ray.rollouts.actors import Chunk, ChunkSummary, RolloutActor
-from mahalo_ray.rollouts.driver import DialogueChunks, run_rollouts
-from mahalo_ray.rollouts.parties import CASES, RolloutSpec
+from mahalo_ray.config.section import EndpointConfig
+from mahalo_ray.decoding.policy import Placement
+from mahalo_ray.domains.tutoring.personas import load_cases
+from mahalo_ray.rollouts.dialogue_job import (
+    CASES,
+    Chunk,
+    ChunkSummary,
+    DialogueChunks,
+    RolloutActor,
+    RolloutSpec,
+    run_rollouts,
+)
 from mahalo_ray.rollouts.pool import ActorPool
 
 LATENCY_S = 0.2

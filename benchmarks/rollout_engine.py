@@ -14,11 +14,10 @@ from mahalo_ray.config import SamplingConfig
 from mahalo_ray.config.rollouts import GridCases, GridProblem, PersonasConfig
 from mahalo_ray.data.records import Message
 from mahalo_ray.data.templating import ChatFormat
-from mahalo_ray.decoding.batch import BatchedConversations
+from mahalo_ray.decoding.engine import BatchedConversations
 from mahalo_ray.decoding.policy import CausalPolicy
 from mahalo_ray.decoding.sampling import SamplingParams
-from mahalo_ray.domains.tutoring.cases import load_cases
-from mahalo_ray.domains.tutoring.personas import PersonaSampler
+from mahalo_ray.domains.tutoring.personas import PersonaSampler, load_cases
 from mahalo_ray.endpoints import Failure
 from mahalo_ray.rollouts.dialogues import DialogueBatch, first_candidate, play
 from mahalo_ray.rollouts.students import PersonaStudent

@@ -25,7 +25,7 @@ class _Projection:
     """Hidden states to fp32 logits, chunk by chunk, in buffers of its own. Used without autograd.
 
     `linear`: the product is a call of `F.linear`, for which a reader may have put a faster kernel
-    (`decoding/products.py`); it has memory of its own.
+    (`decoding/cpu_matmul.py`); it has memory of its own.
     """
 
     hidden: Tensor

@@ -4,8 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from mahalo_ray.evaluation.outcomes import MethodResult
-from mahalo_ray.evaluation.results import ComparisonTable
+from mahalo_ray.evaluation.results import ComparisonTable, MethodResult
 
 STUDENTS = 60
 OBJECTIVES = ("accuracy", "engagement")

@@ -19,9 +19,8 @@ from mahalo_ray.config.label import LabelConfig
 from mahalo_ray.data.records import StepTrace
 from mahalo_ray.errors import StageError
 from mahalo_ray.evaluation.agreement import cohens_kappa, fit_threshold, fold_of, measure_agreement
-from mahalo_ray.evaluation.resampling import Resampling
-from mahalo_ray.pipeline.calibrate import calibrate_judge
-from mahalo_ray.pipeline.judging import judge_spec
+from mahalo_ray.evaluation.statistics import Resampling
+from mahalo_ray.pipeline.judging import calibrate_judge, judge_spec
 
 sys.path.insert(0, str(Path(__file__).parent / "programs"))
 HOW = Resampling(resamples=200)

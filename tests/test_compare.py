@@ -15,13 +15,12 @@ from typer.testing import CliRunner
 
 from mahalo_ray.cli import app
 from mahalo_ray.config import ConfigError, EvaluationConfig, RunConfig, load_config
-from mahalo_ray.decoding.loading import Placement
+from mahalo_ray.decoding.policy import Placement
 from mahalo_ray.evaluation.methods import Method, MethodPlayer
 from mahalo_ray.models import MultiHeadCausalLM
 from mahalo_ray.objectives import Weights
-from mahalo_ray.pipeline.compare import REPORT, comparison_pipeline
-from mahalo_ray.pipeline.compare_policies import baseline_policies, trainings
-from mahalo_ray.pipeline.steps import PIPELINE
+from mahalo_ray.pipeline.compare import REPORT, baseline_policies, comparison_pipeline, trainings
+from mahalo_ray.pipeline.run import PIPELINE
 from mahalo_ray.training.batches import plan_balanced_batches
 
 

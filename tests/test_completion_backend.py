@@ -11,12 +11,12 @@ import torch
 from local_endpoint import LocalEndpoint, Received, Scripted, fails
 from tiny_guided import ASK, memorised, model, reward, tokenizer
 
-from mahalo_ray.decoding.completions import CompletionDecoder, CompletionServerError
+from mahalo_ray.decoding.guidance import GuidedRequest
 from mahalo_ray.decoding.guided import GuidedDecoder
-from mahalo_ray.decoding.requests import GuidedRequest
+from mahalo_ray.decoding.remote import CompletionDecoder, CompletionServerError
 from mahalo_ray.decoding.sampling import SamplingParams
 from mahalo_ray.endpoints import Endpoint
-from mahalo_ray.models.traces import TokenTrace
+from mahalo_ray.models.scoring import TokenTrace
 from mahalo_ray.objectives import Weights
 
 STEPS_TEXT = "We add 2 and 3.\n\nThat gives 5.\n\nSo \\boxed{5} is it.\n\nMore"

@@ -21,13 +21,11 @@ from transformers import (
     Qwen2Config,
 )
 
-from mahalo_ray.decoding.batch import BatchedConversations
-from mahalo_ray.decoding.branches import Branches
-from mahalo_ray.decoding.cache import RaggedCache
-from mahalo_ray.decoding.parts import Place
+from mahalo_ray.decoding.engine import BatchedConversations
+from mahalo_ray.decoding.kv_cache import Branches, Place, RaggedCache
 from mahalo_ray.decoding.policy import CachedBackbone, CausalPolicy, MultiHeadPolicy
 from mahalo_ray.decoding.sampling import SamplingParams
-from mahalo_ray.decoding.together import smallest_grid
+from mahalo_ray.decoding.token_loop import smallest_grid
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
 from mahalo_ray.objectives import Weights
 

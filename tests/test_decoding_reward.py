@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
-from mahalo_ray.decoding.reward_cache import RewardConversations
+from mahalo_ray.decoding.scorers import RewardConversations
 from mahalo_ray.models.reward import ProcessRewardModel
-from mahalo_ray.models.traces import TokenTrace
+from mahalo_ray.models.scoring import TokenTrace
 
 VOCAB = 40
 OBJECTIVES = {"accuracy": "value", "engagement": "probability"}

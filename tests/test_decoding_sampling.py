@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from mahalo_ray.decoding.batch import BatchedConversations
+from mahalo_ray.decoding.engine import BatchedConversations
 from mahalo_ray.decoding.sampling import (
     SamplingBatch,
     SamplingParams,

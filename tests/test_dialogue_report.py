@@ -9,7 +9,7 @@ import pytest
 
 from mahalo_ray.data.records import Candidate, CandidateSet, Dialogue, Message, Turn
 from mahalo_ray.evaluation.dialogue_report import write_dialogue_report
-from mahalo_ray.rollouts.actors import CANDIDATES, DIALOGUES
+from mahalo_ray.rollouts.dialogue_job import CANDIDATES, DIALOGUES
 
 RUN = {
     "failed": {"http_500": 2},

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from test_step_readers import SHARED, needs_shared_data
 
-from mahalo_ray.data.readers import ReadPairs
+from mahalo_ray.data.pair_readers import ReadPairs
 from mahalo_ray.domains import math
 from mahalo_ray.domains.human_values import read_truthfulqa
 from mahalo_ray.domains.math import final_answer, is_correct

@@ -8,7 +8,7 @@ from evaluated_run import OBJECTIVES, STUDENTS, method, run_of, table_of
 from scipy import stats
 
 from mahalo_ray.evaluation import claims, statistics
-from mahalo_ray.evaluation.outcomes import MethodResult
+from mahalo_ray.evaluation.results import MethodResult
 from mahalo_ray.objectives import Weights
 
 # --- statistics

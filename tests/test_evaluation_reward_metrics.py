@@ -5,7 +5,7 @@ import math
 import pytest
 from scipy import stats
 
-from mahalo_ray.evaluation import reward_metrics as metrics
+from mahalo_ray import metrics
 
 
 def test_auc_counts_pairs_with_ties_half() -> None:

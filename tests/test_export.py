@@ -16,7 +16,7 @@ from mahalo_ray.models import LoraSettings, MultiHeadCausalLM
 from mahalo_ray.models.backbone import load_tokenizer
 from mahalo_ray.objectives import Weights
 from mahalo_ray.pipeline.export import export
-from mahalo_ray.pipeline.fingerprint import Manifest
+from mahalo_ray.pipeline.stages import Manifest
 
 WEIGHTS = Weights.parse("accuracy=0.7,engagement=0.3")
 IDS = torch.tensor([[7, 9, 11, 5, 30], [8, 8, 12, 29, 6]])

@@ -11,11 +11,9 @@ import pytest
 import training_world as world
 from rich.console import Console
 
-from mahalo_ray.evaluation import plots, report, terminal
+from mahalo_ray.evaluation import plots, report
 from mahalo_ray.evaluation.claims import check_claims, comparison_claims, headline
-from mahalo_ray.evaluation.families import FamilyCost, family_fronts
-from mahalo_ray.evaluation.outcomes import MethodResult
-from mahalo_ray.evaluation.results import ComparisonTable
+from mahalo_ray.evaluation.results import ComparisonTable, FamilyCost, MethodResult, family_fronts
 from mahalo_ray.objectives import Weights
 
 
@@ -140,7 +138,7 @@ def test_report_terminal_and_picture_show_every_family(tmp_path: Path) -> None:
     assert "Families of methods" in html and "a training run, a model" in html
     assert "Families of methods" not in report.render_html(table, claims, contents)
     console = Console(width=120, record=True, file=io.StringIO())
-    terminal.print_families(console, fronts)
+    report.print_families(console, fronts)
     text = console.export_text()
     assert "-0.010 [-0.010, -0.010]" in text and "scalarised DPO" in text
     panel = plots.draw_front(table, width=8.4, title=None).axes[0]

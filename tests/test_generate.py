@@ -18,8 +18,8 @@ from tiny_reward_models import CONFIG, byte_tokenizer
 from typer.testing import CliRunner
 
 from mahalo_ray.cli import app
-from mahalo_ray.config.generate import GenerateConfig, RewardSource
 from mahalo_ray.config.loading import checked
+from mahalo_ray.config.rollouts import GenerateConfig, RewardSource
 from mahalo_ray.config.section import ConfigError
 from mahalo_ray.data import storage
 from mahalo_ray.data.prompts import read_prompts
@@ -29,8 +29,7 @@ from mahalo_ray.objectives import Weights
 from mahalo_ray.pipeline.cluster import ray_session
 from mahalo_ray.pipeline.generate import generate
 from mahalo_ray.pipeline.progress import RunProgress
-from mahalo_ray.rollouts.generate import GenerateWorker, PromptChunks, request_of
-from mahalo_ray.rollouts.generations import Generation, before_stop
+from mahalo_ray.rollouts.generate import GenerateWorker, Generation, PromptChunks, before_stop, request_of
 
 ROWS: list[dict[str, Any]] = [
     {"id": "a", "prompt": "What is 2 + 3?", "answer": "left alone"},

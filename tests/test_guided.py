@@ -12,18 +12,24 @@ import torch
 from tiny_guided import ASK, TEXT, memorised, message, model, reward, tokenizer
 
 from mahalo_ray.decoding.beam import subtrees
-from mahalo_ray.decoding.boundaries import MathBoundary, SentenceBoundary, TurnBoundary, boundary_for
-from mahalo_ray.decoding.candidates import StopReason
-from mahalo_ray.decoding.guidance import within_candidates
-from mahalo_ray.decoding.guide import Prompt
+from mahalo_ray.decoding.guidance import GuidedRequest, StepCandidate, within_candidates
 from mahalo_ray.decoding.guided import GuidedDecoder
-from mahalo_ray.decoding.requests import GuidedRequest, StepCandidate
-from mahalo_ray.decoding.running import Running
 from mahalo_ray.decoding.sampling import SamplingParams
-from mahalo_ray.decoding.stopping import StopRule, Vocabulary, step_starts
-from mahalo_ray.domains.tutoring.corpus import train_tokenizer
+from mahalo_ray.decoding.scorers import Prompt
+from mahalo_ray.decoding.session import Running
+from mahalo_ray.decoding.stopping import (
+    MathBoundary,
+    SentenceBoundary,
+    StopReason,
+    StopRule,
+    TurnBoundary,
+    Vocabulary,
+    boundary_for,
+    step_starts,
+)
+from mahalo_ray.domains.tutoring.scripted import train_tokenizer
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
-from mahalo_ray.models.traces import TokenTrace
+from mahalo_ray.models.scoring import TokenTrace
 from mahalo_ray.objectives import Weights
 
 

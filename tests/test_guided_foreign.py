@@ -10,10 +10,10 @@ import transformers as tf
 from tiny_guided import ASK, model, reward, tokenizer
 from tiny_reward_models import CONFIG, byte_tokenizer
 
+from mahalo_ray.decoding.guidance import GuidedRequest
 from mahalo_ray.decoding.guided import GuidedDecoder
-from mahalo_ray.decoding.requests import GuidedRequest
 from mahalo_ray.decoding.sampling import SamplingParams
-from mahalo_ray.models.foreign import SequenceClassifierScorer, TokenClassifierScorer
+from mahalo_ray.models.classifiers import SequenceClassifierScorer, TokenClassifierScorer
 from mahalo_ray.models.scoring import StepScorer
 from mahalo_ray.objectives import Weights
 

@@ -11,13 +11,12 @@ import torch
 from tiny_guided import model, reward
 
 from mahalo_ray.data.records import Message
-from mahalo_ray.decoding.cache import RaggedCache
+from mahalo_ray.decoding.guidance import GuidedRequest, GuidedResult
 from mahalo_ray.decoding.guided import GuidedDecoder
-from mahalo_ray.decoding.requests import GuidedRequest, GuidedResult
-from mahalo_ray.decoding.running import Running
+from mahalo_ray.decoding.kv_cache import RaggedCache
 from mahalo_ray.decoding.sampling import SamplingParams
-from mahalo_ray.decoding.session import GuidedSession
-from mahalo_ray.models.traces import TokenTrace
+from mahalo_ray.decoding.session import GuidedSession, Running
+from mahalo_ray.models.scoring import TokenTrace
 from mahalo_ray.objectives import Weights
 from mahalo_ray.serving.backend import GuidedBackend
 from mahalo_ray.serving.service import ChatJob

@@ -12,7 +12,7 @@ PACKAGE = Path(mahalo_ray.__file__).parent
 
 # From the ground up. What stands in one line may not use each other.
 ORDER = [
-    ["objectives", "logprobs", "errors"],
+    ["objectives", "logprobs", "errors", "seeding", "metrics"],
     ["config"],
     ["endpoints"],
     ["data"],

@@ -15,12 +15,18 @@ from mahalo_ray.config.label import AdaptiveConfig, ContinuationsConfig
 from mahalo_ray.config.stages import SamplingConfig
 from mahalo_ray.data.records import Message, StepTrace
 from mahalo_ray.data.templating import ChatFormat
-from mahalo_ray.decoding.boundaries import MathBoundary
 from mahalo_ray.decoding.policy import as_policy
+from mahalo_ray.decoding.stopping import MathBoundary
+from mahalo_ray.rollouts.continuations import Continuer
 from mahalo_ray.rollouts.judges import Judge, Judged, ProgramJudge, Unjudged
-from mahalo_ray.rollouts.label_targets import is_decided, majority_target, value_target
-from mahalo_ray.rollouts.labelling import Labelled, Labeller, ObjectiveJudge
-from mahalo_ray.rollouts.prefixes import Continuer
+from mahalo_ray.rollouts.labelling import (
+    Labelled,
+    Labeller,
+    ObjectiveJudge,
+    is_decided,
+    majority_target,
+    value_target,
+)
 
 sys.path.insert(0, str(Path(__file__).parent / "programs"))
 

@@ -12,7 +12,7 @@ from tiny_reward_models import TOKENIZER, base
 
 from mahalo_ray.config.label import EndpointJudgeConfig, ModelJudgeConfig
 from mahalo_ray.data.records import Message
-from mahalo_ray.decoding.loading import Placement
+from mahalo_ray.decoding.policy import Placement
 from mahalo_ray.models import ProcessRewardModel
 from mahalo_ray.rollouts.judges import (
     EndpointJudge,

@@ -15,7 +15,7 @@ from mahalo_ray.cli import app
 from mahalo_ray.config import ActorsConfig, ClusterConfig, ConfigError, RunConfig, dump_config, load_config
 from mahalo_ray.models import MultiHeadCausalLM
 from mahalo_ray.pipeline.cluster import needs_of
-from mahalo_ray.pipeline.own_data import pipeline
+from mahalo_ray.pipeline.datasets import pipeline
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "real_pairs.yaml"
 

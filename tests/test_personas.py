@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from mahalo_ray.config.rollouts import GridCases, GridProblem, MathDialCases, PersonasConfig, PrefixCases
-from mahalo_ray.data.quarantine import TooManyBadRows
 from mahalo_ray.data.records import Turn
-from mahalo_ray.domains.tutoring.cases import load_cases
-from mahalo_ray.domains.tutoring.checks import consistency, final_number, same_number, speaks_as_tutor
+from mahalo_ray.data.rows import TooManyBadRows
+from mahalo_ray.domains.tutoring.moves import consistency, final_number, same_number, speaks_as_tutor
 from mahalo_ray.domains.tutoring.personas import (
     Persona,
     PersonaSampler,
     as_student_sees,
+    load_cases,
     student_prompt,
     tutor_messages,
 )

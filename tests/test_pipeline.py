@@ -17,10 +17,20 @@ from rich.console import Console
 
 from mahalo_ray.config import RunConfig, load_config
 from mahalo_ray.data import storage
-from mahalo_ray.pipeline.fingerprint import Manifest, canonical_json, fingerprint
-from mahalo_ray.pipeline.lock import LOCK, RunLocked, run_lock
 from mahalo_ray.pipeline.progress import Estimate, RunProgress, duration
-from mahalo_ray.pipeline.stages import Context, Pipeline, RunInterrupted, Stage, StageResult
+from mahalo_ray.pipeline.stages import (
+    LOCK,
+    Context,
+    Manifest,
+    Pipeline,
+    RunInterrupted,
+    RunLocked,
+    Stage,
+    StageResult,
+    canonical_json,
+    fingerprint,
+    run_lock,
+)
 
 
 def make_config(output: str, **changes: object) -> RunConfig:

@@ -10,8 +10,8 @@ from ray import serve
 
 from mahalo_ray.config import dump_config, load_config
 from mahalo_ray.data import storage
-from mahalo_ray.pipeline.fingerprint import Manifest
 from mahalo_ray.pipeline.serve import application
+from mahalo_ray.pipeline.stages import Manifest
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "quickstart.yaml"
 

@@ -11,10 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mahalo_ray.data.quarantine import BadRow, TooManyBadRows, quarantine
-from mahalo_ray.data.readers import ReadPairs, read_pairs
+from mahalo_ray.data.pair_readers import ReadPairs, read_pairs
 from mahalo_ray.data.records import Message
-from mahalo_ray.data.row_fields import turns
+from mahalo_ray.data.rows import BadRow, TooManyBadRows, quarantine, turns
 
 SHARED = Path(os.environ.get("MAHALO_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 needs_shared_data = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data is not there")

@@ -10,8 +10,8 @@ import pytest
 from evaluated_run import OBJECTIVES, method, run_of, table_of
 from rich.console import Console
 
-from mahalo_ray.evaluation import claims, plots, report, terminal
-from mahalo_ray.evaluation.outcomes import MethodResult
+from mahalo_ray.evaluation import claims, plots, report
+from mahalo_ray.evaluation.results import MethodResult
 
 
 def contents_of(**more: Any) -> report.ReportContents:
@@ -144,8 +144,8 @@ def test_terminal_table_fits_100_columns() -> None:
         ]
         console = Console(width=100, record=True, file=io.StringIO())
         table = table_of(methods, objectives)
-        terminal.print_table(console, table)
-        terminal.print_claims(console, claims.check_claims(table))
+        report.print_table(console, table)
+        report.print_claims(console, claims.check_claims(table))
         text = console.export_text()
         assert max(map(len, text.splitlines())) <= 100
         estimate = table.rows[0].means[objectives[-1]]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mahalo_ray.data.scored import ScoredPair, ScoredTrace
-from mahalo_ray.evaluation.resampling import Resampling, grouped_figure
+from mahalo_ray.data.records import ScoredPair, ScoredTrace
 from mahalo_ray.evaluation.reward_figures import choose_threshold, objective_figures
+from mahalo_ray.evaluation.statistics import Resampling, grouped_figure
 
 HOW = Resampling(resamples=200)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from mahalo_ray import losses
 from mahalo_ray.models import LoraSettings, ProcessRewardModel, TokenTrace
 from mahalo_ray.models.reward_heads import step_features
-from mahalo_ray.models.traces import StepEncoder, pad_traces
+from mahalo_ray.models.scoring import StepEncoder, pad_traces
 
 KINDS = {"accuracy": "value", "honest": "probability", "helpful": "preference"}
 ALL_INPUTS = ["last", "pooled", "reference_logps"]

@@ -23,7 +23,6 @@ from ray.cluster_utils import Cluster
 from tiny_tutor import SAMPLING, TOKENIZER, TUTOR
 
 from mahalo_ray.config import ClusterConfig
-from mahalo_ray.config.endpoint import EndpointConfig
 from mahalo_ray.config.rollouts import (
     EndpointStudentConfig,
     GridCases,
@@ -31,13 +30,20 @@ from mahalo_ray.config.rollouts import (
     ModelTutorConfig,
     PlayConfig,
 )
+from mahalo_ray.config.section import EndpointConfig
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import Dialogue
-from mahalo_ray.decoding.loading import Placement
-from mahalo_ray.domains.tutoring.cases import load_cases
-from mahalo_ray.rollouts.actors import CANDIDATES, DIALOGUES, RolloutWorker
-from mahalo_ray.rollouts.driver import DialogueChunks, run_rollouts
-from mahalo_ray.rollouts.parties import CASES, RolloutSpec
+from mahalo_ray.decoding.policy import Placement
+from mahalo_ray.domains.tutoring.personas import load_cases
+from mahalo_ray.rollouts.dialogue_job import (
+    CANDIDATES,
+    CASES,
+    DIALOGUES,
+    DialogueChunks,
+    RolloutSpec,
+    RolloutWorker,
+    run_rollouts,
+)
 from mahalo_ray.rollouts.pool import IN_FLIGHT_PER_ACTOR, RolloutError
 
 pytestmark = pytest.mark.slow

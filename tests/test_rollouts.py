@@ -17,18 +17,15 @@ from tiny_tutor import CHAT, SAMPLING, TOKENIZER, TUTOR, model
 from mahalo_ray.config import ClusterConfig, SamplingConfig
 from mahalo_ray.config.rollouts import MiniatureStudentConfig, ModelTutorConfig, PlayConfig
 from mahalo_ray.data.records import CandidateSet, Dialogue
-from mahalo_ray.decoding.batch import BatchedConversations
-from mahalo_ray.decoding.loading import Placement
-from mahalo_ray.decoding.policy import CausalPolicy
-from mahalo_ray.domains.tutoring.episode import Episode
+from mahalo_ray.decoding.engine import BatchedConversations
+from mahalo_ray.decoding.policy import CausalPolicy, Placement
+from mahalo_ray.domains.tutoring.student import Episode
 from mahalo_ray.models.reward import ProcessRewardModel
-from mahalo_ray.models.traces import TokenTrace
+from mahalo_ray.models.scoring import TokenTrace
 from mahalo_ray.objectives import Weights
-from mahalo_ray.rollouts.actors import CANDIDATES, DIALOGUES
 from mahalo_ray.rollouts.collect import Collector
+from mahalo_ray.rollouts.dialogue_job import CANDIDATES, DIALOGUES, DialogueChunks, RolloutSpec, run_rollouts
 from mahalo_ray.rollouts.dialogues import Conversation, DialogueBatch, first_candidate, play
-from mahalo_ray.rollouts.driver import DialogueChunks, run_rollouts
-from mahalo_ray.rollouts.parties import RolloutSpec
 from mahalo_ray.rollouts.pool import RolloutError
 from mahalo_ray.rollouts.scoring import CachedScorer, GuidedChoice, TextScorer
 from mahalo_ray.rollouts.tutors import PolicyTutor, TutorTurn

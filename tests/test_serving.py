@@ -14,10 +14,10 @@ import pytest
 
 from mahalo_ray.config import ServeConfig
 from mahalo_ray.objectives import Weights
-from mahalo_ray.serving.auth import KeyDigest
 from mahalo_ray.serving.backend import StopTrimmer
 from mahalo_ray.serving.launch import ServeError, free_port
 from mahalo_ray.serving.schema import ApiError, ChatRequest, Limits, ScoreRequest, parse, weights_of
+from mahalo_ray.serving.service import KeyDigest
 from mahalo_ray.serving.worker import Job, Worker
 
 LIMITS = Limits(max_candidates=4, max_new_tokens=16, max_messages=3, max_request_bytes=1000)

@@ -28,9 +28,8 @@ from mahalo_ray.config import SamplingConfig, ServeConfig
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
 from mahalo_ray.models.reward import ProcessRewardModel
 from mahalo_ray.objectives import Weights
-from mahalo_ray.serving.launch import ServeError, Serving, start
+from mahalo_ray.serving.launch import ServeError, Serving, SmokeError, smoke, start
 from mahalo_ray.serving.service import Defaults
-from mahalo_ray.serving.smoke import SmokeError, smoke
 
 pytestmark = pytest.mark.slow
 

@@ -13,13 +13,11 @@ from typing import Any
 import pytest
 from tiny_reward_models import TOKENIZER
 
-from mahalo_ray.data.quarantine import BadRow
 from mahalo_ray.data.records import Message, StepTrace
-from mahalo_ray.data.row_files import data_files, read_rows
-from mahalo_ray.data.step_formats import FORMATS
-from mahalo_ray.data.step_readers import ReadTraces, read_prompts, read_traces
-from mahalo_ray.models.traces import StepEncoder
-from mahalo_ray.training.traces import refuse_long
+from mahalo_ray.data.rows import BadRow, data_files, read_rows
+from mahalo_ray.data.step_readers import FORMATS, ReadTraces, read_prompts, read_traces
+from mahalo_ray.models.scoring import StepEncoder
+from mahalo_ray.training.reward_data import refuse_long
 
 SHARED = Path(os.environ.get("MAHALO_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 needs_shared_data = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data is not there")

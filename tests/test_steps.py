@@ -12,14 +12,12 @@ from transformers import AutoConfig, AutoTokenizer
 from mahalo_ray.config import ConfigError, RunConfig, load_config
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import Dialogue
-from mahalo_ray.pipeline.corpus import make_sft_data
 from mahalo_ray.pipeline.evaluating import other_methods, sweep_methods
-from mahalo_ray.pipeline.fingerprint import Manifest
 from mahalo_ray.pipeline.progress import RunProgress
-from mahalo_ray.pipeline.stages import Context
-from mahalo_ray.pipeline.steps import PIPELINE
-from mahalo_ray.pipeline.students import BLOCKS, check_domain, first_seed
-from mahalo_ray.rollouts.driver import DialogueChunks
+from mahalo_ray.pipeline.run import PIPELINE, make_sft_data
+from mahalo_ray.pipeline.seed_blocks import BLOCKS, check_domain, first_seed
+from mahalo_ray.pipeline.stages import Context, Manifest
+from mahalo_ray.rollouts.dialogue_job import DialogueChunks
 from mahalo_ray.training.methods import METHOD_VERSIONS
 
 

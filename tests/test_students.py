@@ -28,17 +28,22 @@ from mahalo_ray.config.rollouts import (
     PolicyTutorConfig,
 )
 from mahalo_ray.data.records import CandidateSet, Dialogue
-from mahalo_ray.decoding.batch import BatchedConversations
-from mahalo_ray.decoding.loading import Placement
-from mahalo_ray.decoding.policy import CausalPolicy
-from mahalo_ray.domains.tutoring.cases import load_cases
-from mahalo_ray.domains.tutoring.personas import PersonaSampler
+from mahalo_ray.decoding.engine import BatchedConversations
+from mahalo_ray.decoding.policy import CausalPolicy, Placement
+from mahalo_ray.domains.tutoring.personas import PersonaSampler, load_cases
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
 from mahalo_ray.models.reward import ProcessRewardModel
-from mahalo_ray.models.traces import TokenTrace
-from mahalo_ray.rollouts.actors import CANDIDATES, DIALOGUES, Chunk, RolloutWorker
+from mahalo_ray.models.scoring import TokenTrace
+from mahalo_ray.rollouts.dialogue_job import (
+    CANDIDATES,
+    CASES,
+    DIALOGUES,
+    Chunk,
+    RolloutSpec,
+    RolloutWorker,
+    shared,
+)
 from mahalo_ray.rollouts.dialogues import Conversation, DialogueBatch, first_candidate, play
-from mahalo_ray.rollouts.parties import CASES, RolloutSpec, shared
 from mahalo_ray.rollouts.students import ModelStudents, PersonaStudent
 from mahalo_ray.rollouts.tutors import PolicyTutor
 

@@ -16,10 +16,9 @@ from safetensors.torch import load_file
 
 from mahalo_ray.config import ClusterConfig, PolicyConfig, RewardConfig, SftConfig, TrainingConfig
 from mahalo_ray.training.deepspeed_config import optimizer_and_schedule
-from mahalo_ray.training.guard import NonFiniteError
-from mahalo_ray.training.launch import train_policy, train_reward, train_sft
+from mahalo_ray.training.loop import NonFiniteError
 from mahalo_ray.training.policy import PolicyRecipe
-from mahalo_ray.training.ray_train import TrainingResult
+from mahalo_ray.training.ray_train import TrainingResult, train_policy, train_reward, train_sft
 from mahalo_ray.training.recipe import Recipe
 from mahalo_ray.training.reference import read_store, write_store
 from mahalo_ray.training.reward import RewardRecipe

@@ -17,14 +17,14 @@ from transformers import AutoModelForCausalLM
 from mahalo_ray.config import PolicyConfig, RewardConfig, TrainingConfig
 from mahalo_ray.training.batches import split_batch
 from mahalo_ray.training.checkpoints import RunIdentity
-from mahalo_ray.training.guard import NonFiniteError, stop_unless_finite
+from mahalo_ray.training.loop import NonFiniteError, stop_unless_finite
 from mahalo_ray.training.pairs import pair_inputs, split_key
 from mahalo_ray.training.policy import PolicyRecipe
 from mahalo_ray.training.recipe import Recipe
 from mahalo_ray.training.reference import read_store, select, write_store
 from mahalo_ray.training.reward import RewardRecipe
+from mahalo_ray.training.reward_data import LabelledTraces, add_traces
 from mahalo_ray.training.sft import SftRecipe
-from mahalo_ray.training.traces import LabelledTraces, add_traces
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

@@ -11,12 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mahalo_ray.domains.tutoring.corpus import encode_example, scripted_dialogues, train_tokenizer
-from mahalo_ray.domains.tutoring.episode import Episode
 from mahalo_ray.domains.tutoring.moves import LECTURES, PRAISES, Move, is_malformed, parse_turn
 from mahalo_ray.domains.tutoring.problems import LARGEST_NUMBER, Operation, Problem, make_problem
-from mahalo_ray.domains.tutoring.student import FAREWELL, Personality, Student
-from mahalo_ray.domains.tutoring.tutors import Style, play_scripted
+from mahalo_ray.domains.tutoring.scripted import (
+    Style,
+    encode_example,
+    play_scripted,
+    scripted_dialogues,
+    train_tokenizer,
+)
+from mahalo_ray.domains.tutoring.student import FAREWELL, Episode, Personality, Student
 
 PROBLEM = Problem("", (Operation(12, "+", 7), Operation(19, "-", 4)), turn_limit=4)
 CALM = Personality({"+": 0.2, "-": 0.2, "x": 0.2}, engagement=0.6, curiosity=1.0, warmth=1.0)

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from mahalo_ray.data.records import Message
 from mahalo_ray.data.templating import ChatFormat
-from mahalo_ray.domains.tutoring.corpus import train_tokenizer
+from mahalo_ray.domains.tutoring.scripted import train_tokenizer
 from mahalo_ray.models.reward import ProcessRewardModel
 
 TEXT = [

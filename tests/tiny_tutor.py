@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from mahalo_ray.config import SamplingConfig
 from mahalo_ray.data.templating import ChatFormat
-from mahalo_ray.domains.tutoring.corpus import scripted_dialogues, train_tokenizer
+from mahalo_ray.domains.tutoring.scripted import scripted_dialogues, train_tokenizer
 
 SAMPLING = SamplingConfig(max_new_tokens=12)
 TOKENIZER = train_tokenizer((turn.content for d in scripted_dialogues(30, 5) for turn in d.turns), 600)

@@ -16,8 +16,8 @@ from rich.markup import escape
 
 from mahalo_ray.config import RunConfig, load_config
 from mahalo_ray.errors import StageError
+from mahalo_ray.pipeline.seed_blocks import check_domain
 from mahalo_ray.pipeline.stages import RunInterrupted
-from mahalo_ray.pipeline.students import check_domain
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's YAML file.")]
 Overrides = Annotated[

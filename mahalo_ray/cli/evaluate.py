@@ -59,7 +59,7 @@ def reward(
 
     def work() -> None:
         from mahalo_ray.evaluation.reward_report import evaluate_scorer, print_report
-        from mahalo_ray.models.foreign import is_own_model, load_scorer
+        from mahalo_ray.models.classifiers import is_own_model, load_scorer
 
         scorer = load_scorer(model, None if is_own_model(model) else objective, device=device)
         evaluate_scorer(

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from mahalo_ray.cli.common import Debug, guarded, out, say
-from mahalo_ray.config.generate import GenerateConfig, RewardSource
 from mahalo_ray.config.loading import checked, read_document
+from mahalo_ray.config.rollouts import GenerateConfig, RewardSource
 from mahalo_ray.objectives import Weights
 
 Prompts = Annotated[str, typer.Argument(metavar="PROMPTS", help="JSON, JSON Lines or Parquet rows.")]

@@ -68,7 +68,7 @@ def calibrate(config: LabelFile, set_: Overrides = None, debug: Debug = False) -
     """Fit a judge's threshold to human ratings, and report how well the judge agrees with them."""
 
     def work() -> None:
-        from mahalo_ray.pipeline.calibrate import calibrate_judge
+        from mahalo_ray.pipeline.judging import calibrate_judge
 
         url, found = calibrate_judge(load_document(config, LabelConfig, set_))
         ratings = f"{found['ratings']} ratings ({found['positive']} positive)"

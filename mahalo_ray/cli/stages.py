@@ -9,9 +9,8 @@ import typer
 from mahalo_ray.cli.common import ConfigFile, Debug, Overrides, guarded, load, open_session, out, say
 from mahalo_ray.config import ConfigError, RunConfig
 from mahalo_ray.data import storage
-from mahalo_ray.pipeline.fingerprint import Manifest
 from mahalo_ray.pipeline.progress import RunProgress
-from mahalo_ray.pipeline.stages import Pipeline
+from mahalo_ray.pipeline.stages import Manifest, Pipeline
 
 # Verb -> the stages it brings up to date (with all that they need), and its help text.
 VERBS = {
@@ -78,9 +77,9 @@ def run_stages(config: RunConfig, targets: tuple[str, ...] | None, config_name: 
 
 def targets_of(config: RunConfig, asked: tuple[str, ...] | None) -> tuple[str, ...] | None:
     """The stages behind a verb (None: all)."""
-    from mahalo_ray.pipeline import own_data
+    from mahalo_ray.pipeline import datasets
 
-    return asked if config.data is None else own_data.targets(config, asked)
+    return asked if config.data is None else datasets.targets(config, asked)
 
 
 def serve_run(config: RunConfig) -> None:
@@ -94,11 +93,11 @@ def serve_run(config: RunConfig) -> None:
 
 def pipeline_of(config: RunConfig, targets: tuple[str, ...]) -> Pipeline:
     """The stages of this kind of run; ConfigError for a target that a run on own data does not have."""
-    from mahalo_ray.pipeline import own_data, steps
+    from mahalo_ray.pipeline import datasets, run
 
     if config.data is None:
-        return steps.PIPELINE
-    pipeline = own_data.pipeline(config)
+        return run.PIPELINE
+    pipeline = datasets.pipeline(config)
     for name in targets:
         if name not in pipeline.stages:
             raise ConfigError(

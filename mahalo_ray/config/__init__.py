@@ -4,13 +4,18 @@ Unknown keys are errors that name the file, the key and the nearest known key. S
 name says `per_device`; times are seconds; lengths are tokens.
 """
 
-from mahalo_ray.config.compare import BaselineConfig, BaselineName, CompareConfig
-from mahalo_ray.config.endpoint import EndpointConfig
 from mahalo_ray.config.loading import dump_config, load_config, load_document
-from mahalo_ray.config.own_data import DataConfig, PairsSource, TracesSource
 from mahalo_ray.config.policy import PolicyConfig
-from mahalo_ray.config.run import RunConfig
-from mahalo_ray.config.section import ConfigError, Section
+from mahalo_ray.config.run import (
+    BaselineConfig,
+    BaselineName,
+    CompareConfig,
+    DataConfig,
+    PairsSource,
+    RunConfig,
+    TracesSource,
+)
+from mahalo_ray.config.section import ConfigError, EndpointConfig, Section
 from mahalo_ray.config.stages import (
     ActorsConfig,
     ClusterConfig,

@@ -7,8 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from mahalo_ray.config.endpoint import EndpointConfig
-from mahalo_ray.config.section import Fraction, NonNegativeInt, PositiveInt, Section
+from mahalo_ray.config.section import EndpointConfig, Fraction, NonNegativeInt, PositiveInt, Section
 from mahalo_ray.config.stages import ActorsConfig, ObjectiveConfig, SamplingConfig
 from mahalo_ray.objectives import Weights, unknown_name
 

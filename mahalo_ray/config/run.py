@@ -1,19 +1,14 @@
-"""The whole run as one typed document."""
+"""Own preference pairs and step traces: the section `data` of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from mahalo_ray.config.compare import CompareConfig
-from mahalo_ray.config.own_data import DataConfig, PairsSource, TracesSource
 from mahalo_ray.config.policy import PolicyConfig
-from mahalo_ray.config.section import (
-    NonNegativeInt,
-    Section,
-)
+from mahalo_ray.config.section import Fraction, NonNegativeInt, Section
 from mahalo_ray.config.stages import (
     ClusterConfig,
     EvaluationConfig,
@@ -28,7 +23,156 @@ from mahalo_ray.config.stages import (
     SftConfig,
     SweepConfig,
 )
-from mahalo_ray.objectives import unknown_name
+from mahalo_ray.objectives import Weights, unknown_name
+
+
+class PairsSource(Section):
+    """A file or folder of preference pairs (see `mahalo_ray.data.pair_readers`), and which objective they are
+    for: `objective` for all rows, or `objective_field`, the field of each row that names it. `sample`: share
+    of the dialogues that is used, whole dialogues."""
+
+    path: str
+    format: Literal["auto", "trl", "mahalo", "records", "truthfulqa"] = "auto"
+    objective: str | None = None
+    objective_field: str | None = None
+    sample: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+    @model_validator(mode="after")
+    def _one_way_to_the_objective(self) -> Self:
+        if (self.objective is None) == (self.objective_field is None):
+            raise ValueError(
+                "give exactly one of 'objective' (that of all rows) and 'objective_field' (the field of a "
+                "row that names it)"
+            )
+        if self.format == "truthfulqa" and self.objective is None:
+            raise ValueError("rows of TruthfulQA name no objective: give 'objective'")
+        return self
+
+
+class TracesSource(Section):
+    """A file or folder of step traces (see `mahalo_ray.data.step_readers`). `objective` (or
+    `objective_field`, the field of each row that names it) is that of labels which name none.
+
+    `outcome_labels` and `gamma`: where only the outcome is known, it labels the last step, or as
+    gamma^(n-t) * outcome every step t of n. `sample`: share of the prompts that is used, whole prompts.
+    """
+
+    path: str
+    format: str = "auto"
+    objective: str | None = None
+    objective_field: str | None = None
+    label_range: tuple[float, float] = (0.0, 1.0)
+    outcome_labels: Literal["last", "all"] = "last"
+    gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
+    sample: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        if self.objective is not None and self.objective_field is not None:
+            raise ValueError("give at most one of 'objective' and 'objective_field'")
+        if self.label_range[0] >= self.label_range[1]:
+            raise ValueError(f"'label_range' is {list(self.label_range)}: the first must be below the second")
+        if self.gamma != 1.0 and self.outcome_labels != "all":
+            raise ValueError("'gamma' discounts outcomes over all steps: it goes with 'outcome_labels: all'")
+        return self
+
+
+class DataConfig(Section):
+    """Own preference pairs and step traces, in place of a domain's rollouts: reward model or policy are
+    trained on them from `model.base`.
+
+    Rows that cannot be used are written to quarantine.parquet; more than `max_bad_fraction` of them is an
+    error. `step_separator` ends every step of a trace in the reward model's reading (null: a step is a whole
+    turn).
+    """
+
+    pairs: list[PairsSource] = []
+    traces: list[TracesSource] = []
+    step_separator: str | None = "\n\n"
+    max_bad_fraction: Fraction = 0.01
+
+    @model_validator(mode="after")
+    def _something_to_read(self) -> Self:
+        if not self.pairs and not self.traces:
+            raise ValueError("give 'pairs', 'traces' or both: there is nothing to read")
+        return self
+
+
+BaselineName = Literal["dpo", "scalarised", "modpo", "soup"]
+
+
+class BaselineConfig(Section):
+    """One baseline. `dpo` is one policy per objective; the others are made for weight vectors.
+
+    `weights`: the vectors that `scalarised` and `modpo` train a policy for, and that `soup` averages the DPO
+    policies at; none: those of the sweep. `objective`: the one whose pairs `modpo` trains on; none: at every
+    vector the objective with the largest weight (the first of equal ones).
+    """
+
+    method: BaselineName
+    weights: list[dict[str, Annotated[float, Field(ge=0)]]] = []
+    objective: str | None = None
+
+    @model_validator(mode="after")
+    def _options_fit_the_method(self) -> Self:
+        if self.method == "dpo" and self.weights:
+            raise ValueError("'weights' is not used by 'method: dpo', which is one policy per objective")
+        if self.method != "modpo" and self.objective is not None:
+            raise ValueError(f"'objective' is not used by 'method: {self.method}': leave it out")
+        return self
+
+    def vectors(self, objectives: Sequence[str], sweep: SweepConfig) -> list[Weights]:
+        """The weight vectors of its policies, in order."""
+        if self.method == "dpo":
+            return [Weights.one(name) for name in objectives]
+        return [Weights(vector) for vector in self.weights or sweep.weights]
+
+    def pairs_of(self, weights: Weights, objectives: Sequence[str]) -> str:
+        """The objective whose pairs MODPO trains on for this vector."""
+        return self.objective or max(objectives, key=lambda name: weights.get(name, 0.0))
+
+    def check_objectives(self, where: str, names: Sequence[str], sweep: SweepConfig) -> None:
+        """See `CompareConfig.check_objectives`; `where` is the key of this baseline."""
+        named = {f"{where}.weights.{index}": list(vector) for index, vector in enumerate(self.weights)}
+        named[f"{where}.objective"] = [] if self.objective is None else [self.objective]
+        for key, mentioned in named.items():
+            for name in mentioned:
+                if name not in names:
+                    raise ValueError(f"'{key}': {unknown_name('objective', name, names)}")
+        given = [[f"{value:.3g}" for value in Weights(vector).over(names)] for vector in self.weights]
+        if repeated := [vector for vector in given if given.count(vector) > 1]:
+            raise ValueError(f"'{where}.weights' has the vector {' / '.join(repeated[0])} twice")
+        for vector in [] if self.objective is None else self.vectors(names, sweep):
+            if vector.get(self.objective or "", 0.0) == 0:
+                raise ValueError(
+                    f"'{where}.objective': MODPO divides by the weight of '{self.objective}', which is 0 at "
+                    f"{vector.label()}: leave that vector out, or leave 'objective' out"
+                )
+
+
+class CompareConfig(Section):
+    """`mahalo compare`: which baselines are made of the run's pairs and played against the same students."""
+
+    baselines: Annotated[list[BaselineConfig], Field(min_length=1)] = [
+        BaselineConfig(method="dpo"),
+        BaselineConfig(method="scalarised"),
+        BaselineConfig(method="modpo"),
+        BaselineConfig(method="soup"),
+    ]
+
+    @model_validator(mode="after")
+    def _each_method_once(self) -> Self:
+        methods = [baseline.method for baseline in self.baselines]
+        if repeated := [method for method in methods if methods.count(method) > 1]:
+            raise ValueError(f"'baselines' has '{repeated[0]}' twice: give it all its 'weights' in one entry")
+        return self
+
+    def check_objectives(self, names: Sequence[str], sweep: SweepConfig) -> None:
+        """ValueError if a baseline names an unknown objective, a vector twice, or one MODPO is not defined
+        for."""
+        for number, baseline in enumerate(self.baselines):
+            baseline.check_objectives(f"compare.baselines.{number}", names, sweep)
+
 
 # What a run on own data has no use for: setting it is an error, never ignored.
 _ROLLOUT_SECTIONS = (

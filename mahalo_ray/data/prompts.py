@@ -16,9 +16,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from mahalo_ray.data.quarantine import BadRow
 from mahalo_ray.data.records import Message
-from mahalo_ray.data.row_files import Row, use_rows
+from mahalo_ray.data.rows import BadRow, Row, use_rows
 from mahalo_ray.objectives import Weights
 
 _OPTIONS = ("id", "prompt", "messages", "weights", "guidance", "seed")

@@ -7,12 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mahalo_ray.decoding.candidates import StopReason
-from mahalo_ray.decoding.guidance import totals
-from mahalo_ray.decoding.guides import Guides
-from mahalo_ray.decoding.requests import GuidedRequest, GuidedResult, StepCandidate
+from mahalo_ray.decoding.guidance import GuidedRequest, GuidedResult, StepCandidate, totals
 from mahalo_ray.decoding.sampling import draw_keys
+from mahalo_ray.decoding.scorers import Guides
 from mahalo_ray.decoding.session import GuidedSession, Running
+from mahalo_ray.decoding.stopping import StopReason
 
 
 def subtrees(request: GuidedRequest) -> list[GuidedRequest]:

@@ -15,13 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.decoding.beam import BeamSearch, subtrees
-from mahalo_ray.decoding.boundaries import Boundary, boundary_for
-from mahalo_ray.decoding.guidance import ScoreScale, totals
-from mahalo_ray.decoding.guides import Guides, backbones_of
+from mahalo_ray.decoding.guidance import GuidedRequest, GuidedResult, ScoreScale, Step, totals
 from mahalo_ray.decoding.policy import Policy, as_policy
-from mahalo_ray.decoding.requests import GuidedRequest, GuidedResult, Step
+from mahalo_ray.decoding.scorers import Guides, backbones_of
 from mahalo_ray.decoding.session import GuidedSession
-from mahalo_ray.decoding.stopping import Vocabulary
+from mahalo_ray.decoding.stopping import Boundary, Vocabulary, boundary_for
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
 from mahalo_ray.models.reward import ProcessRewardModel
 from mahalo_ray.models.scoring import StepScorer

@@ -6,10 +6,9 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Sequence
 
-from mahalo_ray.data.readers import ReadPairs
+from mahalo_ray.data.pair_readers import ReadPairs
 from mahalo_ray.data.records import PreferencePair
-from mahalo_ray.data.row_fields import Refused, digest, prompt_of, text_of
-from mahalo_ray.data.row_files import Row, use_rows
+from mahalo_ray.data.rows import Refused, Row, digest, prompt_of, text_of, use_rows
 
 
 def read_truthfulqa(path: str, objective: str, max_pairs_per_question: int, into: ReadPairs) -> None:

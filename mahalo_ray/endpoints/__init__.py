@@ -7,7 +7,6 @@
 A request that fails for good is an answer like another: one bad reply never ends a job.
 """
 
-from mahalo_ray.endpoints.client import Endpoint
-from mahalo_ray.endpoints.messages import ChatRequest, CompletionRequest, Failure, Reply, Usage
+from mahalo_ray.endpoints.client import ChatRequest, CompletionRequest, Endpoint, Failure, Reply, Usage
 
 __all__ = ["ChatRequest", "CompletionRequest", "Endpoint", "Failure", "Reply", "Usage"]

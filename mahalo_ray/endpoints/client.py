@@ -3,28 +3,168 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any, Self
 
 import openai
 
-from mahalo_ray.config.endpoint import EndpointConfig
-from mahalo_ray.endpoints.messages import ChatRequest, CompletionRequest, Failure, Reply, Usage
-from mahalo_ray.endpoints.replies import (
-    TROUBLE,
-    TextOf,
-    chat_text,
-    completion_text,
-    kind_of,
-    reply_of,
-    retry_after,
-)
+from mahalo_ray.config.section import EndpointConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Request:
+    """What both doors take. `extra` goes into the request's body as it is: a server's own options."""
+
+    max_tokens: int = 512
+    temperature: float = 1.0
+    n: int = 1
+    seed: int | None = None
+    stop: tuple[str, ...] | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def body(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _common(self) -> dict[str, Any]:
+        given: dict[str, Any] = {"max_tokens": self.max_tokens, "temperature": self.temperature}
+        given["n"] = self.n
+        if self.seed is not None:
+            given["seed"] = self.seed
+        if self.stop is not None:
+            given["stop"] = list(self.stop)
+        return {**given, "extra_body": dict(self.extra)}
+
+
+@dataclass(frozen=True)
+class ChatRequest(_Request):
+    """For /chat/completions: messages as {"role": ..., "content": ...}."""
+
+    messages: Sequence[Mapping[str, str]]
+
+    def body(self) -> dict[str, Any]:
+        return {"messages": [dict(message) for message in self.messages], **self._common()}
+
+
+@dataclass(frozen=True)
+class CompletionRequest(_Request):
+    """For /completions: a prompt as text or token ids. `logprobs`: how many per token, None for none."""
+
+    prompt: str | Sequence[int]
+    logprobs: int | None = field(default=None, kw_only=True)
+
+    def body(self) -> dict[str, Any]:
+        prompt = self.prompt if isinstance(self.prompt, str) else list(self.prompt)
+        asked = {} if self.logprobs is None else {"logprobs": self.logprobs}
+        return {"prompt": prompt, **asked, **self._common()}
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One text per completion asked for. `choices` holds them as the server gave them (log-probs, extras)."""
+
+    texts: list[str]
+    finish_reasons: list[str | None]
+    prompt_tokens: int
+    completion_tokens: int
+    choices: list[dict[str, Any]] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A request given up: `kind` is timeout, connection, garbage (not what the API promises) or http_CODE;
+    `attempts` counts how often it was sent."""
+
+    kind: str
+    message: str
+    attempts: int
+
+
+@dataclass
+class Usage:
+    """What an endpoint was asked so far. `requests` counts those that came to an end, retries not counted;
+    `cost` is None without prices."""
+
+    requests: int = 0
+    retries: Counter[str] = field(default_factory=Counter)
+    failures: Counter[str] = field(default_factory=Counter)
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "retries": dict(self.retries), "failures": dict(self.failures)}
+
+
+TextOf = Callable[[Any], str | None]  # of a choice
+
+
+class Garbage(Exception):
+    """A reply with status 200 that is not what the API promises."""
+
+
+# The client lets the errors of a body that is not JSON through as they are.
+TROUBLE = (TimeoutError, openai.OpenAIError, Garbage, json.JSONDecodeError, UnicodeDecodeError)
+
+
+def chat_text(choice: Any) -> str | None:
+    """Of a choice of /chat/completions."""
+    return choice.message.content or ""  # None: the model said nothing (refused, filtered)
+
+
+def completion_text(choice: Any) -> str | None:
+    """Of a choice of /completions."""
+    return choice.text
+
+
+def reply_of(answer: Any, text_of: TextOf) -> Reply:
+    """A server's answer; Garbage where it is none: a page of HTML comes as a string, for example."""
+    try:
+        texts = [text_of(choice) for choice in answer.choices]
+        reasons = [choice.finish_reason for choice in answer.choices]
+        choices = [choice.model_dump() for choice in answer.choices]
+        usage = answer.usage
+        tokens = (0, 0) if usage is None else (int(usage.prompt_tokens), int(usage.completion_tokens or 0))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise Garbage(f"not a completion: {answer!r}") from error
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise Garbage(f"a completion without text: {answer!r}")
+    return Reply([str(text) for text in texts], reasons, *tokens, choices)
+
+
+def kind_of(error: Exception) -> tuple[str, bool]:
+    """What went wrong, and whether another try may mend it."""
+    if isinstance(error, TimeoutError | openai.APITimeoutError):
+        return "timeout", True
+    if isinstance(error, openai.APIStatusError):
+        return f"http_{error.status_code}", error.status_code in (408, 429) or error.status_code >= 500
+    if isinstance(error, openai.APIConnectionError):
+        return "connection", True
+    return "garbage", True
+
+
+def retry_after(error: Exception) -> float | None:
+    """Seconds the server asked to wait, given as a number or as a date (RFC 9110, 10.2.3)."""
+    if not isinstance(error, openai.APIStatusError):
+        return None
+    header = error.response.headers.get("retry-after", "")
+    with suppress(ValueError):
+        return max(0.0, float(header))
+    with suppress(ValueError):
+        return max(0.0, (parsedate_to_datetime(header) - datetime.now(UTC)).total_seconds())
+    return None
+
 
 _BACKOFF_S = 0.5  # before the first retry; doubled at each further one, with jitter
 _MAX_BACKOFF_S = 30.0

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mahalo_ray.evaluation.resampling import GroupedFigure, Resampling, grouped_figure
-from mahalo_ray.evaluation.reward_metrics import auc
-from mahalo_ray.evaluation.statistics import FloatArray
+from mahalo_ray.evaluation.statistics import FloatArray, GroupedFigure, Resampling, grouped_figure
+from mahalo_ray.metrics import auc
 
 Bools = NDArray[np.bool_]
 

@@ -10,9 +10,7 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict
 
-from mahalo_ray.evaluation.families import FamilyFront
-from mahalo_ray.evaluation.outcomes import MethodKind, MethodResult
-from mahalo_ray.evaluation.results import ComparisonTable
+from mahalo_ray.evaluation.results import ComparisonTable, FamilyFront, MethodKind, MethodResult
 from mahalo_ray.evaluation.statistics import Estimate
 from mahalo_ray.objectives import Weights
 

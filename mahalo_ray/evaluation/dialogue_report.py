@@ -16,10 +16,9 @@ import numpy as np
 
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import CandidateSet, Dialogue
-from mahalo_ray.evaluation.pages import render_page
-from mahalo_ray.evaluation.report import SampleDialogue, SampleTurn
+from mahalo_ray.evaluation.report import SampleDialogue, SampleTurn, render_page
 from mahalo_ray.evaluation.statistics import mean_interval
-from mahalo_ray.rollouts.actors import CANDIDATES, DIALOGUES
+from mahalo_ray.rollouts.dialogue_job import CANDIDATES, DIALOGUES
 from mahalo_ray.rollouts.dialogues import BRANCH
 
 SAMPLES_PER_ENDING = 2

@@ -13,12 +13,11 @@ from torch import Tensor
 
 from mahalo_ray.config import EvaluationConfig
 from mahalo_ray.data.records import Dialogue
-from mahalo_ray.decoding.batch import BatchedConversations
-from mahalo_ray.decoding.cache import RaggedCache
-from mahalo_ray.decoding.loading import Placement, load_policy, load_reward_model
-from mahalo_ray.decoding.policy import MultiHeadPolicy, Policy
-from mahalo_ray.domains.tutoring.episode import OBJECTIVES, Episode
-from mahalo_ray.evaluation.outcomes import MethodKind, MethodResult
+from mahalo_ray.decoding.engine import BatchedConversations
+from mahalo_ray.decoding.kv_cache import RaggedCache
+from mahalo_ray.decoding.policy import MultiHeadPolicy, Placement, Policy, load_policy, load_reward_model
+from mahalo_ray.domains.tutoring.student import OBJECTIVES, Episode
+from mahalo_ray.evaluation.results import MethodKind, MethodResult
 from mahalo_ray.models import ProcessRewardModel
 from mahalo_ray.objectives import Weights
 from mahalo_ray.rollouts.dialogues import Conversation, DialogueBatch, first_candidate, play

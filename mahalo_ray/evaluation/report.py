@@ -2,20 +2,211 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic import BaseModel, ConfigDict
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
 
 from mahalo_ray import __version__
 from mahalo_ray.data import storage
-from mahalo_ray.evaluation import curves, plots
+from mahalo_ray.evaluation import plots
 from mahalo_ray.evaluation.claims import Claim, headline, in_words
-from mahalo_ray.evaluation.families import FamilyFront
-from mahalo_ray.evaluation.pages import render_page
-from mahalo_ray.evaluation.results import ComparisonTable
-from mahalo_ray.evaluation.statistics import finite_or_none
+from mahalo_ray.evaluation.results import ComparisonTable, FamilyFront
+from mahalo_ray.evaluation.statistics import Estimate, finite_or_none
+
+CURVE_WIDTH, CURVE_HEIGHT = 240, 72  # of the plotting area, in SVG units
+_MAX_POINTS = 400
+
+History = Mapping[str, Sequence[Mapping[str, float | int | None]]]  # stage -> [{"step": 10, "loss": 2.3}, …]
+
+
+class Curve(NamedTuple):
+    """One metric of one stage, ready to draw."""
+
+    metric: str
+    polyline: str  # "x,y x,y …" within CURVE_WIDTH x CURVE_HEIGHT, y downwards
+    first: float
+    last: float
+    low: float
+    high: float
+    steps: tuple[float, float]
+    skipped: int  # values that are not finite: left out of the line, and said so
+
+
+def training_curves(history: History) -> dict[str, list[Curve]]:
+    """The curves of every stage, in the order given. A record without `step` is a ValueError."""
+    return {stage: _stage_curves(stage, records) for stage, records in history.items()}
+
+
+def _stage_curves(stage: str, records: Sequence[Mapping[str, float | int | None]]) -> list[Curve]:
+    series: dict[str, list[tuple[float, float]]] = {}
+    for index, record in enumerate(records):
+        step = record.get("step")
+        if step is None:
+            raise ValueError(f"history of stage '{stage}', record {index}: no 'step'")
+        for metric, value in record.items():
+            if metric != "step":
+                number = math.nan if value is None else float(value)
+                series.setdefault(metric, []).append((float(step), number))
+    drawn = (_curve(metric, points) for metric, points in series.items())
+    return [curve for curve in drawn if curve is not None]
+
+
+def _curve(metric: str, points: Sequence[tuple[float, float]]) -> Curve | None:
+    finite = [(step, value) for step, value in points if math.isfinite(value)]
+    if not finite:
+        return None
+    steps, values = [step for step, _ in finite], [value for _, value in finite]
+    low, high = min(values), max(values)
+    stride = math.ceil(len(finite) / _MAX_POINTS)
+    shown = finite[::stride] + ([finite[-1]] if (len(finite) - 1) % stride else [])
+    line = " ".join(
+        f"{CURVE_WIDTH * _share(step, min(steps), max(steps)):.1f},"
+        f"{CURVE_HEIGHT * (1 - _share(value, low, high)):.1f}"
+        for step, value in shown
+    )
+    return Curve(
+        metric=metric,
+        polyline=line,
+        first=values[0],
+        last=values[-1],
+        low=low,
+        high=high,
+        steps=(min(steps), max(steps)),
+        skipped=len(points) - len(finite),
+    )
+
+
+def _share(value: float, low: float, high: float) -> float:
+    return 0.5 if high == low else (value - low) / (high - low)
+
+
+_OBJECTIVES_PER_TABLE = 2  # what fits beside the other columns
+
+
+def print_table(console: Console, table: ComparisonTable) -> None:
+    """Every method with mean and interval per objective; several tables where there are many."""
+    for start in range(0, len(table.objectives), _OBJECTIVES_PER_TABLE):
+        chunk = table.objectives[start : start + _OBJECTIVES_PER_TABLE]
+        console.print(_table(table, chunk))
+    front = table.sweep_front()
+    if front is not None:
+        volume = front.hypervolume
+        console.print(
+            f"Hypervolume of the sweep {_interval(volume)}, of all methods {table.hypervolume_of_all():.3f}, "
+            f"over ({', '.join(f'{value:g}' for value in table.reference_point)}). "
+            f"{table.dialogues} students, {table.confidence:.0%} intervals.",
+            highlight=False,
+        )
+
+
+def print_families(console: Console, fronts: Sequence[FamilyFront]) -> None:
+    """What every family of methods covers, against MAH-DPO at the same weight vectors, and what it takes."""
+    drawn = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    drawn.add_column("family")
+    for title in (
+        "vectors",
+        "hypervolume",
+        "MAH-DPO minus it",
+        "highest\nKL",
+        "training\nruns",
+        "models",
+        "stored",
+    ):
+        drawn.add_column(title, justify="right", no_wrap=True)
+    for front in fronts:
+        drawn.add_row(
+            front.name,
+            str(len(front.weights)),
+            _interval(front.hypervolume),
+            "" if front.difference is None else _interval(front.difference, signed=True),
+            "–" if front.kl_to_reference is None else f"{front.kl_to_reference[1]:.3f}",
+            str(front.cost.training_runs),
+            str(front.cost.models),
+            f"{front.cost.parameter_bytes / 1e6:.1f} MB",
+        )
+    console.print(drawn)
+
+
+def print_claims(console: Console, claims: Sequence[Claim]) -> None:
+    """The headline, then every claim with its verdict and figure."""
+    failing = any(claim.required and not claim.holds for claim in claims)
+    console.print(Text(headline(claims), style="bold red" if failing else "bold green"))
+    for claim in claims:
+        text = Text(f"{'✓' if claim.holds else '✗'} {claim.words}", style="" if claim.holds else "red")
+        console.print(Padding(text, (0, 0, 0, 2 if claim.required else 4)))
+
+
+def _table(table: ComparisonTable, objectives: Sequence[str]) -> Table:
+    drawn = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    drawn.add_column("method", max_width=25, overflow="fold")
+    for objective in objectives:
+        drawn.add_column(Text(objective), justify="right", no_wrap=True)
+    drawn.add_column("KL", justify="right", no_wrap=True)
+    drawn.add_column("mal-\nformed", justify="right", no_wrap=True)
+    drawn.add_column("tokens", justify="right", no_wrap=True)
+    drawn.add_column("front", justify="center", no_wrap=True)
+    for row in table.rows:
+        drawn.add_row(
+            Text(row.name),
+            *(_interval(row.means[objective]) for objective in objectives),
+            "–" if row.kl_to_reference is None else f"{row.kl_to_reference:.3f}",
+            f"{row.malformed_rate:.1%}",
+            compact_count(row.tokens),
+            "yes" if row.on_front else "",
+        )
+    return drawn
+
+
+def _interval(estimate: Estimate, signed: bool = False) -> Text:
+    form = "+.3f" if signed else ".3f"
+    return Text(f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]")
+
+
+def compact_count(count: int) -> str:
+    """31400 -> `31k`, 2500000 -> `2.5M`."""
+    if count < 1000:
+        return str(count)
+    return f"{count / 1000:.0f}k" if count < 999_500 else f"{count / 1e6:.1f}M"
+
+
+def render_page(template: str, **values: Any) -> str:
+    """A template with its values; all texts are escaped, and a value that is missing is an error."""
+    environment = Environment(
+        loader=PackageLoader("mahalo_ray.evaluation", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "signed": signed, "duration": duration, "count": compact_count}
+    return environment.get_template(template).render(**values, version=__version__)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A figure for the page; a dash where it is unknown or undefined."""
+    return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+
+
+def signed(value: float) -> str:
+    """A difference with its sign (a true minus sign)."""
+    return f"{value:+.3f}".replace("-", "−")
+
+
+def duration(seconds: float) -> str:
+    """`8.3 s`, `2 min 05 s`, `1 h 02 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
 
 FORMAT = 1  # of results.json
 
@@ -140,8 +331,8 @@ def render_html(
         marks=plots.MARKS,
         ranges=_ranges(table),
         differences=_grouped_differences(table),
-        curves=curves.curves(contents.history),
-        curve_size=(curves.WIDTH, curves.HEIGHT),
+        curves=training_curves(contents.history),
+        curve_size=(CURVE_WIDTH, CURVE_HEIGHT),
         reward_columns=_metric_names(contents.reward_metrics),
     )
 

@@ -2,22 +2,104 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from mahalo_ray.evaluation.front import hypervolume, non_dominated
-from mahalo_ray.evaluation.outcomes import FAMILY_OF, MethodKind, MethodResult
 from mahalo_ray.evaluation.statistics import (
     Estimate,
     FloatArray,
+    StudentId,
     align,
     bootstrap_means,
+    hypervolume,
+    non_dominated,
     paired_difference,
     percentile_interval,
 )
 from mahalo_ray.objectives import Weights, unknown_name
+
+Family = Literal["mah_dpo", "dpo", "scalarised", "modpo", "soup"]
+MethodKind = Literal["sft", "guided_sft", "head", "weights", "guided", "dpo", "scalarised", "modpo", "soup"]
+# Ways to a policy for every weight vector, unguided: what the comparison compares.
+FAMILY_OF: dict[MethodKind, Family] = {
+    "head": "mah_dpo",
+    "weights": "mah_dpo",
+    "dpo": "dpo",
+    "scalarised": "scalarised",
+    "modpo": "modpo",
+    "soup": "soup",
+}
+
+
+class MethodResult(BaseModel):
+    """One method's outcome: one value per objective and dialogue, and what it cost."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Annotated[str, Field(min_length=1)]
+    kind: MethodKind
+    # Decoding weights of the heads; of a baseline, the weights it was trained or averaged for; None for SFT.
+    weights: dict[str, float] | None = None
+    guidance: dict[str, float] | None = None  # guidance weights of the reward model; None when unguided
+    num_candidates: Annotated[int, Field(ge=1)] = 1
+    student_ids: list[StudentId]  # one per dialogue, each once
+    values: dict[str, list[float]]  # objective -> one value per dialogue, in the order of student_ids
+    kl_to_reference: float | None = (
+        None  # nats per token to the SFT model on own samples; None = not measured
+    )
+    malformed_rate: Annotated[float, Field(ge=0, le=1)]  # share of the method's turns
+    tokens: Annotated[int, Field(ge=0)]  # through the policy: prompts, replies and all candidates
+    sweep: bool | None = None  # whether it is a point of the sweep; None: it is when its kind is "weights"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        guided = self.kind in ("guided", "guided_sft")
+        if guided != (self.guidance is not None):
+            raise ValueError(
+                f"method '{self.name}' ({self.kind}): guidance weights go with guided methods only"
+            )
+        aligned = self.kind not in ("sft", "guided_sft")
+        if aligned != (self.weights is not None):
+            raise ValueError(f"method '{self.name}' ({self.kind}): weights go with aligned policies only")
+        for named in (self.weights, self.guidance):
+            if named is not None:
+                Weights(named).over(self.values)
+        if not self.student_ids or not self.values:
+            raise ValueError(f"method '{self.name}' has no dialogues or no objectives")
+        for objective, values in self.values.items():
+            try:
+                align(self.student_ids, values, self.student_ids)
+            except ValueError as error:
+                raise ValueError(f"method '{self.name}', objective '{objective}': {error}") from error
+        return self
+
+    @property
+    def family(self) -> Family | None:
+        """The family that the method is a point of; None for SFT and guided methods."""
+        return FAMILY_OF.get(self.kind)
+
+    @property
+    def in_sweep(self) -> bool:
+        """Whether the method is a point of the weight sweep."""
+        return self.kind == "weights" if self.sweep is None else self.sweep
+
+    def same_policy_unguided(self, other: MethodResult) -> bool:
+        """Whether `other` is this method without guidance: same decoding weights, or SFT for guided SFT."""
+        if other.guidance is not None or (self.weights is None) != (other.weights is None):
+            return False
+        if self.weights is None or other.weights is None:
+            return other.kind == "sft"
+        return other.family == "mah_dpo" and other.same_weights(self.weights)
+
+    def same_weights(self, weights: Mapping[str, float]) -> bool:
+        """Whether the method has these weights, up to rounding."""
+        if self.weights is None:
+            return False
+        order = tuple(self.values)
+        return np.allclose(Weights(self.weights).over(order), Weights(weights).over(order), atol=1e-6)
 
 
 class Row(BaseModel):
@@ -240,3 +322,99 @@ class ComparisonTable:
                 )
             )
         return rows
+
+
+FAMILY_NAMES: dict[Family, str] = {
+    "mah_dpo": "MAH-DPO",
+    "dpo": "DPO per objective",
+    "scalarised": "scalarised DPO",
+    "modpo": "MODPO",
+    "soup": "DPO soup",
+}
+ANOTHER_VECTOR: dict[Family, str] = {
+    "mah_dpo": "nothing: weights come with the request",
+    "dpo": "not possible",
+    "scalarised": "a training run, a model",
+    "modpo": "a training run, a model",
+    "soup": "an average of all parameters, a model",
+}
+
+
+class FamilyCost(BaseModel):
+    """What a family needs to serve its weight vectors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    training_runs: int
+    pairs_trained: int  # over all runs: steps times pairs per step
+    models: int  # that an endpoint for all its weight vectors holds
+    parameter_bytes: int  # of these models as they are stored
+
+
+class FamilyFront(BaseModel):
+    """A family's points as a front, beside MAH-DPO at the same weight vectors.
+
+    Hypervolumes are over the table's reference point. `mah_dpo` and `difference` (MAH-DPO minus the family,
+    the same resampled students for both) are None for MAH-DPO itself.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    family: Family
+    weights: list[dict[str, float]]
+    hypervolume: Estimate
+    mah_dpo: Estimate | None
+    difference: Estimate | None
+    kl_to_reference: tuple[float, float] | None  # lowest and highest of the points; None = not measured
+    malformed_rate: float  # the highest of the points
+    cost: FamilyCost
+
+    @property
+    def name(self) -> str:
+        """The family's name in tables."""
+        return FAMILY_NAMES[self.family]
+
+    @property
+    def another_vector(self) -> str:
+        """What a further weight vector takes."""
+        return ANOTHER_VECTOR[self.family]
+
+
+def family_fronts(table: ComparisonTable, costs: Mapping[Family, FamilyCost]) -> list[FamilyFront]:
+    """Every family of `costs`, in that order; MAH-DPO's own points are those of the sweep.
+
+    Raises ValueError when MAH-DPO has no row at one of a family's weight vectors.
+    """
+    return [_front(table, family, cost) for family, cost in costs.items()]
+
+
+def _front(table: ComparisonTable, family: Family, cost: FamilyCost) -> FamilyFront:
+    ours = family == "mah_dpo"
+    own = table.sweep_indices if ours else [i for i, m in enumerate(table.methods) if m.family == family]
+    value, samples = table.hypervolumes(own)
+    other = difference = None
+    if not ours:
+        at_same_weights = [_mah_dpo_at(table.methods, table.methods[index]) for index in own]
+        other_value, other_samples = table.hypervolumes(at_same_weights)
+        other = table.estimate(other_value, other_samples)
+        difference = table.estimate(other_value - value, other_samples - samples)
+    points = [table.methods[index] for index in own]
+    divergences = [point.kl_to_reference for point in points if point.kl_to_reference is not None]
+    return FamilyFront(
+        family=family,
+        weights=[dict(point.weights or {}) for point in points],
+        hypervolume=table.estimate(value, samples),
+        mah_dpo=other,
+        difference=difference,
+        kl_to_reference=(min(divergences), max(divergences)) if divergences else None,
+        malformed_rate=max(point.malformed_rate for point in points),
+        cost=cost,
+    )
+
+
+def _mah_dpo_at(methods: Sequence[MethodResult], point: MethodResult) -> int:
+    """Position of MAH-DPO's row at the weights of a baseline's point."""
+    for index, method in enumerate(methods):
+        if method.family == "mah_dpo" and method.same_weights(point.weights or {}):
+            return index
+    raise ValueError(f"no row of MAH-DPO has the weights of '{point.name}' to compare it with")

@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mahalo_ray.data.scored import ScoredPair, ScoredTrace
-from mahalo_ray.evaluation.resampling import GroupedFigure, Resampling, grouped_figure
-from mahalo_ray.evaluation.reward_metrics import (
+from mahalo_ray.data.records import ScoredPair, ScoredTrace
+from mahalo_ray.evaluation.statistics import FloatArray, GroupedFigure, Resampling, grouped_figure
+from mahalo_ray.metrics import (
     CalibrationPoint,
     accuracy,
     best_against_worst_accuracy,
@@ -28,7 +28,6 @@ from mahalo_ray.evaluation.reward_metrics import (
     within_group_pair_accuracy,
     within_group_rank_correlation,
 )
-from mahalo_ray.evaluation.statistics import FloatArray
 
 OutputKind = Literal["value", "probability", "preference"]
 Figures = dict[str, GroupedFigure]

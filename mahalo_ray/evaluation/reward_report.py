@@ -2,29 +2,252 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, cast
 
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from mahalo_ray.data import storage
-from mahalo_ray.data.quarantine import QUARANTINE, quarantine
-from mahalo_ray.data.scored import HELD_OUT_PAIRS, HELD_OUT_TRACES, ScoredPair, ScoredTrace
-from mahalo_ray.evaluation.resampling import Resampling
+from mahalo_ray.data.pair_readers import ReadPairs, read_pairs
+from mahalo_ray.data.records import (
+    HELD_OUT_PAIRS,
+    HELD_OUT_TRACES,
+    PreferencePair,
+    ScoredPair,
+    ScoredTrace,
+    StepTrace,
+)
+from mahalo_ray.data.rows import QUARANTINE, BadRow, data_files, quarantine, read_rows
+from mahalo_ray.data.step_readers import ReadTraces, read_traces
+from mahalo_ray.decoding.cpu_matmul import FastProducts
+from mahalo_ray.evaluation.plots import INK, SURFACE
 from mahalo_ray.evaluation.reward_figures import (
     ObjectiveFigures,
     OutputKind,
     choose_threshold,
     objective_figures,
 )
-from mahalo_ray.evaluation.reward_plot import reward_png
-from mahalo_ray.evaluation.reward_rows import read_held_out
-from mahalo_ray.evaluation.reward_scoring import Scored, score_rows
-from mahalo_ray.evaluation.statistics import finite_or_none
-from mahalo_ray.models.scoring import StepScorer
+from mahalo_ray.evaluation.statistics import Resampling, finite_or_none
+from mahalo_ray.models.classifiers import SequenceClassifierScorer
+from mahalo_ray.models.scoring import StepScorer, TokenTrace, TraceScorer
 from mahalo_ray.objectives import unknown_name
+from mahalo_ray.training.pairs import split_key
+from mahalo_ray.training.reward_data import token_trace
+
+_ORDERING = ("auc", "correct_against_wrong", "best_against_worst", "pairwise_accuracy", "outcome_auc")
+_COLORS = ("#2f7de1", "#e0562b", "#c98500", "#8b62d0", "#2a9d6f", "#7b7f86", "#d13f8a")
+
+
+def reward_png(results: Mapping[str, ObjectiveFigures]) -> bytes:
+    """Left, per objective, the figures that are 0.5 by chance, with intervals; right the calibration curves
+    of probabilities (that panel only where there are any)."""
+    curves = {name: own.calibration for name, own in results.items() if own.calibration}
+    figure = Figure(figsize=(10.5 if curves else 5.8, 0.5 + 0.32 * _rows(results) + 0.7), facecolor=SURFACE)
+    figure.set_figheight(max(figure.get_figheight(), 4.4 if curves else 1.6))
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 2 if curves else 1, squeeze=False)[0]
+    _draw_ordering(axes[0], results)
+    if curves:
+        _draw_calibration(axes[1], results)
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=160)
+    return buffer.getvalue()
+
+
+def _rows(results: Mapping[str, ObjectiveFigures]) -> int:
+    return sum(name in own.figures for own in results.values() for name in _ORDERING)
+
+
+def _draw_ordering(axes: Axes, results: Mapping[str, ObjectiveFigures]) -> None:
+    labels: list[str] = []
+    for color, (objective, own) in zip(_cycle(len(results)), results.items(), strict=True):
+        for name in _ORDERING:
+            if name not in own.figures:
+                continue
+            figure, at = own.figures[name], len(labels)
+            axes.plot([figure.low, figure.high], [at, at], color=color, linewidth=1.6)
+            axes.plot([figure.value], [at], "o", color=color, markersize=5)
+            labels.append(f"{objective}: {name.replace('_', ' ')} (n = {figure.n})")
+    axes.axvline(0.5, color=INK, linewidth=0.8, linestyle=":")
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.set_xlabel("share ordered rightly; 0.5 is chance", fontsize=9)
+    axes.tick_params(axis="x", labelsize=8)
+
+
+def _draw_calibration(axes: Axes, results: Mapping[str, ObjectiveFigures]) -> None:
+    axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=":")
+    for color, (objective, own) in zip(_cycle(len(results)), results.items(), strict=True):
+        if not own.calibration:
+            continue
+        x, y = [p.predicted for p in own.calibration], [p.observed for p in own.calibration]
+        axes.plot(x, y, "-", color=color, linewidth=1.2, label=objective)
+        most = max(point.samples for point in own.calibration)
+        sizes = [8 + 60 * point.samples / most for point in own.calibration]
+        axes.scatter(x, y, s=sizes, color=color)
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    axes.set_xlabel("predicted probability (larger dots: more steps)", fontsize=9)
+    axes.set_ylabel("share of positives", fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.legend(fontsize=8, frameon=False)
+
+
+def _cycle(count: int) -> list[str]:
+    return [_COLORS[number % len(_COLORS)] for number in range(count)]
+
+
+class Rows(NamedTuple):
+    """What was read; `bad` rows of `seen` in all."""
+
+    traces: list[StepTrace]
+    pairs: list[PreferencePair]
+    bad: list[BadRow]
+    seen: int
+
+
+def read_held_out(
+    paths: Sequence[str], objectives: Sequence[str], objective: str | None, row_format: str = "auto"
+) -> Rows:
+    """The rows of all files and folders. `objective` is that of rows that name none; pairs name theirs in the
+    field `objective`. `row_format` is that of step traces. ValueError when there is nothing to read."""
+    pairs, traces = ReadPairs(), ReadTraces()
+    for number, path in enumerate(paths):
+        fields = _first_fields(path)
+        if {"chosen", "rejected"} <= fields:
+            named = "objective" if objective is None else None
+            read_pairs(path, "auto", objectives, objective, named, str(number), pairs)
+        else:
+            read_traces(path, row_format, objectives, objective, None, str(number), traces)
+    return Rows(traces.traces, pairs.pairs, pairs.bad + traces.bad, pairs.rows + traces.seen)
+
+
+def _first_fields(path: str) -> set[str]:
+    """The fields of the first row that is one."""
+    for file in data_files(path):
+        for _, row in read_rows(file):
+            if not isinstance(row, BadRow):
+                return set(row)
+    raise ValueError(f"'{path}' holds no rows")
+
+
+class Scored(NamedTuple):
+    """`cut`: traces that lost steps, and pairs that lost the beginning of their prompt, to the model's
+    context."""
+
+    traces: list[ScoredTrace]
+    pairs: list[ScoredPair]
+    cut: int
+
+
+def score_rows(
+    scorer: StepScorer,
+    traces: Sequence[StepTrace],
+    pairs: Sequence[PreferencePair],
+    batch_size: int = 16,
+) -> Scored:
+    """Scores of all steps, and of both responses of pairs of the scorer's objectives.
+
+    Traces longer than a model's context are cut at a step boundary; what has no step left is left out. A
+    sequence classifier refuses what it cannot read (ValueError).
+    """
+    pairs = [pair for pair in pairs if pair.objective in scorer.objectives]
+    if isinstance(scorer, TraceScorer):
+        return _by_tokens(scorer, traces, pairs, batch_size)
+    assert isinstance(scorer, SequenceClassifierScorer)
+    asked = [(trace.prompt, trace.steps) for trace in traces]
+    asked += [(pair.prompt, [text]) for pair in pairs for text in (pair.chosen, pair.rejected)]
+    scores = scorer.score_batch(asked, batch_size)
+    count = [[len(scorer.tokenizer(step)["input_ids"]) for step in trace.steps] for trace in traces]
+    found = [
+        _scored_trace(trace, tokens, own)
+        for trace, tokens, own in zip(traces, count, scores[: len(traces)], strict=True)
+    ]
+    return Scored(found, _scored_pairs(pairs, scores[len(traces) :]), 0)
+
+
+def _by_tokens(
+    scorer: TraceScorer, traces: Sequence[StepTrace], pairs: Sequence[PreferencePair], batch_size: int
+) -> Scored:
+    limit, cut = scorer.max_length, 0
+    kept: list[tuple[StepTrace, TokenTrace]] = []
+    for trace in traces:
+        tokens = token_trace(trace, scorer.encoder)
+        steps = sum(end < limit for end in tokens.ends)
+        cut += steps < len(tokens.ends)
+        if steps:
+            kept.append(
+                (trace, TokenTrace(tokens.input_ids[:limit], tokens.starts[:steps], tokens.ends[:steps]))
+            )
+    answers = []
+    for pair in pairs:
+        both = [_answer(pair, name, scorer) for name in ("chosen", "rejected")]
+        cut += any(len(tokens.input_ids) > limit for tokens in both)
+        answers += [_keep_end(tokens, limit) for tokens in both]
+    with FastProducts(cast(nn.Module, scorer))():
+        values = scorer.score_traces([tokens for _, tokens in kept] + answers, batch_size)
+    scores = [{name: own[:, h].tolist() for h, name in enumerate(scorer.objectives)} for own in values]
+    found = []
+    for (trace, tokens), own in zip(kept, scores[: len(kept)], strict=True):
+        lengths = [end - start + 1 for start, end in zip(tokens.starts, tokens.ends, strict=True)]
+        found.append(_scored_trace(trace, lengths, own))
+    return Scored(found, _scored_pairs(pairs, scores[len(kept) :]), cut)
+
+
+def _answer(pair: PreferencePair, name: str, scorer: TraceScorer) -> TokenTrace:
+    ids = {"chosen": pair.chosen_ids, "rejected": pair.rejected_ids}[name]
+    if ids is None or pair.prompt_ids is None:
+        return scorer.encoder.encode(pair.prompt, [{"chosen": pair.chosen, "rejected": pair.rejected}[name]])
+    start = len(pair.prompt_ids)
+    return TokenTrace(pair.prompt_ids + ids, [start], [start + len(ids) - 1])
+
+
+def _keep_end(tokens: TokenTrace, limit: int) -> TokenTrace:
+    """A pair's response with as much of the prompt's end as fits."""
+    surplus = max(0, len(tokens.input_ids) - limit)
+    start = max(0, tokens.starts[0] - surplus)
+    return TokenTrace(tokens.input_ids[surplus:], [start], [tokens.ends[0] - surplus])
+
+
+def _scored_trace(trace: StepTrace, tokens: Sequence[int], scores: dict[str, list[float]]) -> ScoredTrace:
+    steps = len(tokens)
+    labels = {name: values[:steps] for name, values in trace.labels.items()}
+    # A trace that was cut has not reached its outcome.
+    outcome = trace.outcome if steps == len(trace.steps) else None
+    return ScoredTrace(
+        id=trace.id,
+        group=trace.group,
+        dialogue=trace.dialogue or trace.group,
+        turns_before=sum(message.role == "assistant" for message in trace.prompt),
+        tokens=list(tokens),
+        scores=scores,
+        labels=labels,
+        outcome=outcome,
+    )
+
+
+def _scored_pairs(
+    pairs: Sequence[PreferencePair], scores: Sequence[dict[str, list[float]]]
+) -> list[ScoredPair]:
+    """Scores come in the order chosen, rejected, chosen ..."""
+    return [
+        ScoredPair(
+            id=pair.id,
+            dialogue=split_key(pair),
+            objective=pair.objective,
+            chosen=chosen[pair.objective][0],
+            rejected=rejected[pair.objective][0],
+        )
+        for pair, chosen, rejected in zip(pairs, scores[0::2], scores[1::2], strict=True)
+    ]
+
 
 RESULTS, PICTURE = "reward.json", "reward.png"
 

@@ -1,13 +1,12 @@
 """Models: the multi-head policy and the process reward model. torch and transformers only."""
 
-from mahalo_ray.models.foreign import SequenceClassifierScorer, TokenClassifierScorer, load_scorer
+from mahalo_ray.models.classifiers import SequenceClassifierScorer, TokenClassifierScorer, load_scorer
 from mahalo_ray.models.lora import LoraSettings
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
 from mahalo_ray.models.reference import ChunkedCausalLM, causal_lm_completion_logps
 from mahalo_ray.models.reward import ProcessRewardModel
-from mahalo_ray.models.scoring import StepScorer, TraceScorer
+from mahalo_ray.models.scoring import StepEncoder, StepScorer, TokenTrace, TraceScorer
 from mahalo_ray.models.soup import average_models
-from mahalo_ray.models.traces import StepEncoder, TokenTrace
 
 __all__ = [
     "ChunkedCausalLM",

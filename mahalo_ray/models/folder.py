@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mahalo_ray.data import storage
 from mahalo_ray.models.sharding import full_shape, gathered
 
 METADATA_FILE = "mahalo.json"
@@ -111,3 +112,15 @@ def write_card(
             for name, value in figures.items()
         ]
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def model_folder(url: str) -> Path:
+    """A local folder with the model's files; what lies elsewhere is fetched. ValueError if there is
+    nothing."""
+    return Path(storage.local_copy(url)) if storage.exists(url) else local_folder(url)
+
+
+def keeps_backbone(url: str) -> bool | None:
+    """Whether an adapter trained on the model at `url` must be saved with its base: yes if only a temporary
+    copy of the base lies here; else None, the model's own choice."""
+    return True if storage.exists(url) and not storage.is_local(url) else None

@@ -2,17 +2,170 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Protocol, cast
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypedDict, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
-from mahalo_ray.models.calibration import ObjectiveCalibration, Spread, calibrate, standardised
+from mahalo_ray.data.records import Message
+from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.models.reward_heads import OutputKind
-from mahalo_ray.models.traces import Messages, TokenTrace, pad_traces
 from mahalo_ray.objectives import unknown_name
+
+Messages = Sequence[Message | Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class TokenTrace:
+    """Token ids and, for every step, the positions of its first and last token (inclusive)."""
+
+    input_ids: Sequence[int]
+    starts: Sequence[int]
+    ends: Sequence[int]
+
+
+class StepEncoder:
+    """Prompts and steps to token ids, the same way in training, scoring and decoding.
+
+    Every step, the last one too, is tokenised together with `separator` after it (unless its text ends with
+    it already), as a policy writes it; so the tokens of a prefix of steps are a prefix of the tokens. With
+    separator None a step is the whole assistant turn and closes with the end-of-sequence token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, separator: str | None) -> None:
+        self.format = ChatFormat(tokenizer)
+        self.separator = separator
+
+    def encode(self, prompt: Messages, steps: Sequence[str]) -> TokenTrace:
+        """Token ids of prompt and steps. ValueError for no steps or an empty one."""
+        check_steps(steps)
+        if self.separator is None and len(steps) > 1:
+            raise ValueError("a step is a whole turn here: put all turns but the last into the prompt")
+        ids = self.format.prompt_ids([Message.model_validate(message) for message in prompt])
+        starts, ends = [], []
+        for step in steps:
+            starts.append(len(ids))
+            ids += self.step_ids(step)
+            ends.append(len(ids) - 1)
+        return TokenTrace(ids, starts, ends)
+
+    def step_ids(self, step: str) -> list[int]:
+        """Token ids of one step, separator (or end token) included."""
+        if self.separator is None:
+            return self.format.encode_reply(step)
+        text = step if step.endswith(self.separator) else step + self.separator
+        return self.format.encode_reply(text)[:-1]
+
+
+def check_steps(steps: Sequence[str]) -> None:
+    """ValueError for no steps or an empty one."""
+    if isinstance(steps, str) or not steps or any(not step.strip() for step in steps):
+        raise ValueError(f"steps {steps!r}: a list of at least one step is wanted, and none may be empty")
+
+
+def pad_traces(
+    traces: Sequence[TokenTrace], pad_id: int, device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Right-padded (input_ids [B, T], attention_mask [B, T], starts [B, S], ends [B, S]); none: 0, -1."""
+    length = max(len(trace.input_ids) for trace in traces)
+    steps = max(len(trace.ends) for trace in traces)
+    input_ids = torch.full((len(traces), length), pad_id)
+    attention_mask = torch.zeros(len(traces), length, dtype=torch.long)
+    starts = torch.zeros(len(traces), steps, dtype=torch.long)
+    ends = torch.full((len(traces), steps), -1)
+    for row, trace in enumerate(traces):
+        input_ids[row, : len(trace.input_ids)] = torch.tensor(trace.input_ids)
+        attention_mask[row, : len(trace.input_ids)] = 1
+        starts[row, : len(trace.starts)] = torch.tensor(trace.starts)
+        ends[row, : len(trace.ends)] = torch.tensor(trace.ends)
+    moved = [tensor.to(device) for tensor in (input_ids, attention_mask, starts, ends)]
+    return moved[0], moved[1], moved[2], moved[3]
+
+
+QUANTILES = 101
+
+Spread = Literal["overall", "within_prompt"]
+
+
+class ObjectiveCalibration(TypedDict):
+    """Statistics of one objective's scores on held-out steps.
+
+    `std` is over all steps; `within_prompt_std` is the root of the mean variance among the scores of one
+    group (candidates of one prompt), None if groups were not given; `quantiles` are the 0 %, 1 %, ... 100 %
+    points.
+    """
+
+    mean: float
+    std: float
+    within_prompt_std: float | None
+    quantiles: list[float]
+    count: int
+
+
+def calibrate(scores: Sequence[float], groups: Sequence[Hashable] | None = None) -> ObjectiveCalibration:
+    """Statistics of the finite scores; NaN marks a step without one. ValueError if they do not vary."""
+    values = np.asarray(scores, dtype=np.float64)
+    if groups is not None and len(groups) != len(values):
+        raise ValueError(f"{len(values)} scores and {len(groups)} groups: give one group per score")
+    present = np.isfinite(values)
+    if present.sum() < 2 or values[present].std() == 0:
+        raise ValueError(f"cannot calibrate on {present.sum()} scores that do not vary")
+    within = None
+    if groups is not None:
+        within = _within_std(values[present], [g for g, p in zip(groups, present, strict=True) if p])
+    values = values[present]
+    return ObjectiveCalibration(
+        mean=float(values.mean()),
+        std=float(values.std()),
+        within_prompt_std=within,
+        quantiles=[float(q) for q in np.quantile(values, np.linspace(0, 1, QUANTILES))],
+        count=len(values),
+    )
+
+
+def _within_std(values: np.ndarray, groups: Sequence[Hashable]) -> float:
+    """Root of the pooled variance inside groups of at least two, losing one degree of freedom each."""
+    members: dict[Hashable, list[float]] = {}
+    for value, group in zip(values, groups, strict=True):
+        members.setdefault(group, []).append(float(value))
+    squares, freedom = 0.0, 0
+    for own in members.values():
+        squares += float(np.square(np.asarray(own) - np.mean(own)).sum())
+        freedom += len(own) - 1
+    if freedom == 0 or squares == 0:
+        raise ValueError("no group has two different scores: the within-prompt spread cannot be measured")
+    return math.sqrt(squares / freedom)
+
+
+def standardised(
+    scores: Tensor,
+    objectives: Sequence[str],
+    calibration: Mapping[str, ObjectiveCalibration],
+    spread: Spread = "overall",
+) -> Tensor:
+    """(score - mean) / spread for scores [..., H] in the order of `objectives`.
+
+    `within_prompt` divides by the spread among candidates of one prompt, which is what guidance compares.
+    """
+    means, spreads = [], []
+    for name in objectives:
+        if name not in calibration:
+            raise ValueError(
+                f"scores of '{name}' are not calibrated: call fit_calibration on held-out scores"
+            )
+        own = calibration[name]
+        chosen = own["std"] if spread == "overall" else own["within_prompt_std"]
+        if chosen is None:
+            raise ValueError(f"'{name}' was calibrated without groups: its within-prompt spread is unknown")
+        means.append(own["mean"])
+        spreads.append(chosen)
+    return (scores - scores.new_tensor(means)) / scores.new_tensor(spreads)
 
 
 class StepScorer(ABC):

@@ -18,23 +18,26 @@ from mahalo_ray.config.rollouts import (
     ModelStudentConfig,
 )
 from mahalo_ray.data import storage
-from mahalo_ray.data.quarantine import QUARANTINE, quarantine
 from mahalo_ray.data.records import PreferencePair
-from mahalo_ray.data.row_files import data_files
-from mahalo_ray.decoding.loading import Placement
-from mahalo_ray.domains.tutoring.cases import load_cases
+from mahalo_ray.data.rows import QUARANTINE, data_files, quarantine
+from mahalo_ray.decoding.policy import Placement
+from mahalo_ray.domains.tutoring.personas import load_cases
 from mahalo_ray.errors import StageError
 from mahalo_ray.evaluation.dialogue_report import write_dialogue_report
 from mahalo_ray.models.folder import METADATA_FILE
-from mahalo_ray.pipeline.fingerprint import Manifest, fingerprint
-from mahalo_ray.pipeline.jobs import claim_output
-from mahalo_ray.pipeline.lock import run_lock
 from mahalo_ray.pipeline.progress import RunProgress
-from mahalo_ray.pipeline.students import first_seed
-from mahalo_ray.rollouts.actors import CANDIDATES, DIALOGUES
-from mahalo_ray.rollouts.driver import DialogueChunks, run_rollouts
+from mahalo_ray.pipeline.seed_blocks import first_seed
+from mahalo_ray.pipeline.stages import Manifest, claim_output, fingerprint, run_lock
+from mahalo_ray.rollouts.dialogue_job import (
+    CANDIDATES,
+    CASES,
+    DIALOGUES,
+    DialogueChunks,
+    RolloutSpec,
+    run_rollouts,
+    shared,
+)
 from mahalo_ray.rollouts.pairs import CandidateShards, build_pairs
-from mahalo_ray.rollouts.parties import CASES, RolloutSpec, shared
 
 PAIRS = "pairs"
 CASES_FILE = "cases.json"

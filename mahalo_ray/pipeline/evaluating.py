@@ -10,17 +10,21 @@ from rich.console import Console
 from mahalo_ray.config import RunConfig
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import Dialogue
-from mahalo_ray.decoding.loading import Placement
+from mahalo_ray.decoding.policy import Placement
 from mahalo_ray.evaluation.claims import check_claims
 from mahalo_ray.evaluation.methods import Method, Played
-from mahalo_ray.evaluation.outcomes import MethodResult
-from mahalo_ray.evaluation.report import ReportContents, SampleDialogue, SampleTurn, write_report
-from mahalo_ray.evaluation.results import ComparisonTable
-from mahalo_ray.evaluation.terminal import print_claims, print_table
+from mahalo_ray.evaluation.report import (
+    ReportContents,
+    SampleDialogue,
+    SampleTurn,
+    print_claims,
+    print_table,
+    write_report,
+)
+from mahalo_ray.evaluation.results import ComparisonTable, MethodResult
 from mahalo_ray.objectives import Weights
-from mahalo_ray.pipeline.fingerprint import Manifest
-from mahalo_ray.pipeline.stages import Context, StageResult
-from mahalo_ray.pipeline.students import first_seed
+from mahalo_ray.pipeline.seed_blocks import first_seed
+from mahalo_ray.pipeline.stages import Context, Manifest, StageResult
 from mahalo_ray.sweeps.decoding import SweepSpec, play_methods
 
 METHODS = "methods.json"

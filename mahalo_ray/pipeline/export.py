@@ -12,7 +12,7 @@ from mahalo_ray.models import MultiHeadCausalLM
 from mahalo_ray.models.backbone import load_tokenizer
 from mahalo_ray.models.folder import METADATA_FILE
 from mahalo_ray.objectives import Weights
-from mahalo_ray.pipeline.fingerprint import Manifest
+from mahalo_ray.pipeline.stages import Manifest
 
 
 def export(source: str, output: str, weights: Weights, dtype: torch.dtype | None = None) -> None:

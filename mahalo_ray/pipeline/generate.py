@@ -6,16 +6,13 @@ import contextlib
 import time
 from collections.abc import Callable
 
-from mahalo_ray.config.generate import GenerateConfig
+from mahalo_ray.config.rollouts import GenerateConfig
 from mahalo_ray.data import storage
 from mahalo_ray.data.prompts import read_prompts
-from mahalo_ray.data.quarantine import QUARANTINE, BadRow, quarantine
-from mahalo_ray.data.row_files import data_files
+from mahalo_ray.data.rows import QUARANTINE, BadRow, data_files, quarantine
 from mahalo_ray.models.folder import METADATA_FILE
-from mahalo_ray.pipeline.fingerprint import Manifest, fingerprint
-from mahalo_ray.pipeline.jobs import claim_output
-from mahalo_ray.pipeline.lock import run_lock
 from mahalo_ray.pipeline.progress import RunProgress
+from mahalo_ray.pipeline.stages import Manifest, claim_output, fingerprint, run_lock
 from mahalo_ray.rollouts.generate import ANSWERS, REJECTED, PromptChunks, generate_chunks
 
 Session = Callable[[], contextlib.AbstractContextManager[None]]

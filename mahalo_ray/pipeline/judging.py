@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from mahalo_ray.config import ConfigError
 from mahalo_ray.config.label import (
     DEFAULT_THRESHOLD,
+    CalibrationConfig,
     CheckerJudgeConfig,
     EndpointJudgeConfig,
     JudgeConfig,
+    LabelConfig,
     ModelJudgeConfig,
     ProgramJudgeConfig,
 )
 from mahalo_ray.data import storage
-from mahalo_ray.rollouts.judges import JudgeSpec, load_function, rubric_template
+from mahalo_ray.data.records import StepTrace
+from mahalo_ray.data.rows import QUARANTINE, quarantine
+from mahalo_ray.data.step_readers import ReadTraces, read_traces
+from mahalo_ray.decoding.policy import Placement
+from mahalo_ray.errors import StageError
+from mahalo_ray.evaluation.agreement import measure_agreement
+from mahalo_ray.evaluation.statistics import Resampling
+from mahalo_ray.rollouts.judges import Judged, JudgeSpec, Score, Unjudged, load_function, rubric_template
+from mahalo_ray.rollouts.labelling import joined
 
 
 def judge_spec(name: str, config: JudgeConfig) -> JudgeSpec:
@@ -78,3 +91,83 @@ def _calibrated_threshold(name: str, config: Any, url: str) -> float:
             f"'judges.{name}.calibration': '{url}' was made for objective '{stored['objective']}'"
         )
     return float(stored["threshold"])
+
+
+CALIBRATION = "calibration.json"
+
+
+def calibrate_judge(config: LabelConfig) -> tuple[str, dict[str, Any]]:
+    """Score all human ratings, fit and cross-validate the threshold; where it was written, and what.
+
+    ConfigError without `calibration`, or for a judge that needs none; ValueError for ratings that cannot
+    settle a threshold; StageError if too many of them get no score.
+    """
+    settings = config.calibration
+    if settings is None:
+        raise ConfigError("'calibration' is missing: say where the human ratings are")
+    judge = config.judges[settings.objective]
+    if isinstance(judge, CheckerJudgeConfig):
+        raise ConfigError(f"the judge of '{settings.objective}' is a checker: it needs no calibration")
+    spec = judge_spec(settings.objective, judge.model_copy(update={"calibration": None}))
+    traces, ratings = _rated(config, settings)
+    scores, asked = _scores(config, spec, traces)
+    kept = [at for at, score in enumerate(scores) if not isinstance(score, Unjudged)]
+    agreement = measure_agreement(
+        np.array([scores[at] for at in kept], dtype=np.float64),
+        np.array([ratings[at] >= settings.positive_from for at in kept]),
+        [traces[at].dialogue or traces[at].group for at in kept],
+        settings.folds,
+        Resampling(settings.bootstrap_resamples, settings.confidence, config.seed),
+    )
+    figures = {name: getattr(agreement, name) for name in ("accuracy", "kappa", "auc")}
+    found = {
+        "objective": settings.objective,
+        "judge": judge_identity(spec),
+        "threshold": agreement.threshold,
+        "positive_from": settings.positive_from,
+        "label_range": list(settings.label_range),
+        "ratings": agreement.n,
+        "positive": agreement.positive,
+        "dialogues": agreement.groups,
+        "unjudged": len(scores) - len(kept),
+        "method": f"{settings.folds}-fold cross-validation, dialogues kept together; percentile bootstrap "
+        f"over dialogues, {settings.bootstrap_resamples} resamples, confidence {settings.confidence:g}",
+        "agreement": {name: None if f is None else f.as_json() for name, f in figures.items()},
+        "endpoint": asked,
+    }
+    url = storage.join(storage.absolute(config.output), CALIBRATION)
+    storage.write_json(url, found)
+    return url, found
+
+
+def _rated(config: LabelConfig, settings: CalibrationConfig) -> tuple[list[StepTrace], list[float]]:
+    """What people rated, and the ratings in 0..1."""
+    name, found = settings.objective, ReadTraces()
+    source, scale = settings.ratings, settings.label_range
+    read_traces(source, settings.format, [name], name, None, "ratings", found, label_range=scale)
+    url, share = storage.join(config.output, QUARANTINE), settings.max_bad_fraction
+    quarantine(found.bad, found.seen, share, url, "calibration.max_bad_fraction")
+    rated = [(t, t.outcome[name]) for t in found.traces if t.outcome is not None and name in t.outcome]
+    return [trace for trace, _ in rated], [rating for _, rating in rated]
+
+
+def _scores(
+    config: LabelConfig, spec: JudgeSpec, traces: Sequence[StepTrace]
+) -> tuple[list[Score], dict[str, Any]]:
+    """The judge's score of every rated response, and what it was asked."""
+    judge = spec.open(Placement(config.cluster.device, config.dtype), 1, config.seed)
+    items = [
+        Judged(tuple(t.prompt), tuple(t.steps), t.answer, joined(t.steps, config.step_separator).strip())
+        for t in traces
+    ]
+    try:
+        scores, asked = judge.score(items), judge.counts()
+    finally:
+        judge.close()
+    without = [score for score in scores if isinstance(score, Unjudged)]
+    if len(without) > config.max_unjudged_fraction * len(scores):
+        raise StageError(
+            f"{len(without)} of {len(scores)} ratings got no score, more than the allowed share of "
+            f"{config.max_unjudged_fraction:g}. The last reason: {without[-1].reason}"
+        )
+    return scores, asked

@@ -12,20 +12,18 @@ from typing import Any
 from mahalo_ray.config import ConfigError
 from mahalo_ray.config.label import ContinuationsConfig, EndpointJudgeConfig, LabelConfig
 from mahalo_ray.data import storage
-from mahalo_ray.data.quarantine import QUARANTINE, quarantine
 from mahalo_ray.data.records import StepTrace
-from mahalo_ray.data.row_files import data_files
+from mahalo_ray.data.rows import QUARANTINE, data_files, quarantine
 from mahalo_ray.data.step_readers import ReadTraces, read_prompts, read_traces
-from mahalo_ray.decoding.loading import Placement
+from mahalo_ray.decoding.policy import Placement
 from mahalo_ray.errors import StageError
 from mahalo_ray.models.folder import local_folder
-from mahalo_ray.pipeline.fingerprint import Manifest, fingerprint
-from mahalo_ray.pipeline.jobs import claim_output
 from mahalo_ray.pipeline.judging import judge_identity, judge_spec
-from mahalo_ray.pipeline.lock import run_lock
 from mahalo_ray.pipeline.progress import RunProgress
+from mahalo_ray.pipeline.stages import Manifest, claim_output, fingerprint, run_lock
+from mahalo_ray.rollouts.dialogue_job import shared
 from mahalo_ray.rollouts.judges import JudgeSpec
-from mahalo_ray.rollouts.label_actors import (
+from mahalo_ray.rollouts.labelling import (
     TRACES,
     UNJUDGED,
     LabelChunk,
@@ -33,7 +31,6 @@ from mahalo_ray.rollouts.label_actors import (
     LabelSummary,
     run_labelling,
 )
-from mahalo_ray.rollouts.parties import shared
 
 INPUT = "input"
 

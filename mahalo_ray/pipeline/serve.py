@@ -13,17 +13,14 @@ from rich.console import Console
 
 from mahalo_ray.config import RunConfig, ServeConfig
 from mahalo_ray.data import storage
-from mahalo_ray.decoding.loading import Placement
-from mahalo_ray.domains.tutoring.episode import Episode
+from mahalo_ray.decoding.policy import Placement
+from mahalo_ray.domains.tutoring.student import Episode
 from mahalo_ray.objectives import Weights
-from mahalo_ray.pipeline.fingerprint import Manifest
-from mahalo_ray.pipeline.stages import Context, StageResult
-from mahalo_ray.pipeline.students import first_seed
+from mahalo_ray.pipeline.seed_blocks import first_seed
+from mahalo_ray.pipeline.stages import Context, Manifest, StageResult
 from mahalo_ray.serving import launch
-from mahalo_ray.serving.auth import KeyDigest
-from mahalo_ray.serving.launch import Serving, serve_forever, start
-from mahalo_ray.serving.service import Defaults, ServiceSettings
-from mahalo_ray.serving.smoke import smoke
+from mahalo_ray.serving.launch import Serving, serve_forever, smoke, start
+from mahalo_ray.serving.service import Defaults, KeyDigest, ServiceSettings
 
 DOMAIN = "tutoring"
 

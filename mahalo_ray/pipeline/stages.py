@@ -3,18 +3,171 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import socket
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from mahalo_ray.config import RunConfig, dump_config
+import psutil
+from fsspec.implementations.local import LocalFileSystem
+
+from mahalo_ray.config import RunConfig, Section, dump_config
 from mahalo_ray.data import storage
 from mahalo_ray.objectives import unknown_name
-from mahalo_ray.pipeline.fingerprint import Manifest, fingerprint, read_started, write_started
-from mahalo_ray.pipeline.lock import run_lock
 from mahalo_ray.pipeline.progress import RunProgress, StageProgress, duration
+
+MANIFEST = "manifest.json"
+STARTED = "started.json"
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal text. NaN is a ValueError."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
+
+
+def fingerprint(name: str, version: int, seed: int, config: Any, upstream: Mapping[str, str]) -> str:
+    """sha256 (hex) over everything a stage's result depends on.
+
+    `version` is the stage's own format version: raised when its code makes something else of the same input.
+    `config` is the part of the configuration that matters to it, `upstream` the fingerprints it builds on.
+    """
+    parts = {"stage": name, "version": version, "seed": seed, "config": config, "upstream": dict(upstream)}
+    return hashlib.sha256(canonical_json(parts).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Written last, so that a stage with a manifest is a finished one.
+
+    `outputs` maps a name to a path inside the stage's folder; `seconds` is the wall time of the whole stage.
+    """
+
+    stage: str
+    fingerprint: str
+    outputs: dict[str, str]
+    metrics: dict[str, Any]
+    seconds: float
+
+    def write(self, folder: str) -> None:
+        """Write it into the stage's folder (atomic)."""
+        storage.write_json(storage.join(folder, MANIFEST), asdict(self))
+
+    @classmethod
+    def read(cls, folder: str) -> Manifest | None:
+        """The folder's manifest, None when there is none. Raises ValueError when it cannot be understood."""
+        url = storage.join(folder, MANIFEST)
+        if not storage.exists(url):
+            return None
+        try:
+            return cls(**storage.read_json(url))
+        except (TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{url} is damaged ({error}): delete it to run the stage again") from error
+
+
+def write_started(folder: str, value: str) -> None:
+    """Record the fingerprint of the attempt that is about to work in this folder."""
+    storage.write_json(storage.join(folder, STARTED), {"fingerprint": value})
+
+
+def read_started(folder: str) -> str | None:
+    """The fingerprint of the last attempt begun in this folder, None when there was none."""
+    url = storage.join(folder, STARTED)
+    return str(storage.read_json(url)["fingerprint"]) if storage.exists(url) else None
+
+
+LOCK = "run.lock"
+
+
+class RunLocked(ValueError):
+    """Another run is working in the same output folder."""
+
+
+@contextlib.contextmanager
+def run_lock(output: str) -> Iterator[None]:
+    """Hold `<output>/run.lock` while the block runs; RunLocked says who has it when another run does.
+
+    On a disk the operating system keeps the lock (flock), so it ends with its process, however that ends. In
+    an object store it is a file naming host, process and start time: one left by a process of this host that
+    is gone is taken over, one of another host has to be deleted by hand.
+    """
+    fs, path = storage.filesystem(storage.join(output, LOCK))
+    hold = _on_disk(path, output) if isinstance(fs, LocalFileSystem) else _in_store(output)
+    with hold:
+        yield
+
+
+@contextlib.contextmanager
+def _on_disk(path: str, output: str) -> Iterator[None]:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise _locked(output, json.loads(file.read() or "null")) from None
+        file.truncate(0)
+        file.write(json.dumps(_owner()))
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+
+@contextlib.contextmanager
+def _in_store(output: str) -> Iterator[None]:
+    url = storage.join(output, LOCK)
+    holder = storage.read_json(url) if storage.exists(url) else None
+    if holder is not None and not _is_gone(holder):
+        raise _locked(output, holder)
+    mine = _owner()
+    storage.write_json(url, mine)
+    if storage.read_json(url) != mine:  # two runs began together: the later writer has it
+        raise _locked(output, storage.read_json(url))
+    try:
+        yield
+    finally:
+        if storage.exists(url) and storage.read_json(url) == mine:
+            storage.remove(url)
+
+
+def _owner() -> dict[str, Any]:
+    process = psutil.Process()
+    started = process.create_time()
+    return {
+        "host": socket.gethostname(),
+        "pid": process.pid,
+        "process_started": started,
+        "token": uuid.uuid4().hex,
+    }
+
+
+def _is_gone(holder: dict[str, Any]) -> bool:
+    if holder["host"] != socket.gethostname():
+        return False
+    try:
+        process = psutil.Process(holder["pid"])
+        return abs(process.create_time() - holder["process_started"]) > 1.0
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _locked(output: str, holder: dict[str, Any] | None) -> RunLocked:
+    if holder is None:
+        return RunLocked(f"'{output}' is in use by another run that began this moment")
+    who = f"process {holder['pid']} on host '{holder['host']}'"
+    what = "Wait for it, or give this run another 'output'"
+    if holder["host"] != socket.gethostname():
+        what += f". If that process is gone, delete {LOCK} in that folder"
+    return RunLocked(f"'{output}' is in use by another run ({who}). {what}.")
+
 
 TIMINGS = "timings.json"
 
@@ -252,3 +405,16 @@ def _in_thread(run: Callable[[Context], StageResult], context: Context) -> Stage
         return executor.submit(run, context).result()
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
+
+
+def claim_output(output: str, config: Section, fingerprint: str, made: str) -> None:
+    """Begin, or go on with, the job of this fingerprint in `output` and write its configuration there.
+
+    ValueError if the output holds what another job made: `made`, of other settings or input.
+    """
+    if read_started(output) not in (None, fingerprint):
+        raise ValueError(
+            f"'{output}' holds {made} of other settings or input: give another 'output', or delete it"
+        )
+    write_started(output, fingerprint)
+    storage.write_bytes(storage.join(output, "config.yaml"), dump_config(config).encode())

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 
 from mahalo_ray.config.rollouts import BranchingConfig
 from mahalo_ray.data.records import Candidate, CandidateSet
-from mahalo_ray.domains.tutoring.episode import Episode
-from mahalo_ray.rollouts.continuation import Continuation, continuing
-from mahalo_ray.rollouts.dialogues import Conversation, DialogueBatch, Offered
+from mahalo_ray.domains.tutoring.student import Episode
+from mahalo_ray.rollouts.dialogues import Continuation, Conversation, DialogueBatch, Offered, continuing
 from mahalo_ray.rollouts.scoring import CandidateScorer
 from mahalo_ray.rollouts.tutors import TutorTurn
 

@@ -6,15 +6,19 @@ is keyed by the dialogue's own seed, so results do not depend on which dialogues
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+
 from mahalo_ray.data.records import Dialogue, Message, Turn
 from mahalo_ray.endpoints import Failure
-from mahalo_ray.rollouts.seeds import derived_seed
+from mahalo_ray.objectives import Weights
 from mahalo_ray.rollouts.students import MiniatureStudents, PersonaStudent, Student, Students
 from mahalo_ray.rollouts.tutors import Offers, Opened, Tutor, TutorTurn
+from mahalo_ray.seeding import derived_seed, unit_draw
 
 Ending = Literal["student", "turns", "stop", "max_tokens"]
 BRANCH = "~"  # in the id of a dialogue: what follows says where it left its origin
@@ -274,3 +278,46 @@ def play(batch: DialogueBatch, num_candidates: int, choose: Choose) -> None:
 def first_candidate(offered: Offered) -> list[int]:
     """No choice at all: plain sampling."""
     return [0] * len(offered.conversations)
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """`guidance`: weights over the scores' objectives (None: all alike); `temperature`: of `sampled`."""
+
+    kind: Literal["best", "sampled", "random"] = "random"
+    guidance: Weights | None = None
+    temperature: float = 1.0
+
+
+def totals(scores: Sequence[Mapping[str, float]], guidance: Weights | None) -> np.ndarray:
+    """Weighted sum [K] of scores, each objective standardised among the K candidates (0 where all agree)."""
+    objectives = list(scores[0])
+    values = np.array([[own[name] for name in objectives] for own in scores])
+    spread = values.std(axis=0)
+    standardised = (values - values.mean(axis=0)) / np.where(spread > 0, spread, 1.0)
+    weights = (guidance or Weights.balanced(objectives)).over(objectives)
+    total: np.ndarray = standardised @ np.array(weights)
+    return total
+
+
+def continuing(
+    continuation: Continuation,
+    conversation: Conversation,
+    count: int,
+    scores: Sequence[Mapping[str, float]] | None,
+) -> list[int]:
+    """Candidates of one moment, the one that goes on first; the others in the order they would follow.
+
+    Draws depend on the dialogue and the turn alone. `sampled` draws all of them without replacement
+    (Gumbel-max), so that the first is distributed as softmax(total / temperature).
+    """
+    seed, turn = conversation.seed, conversation.tutor_turns
+    if continuation.kind == "random":
+        first = derived_seed("goes on", seed, turn) % count
+        return [first, *(k for k in range(count) if k != first)]
+    assert scores is not None, "the configuration asks for a reward model"
+    total = totals(scores, continuation.guidance)
+    if continuation.kind == "sampled":
+        noise = [unit_draw("sampled", seed, turn, k) for k in range(count)]
+        total = total / continuation.temperature - np.array([math.log(-math.log(u or 0.5)) for u in noise])
+    return [int(k) for k in np.argsort(-total, kind="stable")]

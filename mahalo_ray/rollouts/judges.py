@@ -24,15 +24,14 @@ from mahalo_ray.config.label import (
     ProgramJudgeConfig,
 )
 from mahalo_ray.data.records import Message
-from mahalo_ray.decoding.loading import Placement
+from mahalo_ray.decoding.policy import Placement
 from mahalo_ray.domains import math as maths
 from mahalo_ray.endpoints import ChatRequest, Endpoint, Failure
-from mahalo_ray.models.folder import METADATA_FILE
-from mahalo_ray.models.foreign import load_scorer
+from mahalo_ray.models.classifiers import load_scorer
+from mahalo_ray.models.folder import METADATA_FILE, model_folder
 from mahalo_ray.objectives import unknown_name
-from mahalo_ray.rollouts.parties import shared
-from mahalo_ray.rollouts.seeds import derived_seed, endpoint_seed
-from mahalo_ray.training.sources import model_folder
+from mahalo_ray.rollouts.dialogue_job import shared
+from mahalo_ray.seeding import derived_seed, endpoint_seed
 
 RUBRIC_VARIABLES = ("messages", "conversation", "steps", "step", "response", "answer")
 

@@ -7,10 +7,10 @@ from typing import Protocol
 
 import torch
 
-from mahalo_ray.decoding.products import FastReward
-from mahalo_ray.decoding.reward_cache import RewardConversations
-from mahalo_ray.models.calibration import standardised
+from mahalo_ray.decoding.cpu_matmul import FastReward
+from mahalo_ray.decoding.scorers import RewardConversations
 from mahalo_ray.models.reward import ProcessRewardModel
+from mahalo_ray.models.scoring import standardised
 from mahalo_ray.objectives import Weights
 from mahalo_ray.rollouts.dialogues import Conversation, Offered
 from mahalo_ray.rollouts.tutors import TutorTurn

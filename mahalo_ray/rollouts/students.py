@@ -12,10 +12,9 @@ from typing import Protocol, TypeVar, runtime_checkable
 from mahalo_ray.config.rollouts import EndpointStudentConfig, ModelStudentConfig
 from mahalo_ray.data.records import Message
 from mahalo_ray.data.templating import ChatFormat
-from mahalo_ray.decoding.batch import BatchedConversations
+from mahalo_ray.decoding.engine import BatchedConversations
 from mahalo_ray.decoding.policy import Policy
 from mahalo_ray.decoding.sampling import SamplingParams
-from mahalo_ray.domains.tutoring.episode import Episode
 from mahalo_ray.domains.tutoring.personas import (
     Persona,
     Task,
@@ -23,8 +22,9 @@ from mahalo_ray.domains.tutoring.personas import (
     student_prompt,
     tutor_messages,
 )
+from mahalo_ray.domains.tutoring.student import Episode
 from mahalo_ray.endpoints import ChatRequest, Endpoint, Failure, Reply
-from mahalo_ray.rollouts.seeds import derived_seed, endpoint_seed
+from mahalo_ray.seeding import derived_seed, endpoint_seed
 
 
 @runtime_checkable

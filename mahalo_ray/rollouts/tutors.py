@@ -9,13 +9,13 @@ from typing import Protocol
 from mahalo_ray.config import SamplingConfig
 from mahalo_ray.data.records import Message
 from mahalo_ray.data.templating import ChatFormat
-from mahalo_ray.decoding.batch import BatchedConversations
-from mahalo_ray.decoding.candidates import Candidates
+from mahalo_ray.decoding.engine import BatchedConversations
 from mahalo_ray.decoding.sampling import SamplingParams
+from mahalo_ray.decoding.stopping import Candidates
 from mahalo_ray.domains.tutoring.moves import is_malformed
 from mahalo_ray.endpoints import ChatRequest, Endpoint, Failure, Reply
 from mahalo_ray.objectives import Weights
-from mahalo_ray.rollouts.seeds import derived_seed, endpoint_seed
+from mahalo_ray.seeding import derived_seed, endpoint_seed
 
 
 @dataclass(frozen=True)

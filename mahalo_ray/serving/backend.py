@@ -6,13 +6,11 @@ from collections.abc import Sequence
 
 from jinja2 import TemplateError
 
-from mahalo_ray.decoding.boundaries import TurnBoundary
-from mahalo_ray.decoding.candidates import StopReason
+from mahalo_ray.decoding.guidance import GuidedRequest, Standardisation, StepCandidate
 from mahalo_ray.decoding.guided import GuidedDecoder
-from mahalo_ray.decoding.loading import Placement, load_guide, load_policy
-from mahalo_ray.decoding.policy import MultiHeadPolicy
-from mahalo_ray.decoding.requests import GuidedRequest, Standardisation, StepCandidate
+from mahalo_ray.decoding.policy import MultiHeadPolicy, Placement, load_guide, load_policy
 from mahalo_ray.decoding.session import Running
+from mahalo_ray.decoding.stopping import StopReason, TurnBoundary
 from mahalo_ray.serving.responses import Reply, ScoredCandidate, Step
 from mahalo_ray.serving.schema import ApiError
 from mahalo_ray.serving.service import ChatJob, ScoreJob

@@ -18,10 +18,10 @@ from ray.tune.experiment import Trial
 from mahalo_ray.config import ClusterConfig, EvaluationConfig
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import Dialogue
-from mahalo_ray.decoding.loading import Placement
+from mahalo_ray.decoding.policy import Placement
 from mahalo_ray.errors import StageError
 from mahalo_ray.evaluation.methods import Method, MethodPlayer, Played
-from mahalo_ray.evaluation.outcomes import MethodResult
+from mahalo_ray.evaluation.results import MethodResult
 
 PlayedCallback = Callable[[int, int, str], None]
 

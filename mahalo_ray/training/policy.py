@@ -26,6 +26,7 @@ from mahalo_ray.data.records import PreferencePair
 from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.losses import dpo_loss
 from mahalo_ray.models import LoraSettings, MultiHeadCausalLM
+from mahalo_ray.models.folder import keeps_backbone, model_folder
 from mahalo_ray.training.batches import Indices, held_out, plan_balanced_batches, shard
 from mahalo_ray.training.deepspeed_config import parameter_group
 from mahalo_ray.training.engine import training_device
@@ -34,7 +35,6 @@ from mahalo_ray.training.pairs import encode_pairs, pair_inputs, pair_logps, sha
 from mahalo_ray.training.policy_metrics import GradientConflict, HeldOutKl, PolicyProbe
 from mahalo_ray.training.recipe import Inference, Output, Probe, Tell, Tensors
 from mahalo_ray.training.reference import reference_logps
-from mahalo_ray.training.sources import keeps_backbone, model_folder
 
 # Sums over pairs: of what the figures are divided by, of weight x loss, and of the other figures.
 _SUMS = ("count", "weight", "loss", "reward_accuracy", "margin", "chosen_logps", "rejected_logps")

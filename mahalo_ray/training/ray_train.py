@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
 import os
@@ -19,14 +20,103 @@ import pyarrow.fs
 import ray.exceptions
 import ray.train
 import ray.train.torch
+from ray.train import Checkpoint, UserCallback
 
-from mahalo_ray.config import ClusterConfig, ModelConfig, TrainingConfig
+from mahalo_ray.config import (
+    ClusterConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    PolicyConfig,
+    RewardConfig,
+    SftConfig,
+    TrainingConfig,
+)
 from mahalo_ray.data import storage
 from mahalo_ray.errors import StageError
-from mahalo_ray.training.progress import FINAL_ERRORS, ProgressFile, ProgressFunction, ProgressReader
 
 if TYPE_CHECKING:
     from mahalo_ray.training.recipe import Recipe
+
+
+# (done, in all, of what: "steps", or what comes before the first; metrics of the last report)
+ProgressFunction = Callable[[int, int, str, dict[str, float]], None]
+
+# What would come again on every retry: wrong input or a programming error. A lost process, a broken
+# connection, a hiccup of the storage or of the device are RuntimeErrors, OSErrors or Ray's own.
+FINAL_ERRORS = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    ImportError,
+    FileNotFoundError,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class ProgressFile(UserCallback):
+    """Controller side: appends one JSON line per report or failure.
+
+    An error that would come again is not worth the retries of FailureConfig. Raised here, it ends the run;
+    unless another worker failed for another reason, of which it may be a consequence.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None
+    ) -> None:
+        """Pass rank 0's report on."""
+        self._append({"report": metrics[0]})
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Pass the failure on, or end the run."""
+        errors = dict(sorted(worker_exceptions.items()))
+        if all(isinstance(error, FINAL_ERRORS) for error in errors.values()):
+            raise next(iter(errors.values()))
+        self._append({"failures": {rank: _first_line(error) for rank, error in errors.items()}})
+
+    def _append(self, news: dict[str, Any]) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(news) + "\n")
+
+
+class ProgressReader:
+    """Driver side: hands complete new lines to the progress function, failures to the log."""
+
+    def __init__(self, path: Path, stage: str, progress: ProgressFunction | None) -> None:
+        self._path, self._stage, self._progress = path, stage, progress
+        self._read = 0
+
+    def poll(self) -> None:
+        """Read what is new."""
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._read)
+            lines = file.read().splitlines(keepends=True)
+        for line in lines:
+            if not line.endswith(b"\n"):
+                return
+            self._read += len(line)
+            self._tell(json.loads(line))
+
+    def _tell(self, news: dict[str, Any]) -> None:
+        if "failures" in news:
+            what = "; ".join(f"worker {rank}: {text}" for rank, text in news["failures"].items())
+            logger.warning("%s: training failed (%s); it goes on from the last checkpoint", self._stage, what)
+        elif self._progress is not None:
+            report = news["report"]
+            self._progress(report["done"], report["of"], report["unit"], report.get("metrics", {}))
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+
 
 # Ray Train reads these in the driver and passes them on. They are set only where the user has not.
 _RAY_TRAIN_ENVIRONMENT = {
@@ -198,3 +288,90 @@ def fit(trainer: ray.train.torch.TorchTrainer, reader: ProgressReader) -> ray.tr
     if isinstance(cause, FINAL_ERRORS):
         raise cause from None
     raise StageError(f"training failed for good: {cause}") from error
+
+
+def train_sft(
+    examples_url: str,
+    output_url: str,
+    model_url: str,
+    sft: SftConfig,
+    model: ModelConfig,
+    cluster: ClusterConfig,
+    seed: int,
+    run_dir: str,
+    progress: ProgressFunction | None = None,
+) -> TrainingResult:
+    """Fine-tune (or train from scratch) on Parquet examples (id, input_ids, loss_mask); a transformers folder
+    results.
+
+    `model_url`: folder with config and tokenizer; without weights the model starts from scratch. `run_dir`:
+    folder or URL for checkpoints; calling again with the same arguments after an interruption goes on from
+    the latest.
+    """
+    arguments = (storage.absolute(examples_url), storage.absolute(model_url), model, sft.training, seed)
+    stage = Stage("sft", sft.training, model, cluster, seed, storage.absolute(output_url), arguments)
+    return run_stage(stage, run_dir, [examples_url, model_url], progress)
+
+
+def train_reward(
+    traces_url: str | None,
+    pairs_url: str | None,
+    output_url: str,
+    model_url: str,
+    objectives: Sequence[ObjectiveConfig],
+    reward: RewardConfig,
+    model: ModelConfig,
+    cluster: ClusterConfig,
+    step_separator: str | None,
+    seed: int,
+    run_dir: str,
+    progress: ProgressFunction | None = None,
+    features_url: str | None = None,
+) -> TrainingResult:
+    """A process reward model from StepTrace records and, for objectives supervised by pairs, PreferencePair
+    records.
+
+    `step_separator` ends every step of a trace that carries no token ids (None: a step is a whole assistant
+    turn).
+    `reward.held_out_fraction` of the prompts is kept for figures and calibration. `features_url`: folder for
+    the head inputs of a frozen backbone, shared by all runs that name it.
+    """
+    urls = [url for url in (traces_url, pairs_url) if url is not None]
+    arguments = (
+        traces_url and storage.absolute(traces_url),
+        pairs_url and storage.absolute(pairs_url),
+        storage.absolute(model_url),
+        tuple(objectives),
+        reward,
+        model,
+        step_separator,
+        seed,
+        features_url and storage.absolute(features_url),
+    )
+    stage = Stage("reward", reward.training, model, cluster, seed, storage.absolute(output_url), arguments)
+    return run_stage(stage, run_dir, [*urls, model_url], progress)
+
+
+def train_policy(
+    pairs_url: str,
+    output_url: str,
+    model_url: str,
+    objectives: Sequence[str],
+    policy: PolicyConfig,
+    model: ModelConfig,
+    cluster: ClusterConfig,
+    held_out_fraction: float,
+    seed: int,
+    run_dir: str,
+    progress: ProgressFunction | None = None,
+) -> TrainingResult:
+    """The method `policy.method` (MAH-DPO: one head per objective) on a folder of PreferencePair records; a
+    MultiHeadCausalLM folder results.
+
+    `model_url` is both start and reference; its log-probs are stored in `pairs_url`/reference.
+    `held_out_fraction` of the prompts is kept for the final figures.
+    """
+    url, start = storage.absolute(pairs_url), storage.absolute(model_url)
+    arguments = (url, start, tuple(objectives), policy, model, held_out_fraction, seed)
+    stage = Stage("policy", policy.training, model, cluster, seed, storage.absolute(output_url), arguments)
+    return run_stage(stage, run_dir, [pairs_url, model_url], progress)

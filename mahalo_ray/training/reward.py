@@ -21,17 +21,33 @@ from transformers import AutoTokenizer
 
 from mahalo_ray.config import ModelConfig, ObjectiveConfig, RewardConfig
 from mahalo_ray.data import storage
-from mahalo_ray.data.records import PreferencePair, StepTrace
-from mahalo_ray.data.scored import HELD_OUT_PAIRS, HELD_OUT_TRACES, ScoredPair, ScoredTrace
+from mahalo_ray.data.records import (
+    HELD_OUT_PAIRS,
+    HELD_OUT_TRACES,
+    PreferencePair,
+    ScoredPair,
+    ScoredTrace,
+    StepTrace,
+)
 from mahalo_ray.losses import bradley_terry, labelled, step_bce, value_mse, within_prompt_ranking
 from mahalo_ray.models import LoraSettings, ProcessRewardModel
+from mahalo_ray.models.folder import keeps_backbone, model_folder
 from mahalo_ray.models.reward_heads import OUTPUT_KIND_OF
-from mahalo_ray.models.traces import StepEncoder, pad_traces
+from mahalo_ray.models.scoring import StepEncoder, pad_traces
 from mahalo_ray.training.batches import Indices, held_out, plan_batches
 from mahalo_ray.training.deepspeed_config import parameter_group
 from mahalo_ray.training.pairs import encode_pairs, split_key
 from mahalo_ray.training.recipe import Inference, Output, Probe, Tell, Tensors
 from mahalo_ray.training.reference import reference_key
+from mahalo_ray.training.reward_data import (
+    LabelledTraces,
+    add_pairs,
+    add_traces,
+    as_steps,
+    check_labels,
+    count_labels,
+    value_scale,
+)
 from mahalo_ray.training.reward_evaluation import (
     StepValues,
     calibrate,
@@ -40,9 +56,6 @@ from mahalo_ray.training.reward_evaluation import (
     step_values,
 )
 from mahalo_ray.training.reward_features import cached_features, padded_features
-from mahalo_ray.training.reward_labels import check_labels, count_labels, value_scale
-from mahalo_ray.training.sources import keeps_backbone, model_folder
-from mahalo_ray.training.traces import LabelledTraces, add_pairs, add_traces, as_steps
 
 _MODEL_INPUTS = ("input_ids", "attention_mask", "step_starts", "step_ends")
 _FIGURES = ("count", "loss", "correct", "ranked", "ranking_loss", "ranked_right")

@@ -13,11 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mahalo_ray.config import ObjectiveConfig
-from mahalo_ray.data.scored import ScoredPair, ScoredTrace
+from mahalo_ray.data.records import ScoredPair, ScoredTrace
 from mahalo_ray.models import ProcessRewardModel
 from mahalo_ray.training.batches import Indices, shard
 from mahalo_ray.training.recipe import Inference
-from mahalo_ray.training.traces import LabelledTraces
+from mahalo_ray.training.reward_data import LabelledTraces
 
 if TYPE_CHECKING:
     from mahalo_ray.training.reward import RewardRecipe

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from mahalo_ray.data import storage
-from mahalo_ray.decoding.products import FastReward
+from mahalo_ray.decoding.cpu_matmul import FastReward
 from mahalo_ray.models import ProcessRewardModel
-from mahalo_ray.models.traces import TokenTrace
+from mahalo_ray.models.scoring import TokenTrace
 from mahalo_ray.training.recipe import Inference, Tell
 from mahalo_ray.training.reward_evaluation import StepValues, step_values
 

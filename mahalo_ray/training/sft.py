@@ -20,10 +20,10 @@ from mahalo_ray.logprobs import IGNORE_INDEX
 from mahalo_ray.losses import sft_loss, shift_labels
 from mahalo_ray.models import ChunkedCausalLM
 from mahalo_ray.models.backbone import load_causal_lm
+from mahalo_ray.models.folder import model_folder
 from mahalo_ray.training.batches import Indices, Units, plan_batches
 from mahalo_ray.training.deepspeed_config import parameter_group
 from mahalo_ray.training.recipe import Inference, Output, Probe, Tell, Tensors, pad
-from mahalo_ray.training.sources import model_folder
 
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 

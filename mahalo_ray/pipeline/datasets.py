@@ -1,0 +1,302 @@
+"""The stages of a run on own preference pairs and step traces: read them, then train a reward model or a
+policy. No rollouts, no domain."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from mahalo_ray.config import ObjectiveConfig, PairsSource, RunConfig
+from mahalo_ray.data import storage
+from mahalo_ray.data.pair_readers import ReadPairs, read_pairs
+from mahalo_ray.data.records import PreferencePair, StepTrace
+from mahalo_ray.data.rows import QUARANTINE, data_files, quarantine
+from mahalo_ray.data.step_readers import ReadTraces, read_traces
+from mahalo_ray.domains.human_values import read_truthfulqa
+from mahalo_ray.evaluation.reward_figures import ObjectiveFigures
+from mahalo_ray.evaluation.reward_report import RESULTS, held_out_report, write_report
+from mahalo_ray.models.backbone import load_tokenizer
+from mahalo_ray.models.folder import local_folder, model_folder
+from mahalo_ray.models.reward_heads import OUTPUT_KIND_OF
+from mahalo_ray.models.scoring import StepEncoder
+from mahalo_ray.pipeline.run import START_MODEL, method_version, train_heads, trained
+from mahalo_ray.pipeline.stages import Context, Pipeline, Stage, StageResult
+from mahalo_ray.training.batches import held_out
+from mahalo_ray.training.pairs import split_key
+from mahalo_ray.training.ray_train import TrainingResult, train_reward
+from mahalo_ray.training.reward_data import refuse_long
+
+R = TypeVar("R", PreferencePair, StepTrace)
+
+
+def pairs(context: Context) -> StageResult:
+    """Read the pairs of all sources; what cannot be used goes to quarantine.parquet."""
+    config = context.config
+    assert config.data is not None
+    context.progress.start(len(config.data.pairs), "sources")
+    found, kept = ReadPairs(), list[PreferencePair]()
+    for number, source in enumerate(config.data.pairs):
+        before = len(found.pairs)
+        _read_source(source, config.objective_names, str(number), found)
+        own = found.pairs[before:]
+        kept += _sampled(own, [split_key(pair) for pair in own], source.sample, config.seed)
+        context.progress.advance()
+    quarantine(found.bad, found.rows, config.data.max_bad_fraction, context.path(QUARANTINE))
+    names = [objective.name for objective in config.objectives if objective.supervision == "pairwise"]
+    counts = {name: sum(p.objective == name for p in kept) for name in names}
+    for name, count in counts.items():
+        if count == 0:
+            others = ", ".join(found.left_out) or "none"
+            raise ValueError(
+                f"'data.pairs' holds no pairs of objective '{name}' (objectives of rows left out: {others})"
+            )
+    PreferencePair.save(kept, context.path("pairs", "part-000000.parquet"))
+    return StageResult(
+        {"rows": found.rows, "bad_rows": len(found.bad), "pairs": counts, "left_out": found.left_out},
+        {"pairs": "pairs", "quarantine": QUARANTINE},
+    )
+
+
+def traces(context: Context) -> StageResult:
+    """Read the step traces of all sources; what cannot be used goes to quarantine.parquet."""
+    config = context.config
+    assert config.data is not None
+    context.progress.start(len(config.data.traces), "sources")
+    found, kept = ReadTraces(), list[StepTrace]()
+    assert config.model.base is not None
+    tokenizer = load_tokenizer(model_folder(config.model.base))
+    encoder = StepEncoder(tokenizer, config.data.step_separator)
+    for number, source in enumerate(config.data.traces):
+        before = len(found.traces)
+        read_traces(
+            source.path,
+            source.format,
+            config.objective_names,
+            source.objective,
+            source.objective_field,
+            str(number),
+            found,
+            label_range=source.label_range,
+            outcome_labels=source.outcome_labels,
+            gamma=source.gamma,
+        )
+        refuse_long(found, before, encoder, config.model.max_length)
+        own = found.traces[before:]
+        kept += _sampled(own, [trace.group for trace in own], source.sample, config.seed)
+        context.progress.advance()
+    quarantine(found.bad, found.seen, config.data.max_bad_fraction, context.path(QUARANTINE))
+    counts = {
+        objective.name: sum(labelled(trace, objective.name) for trace in kept)
+        for objective in config.objectives
+        if objective.supervision != "pairwise"
+    }
+    for name, count in counts.items():
+        if count == 0:
+            raise ValueError(f"'data.traces' holds no step with a label of objective '{name}'")
+    StepTrace.save(kept, context.path("traces", "part-000000.parquet"))
+    metrics = {"rows": found.rows, "bad_rows": len(found.bad), "traces": len(kept), "labelled": counts}
+    return StageResult(metrics, {"traces": "traces", "quarantine": QUARANTINE})
+
+
+def _read_source(source: PairsSource, objectives: Sequence[str], name: str, into: ReadPairs) -> None:
+    if source.format == "truthfulqa":
+        assert source.objective is not None
+        read_truthfulqa(source.path, source.objective, 1, into)
+        return
+    read_pairs(source.path, source.format, objectives, source.objective, source.objective_field, name, into)
+
+
+def _sampled(rows: Sequence[R], keys: Sequence[str], share: float, seed: int) -> list[R]:
+    """The rows of a share of the keys: the draw that holds rows out, with another seed."""
+    drawn = held_out(keys, share, seed + 1)
+    return [row for row, chosen in zip(rows, drawn, strict=True) if chosen]
+
+
+def labelled(trace: StepTrace, objective: str) -> bool:
+    """Whether any step has a label of the objective."""
+    return any(label is not None for label in trace.labels.get(objective, []))
+
+
+def source_settings(kind: str) -> Callable[[RunConfig], dict[str, Any]]:
+    """Sources of one kind, and what their files hold now."""
+
+    def settings(config: RunConfig) -> dict[str, Any]:
+        assert config.data is not None
+        sources = config.data.pairs if kind == "pairs" else config.data.traces
+        files = [file for source in sources for file in data_files(source.path)]
+        return {
+            "data": [source.model_dump(mode="json") for source in sources],
+            "max_bad_fraction": config.data.max_bad_fraction,
+            "objectives": [objective.model_dump(mode="json") for objective in config.objectives],
+            "files": [storage.fingerprint(file) for file in files],
+        }
+
+    return settings
+
+
+def traces_settings(config: RunConfig) -> dict[str, Any]:
+    """The model counts too: what is too long for it is refused."""
+    assert config.data is not None
+    separator = {"step_separator": config.data.step_separator}
+    return {**source_settings("traces")(config), **separator, **model_settings(config)}
+
+
+def model_settings(config: RunConfig) -> dict[str, Any]:
+    """The base model, and what its files hold now."""
+    base = config.model.base
+    assert base is not None
+    files = storage.list_files(base) if storage.exists(base) else []
+    return {
+        "model": config.model.model_dump(mode="json"),
+        "base": {posixpath.basename(file): storage.fingerprint(file) for file in files},
+    }
+
+
+# Head inputs of a frozen backbone, kept for all stages and reruns; may be deleted at any time.
+FEATURES = "features"
+
+
+def reward(context: Context) -> StageResult:
+    """One reward model of all objectives."""
+    return trained(context, _train_reward(context, context.config.objectives, context.folder))
+
+
+def dedicated(context: Context) -> StageResult:
+    """A reward model of its own for every group of objectives, from the same rows."""
+    config, metrics = context.config, dict[str, Any]()
+    for number, names in enumerate(config.reward.dedicated):
+        own = [objective for objective in config.objectives if objective.name in names]
+        metrics[", ".join(names)] = _train_reward(context, own, context.path(str(number))).metrics
+    return StageResult(metrics, {str(number): str(number) for number in range(len(config.reward.dedicated))})
+
+
+def _train_reward(context: Context, objectives: Sequence[ObjectiveConfig], folder: str) -> TrainingResult:
+    """A reward model of these objectives on what the stages before have read, in `folder`/model."""
+    config = context.config
+    assert config.data is not None
+    urls = {name: context.input(name, name) for name in context.upstream}
+    traces_url = urls.get("traces")
+    if traces_url is not None and len(objectives) < len(config.objectives):
+        traces_url = _only(traces_url, [o.name for o in objectives], storage.join(folder, "traces"))
+    return train_reward(
+        traces_url,
+        urls.get("pairs") if any(o.supervision == "pairwise" for o in objectives) else None,
+        storage.join(folder, "model"),
+        _base_url(context),
+        objectives,
+        config.reward,
+        config.model,
+        config.cluster,
+        config.data.step_separator,
+        config.seed,
+        storage.join(folder, "checkpoints"),
+        context.progress.training,
+        storage.join(config.output, FEATURES),
+    )
+
+
+def _only(traces_url: str, names: Sequence[str], url: str) -> str | None:
+    """The traces with labels of these objectives, without any others; None if there are none."""
+    found = [
+        trace.model_copy(update={"labels": {n: v for n, v in trace.labels.items() if n in names}})
+        for trace in StepTrace.load(traces_url)
+        if any(labelled(trace, name) for name in names)
+    ]
+    if not found:
+        return None
+    StepTrace.save(found, storage.join(url, "part-000000.parquet"))
+    return url
+
+
+def reward_report(context: Context) -> StageResult:
+    """Figures on held-out rows, and how the dedicated models do on the same."""
+    config = context.config
+    kinds = {objective.name: OUTPUT_KIND_OF[objective.supervision] for objective in config.objectives}
+    unified = held_out_report(context.input("reward", "model"), kinds)
+    apart: dict[str, ObjectiveFigures] = {}
+    for number, names in enumerate(config.reward.dedicated):
+        model = storage.join(context.input("reward_dedicated", str(number)), "model")
+        apart |= held_out_report(model, {name: kinds[name] for name in kinds if name in names})
+    write_report(context.folder, unified, apart)
+    return StageResult({name: own.as_json()["figures"] for name, own in unified.items()}, {"report": RESULTS})
+
+
+def policy(context: Context) -> StageResult:
+    """MAH-DPO from the base model."""
+    return train_heads(context, _base_url(context))
+
+
+def _base_url(context: Context) -> str:
+    """The base where it lies; one from a hub is put where every node can reach it."""
+    base = context.config.model.base
+    assert base is not None
+    if storage.exists(base):
+        return storage.absolute(base)
+    url = context.path(START_MODEL)
+    if not storage.exists(url):
+        storage.upload_folder(local_folder(base), url)
+    return url
+
+
+def _policy_settings(config: RunConfig) -> dict[str, Any]:
+    return {
+        "policy": config.policy.model_dump(mode="json"),
+        "held_out_fraction": config.pairs.held_out_fraction,
+        **method_version(config.policy),
+        **model_settings(config),
+    }
+
+
+def _reward_settings(config: RunConfig) -> dict[str, Any]:
+    assert config.data is not None
+    return {
+        "reward": config.reward.model_dump(mode="json", exclude={"dedicated"}),
+        "step_separator": config.data.step_separator,
+        **model_settings(config),
+    }
+
+
+def _dedicated_settings(config: RunConfig) -> dict[str, Any]:
+    return {"dedicated": config.reward.dedicated, **_reward_settings(config)}
+
+
+def _nothing(config: RunConfig) -> None:
+    return None
+
+
+_READERS = {
+    "pairs": Stage("pairs", "Read preference pairs", pairs, source_settings("pairs"), uses_ray=False),
+    "traces": Stage("traces", "Read step traces", traces, traces_settings, uses_ray=False),
+}
+
+
+def pipeline(config: RunConfig) -> Pipeline:
+    """The stages that this run's data allow."""
+    assert config.data is not None
+    readers = [name for name in _READERS if getattr(config.data, name)]
+    stages = [_READERS[name] for name in readers]
+    needs = tuple(readers)
+    title = "Train the process reward model"
+    stages.append(Stage("reward", title, reward, _reward_settings, needs, resumes=True))
+    trained_stages = ["reward"]
+    if config.reward.dedicated:
+        title = "Train dedicated reward models"
+        stages.append(Stage("reward_dedicated", title, dedicated, _dedicated_settings, needs, resumes=True))
+        trained_stages.append("reward_dedicated")
+    title = "Figures of the reward model"
+    stages.append(
+        Stage("reward_report", title, reward_report, _nothing, tuple(trained_stages), uses_ray=False)
+    )
+    if config.trains_policy:
+        title = "Train the multi-head policy"
+        stages.append(Stage("policy", title, policy, _policy_settings, needs, resumes=True))
+    return Pipeline(stages)
+
+
+def targets(config: RunConfig, asked: Sequence[str] | None) -> tuple[str, ...]:
+    """The stages behind a verb: a reward model comes with its report. `mahalo run` (None) trains the policy
+    on pairs, and the reward model where there are step traces."""
+    if asked is None:
+        asked = ("policy",) if config.trains_policy else ("reward",)
+    return tuple("reward_report" if name == "reward" else name for name in asked)

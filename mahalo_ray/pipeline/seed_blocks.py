@@ -1,0 +1,55 @@
+"""Which simulated students a stage meets: no two stages of a run meet the same ones."""
+
+from __future__ import annotations
+
+from mahalo_ray.config import ConfigError, RunConfig
+from mahalo_ray.domains.tutoring.student import OBJECTIVES
+from mahalo_ray.objectives import unknown_name
+
+# Seeds of one run are config.seed * SEEDS_PER_RUN + block + number; SFT's dialogues come first.
+SEEDS_PER_RUN = 1_000_003
+BLOCKS = {
+    "sft": 0,
+    "reward_rollouts": 600_000,
+    "pair_rollouts": 700_000,
+    "evaluation": 800_000,
+    "dialogues": 900_000,
+}
+BLOCK_SIZE = 100_000
+SUPERVISION = {"accuracy": "rollout_value", "engagement": "judged_prefix"}
+
+
+def first_seed(seed: int, purpose: str) -> int:
+    """Seed of the first student of a purpose."""
+    return seed * SEEDS_PER_RUN + BLOCKS[purpose]
+
+
+def check_domain(config: RunConfig) -> None:
+    """Raise ConfigError for what the tutoring miniature cannot do."""
+    for index, objective in enumerate(config.objectives):
+        if objective.name not in OBJECTIVES:
+            raise ConfigError(
+                f"'objectives.{index}': {unknown_name('objective', objective.name, OBJECTIVES)}"
+            )
+        if objective.supervision != SUPERVISION[objective.name]:
+            raise ConfigError(
+                f"'objectives.{index}.supervision' is '{objective.supervision}': the tutoring miniature "
+                f"labels {objective.name} as '{SUPERVISION[objective.name]}'"
+            )
+    if config.reward_rollouts.continuations == 0:
+        raise ConfigError("'reward_rollouts.continuations' is 0: labels need at least one continuation")
+    for key, candidates in (
+        ("reward_rollouts", config.reward_rollouts.candidates),
+        ("pair_rollouts", config.pair_rollouts.candidates),
+    ):
+        if candidates < 2:
+            raise ConfigError(f"'{key}.candidates' is {candidates}: comparing needs at least 2")
+    sizes = {
+        "domain.sft_dialogues": (config.domain.sft_dialogues, BLOCKS["reward_rollouts"]),
+        "reward_rollouts.dialogues": (config.reward_rollouts.dialogues, BLOCK_SIZE),
+        "pair_rollouts.dialogues": (config.pair_rollouts.dialogues, BLOCK_SIZE),
+        "evaluation.dialogues": (config.evaluation.dialogues, BLOCK_SIZE),
+    }
+    for key, (wanted, most) in sizes.items():
+        if wanted > most:
+            raise ConfigError(f"'{key}' is {wanted}: the miniature has {most} students for it")

@@ -1,0 +1,245 @@
+"""Step traces and whole-response pairs as token ids with labels: what a process reward model is trained
+on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mahalo_ray.config import ObjectiveConfig
+from mahalo_ray.data.records import PreferencePair, StepTrace
+from mahalo_ray.data.rows import BadRow
+from mahalo_ray.data.step_readers import ReadTraces
+from mahalo_ray.models.scoring import StepEncoder, TokenTrace, TraceEncoder
+from mahalo_ray.objectives import unknown_name
+from mahalo_ray.training.batches import Indices, Units
+from mahalo_ray.training.pairs import TokenPairs
+
+Labels = npt.NDArray[np.float32]
+
+
+@dataclass
+class LabelledTraces:
+    """Sequences in the order of their units. `labels[s]` is [steps, objectives], NaN where unknown; a pair is
+    a unit of two sequences without labels, chosen first, of objective `pair_objective[unit]` (-1 for
+    traces), with its weight and margin. Units of one `groups` entry are answers to one prompt. By name of a
+    trace: `outcomes` of those that were not cut, and `turns_before`, the assistant's turns in the prompt."""
+
+    names: list[str] = field(default_factory=list)
+    tokens: list[TokenTrace] = field(default_factory=list)
+    labels: list[Labels] = field(default_factory=list)
+    members: list[list[int]] = field(default_factory=list)
+    pair_objective: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    margins: list[float] = field(default_factory=list)
+    groups: list[str] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    outcomes: dict[str, dict[str, float]] = field(default_factory=dict)
+    turns_before: dict[str, int] = field(default_factory=dict)
+    cut: int = 0
+
+    @property
+    def units(self) -> Units:
+        """Rows are sequences; a pair counts as two."""
+        lengths = [[len(self.tokens[row].input_ids) for row in rows] for rows in self.members]
+        return Units(
+            np.array([len(rows) for rows in self.members], dtype=np.int64),
+            np.array([max(row) for row in lengths], dtype=np.int64),
+            np.array([sum(row) for row in lengths], dtype=np.int64),
+        )
+
+    def add_unit(
+        self,
+        names: Sequence[str],
+        tokens: Sequence[TokenTrace],
+        labels: Sequence[Labels],
+        key: str,
+        group: str,
+        pair_objective: int = -1,
+        weight: float = 1.0,
+        margin: float = 0.0,
+    ) -> None:
+        """Append sequences that stay together; units of one key are held out together."""
+        first = len(self.names)
+        self.names += names
+        self.tokens += tokens
+        self.labels += labels
+        self.members.append(list(range(first, first + len(names))))
+        self.pair_objective.append(pair_objective)
+        self.weights.append(weight)
+        self.margins.append(margin)
+        self.groups.append(group)
+        self.keys.append(key)
+
+    def fingerprint(self) -> str:
+        """Changes with ids, tokens, labels, or weights and margins of pairs."""
+        digest = hashlib.sha256("\n".join(self.names).encode())
+        for trace, labels in zip(self.tokens, self.labels, strict=True):
+            digest.update(np.asarray(trace.input_ids, dtype=np.int64).tobytes() + labels.tobytes())
+        digest.update(np.array([self.weights, self.margins], dtype=np.float64).tobytes())
+        return digest.hexdigest()
+
+
+def add_traces(
+    data: LabelledTraces,
+    traces: Sequence[StepTrace],
+    objectives: Sequence[ObjectiveConfig],
+    encoder: StepEncoder,
+    max_length: int,
+    by_group: bool,
+) -> None:
+    """Append traces, the candidates of a group as one unit if `by_group`, else each alone.
+
+    Steps beyond `max_length` tokens are cut off, and a trace without any label left is left out (both count
+    as `cut`). Raises ValueError naming the trace whose labels do not fit its steps or its objective's
+    supervision.
+    """
+    units: dict[tuple[str, str, int], list[tuple[str, TokenTrace, Labels]]] = {}
+    for number, trace in enumerate(traces):
+        labels, tokens = _label_matrix(trace, objectives), token_trace(trace, encoder)
+        kept = sum(end < max_length for end in tokens.ends)
+        short = TokenTrace(tokens.input_ids[:max_length], tokens.starts[:kept], tokens.ends[:kept])
+        labelled = not np.isnan(labels[:kept]).all()
+        data.cut += kept < len(tokens.ends) or not labelled
+        if labelled:
+            unit = (trace.dialogue or trace.group, trace.group, 0 if by_group else number)
+            units.setdefault(unit, []).append((trace.id, short, labels[:kept]))
+            data.turns_before[trace.id] = sum(message.role == "assistant" for message in trace.prompt)
+            if trace.outcome and kept == len(tokens.ends):
+                data.outcomes[trace.id] = trace.outcome
+    for (split_key, group, _), rows in units.items():
+        names, tokens_of, labels_of = (list(column) for column in zip(*rows, strict=True))
+        data.add_unit(names, tokens_of, labels_of, split_key, group)
+
+
+def refuse_long(found: ReadTraces, first: int, encoder: StepEncoder, max_length: int) -> None:
+    """Move those of `found.traces[first:]` that cannot be cut at a step boundary to the bad rows: prompt
+    and first step alone exceed `max_length` tokens."""
+    kept = found.traces[:first]
+    for trace in found.traces[first:]:
+        ends = trace.step_ends or encoder.encode(trace.prompt, trace.steps[:1]).ends
+        tokens = ends[0] + 1
+        if tokens <= max_length:
+            kept.append(trace)
+            continue
+        file, line = found.places[trace.id]
+        reason = f"prompt and first step have {tokens} tokens: 'model.max_length' is {max_length}"
+        found.bad.append(BadRow.of(file, line, reason, trace.steps[0]))
+    found.traces = kept
+
+
+def as_steps(pair: PreferencePair, encoder: StepEncoder) -> PreferencePair:
+    """The pair with its answers' token ids as those of one step each, as they will be scored."""
+    if pair.chosen_ids is not None:
+        return pair
+    chosen, rejected = encoder.step_ids(pair.chosen), encoder.step_ids(pair.rejected)
+    prompt = encoder.format.prompt_ids(pair.prompt)
+    return pair.model_copy(update={"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
+
+
+def add_pairs(data: LabelledTraces, pairs: TokenPairs, keys: Sequence[str], objectives: int) -> None:
+    """Append pairs: every response is one step."""
+    none = np.full((1, objectives), np.nan, dtype=np.float32)
+    for row, name in enumerate(pairs.ids):
+        prompt = pairs.prompts[row]
+        tokens = [
+            TokenTrace(prompt + answer, [len(prompt)], [len(prompt) + len(answer) - 1])
+            for answer in (pairs.chosen[row], pairs.rejected[row])
+        ]
+        loss = (int(pairs.objective[row]), float(pairs.weights[row]), float(pairs.margins[row]))
+        data.add_unit([name, name], tokens, [none, none], keys[row], name, *loss)
+    data.cut += pairs.cut
+
+
+def ordered_pairs(labels: Sequence[Labels], gap: float) -> npt.NDArray[np.int64]:
+    """Per objective [H]: pairs of sequences whose labels of the same step differ by more than `gap`."""
+    steps = max(len(rows) for rows in labels)
+    table = np.full((len(labels), steps, labels[0].shape[1]), np.nan, dtype=np.float32)
+    for row, values in zip(table, labels, strict=True):
+        row[: len(values)] = values
+    return np.sum(table[:, None] - table[None, :] > np.float32(gap), axis=(0, 1, 2))
+
+
+def _label_matrix(trace: StepTrace, objectives: Sequence[ObjectiveConfig]) -> Labels:
+    supervised = {objective.name: objective for objective in objectives}
+    matrix = np.full((len(trace.steps), len(objectives)), np.nan, dtype=np.float32)
+    for column, name in enumerate(supervised):
+        matrix[:, column] = _column(trace, trace.labels.get(name), len(trace.steps))
+    for name in trace.labels:
+        if name not in supervised:
+            raise ValueError(f"trace '{trace.id}': {unknown_name('objective', name, supervised)}")
+        kind = supervised[name].supervision
+        values = matrix[:, list(supervised).index(name)]
+        if kind == "pairwise" and not np.isnan(values).all():
+            raise ValueError(f"trace '{trace.id}' labels '{name}', which is supervised by pairs")
+        if kind.startswith("judged") and ((values < 0) | (values > 1)).any():
+            raise ValueError(f"trace '{trace.id}': labels of '{name}' are judgements and must lie in 0..1")
+        if np.isinf(values).any():
+            raise ValueError(f"trace '{trace.id}': a label of '{name}' is infinite")
+    return matrix
+
+
+def _column(trace: StepTrace, values: list[float | None] | None, steps: int) -> Any:
+    if values is None:
+        return np.nan
+    if len(values) != steps:
+        raise ValueError(f"trace '{trace.id}' has {steps} steps, but {len(values)} labels of an objective")
+    return [np.nan if value is None else value for value in values]
+
+
+def token_trace(trace: StepTrace, encoder: TraceEncoder) -> TokenTrace:
+    """The trace's own token ids, or, where it carries none, those of its text."""
+    if trace.token_ids is None or trace.step_starts is None or trace.step_ends is None:
+        return encoder.encode(trace.prompt, trace.steps)
+    if not len(trace.step_starts) == len(trace.step_ends) == len(trace.steps):
+        raise ValueError(f"trace '{trace.id}' has {len(trace.steps)} steps and other numbers of positions")
+    return TokenTrace(trace.token_ids, trace.step_starts, trace.step_ends)
+
+
+Floats = npt.NDArray[np.float64]
+
+
+def count_labels(data: LabelledTraces, objectives: int, ranking_gap: float | None) -> tuple[Floats, Floats]:
+    """Per unit and objective, both [units, objectives]: labels (of a pair, its weight), and pairs of
+    candidates to be ranked (none without `ranking_gap`)."""
+    labels, ranked = np.zeros((len(data.members), objectives)), np.zeros((len(data.members), objectives))
+    for unit, rows in enumerate(data.members):
+        objective = data.pair_objective[unit]
+        if objective >= 0:
+            labels[unit, objective] = data.weights[unit]
+            continue
+        own = [data.labels[row] for row in rows]
+        labels[unit] = sum((~np.isnan(values)).sum(axis=0) for values in own)
+        if ranking_gap is not None:
+            ranked[unit] = ordered_pairs(own, ranking_gap)
+    return labels, ranked
+
+
+def check_labels(labels: Floats, names: Sequence[str], purpose: str) -> None:
+    """ValueError for an objective without any in [units, objectives], which are needed for a purpose."""
+    for name, count in zip(names, labels.sum(axis=0), strict=True):
+        if count == 0:
+            raise ValueError(f"objective '{name}' has no labels (or pairs) {purpose}")
+
+
+def value_scale(
+    data: LabelledTraces, trained: Indices, objectives: Sequence[ObjectiveConfig]
+) -> tuple[Floats, Floats]:
+    """Per objective: variance of all value labels, and their spread within a prompt; 1 for judgements and
+    pairs."""
+    variance, spread = np.ones(len(objectives)), np.ones(len(objectives))
+    groups = [[data.labels[row] for row in data.members[unit]] for unit in trained]
+    for column, objective in enumerate(objectives):
+        if objective.supervision != "rollout_value":
+            continue
+        values = [np.concatenate([labels[:, column] for labels in group]) for group in groups]
+        present = [own[~np.isnan(own)] for own in values]
+        within = [own - own.mean() for own in present if len(own) > 1]
+        variance[column] = np.concatenate(present).var() or 1.0
+        spread[column] = (np.concatenate(within).std() if within else 0.0) or 1.0
+    return variance, spread
