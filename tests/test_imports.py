@@ -12,11 +12,11 @@ PACKAGE = Path(mahalo_ray.__file__).parent
 
 # From the ground up. What stands in one line may not use each other.
 ORDER = [
-    ["objectives", "logprobs", "errors", "seeding", "metrics"],
+    ["objectives", "logprobs", "errors", "seeding"],
     ["config"],
     ["endpoints"],
     ["data"],
-    ["domains"],
+    ["domains", "metrics"],
     ["models"],
     ["losses"],
     ["decoding"],
