@@ -15,9 +15,19 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from mahalo_ray.evaluation.statistics import FloatArray, finite_array
-
+FloatArray = NDArray[np.float64]
 Groups = Sequence[int] | Sequence[str]
+
+
+def finite_array(values: ArrayLike, what: str, dimensions: int = 1) -> FloatArray:
+    """The values as float64 with `dimensions` axes; a ValueError names `what` if they are not finite."""
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != dimensions:
+        raise ValueError(f"{what} must have {dimensions} dimension(s), not shape {array.shape}")
+    if not np.isfinite(array).all():
+        bad = int(np.argmin(np.isfinite(array).reshape(-1)))
+        raise ValueError(f"{what} holds a value that is not finite (position {bad})")
+    return array
 
 
 class CalibrationPoint(NamedTuple):

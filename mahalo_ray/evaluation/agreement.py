@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mahalo_ray.evaluation.statistics import FloatArray, GroupedFigure, Resampling, grouped_figure
-from mahalo_ray.metrics import auc
+from mahalo_ray.evaluation.statistics import GroupedFigure, Resampling, grouped_figure
+from mahalo_ray.metrics import FloatArray, auc
 
 Bools = NDArray[np.bool_]
 

@@ -18,7 +18,8 @@ from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
 from mahalo_ray.evaluation.results import FAMILY_OF, ComparisonTable, MethodKind, Row
-from mahalo_ray.evaluation.statistics import Estimate, FloatArray
+from mahalo_ray.evaluation.statistics import Estimate
+from mahalo_ray.metrics import FloatArray
 
 
 class Labelled(NamedTuple):

@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mahalo_ray.evaluation.statistics import (
     Estimate,
-    FloatArray,
     StudentId,
     align,
     bootstrap_means,
@@ -19,6 +18,7 @@ from mahalo_ray.evaluation.statistics import (
     paired_difference,
     percentile_interval,
 )
+from mahalo_ray.metrics import FloatArray
 from mahalo_ray.objectives import Weights, unknown_name
 
 Family = Literal["mah_dpo", "dpo", "scalarised", "modpo", "soup"]

@@ -12,9 +12,10 @@ from typing import Any, Literal
 import numpy as np
 
 from mahalo_ray.data.records import ScoredPair, ScoredTrace
-from mahalo_ray.evaluation.statistics import FloatArray, GroupedFigure, Resampling, grouped_figure
+from mahalo_ray.evaluation.statistics import GroupedFigure, Resampling, grouped_figure
 from mahalo_ray.metrics import (
     CalibrationPoint,
+    FloatArray,
     accuracy,
     best_against_worst_accuracy,
     brier,

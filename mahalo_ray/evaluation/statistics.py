@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict
 
-FloatArray = NDArray[np.float64]
+from mahalo_ray.metrics import FloatArray, finite_array
+
 StudentId = int | str
 
 # Resampled values held in memory at once (8 bytes each).
@@ -32,17 +33,6 @@ class Estimate(BaseModel):
     def above_zero(self) -> bool:
         """Whether the whole interval lies above 0."""
         return self.low > 0
-
-
-def finite_array(values: ArrayLike, what: str, dimensions: int = 1) -> FloatArray:
-    """The values as float64 with `dimensions` axes; a ValueError names `what` if they are not finite."""
-    array = np.asarray(values, dtype=np.float64)
-    if array.ndim != dimensions:
-        raise ValueError(f"{what} must have {dimensions} dimension(s), not shape {array.shape}")
-    if not np.isfinite(array).all():
-        bad = int(np.argmin(np.isfinite(array).reshape(-1)))
-        raise ValueError(f"{what} holds a value that is not finite (position {bad})")
-    return array
 
 
 def bootstrap_means(values: ArrayLike, resamples: int, seed: int) -> FloatArray:
