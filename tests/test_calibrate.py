@@ -19,11 +19,11 @@ from mahalo_ray.config.label import LabelConfig
 from mahalo_ray.data.records import StepTrace
 from mahalo_ray.errors import StageError
 from mahalo_ray.evaluation.agreement import cohens_kappa, fit_threshold, fold_of, measure_agreement
-from mahalo_ray.evaluation.statistics import Resampling
+from mahalo_ray.evaluation.statistics import Bootstrap
 from mahalo_ray.pipeline.judging import calibrate_judge, judge_spec
 
 sys.path.insert(0, str(Path(__file__).parent / "programs"))
-HOW = Resampling(resamples=200)
+HOW = Bootstrap(resamples=200)
 
 
 def test_kappa_and_threshold_by_hand() -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mahalo_ray.evaluation.statistics import GroupedFigure, Resampling, grouped_figure
+from mahalo_ray.evaluation.statistics import Bootstrap, BootstrapEstimate, bootstrap_by_group
 from mahalo_ray.metrics import FloatArray, auc
 
 Bools = NDArray[np.bool_]
@@ -25,13 +25,13 @@ class Agreement:
     n: int
     positive: int
     groups: int
-    accuracy: GroupedFigure | None
-    kappa: GroupedFigure | None
-    auc: GroupedFigure | None
+    accuracy: BootstrapEstimate | None
+    kappa: BootstrapEstimate | None
+    auc: BootstrapEstimate | None
 
 
 def measure_agreement(
-    scores: FloatArray, positive: Bools, groups: Sequence[str], folds: int, how: Resampling
+    scores: FloatArray, positive: Bools, groups: Sequence[str], folds: int, bootstrap: Bootstrap
 ) -> Agreement:
     """Fit and cross-validate a threshold on scores [n] against what people called positive [n].
 
@@ -54,9 +54,9 @@ def measure_agreement(
         n=len(scores),
         positive=int(positive.sum()),
         groups=len(set(groups)),
-        accuracy=grouped_figure(_accuracy, columns, groups, how),
-        kappa=grouped_figure(cohens_kappa, columns, groups, how),
-        auc=grouped_figure(auc, (scores, columns[1]), groups, how),
+        accuracy=bootstrap_by_group(_accuracy, columns, groups, bootstrap),
+        kappa=bootstrap_by_group(cohens_kappa, columns, groups, bootstrap),
+        auc=bootstrap_by_group(auc, (scores, columns[1]), groups, bootstrap),
     )
 
 

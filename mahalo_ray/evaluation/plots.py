@@ -22,7 +22,7 @@ from mahalo_ray.evaluation.statistics import Estimate
 from mahalo_ray.metrics import FloatArray
 
 
-class Labelled(NamedTuple):
+class LabelledPoint(NamedTuple):
     """A point with its intervals, and the text to put beside it ("": none)."""
 
     text: str
@@ -30,7 +30,7 @@ class Labelled(NamedTuple):
     up: Estimate
 
 
-def place_labels(panel: Axes, points: Sequence[Labelled], lines: Sequence[FloatArray] = ()) -> None:
+def place_labels(panel: Axes, points: Sequence[LabelledPoint], lines: Sequence[FloatArray] = ()) -> None:
     """Annotate every point, in order; labels avoid points, error bars, `lines` [n, 2] and earlier labels.
 
     The figure must have been drawn and its layout fixed: places are compared in pixels.
@@ -48,7 +48,7 @@ def place_labels(panel: Axes, points: Sequence[Labelled], lines: Sequence[FloatA
 
 
 def _place(
-    panel: Axes, point: Labelled, own: FloatArray, centers: FloatArray, taken: list[tuple[Bbox, float]]
+    panel: Axes, point: LabelledPoint, own: FloatArray, centers: FloatArray, taken: list[tuple[Bbox, float]]
 ) -> Bbox:
     """Put one label at its cheapest place; returns the pixels it covers."""
     renderer = panel.figure.canvas.get_renderer()  # type: ignore[attr-defined]
@@ -81,7 +81,7 @@ def _nearer_to_another(box: Bbox, centers: FloatArray, own: FloatArray) -> bool:
     return bool((distance(centers) < distance(own) - 1).any())
 
 
-def _obstacles(panel: Axes, point: Labelled) -> Iterator[tuple[Bbox, float]]:
+def _obstacles(panel: Axes, point: LabelledPoint) -> Iterator[tuple[Bbox, float]]:
     """What a label should not cover, in pixels, with its weight: the mark (most), then the error bars."""
     x, y = panel.transData.transform((point.across.value, point.up.value))
     left, bottom = panel.transData.transform((point.across.low, point.up.low))
@@ -329,6 +329,7 @@ def _label_points(panel: Axes, table: ComparisonTable, x: int, y: int) -> None:
     first, second = table.objectives[x], table.objectives[y]
     ordered = sorted(table.rows, key=lambda row: row.kind == "weights")
     points = [
-        Labelled(short_label(row, table.objectives), row.means[first], row.means[second]) for row in ordered
+        LabelledPoint(short_label(row, table.objectives), row.means[first], row.means[second])
+        for row in ordered
     ]
     place_labels(panel, points, list(_front_lines(table).values()))

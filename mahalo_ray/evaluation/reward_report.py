@@ -1,4 +1,7 @@
-"""A reward model's figures as files and as a table; a unified model beside dedicated ones."""
+"""Evaluate a reward model on held-out rows: read them, score them, and write `reward.json` and `reward.png`.
+
+A unified model can be compared with dedicated ones on the same rows.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +31,14 @@ from mahalo_ray.data.rows import QUARANTINE, BadRow, data_files, quarantine, rea
 from mahalo_ray.data.step_readers import ReadTraces, read_traces
 from mahalo_ray.decoding.cpu_matmul import FastProducts
 from mahalo_ray.evaluation.plots import INK, SURFACE
-from mahalo_ray.evaluation.reward_figures import (
-    ObjectiveFigures,
-    OutputKind,
+from mahalo_ray.evaluation.reward_metrics import (
+    ObjectiveMetrics,
     choose_threshold,
-    objective_figures,
+    objective_metrics,
 )
-from mahalo_ray.evaluation.statistics import Resampling, finite_or_none
+from mahalo_ray.evaluation.statistics import Bootstrap, finite_or_none
 from mahalo_ray.models.classifiers import SequenceClassifierScorer
+from mahalo_ray.models.reward_heads import OutputKind
 from mahalo_ray.models.scoring import StepScorer, TokenTrace, TraceScorer
 from mahalo_ray.objectives import unknown_name
 from mahalo_ray.training.pairs import split_key
@@ -45,10 +48,10 @@ _ORDERING = ("auc", "correct_against_wrong", "best_against_worst", "pairwise_acc
 _COLORS = ("#2f7de1", "#e0562b", "#c98500", "#8b62d0", "#2a9d6f", "#7b7f86", "#d13f8a")
 
 
-def reward_png(results: Mapping[str, ObjectiveFigures]) -> bytes:
+def reward_png(results: Mapping[str, ObjectiveMetrics]) -> bytes:
     """Left, per objective, the figures that are 0.5 by chance, with intervals; right the calibration curves
     of probabilities (that panel only where there are any)."""
-    curves = {name: own.calibration for name, own in results.items() if own.calibration}
+    curves = {name: result.calibration for name, result in results.items() if result.calibration}
     figure = Figure(figsize=(10.5 if curves else 5.8, 0.5 + 0.32 * _rows(results) + 0.7), facecolor=SURFACE)
     figure.set_figheight(max(figure.get_figheight(), 4.4 if curves else 1.6))
     FigureCanvasAgg(figure)
@@ -62,20 +65,20 @@ def reward_png(results: Mapping[str, ObjectiveFigures]) -> bytes:
     return buffer.getvalue()
 
 
-def _rows(results: Mapping[str, ObjectiveFigures]) -> int:
-    return sum(name in own.figures for own in results.values() for name in _ORDERING)
+def _rows(results: Mapping[str, ObjectiveMetrics]) -> int:
+    return sum(name in result.metrics for result in results.values() for name in _ORDERING)
 
 
-def _draw_ordering(axes: Axes, results: Mapping[str, ObjectiveFigures]) -> None:
+def _draw_ordering(axes: Axes, results: Mapping[str, ObjectiveMetrics]) -> None:
     labels: list[str] = []
-    for color, (objective, own) in zip(_cycle(len(results)), results.items(), strict=True):
+    for color, (objective, result) in zip(_cycle(len(results)), results.items(), strict=True):
         for name in _ORDERING:
-            if name not in own.figures:
+            if name not in result.metrics:
                 continue
-            figure, at = own.figures[name], len(labels)
-            axes.plot([figure.low, figure.high], [at, at], color=color, linewidth=1.6)
-            axes.plot([figure.value], [at], "o", color=color, markersize=5)
-            labels.append(f"{objective}: {name.replace('_', ' ')} (n = {figure.n})")
+            estimate, line = result.metrics[name], len(labels)
+            axes.plot([estimate.low, estimate.high], [line, line], color=color, linewidth=1.6)
+            axes.plot([estimate.value], [line], "o", color=color, markersize=5)
+            labels.append(f"{objective}: {name.replace('_', ' ')} (n = {estimate.n})")
     axes.axvline(0.5, color=INK, linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.set_ylim(len(labels) - 0.5, -0.5)
@@ -83,15 +86,15 @@ def _draw_ordering(axes: Axes, results: Mapping[str, ObjectiveFigures]) -> None:
     axes.tick_params(axis="x", labelsize=8)
 
 
-def _draw_calibration(axes: Axes, results: Mapping[str, ObjectiveFigures]) -> None:
+def _draw_calibration(axes: Axes, results: Mapping[str, ObjectiveMetrics]) -> None:
     axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=":")
-    for color, (objective, own) in zip(_cycle(len(results)), results.items(), strict=True):
-        if not own.calibration:
+    for color, (objective, result) in zip(_cycle(len(results)), results.items(), strict=True):
+        if not result.calibration:
             continue
-        x, y = [p.predicted for p in own.calibration], [p.observed for p in own.calibration]
+        x, y = [p.predicted for p in result.calibration], [p.observed for p in result.calibration]
         axes.plot(x, y, "-", color=color, linewidth=1.2, label=objective)
-        most = max(point.samples for point in own.calibration)
-        sizes = [8 + 60 * point.samples / most for point in own.calibration]
+        most = max(point.samples for point in result.calibration)
+        sizes = [8 + 60 * point.samples / most for point in result.calibration]
         axes.scatter(x, y, s=sizes, color=color)
     axes.set(xlim=(0, 1), ylim=(0, 1))
     axes.set_xlabel("predicted probability (larger dots: more steps)", fontsize=9)
@@ -166,24 +169,24 @@ def score_rows(
     asked += [(pair.prompt, [text]) for pair in pairs for text in (pair.chosen, pair.rejected)]
     scores = scorer.score_batch(asked, batch_size)
     count = [[len(scorer.tokenizer(step)["input_ids"]) for step in trace.steps] for trace in traces]
-    found = [
-        _scored_trace(trace, tokens, own)
-        for trace, tokens, own in zip(traces, count, scores[: len(traces)], strict=True)
+    scored = [
+        _scored_trace(trace, tokens, trace_scores)
+        for trace, tokens, trace_scores in zip(traces, count, scores[: len(traces)], strict=True)
     ]
-    return Scored(found, _scored_pairs(pairs, scores[len(traces) :]), 0)
+    return Scored(scored, _scored_pairs(pairs, scores[len(traces) :]), 0)
 
 
 def _by_tokens(
     scorer: TraceScorer, traces: Sequence[StepTrace], pairs: Sequence[PreferencePair], batch_size: int
 ) -> Scored:
     limit, cut = scorer.max_length, 0
-    kept: list[tuple[StepTrace, TokenTrace]] = []
+    read: list[tuple[StepTrace, TokenTrace]] = []
     for trace in traces:
         tokens = token_trace(trace, scorer.encoder)
         steps = sum(end < limit for end in tokens.ends)
         cut += steps < len(tokens.ends)
         if steps:
-            kept.append(
+            read.append(
                 (trace, TokenTrace(tokens.input_ids[:limit], tokens.starts[:steps], tokens.ends[:steps]))
             )
     answers = []
@@ -192,13 +195,15 @@ def _by_tokens(
         cut += any(len(tokens.input_ids) > limit for tokens in both)
         answers += [_keep_end(tokens, limit) for tokens in both]
     with FastProducts(cast(nn.Module, scorer))():
-        values = scorer.score_traces([tokens for _, tokens in kept] + answers, batch_size)
-    scores = [{name: own[:, h].tolist() for h, name in enumerate(scorer.objectives)} for own in values]
-    found = []
-    for (trace, tokens), own in zip(kept, scores[: len(kept)], strict=True):
+        values = scorer.score_traces([tokens for _, tokens in read] + answers, batch_size)
+    scores = [
+        {name: steps[:, column].tolist() for column, name in enumerate(scorer.objectives)} for steps in values
+    ]
+    scored = []
+    for (trace, tokens), trace_scores in zip(read, scores[: len(read)], strict=True):
         lengths = [end - start + 1 for start, end in zip(tokens.starts, tokens.ends, strict=True)]
-        found.append(_scored_trace(trace, lengths, own))
-    return Scored(found, _scored_pairs(pairs, scores[len(kept) :]), cut)
+        scored.append(_scored_trace(trace, lengths, trace_scores))
+    return Scored(scored, _scored_pairs(pairs, scores[len(read) :]), cut)
 
 
 def _answer(pair: PreferencePair, name: str, scorer: TraceScorer) -> TokenTrace:
@@ -251,7 +256,7 @@ def _scored_pairs(
 
 RESULTS, PICTURE = "reward.json", "reward.png"
 
-# What a figure says, for tables; in the order they are shown.
+# The name of every metric in tables, in the order they are shown.
 MEANINGS = {
     "auc": "AUC of steps",
     "accuracy": "accuracy at 0.5",
@@ -273,11 +278,11 @@ MEANINGS = {
 }
 
 
-def held_out_report(model_url: str, kinds: Mapping[str, OutputKind]) -> dict[str, ObjectiveFigures]:
-    """Figures on the rows that were held out when the model was trained; no model is loaded."""
+def held_out_report(model_url: str, kinds: Mapping[str, OutputKind]) -> dict[str, ObjectiveMetrics]:
+    """Metrics on the rows that were held out when the model was trained; no model is loaded."""
     traces = ScoredTrace.from_table(storage.read_file(storage.join(model_url, HELD_OUT_TRACES)))
     pairs = ScoredPair.from_table(storage.read_file(storage.join(model_url, HELD_OUT_PAIRS)))
-    return {name: objective_figures(traces, pairs, name, kind, Resampling()) for name, kind in kinds.items()}
+    return {name: objective_metrics(traces, pairs, name, kind, Bootstrap()) for name, kind in kinds.items()}
 
 
 def evaluate_scorer(
@@ -289,7 +294,7 @@ def evaluate_scorer(
     folder: str,
     batch_size: int = 16,
     max_bad_fraction: float = 0.01,
-) -> dict[str, ObjectiveFigures]:
+) -> dict[str, ObjectiveMetrics]:
     """Score the rows of `data` and write the report to `folder`; bad rows go to its quarantine.parquet.
 
     `objective`: of rows that name none; with it, only this one is looked at. The first error is found where
@@ -317,16 +322,16 @@ def evaluate_scorer(
             if any(name in trace.labels for trace in other.traces)
         }
     results = {
-        name: objective_figures(
-            scored.traces, scored.pairs, name, scorer.output_kinds[name], Resampling(), thresholds.get(name)
+        name: objective_metrics(
+            scored.traces, scored.pairs, name, scorer.output_kinds[name], Bootstrap(), thresholds.get(name)
         )
         for name in names
     }
-    if not any(own.figures for own in results.values()):
+    if not any(result.metrics for result in results.values()):
         raise ValueError(f"the data hold no labels, outcomes or pairs of {', '.join(names)}")
     notes = {"data": list(data), "traces": len(scored.traces), "pairs": len(scored.pairs)}
     notes |= {"cut": scored.cut, "thresholds": thresholds, "threshold_from": list(threshold_from)}
-    write_report(folder, {name: own for name, own in results.items() if own.figures}, {}, notes)
+    write_report(folder, {name: result for name, result in results.items() if result.metrics}, {}, notes)
     return results
 
 
@@ -347,63 +352,63 @@ def _scored(
 
 def write_report(
     folder: str,
-    results: Mapping[str, ObjectiveFigures],
-    dedicated: Mapping[str, ObjectiveFigures],
+    results: Mapping[str, ObjectiveMetrics],
+    dedicated: Mapping[str, ObjectiveMetrics],
     notes: Mapping[str, Any] | None = None,
 ) -> None:
     """`reward.json` and `reward.png` in `folder`; `dedicated`, by objective, are figures of other models on
     the same rows, `notes` go into the JSON as they are."""
     document: dict[str, Any] = {
         "notes": dict(notes or {}),
-        "objectives": {name: own.as_json() for name, own in results.items()},
-        "dedicated": {name: compared(results[name], own) for name, own in dedicated.items()},
+        "objectives": {name: result.as_json() for name, result in results.items()},
+        "dedicated": {name: compared(results[name], result) for name, result in dedicated.items()},
     }
     storage.write_json(storage.join(folder, RESULTS), finite_or_none(document))
     storage.write_bytes(storage.join(folder, PICTURE), reward_png(results))
 
 
-def compared(unified: ObjectiveFigures, dedicated: ObjectiveFigures) -> dict[str, Any]:
+def compared(unified: ObjectiveMetrics, dedicated: ObjectiveMetrics) -> dict[str, Any]:
     """Both models' figures of one objective and their paired difference (unified - dedicated)."""
-    found = {}
-    for name, figure in unified.figures.items():
-        other = dedicated.figures.get(name)
-        if other is not None and other.n == figure.n:
-            difference = figure.minus(other, Resampling().confidence)
-            found[name] = {"dedicated": other.as_json(), "difference": difference.as_json()}
-    return found
+    both = {}
+    for name, estimate in unified.metrics.items():
+        other = dedicated.metrics.get(name)
+        if other is not None and other.n == estimate.n:
+            difference = estimate.minus(other, Bootstrap().confidence)
+            both[name] = {"dedicated": other.as_json(), "difference": difference.as_json()}
+    return both
 
 
 def print_report(console: Console, folder: str) -> None:
     """The tables of a written report."""
     document = storage.read_json(storage.join(folder, RESULTS))
-    for objective, own in document["objectives"].items():
+    for objective, result in document["objectives"].items():
         compared_with = document["dedicated"].get(objective, {})
-        console.print(_table(objective, own["figures"], compared_with))
-        if own["auc_by_step"]:
-            steps = [f"{step}: {cell(figure)}" for step, figure in own["auc_by_step"].items()]
+        console.print(_metric_table(objective, result["figures"], compared_with))
+        if result["auc_by_step"]:
+            steps = [f"{step}: {cell(estimate)}" for step, estimate in result["auc_by_step"].items()]
             console.print("AUC by step or turn: " + "; ".join(steps), highlight=False)
 
 
-def _table(objective: str, figures: Mapping[str, Any], compared_with: Mapping[str, Any]) -> Table:
+def _metric_table(objective: str, metrics: Mapping[str, Any], compared_with: Mapping[str, Any]) -> Table:
     drawn = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, title=objective, title_justify="left")
-    heads: Sequence[str] = ("figure", "value [95 %]", "n")
+    heads: Sequence[str] = ("metric", "value [95 %]", "n")
     if compared_with:
         heads = (*heads, "dedicated", "difference")
     for head in heads:
-        drawn.add_column(head, justify="left" if head == "figure" else "right", no_wrap=True)
+        drawn.add_column(head, justify="left" if head == "metric" else "right", no_wrap=True)
     for name, meaning in MEANINGS.items():
-        if name not in figures:
+        if name not in metrics:
             continue
-        row = [meaning, cell(figures[name]), str(figures[name]["n"])]
+        row = [meaning, cell(metrics[name]), str(metrics[name]["n"])]
         if name in compared_with:
             row += [cell(compared_with[name]["dedicated"]), cell(compared_with[name]["difference"])]
         drawn.add_row(*row)
     return drawn
 
 
-def cell(figure: Mapping[str, Any]) -> str:
+def cell(estimate: Mapping[str, Any]) -> str:
     """`0.712 [0.690, 0.733]`."""
-    bounds = [figure["low"], figure["high"]]
+    bounds = [estimate["low"], estimate["high"]]
     if any(bound is None or math.isnan(bound) for bound in bounds):
-        return f"{figure['value']:.3f}"
-    return f"{figure['value']:.3f} [{bounds[0]:.3f}, {bounds[1]:.3f}]"
+        return f"{estimate['value']:.3f}"
+    return f"{estimate['value']:.3f} [{bounds[0]:.3f}, {bounds[1]:.3f}]"

@@ -128,8 +128,8 @@ def finite_or_none(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Resampling:
-    """How intervals are made. The same settings and groups draw the same resamples, so that figures of two
+class Bootstrap:
+    """How intervals are made. The same settings and groups draw the same resamples, so that metrics of two
     models on one data set can be compared resample by resample."""
 
     resamples: int = 1000
@@ -138,8 +138,8 @@ class Resampling:
 
 
 @dataclass(frozen=True)
-class GroupedFigure:
-    """A figure of `n` samples with its percentile interval; `samples` are the bootstrap's [resamples]."""
+class BootstrapEstimate:
+    """A metric of `n` samples with its percentile interval; `samples` are the bootstrap's [resamples]."""
 
     value: float
     low: float
@@ -151,17 +151,17 @@ class GroupedFigure:
         """Without the bootstrap's samples."""
         return {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
 
-    def minus(self, other: GroupedFigure, confidence: float) -> GroupedFigure:
+    def minus(self, other: BootstrapEstimate, confidence: float) -> BootstrapEstimate:
         """The paired difference; both must be of the same rows and resampling."""
-        return _figure(self.value - other.value, self.n, self.samples - other.samples, confidence)
+        return _estimate(self.value - other.value, self.n, self.samples - other.samples, confidence)
 
 
-def grouped_figure(
+def bootstrap_by_group(
     statistic: Callable[..., float],
     columns: Sequence[FloatArray],
     groups: Sequence[str],
-    how: Resampling,
-) -> GroupedFigure | None:
+    bootstrap: Bootstrap,
+) -> BootstrapEstimate | None:
     """`statistic`(*columns) over rows that belong to `groups`; resampled are the groups. None where the data
     leave it undefined (NaN)."""
     value = statistic(*columns)
@@ -170,19 +170,19 @@ def grouped_figure(
     _, member = np.unique(np.asarray(groups), return_inverse=True)
     order = np.argsort(member, kind="stable")
     rows_of = np.split(order, np.flatnonzero(np.diff(member[order])) + 1)
-    generator = np.random.default_rng(how.seed)
+    generator = np.random.default_rng(bootstrap.seed)
     samples = []
-    for _ in range(how.resamples):
+    for _ in range(bootstrap.resamples):
         rows = np.concatenate([rows_of[i] for i in generator.integers(0, len(rows_of), len(rows_of))])
         samples.append(statistic(*(column[rows] for column in columns)))
-    return _figure(value, len(columns[0]), np.array(samples), how.confidence)
+    return _estimate(value, len(columns[0]), np.array(samples), bootstrap.confidence)
 
 
-def _figure(value: float, n: int, samples: FloatArray, confidence: float) -> GroupedFigure:
+def _estimate(value: float, n: int, samples: FloatArray, confidence: float) -> BootstrapEstimate:
     """Resamples in which the statistic is undefined (one class only) are left out of the interval."""
     tail = (1 - confidence) / 2
     low, high = np.nanquantile(samples, [tail, 1 - tail]) if not np.isnan(samples).all() else (np.nan, np.nan)
-    return GroupedFigure(value, float(low), float(high), n, samples)
+    return BootstrapEstimate(value, float(low), float(high), n, samples)
 
 
 def non_dominated(points: ArrayLike, *, distinct: bool = False) -> NDArray[np.bool_]:

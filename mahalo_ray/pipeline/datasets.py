@@ -14,7 +14,7 @@ from mahalo_ray.data.records import PreferencePair, StepTrace
 from mahalo_ray.data.rows import QUARANTINE, data_files, quarantine
 from mahalo_ray.data.step_readers import ReadTraces, read_traces
 from mahalo_ray.domains.human_values import read_truthfulqa
-from mahalo_ray.evaluation.reward_figures import ObjectiveFigures
+from mahalo_ray.evaluation.reward_metrics import ObjectiveMetrics
 from mahalo_ray.evaluation.reward_report import RESULTS, held_out_report, write_report
 from mahalo_ray.models.backbone import load_tokenizer
 from mahalo_ray.models.folder import local_folder, model_folder
@@ -210,11 +210,11 @@ def _only(traces_url: str, names: Sequence[str], url: str) -> str | None:
 
 
 def reward_report(context: Context) -> StageResult:
-    """Figures on held-out rows, and how the dedicated models do on the same."""
+    """Metrics on held-out rows, and how the dedicated models do on the same."""
     config = context.config
     kinds = {objective.name: OUTPUT_KIND_OF[objective.supervision] for objective in config.objectives}
     unified = held_out_report(context.input("reward", "model"), kinds)
-    apart: dict[str, ObjectiveFigures] = {}
+    apart: dict[str, ObjectiveMetrics] = {}
     for number, names in enumerate(config.reward.dedicated):
         model = storage.join(context.input("reward_dedicated", str(number)), "model")
         apart |= held_out_report(model, {name: kinds[name] for name in kinds if name in names})
@@ -284,7 +284,7 @@ def pipeline(config: RunConfig) -> Pipeline:
         title = "Train dedicated reward models"
         stages.append(Stage("reward_dedicated", title, dedicated, _dedicated_settings, needs, resumes=True))
         trained_stages.append("reward_dedicated")
-    title = "Figures of the reward model"
+    title = "Metrics of the reward model"
     stages.append(
         Stage("reward_report", title, reward_report, _nothing, tuple(trained_stages), uses_ray=False)
     )

@@ -26,7 +26,7 @@ from mahalo_ray.data.step_readers import ReadTraces, read_traces
 from mahalo_ray.decoding.policy import Placement
 from mahalo_ray.errors import StageError
 from mahalo_ray.evaluation.agreement import measure_agreement
-from mahalo_ray.evaluation.statistics import Resampling
+from mahalo_ray.evaluation.statistics import Bootstrap
 from mahalo_ray.rollouts.judges import Judged, JudgeSpec, Score, Unjudged, load_function, rubric_template
 from mahalo_ray.rollouts.labelling import joined
 
@@ -117,7 +117,7 @@ def calibrate_judge(config: LabelConfig) -> tuple[str, dict[str, Any]]:
         np.array([ratings[at] >= settings.positive_from for at in kept]),
         [traces[at].dialogue or traces[at].group for at in kept],
         settings.folds,
-        Resampling(settings.bootstrap_resamples, settings.confidence, config.seed),
+        Bootstrap(settings.bootstrap_resamples, settings.confidence, config.seed),
     )
     figures = {name: getattr(agreement, name) for name in ("accuracy", "kappa", "auc")}
     found = {

@@ -1,4 +1,4 @@
-"""Figures of a reward model against values worked by hand: first errors, best of N, turns, intervals."""
+"""Metrics of a reward model against values worked by hand: first errors, best of N, turns, intervals."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from mahalo_ray.data.records import ScoredPair, ScoredTrace
-from mahalo_ray.evaluation.reward_figures import choose_threshold, objective_figures
-from mahalo_ray.evaluation.statistics import Resampling, grouped_figure
+from mahalo_ray.evaluation.reward_metrics import choose_threshold, objective_metrics
+from mahalo_ray.evaluation.statistics import Bootstrap, bootstrap_by_group
 
-HOW = Resampling(resamples=200)
+HOW = Bootstrap(resamples=200)
 
 
 def trace(
@@ -42,24 +42,24 @@ MATHS = [
 
 
 def test_first_error_f1_and_its_random_baseline() -> None:
-    found = objective_figures(MATHS, [], "x", "probability", HOW, threshold=0.5).figures
+    found = objective_metrics(MATHS, [], "x", "probability", HOW, threshold=0.5).metrics
     # said: 1, none, none, 1: half of the erroneous and half of the correct traces are right
     assert found["first_error_f1"].value == pytest.approx(0.5) and found["first_error_f1"].n == 4
     guess_wrong, guess_right = (1 / 4 + 1 / 3) / 2, (1 / 3 + 1 / 3) / 2
     expected = 2 * guess_wrong * guess_right / (guess_wrong + guess_right)
     assert found["first_error_f1_random"].value == pytest.approx(expected)
-    found = objective_figures(MATHS, [], "x", "probability", HOW, threshold=-1.0).figures
+    found = objective_metrics(MATHS, [], "x", "probability", HOW, threshold=-1.0).metrics
     assert found["first_error_f1"].value == 0  # a judge for whom all is correct
     # below .4: only trace a is told; between .6 and .7 also b, and then d is lost: 2/3 against 2/3
     assert 0.2 < choose_threshold(MATHS[:3], "x") < 0.7
-    best = objective_figures(MATHS[:3], [], "x", "probability", HOW, choose_threshold(MATHS[:3], "x"))
-    assert best.figures["first_error_f1"].value == pytest.approx(1.0)
+    best = objective_metrics(MATHS[:3], [], "x", "probability", HOW, choose_threshold(MATHS[:3], "x"))
+    assert best.metrics["first_error_f1"].value == pytest.approx(1.0)
     with pytest.raises(ValueError, match="needs traces with a wrong step of 'x'"):
         choose_threshold(MATHS[2:], "x")
 
 
 def test_steps_against_each_other() -> None:
-    found = objective_figures(MATHS, [], "x", "probability", HOW).figures
+    found = objective_metrics(MATHS, [], "x", "probability", HOW).metrics
     right, wrong = [0.9, 0.7, 0.8, 0.9, 0.4], [0.2, 0.6]
     wins = np.mean([(r > w) + 0.5 * (r == w) for r in right for w in wrong])
     assert found["auc"].value == pytest.approx(wins) and found["auc"].n == 7
@@ -77,7 +77,7 @@ def test_candidates_of_one_prompt_and_best_of_n() -> None:
         trace("e", [0.6], [0.0], "q", outcome=0),
         trace("f", [0.6], [0.0], "alone", outcome=0),
     ]
-    found = objective_figures(traces, [], "x", "value", HOW).figures
+    found = objective_metrics(traces, [], "x", "value", HOW).metrics
     assert found["best_against_worst"].value == 0.5 and found["best_against_worst"].n == 2
     # p: 1 - 1/2; q: 0 - 1/3
     assert found["best_of_n_lift"].value == pytest.approx((1 / 2 - 1 / 3) / 2)
@@ -91,10 +91,10 @@ def test_turns_of_a_dialogue_and_three_outcomes() -> None:
         for d, label in enumerate([0.0, 0.5, 1.0, 1.0])
         for turn, s in ((0, 0.3), (1, label + 0.1 * d))
     ]
-    result = objective_figures(rows, [], "x", "probability", HOW)
+    result = objective_metrics(rows, [], "x", "probability", HOW)
     assert result.auc_by_step[1].value == 0.5 and result.auc_by_step[1].n == 4
     assert result.auc_by_step[2].value == 1.0
-    assert "brier" not in result.figures and "correlation" in result.figures
+    assert "brier" not in result.metrics and "correlation" in result.metrics
     assert not result.calibration
 
 
@@ -103,9 +103,9 @@ def test_pairs_and_objectives_are_kept_apart() -> None:
         return ScoredPair(id=name, dialogue=name, objective=objective, chosen=gap, rejected=0)
 
     pairs = [pair("a", "x", 1), pair("b", "x", -1), pair("c", "x", 0), pair("d", "y", 1)]
-    found = objective_figures(MATHS, pairs, "x", "preference", HOW).figures
+    found = objective_metrics(MATHS, pairs, "x", "preference", HOW).metrics
     assert found["pairwise_accuracy"].value == 0.5 and found["pairwise_accuracy"].n == 3
-    assert set(objective_figures(MATHS, pairs, "y", "preference", HOW).figures) == {"pairwise_accuracy"}
+    assert set(objective_metrics(MATHS, pairs, "y", "preference", HOW).metrics) == {"pairwise_accuracy"}
 
 
 def test_whole_groups_are_resampled_and_differences_are_paired() -> None:
@@ -113,12 +113,12 @@ def test_whole_groups_are_resampled_and_differences_are_paired() -> None:
     groups = [str(n // 10) for n in range(400)]
     values = np.repeat(rng.normal(size=40), 10)
     mean = lambda column: float(column.mean())  # noqa: E731
-    by_group = grouped_figure(mean, [values], groups, HOW)
-    alone = grouped_figure(mean, [values], [str(n) for n in range(400)], HOW)
+    by_group = bootstrap_by_group(mean, [values], groups, HOW)
+    alone = bootstrap_by_group(mean, [values], [str(n) for n in range(400)], HOW)
     assert by_group is not None and alone is not None
     assert by_group.high - by_group.low > 2 * (alone.high - alone.low)
-    shifted = grouped_figure(mean, [values + 0.1], groups, HOW)
+    shifted = bootstrap_by_group(mean, [values + 0.1], groups, HOW)
     assert shifted is not None
     difference = shifted.minus(by_group, 0.95)
     assert (difference.value, difference.low, difference.high) == pytest.approx((0.1, 0.1, 0.1))
-    assert grouped_figure(lambda column: float("nan"), [values], groups, HOW) is None
+    assert bootstrap_by_group(lambda column: float("nan"), [values], groups, HOW) is None

@@ -1,18 +1,19 @@
-"""The figures of a reward model on held-out rows, one objective at a time, each with n and interval.
+"""Metrics of a reward model on held-out rows, one objective at a time, each with n and interval.
 
-Steps of one dialogue (or prompt) are not independent: intervals resample dialogues, not steps.
+Steps of one dialogue (or solutions of one problem) are not independent: intervals resample dialogues and
+problems, not steps or solutions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from mahalo_ray.data.records import ScoredPair, ScoredTrace
-from mahalo_ray.evaluation.statistics import GroupedFigure, Resampling, grouped_figure
+from mahalo_ray.evaluation.statistics import Bootstrap, BootstrapEstimate, bootstrap_by_group
 from mahalo_ray.metrics import (
     CalibrationPoint,
     FloatArray,
@@ -29,26 +30,26 @@ from mahalo_ray.metrics import (
     within_group_pair_accuracy,
     within_group_rank_correlation,
 )
+from mahalo_ray.models.reward_heads import OutputKind
 
-OutputKind = Literal["value", "probability", "preference"]
-Figures = dict[str, GroupedFigure]
+Metrics = dict[str, BootstrapEstimate]  # by name
 _MOST_GRADES = 5  # labels of more values than this are numbers, not grades
 
 
 @dataclass(frozen=True)
-class ObjectiveFigures:
-    """All figures of one objective by name, its calibration curve, and AUC by number of the step, or of the
+class ObjectiveMetrics:
+    """All metrics of one objective by name, its calibration curve, and AUC by number of the step, or of the
     turn in a dialogue (from 1)."""
 
-    figures: Figures
+    metrics: Metrics
     calibration: list[CalibrationPoint] = field(default_factory=list)
-    auc_by_step: dict[int, GroupedFigure] = field(default_factory=dict)
+    auc_by_step: dict[int, BootstrapEstimate] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "figures": {name: figure.as_json() for name, figure in self.figures.items()},
+            "figures": {name: estimate.as_json() for name, estimate in self.metrics.items()},
             "calibration": [point._asdict() for point in self.calibration],
-            "auc_by_step": {str(step): figure.as_json() for step, figure in self.auc_by_step.items()},
+            "auc_by_step": {str(step): estimate.as_json() for step, estimate in self.auc_by_step.items()},
         }
 
 
@@ -77,34 +78,34 @@ class _Steps:
         return len(np.unique(self.label)) <= _MOST_GRADES
 
 
-def objective_figures(
+def objective_metrics(
     traces: Sequence[ScoredTrace],
     pairs: Sequence[ScoredPair],
     objective: str,
     kind: OutputKind,
-    how: Resampling,
+    bootstrap: Bootstrap,
     threshold: float | None = None,
-) -> ObjectiveFigures:
-    """Every figure that the rows allow. `threshold`: of first errors; None leaves that figure out.
+) -> ObjectiveMetrics:
+    """Every estimate that the rows allow. `threshold`: of first errors; None leaves that estimate out.
 
     Labels of a few grades give AUC (`graded_auc`); if they are 0 and 1, probabilities give accuracy, Brier
     score and calibration; other labels give correlation and squared error.
     """
-    own = [trace for trace in traces if objective in trace.scores]
-    figures: Figures = {}
-    result = ObjectiveFigures(figures)
-    steps = _steps(own, objective)
+    scored = [trace for trace in traces if objective in trace.scores]
+    metrics: Metrics = {}
+    result = ObjectiveMetrics(metrics)
+    steps = _labelled_steps(scored, objective)
     if steps is not None:
-        _step_figures(steps, kind, how, result)
-        _within_prompt_figures(steps, how, figures)
-    figures |= _outcome_figures(own, objective, how)
+        _add_step_metrics(steps, kind, bootstrap, result)
+        _add_within_prompt_metrics(steps, bootstrap, metrics)
+    metrics |= _outcome_metrics(scored, objective, bootstrap)
     if threshold is not None:
-        figures |= _first_error_figures(own, objective, threshold, how)
+        metrics |= _first_error_metrics(scored, objective, threshold, bootstrap)
     of_pairs = [pair for pair in pairs if pair.objective == objective]
     if of_pairs:
         difference = np.array([pair.chosen - pair.rejected for pair in of_pairs])
         groups = [pair.dialogue for pair in of_pairs]
-        _add(figures, "pairwise_accuracy", _share_won, [difference], groups, how)
+        _add(metrics, "pairwise_accuracy", _share_won, [difference], groups, bootstrap)
     return result
 
 
@@ -123,7 +124,7 @@ def choose_threshold(traces: Sequence[ScoredTrace], objective: str) -> float:
     return float(tried[int(np.argmax(f1))])
 
 
-def _steps(traces: Sequence[ScoredTrace], objective: str) -> _Steps | None:
+def _labelled_steps(traces: Sequence[ScoredTrace], objective: str) -> _Steps | None:
     rows = [
         (
             (trace.scores[objective][step], label, trace.tokens[step], trace.turns_before + step + 1),
@@ -141,30 +142,32 @@ def _steps(traces: Sequence[ScoredTrace], objective: str) -> _Steps | None:
     return _Steps(score, label, tokens, number, list(prompts), list(dialogues))
 
 
-def _step_figures(steps: _Steps, kind: OutputKind, how: Resampling, result: ObjectiveFigures) -> None:
-    figures, columns = result.figures, [steps.score, steps.label]
+def _add_step_metrics(
+    steps: _Steps, kind: OutputKind, bootstrap: Bootstrap, result: ObjectiveMetrics
+) -> None:
+    metrics, columns = result.metrics, [steps.score, steps.label]
     if not steps.binary:
-        _add(figures, "correlation", pearson, columns, steps.dialogue, how)
+        _add(metrics, "correlation", pearson, columns, steps.dialogue, bootstrap)
         if kind != "preference":
-            _add(figures, "mean_squared_error", _squared_error, columns, steps.dialogue, how)
+            _add(metrics, "mean_squared_error", _squared_error, columns, steps.dialogue, bootstrap)
     if not steps.graded:
         return
-    _add(figures, "auc", graded_auc, columns, steps.dialogue, how)
+    _add(metrics, "auc", graded_auc, columns, steps.dialogue, bootstrap)
     for number in np.unique(steps.number):
         at = np.flatnonzero(steps.number == number)
         dialogues = [steps.dialogue[row] for row in at]
-        figure = grouped_figure(graded_auc, [column[at] for column in columns], dialogues, how)
-        if figure is not None and len(np.unique(steps.number)) > 1:
-            result.auc_by_step[int(number)] = figure
+        estimate = bootstrap_by_group(graded_auc, [column[at] for column in columns], dialogues, bootstrap)
+        if estimate is not None and len(np.unique(steps.number)) > 1:
+            result.auc_by_step[int(number)] = estimate
     if kind == "probability" and steps.binary:
-        _add(figures, "accuracy", accuracy, columns, steps.dialogue, how)
-        _add(figures, "brier", brier, columns, steps.dialogue, how)
+        _add(metrics, "accuracy", accuracy, columns, steps.dialogue, bootstrap)
+        _add(metrics, "brier", brier, columns, steps.dialogue, bootstrap)
         result.calibration.extend(calibration_curve(steps.score, steps.label))
-        _add(figures, "calibration_error", _calibration_error, columns, steps.dialogue, how)
+        _add(metrics, "calibration_error", _calibration_error, columns, steps.dialogue, bootstrap)
 
 
-def _within_prompt_figures(steps: _Steps, how: Resampling, figures: Figures) -> None:
-    """Means over prompts (or over candidates of one next step) of a figure of each."""
+def _add_within_prompt_metrics(steps: _Steps, bootstrap: Bootstrap, metrics: Metrics) -> None:
+    """Means over prompts (or over candidates of one next step) of a estimate of each."""
     truth, lengths = [steps.score, steps.label], [steps.score, steps.label, steps.tokens]
     by_candidate: dict[str, tuple[Callable[..., float], list[FloatArray]]] = {
         "rank_correlation": (within_group_rank_correlation, truth),
@@ -174,40 +177,40 @@ def _within_prompt_figures(steps: _Steps, how: Resampling, figures: Figures) -> 
     }
     if steps.binary:
         name = "correct_against_wrong"
-        _add_mean(figures, name, within_group_pair_accuracy, truth, steps.prompt, steps.dialogue, how)
+        _add_mean(metrics, name, within_group_pair_accuracy, truth, steps.prompt, steps.dialogue, bootstrap)
     for name, (statistic, columns) in by_candidate.items():
-        _add_mean(figures, name, statistic, columns, steps.candidates, steps.dialogue, how)
+        _add_mean(metrics, name, statistic, columns, steps.candidates, steps.dialogue, bootstrap)
 
 
-def _outcome_figures(traces: Sequence[ScoredTrace], objective: str, how: Resampling) -> Figures:
+def _outcome_metrics(traces: Sequence[ScoredTrace], objective: str, bootstrap: Bootstrap) -> Metrics:
     """Of whole traces: does the last step's score tell good outcomes from bad ones, and does choosing by it
     beat choosing at random?"""
     known = [trace for trace in traces if trace.outcome is not None and objective in trace.outcome]
     if not known:
         return {}
-    figures: Figures = {}
+    metrics: Metrics = {}
     score = np.array([trace.scores[objective][-1] for trace in known])
     outcome = np.array([(trace.outcome or {})[objective] for trace in known])
     groups, dialogues = [trace.group for trace in known], [trace.dialogue for trace in known]
     if len(np.unique(outcome)) <= _MOST_GRADES:
-        _add(figures, "outcome_auc", graded_auc, [score, outcome], dialogues, how)
+        _add(metrics, "outcome_auc", graded_auc, [score, outcome], dialogues, bootstrap)
     else:
-        _add(figures, "outcome_correlation", pearson, [score, outcome], dialogues, how)
-    _add_mean(figures, "best_of_n_lift", _lift, [score, outcome], groups, dialogues, how)
-    return figures
+        _add(metrics, "outcome_correlation", pearson, [score, outcome], dialogues, bootstrap)
+    _add_mean(metrics, "best_of_n_lift", _lift, [score, outcome], groups, dialogues, bootstrap)
+    return metrics
 
 
-def _first_error_figures(
-    traces: Sequence[ScoredTrace], objective: str, threshold: float, how: Resampling
-) -> Figures:
+def _first_error_metrics(
+    traces: Sequence[ScoredTrace], objective: str, threshold: float, bootstrap: Bootstrap
+) -> Metrics:
     sequences, actual = _first_errors(traces, objective)
     said = np.array([first_error(scores, threshold) for scores in sequences], dtype=np.float64)
     guessed = np.array([1 / (len(scores) + 1) for scores in sequences])
     true, groups = np.array(actual, dtype=np.float64), [str(number) for number in range(len(actual))]
-    figures: Figures = {}
-    _add(figures, "first_error_f1", _f1, [(said == true).astype(np.float64), true], groups, how)
-    _add(figures, "first_error_f1_random", _f1, [guessed, true], groups, how)
-    return figures
+    metrics: Metrics = {}
+    _add(metrics, "first_error_f1", _f1, [(said == true).astype(np.float64), true], groups, bootstrap)
+    _add(metrics, "first_error_f1_random", _f1, [guessed, true], groups, bootstrap)
+    return metrics
 
 
 def _first_errors(traces: Sequence[ScoredTrace], objective: str) -> tuple[list[list[float]], list[int]]:
@@ -249,26 +252,26 @@ def _calibration_error(score: FloatArray, label: FloatArray) -> float:
 
 
 def _add(
-    figures: Figures,
+    metrics: Metrics,
     name: str,
     statistic: Callable[..., float],
     columns: Sequence[FloatArray],
     groups: Sequence[str],
-    how: Resampling,
+    bootstrap: Bootstrap,
 ) -> None:
-    figure = grouped_figure(statistic, columns, groups, how) if len(groups) else None
-    if figure is not None:
-        figures[name] = figure
+    estimate = bootstrap_by_group(statistic, columns, groups, bootstrap) if len(groups) else None
+    if estimate is not None:
+        metrics[name] = estimate
 
 
 def _add_mean(
-    figures: Figures,
+    metrics: Metrics,
     name: str,
     statistic: Callable[..., float],
     columns: Sequence[FloatArray],
     groups: Sequence[str],
     dialogues: Sequence[str],
-    how: Resampling,
+    bootstrap: Bootstrap,
 ) -> None:
     """The mean over groups of `statistic`(*columns of the group, its group ids); n counts the groups that
     say anything. Resampled are their dialogues."""
@@ -283,7 +286,7 @@ def _add_mean(
         if not np.isnan(value):
             values.append(value)
             clusters.append(dialogues[rows[0]])
-    _add(figures, name, _mean, [np.array(values)], clusters, how)
+    _add(metrics, name, _mean, [np.array(values)], clusters, bootstrap)
 
 
 def _mean(values: FloatArray) -> float:
