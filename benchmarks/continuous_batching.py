@@ -1,4 +1,4 @@
-"""The continuous-batching cache of transformers against the shared-trunk cache, on the policy's part alone.
+"""The continuous-batching cache of transformers against the shared-prefix cache, on the policy's part alone.
 
     python benchmarks/continuous_batching.py --model 30m --prompt 500 --output continuous_batching.json
 
@@ -21,7 +21,7 @@ from measuring import machine, mib, table, write_results
 from shapes import ABOUT_1M, ABOUT_30M, SMOLLM2_135M, TINY, Shape
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
-from mahalo_ray.decoding.engine import BatchedConversations
+from mahalo_ray.decoding.engine import Engine
 from mahalo_ray.decoding.sampling import SamplingParams
 
 SHAPES: dict[str, Shape] = {"tiny": TINY, "1m": ABOUT_1M, "30m": ABOUT_30M, "135m": SMOLLM2_135M}
@@ -55,8 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def ours(
     policy: PreTrainedModel, prompt: list[int], candidates: int, steps: int, tokens: int
 ) -> dict[str, Any]:
-    """Branches over a shared trunk."""
-    seconds, engine, total = [], BatchedConversations(policy), 0
+    """Branches over a shared prefix."""
+    seconds, engine, total = [], Engine(policy), 0
     for number in range(steps):
         started = time.perf_counter()
         if number == 0:

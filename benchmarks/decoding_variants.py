@@ -159,7 +159,7 @@ def ours_at_once(models: Models, tasks: Sequence[Task]) -> Outcome:
         reward_tokens=session.guides.tokens_forwarded,
         policy_cache_bytes=session.engine.peak_bytes,
         reward_cache_bytes=session.guides.peak_bytes,
-        # Accepting copies a step of each request behind both trunks; nothing else is copied.
+        # Accepting copies a step of each request behind both prefixes; nothing else is copied.
         cache_bytes_copied=sum(_accepted_bytes(models, task) for task in tasks),
         phases=phases,
     )

@@ -25,7 +25,7 @@ from mahalo_ray.config import RunConfig
 from mahalo_ray.data.records import Message
 from mahalo_ray.decoding.guidance import GuidedRequest
 from mahalo_ray.decoding.guided import GuidedDecoder
-from mahalo_ray.decoding.policy import Placement, load_policy, load_reward_model
+from mahalo_ray.decoding.policy import DeviceConfig, load_policy, load_reward_model
 from mahalo_ray.decoding.sampling import SamplingParams
 from mahalo_ray.decoding.stopping import Boundary, SentenceBoundary, TurnBoundary
 from mahalo_ray.domains.tutoring.student import OBJECTIVES, Episode
@@ -113,7 +113,7 @@ class Tutor:
     """The run's policy and reward model, playing whole dialogues under any strategy."""
 
     def __init__(self, run: Path, config: RunConfig, boundary: Boundary) -> None:
-        placement = Placement(config.cluster.device, config.model.dtype)
+        placement = DeviceConfig(config.cluster.device, config.model.dtype)
         policy, chat = load_policy(str(run / "policy" / "model"), placement)
         reward = load_reward_model(str(run / "reward" / "model"), placement)
         self.decoder = GuidedDecoder(policy, reward, boundary, chat.tokenizer)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mahalo_ray.data.pair_readers import ReadPairs, read_pairs
 from mahalo_ray.data.records import PreferencePair
-from mahalo_ray.decoding.cpu_matmul import FastProducts
+from mahalo_ray.decoding.cpu_matmul import OneDNNLinears
 from mahalo_ray.decoding.guidance import GuidedRequest
 from mahalo_ray.decoding.guided import GuidedDecoder
 from mahalo_ray.decoding.stopping import TurnBoundary
@@ -98,7 +98,7 @@ def _traces(model: ProcessRewardModel, pairs: Sequence[PreferencePair]) -> list[
 def _features(model: ProcessRewardModel, pairs: Sequence[PreferencePair]) -> Tensor:
     """Head inputs [pairs, 2, F] of chosen and rejected: the frozen backbone reads each text once."""
     rows = []
-    with FastProducts(model.backbone)():
+    with OneDNNLinears(model.backbone)():
         for trace in _traces(model, pairs):
             rows.append(model.features(*pad_traces([trace], 0))[0, 0])
     return torch.stack(rows).unflatten(0, (-1, 2))
@@ -154,7 +154,7 @@ def _compared(
 
 
 def _scores(model: ProcessRewardModel, asked: list[Any]) -> list[float]:
-    with FastProducts(model.backbone)():
+    with OneDNNLinears(model.backbone)():
         return [scores[OBJECTIVE][0] for scores in model.score_batch(asked)]
 
 

@@ -20,7 +20,7 @@ from measuring import machine, options_of, table, write_results
 from shapes import ABOUT_30M, SMOLLM2_135M, TINY, Shape
 from torch import Tensor
 
-from mahalo_ray.decoding.cpu_matmul import FastHead, FastProducts
+from mahalo_ray.decoding.cpu_matmul import OneDNNHead, OneDNNLinears
 from mahalo_ray.decoding.scorers import RewardConversations
 from mahalo_ray.models import ProcessRewardModel
 from mahalo_ray.models.scoring import TokenTrace
@@ -100,8 +100,8 @@ def kept(model: ProcessRewardModel, prefix: Ids, steps: Sequence[Sequence[Ids]])
 
 def encoded_again(model: ProcessRewardModel, prefix: Ids, steps: Sequence[Sequence[Ids]]) -> dict[str, Any]:
     """The whole text of every candidate, all K in one batch; with the same kernels as the other way."""
-    tokens, fast = 0, FastProducts(model.backbone)
-    fast_head = FastHead(model.config.hidden_size, model.config.vocab_size)
+    tokens, fast = 0, OneDNNLinears(model.backbone)
+    fast_head = OneDNNHead(model.config.hidden_size, model.config.vocab_size)
 
     def score(candidates: Sequence[Ids], text: Ids) -> Tensor:
         nonlocal tokens

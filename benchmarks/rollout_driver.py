@@ -21,7 +21,7 @@ from shapes import TINY
 from mahalo_ray.config import ActorsConfig, SamplingConfig
 from mahalo_ray.config.rollouts import EndpointStudentConfig, ModelTutorConfig, PlayConfig
 from mahalo_ray.config.section import EndpointConfig
-from mahalo_ray.decoding.policy import Placement
+from mahalo_ray.decoding.policy import DeviceConfig
 from mahalo_ray.domains.tutoring.personas import load_cases
 from mahalo_ray.rollouts.dialogue_job import (
     CASES,
@@ -149,7 +149,7 @@ def _spec(
         play=setting,
         output_url=output,
         purpose="benchmark",
-        placement=Placement(),
+        placement=DeviceConfig(),
         threads=1,
         actors=actors,
         cases_url=f"{folder}/cases.json",

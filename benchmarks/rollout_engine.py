@@ -14,7 +14,7 @@ from mahalo_ray.config import SamplingConfig
 from mahalo_ray.config.rollouts import GridCases, GridProblem, PersonasConfig
 from mahalo_ray.data.records import Message
 from mahalo_ray.data.templating import ChatFormat
-from mahalo_ray.decoding.engine import BatchedConversations
+from mahalo_ray.decoding.engine import Engine
 from mahalo_ray.decoding.policy import CausalPolicy
 from mahalo_ray.decoding.sampling import SamplingParams
 from mahalo_ray.domains.tutoring.personas import PersonaSampler, load_cases
@@ -92,7 +92,7 @@ def in_flight(shape: Shape, quick: bool) -> list[dict[str, Any]]:
 
 def _batch(policy: CausalPolicy, chat: ChatFormat, turns: int) -> DialogueBatch:
     sampling = SamplingConfig(max_new_tokens=TURN_TOKENS)
-    tutor = PolicyTutor(BatchedConversations(policy), chat, sampling, sentences_are_moves=False)
+    tutor = PolicyTutor(Engine(policy), chat, sampling, sentences_are_moves=False)
     return DialogueBatch(tutor, ListedStudents(), turns)
 
 
@@ -104,7 +104,7 @@ def kept_cache(shape: Shape, quick: bool) -> dict[str, Any]:
     prompt, reply = chat.prompt_ids([Message(role="user", content=WORDS)]), chat.encode_reply(REPLY)
 
     def kept() -> tuple[list[list[int]], int]:
-        engine = BatchedConversations(policy)
+        engine = Engine(policy)
         rows = engine.add(count)
         engine.append(rows, [prompt] * count)
         for _ in range(turns):
@@ -117,7 +117,7 @@ def kept_cache(shape: Shape, quick: bool) -> dict[str, Any]:
         said = [list(prompt) for _ in range(count)]
         forwarded = 0
         for turn in range(turns + 1):
-            engine = BatchedConversations(policy)
+            engine = Engine(policy)
             rows = engine.add(count)
             engine.append(rows, said)
             if turn < turns:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from mahalo_ray.cli import app
 from mahalo_ray.config import ConfigError, EvaluationConfig, RunConfig, load_config
-from mahalo_ray.decoding.policy import Placement
+from mahalo_ray.decoding.policy import DeviceConfig
 from mahalo_ray.evaluation.methods import Method, MethodPlayer
 from mahalo_ray.models import MultiHeadCausalLM
 from mahalo_ray.objectives import Weights
@@ -166,7 +166,7 @@ def test_a_baselines_model_is_what_speaks_and_its_kl_is_measured(tmp_path: Path)
     policy.merge(Weights.one("modpo")).save_pretrained(plain)  # as a soup is stored
     TOKENIZER.save_pretrained(plain)
     config = EvaluationConfig(dialogues=3, sampling=SAMPLING)
-    player = MethodPlayer(sft, "no policy", "no reward model", Placement(), config, range(3))
+    player = MethodPlayer(sft, "no policy", "no reward model", DeviceConfig(), config, range(3))
     half = Weights.balanced(world.OBJECTIVES)
     base = player.run(Method("SFT", "sft")).result
     like_sft, one_head, averaged = (

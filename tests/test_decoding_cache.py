@@ -21,7 +21,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from mahalo_ray.decoding.engine import BatchedConversations
+from mahalo_ray.decoding.engine import Engine
 from mahalo_ray.decoding.kv_cache import Branches, Place, RaggedCache
 from mahalo_ray.decoding.policy import CachedBackbone, CausalPolicy, MultiHeadPolicy
 from mahalo_ray.decoding.sampling import SamplingParams
@@ -72,7 +72,7 @@ def reencoded(name: str, ids: list[int]) -> torch.Tensor:
     return model(name)(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
 
 
-def next_logits(engine: BatchedConversations, row: int) -> torch.Tensor:
+def next_logits(engine: Engine, row: int) -> torch.Tensor:
     """Logits the engine would draw the row's next token from."""
     engine._prefill([row])
     assert engine._last_hidden is not None and isinstance(engine.policy, CausalPolicy)
@@ -91,7 +91,7 @@ tokens = st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=9)
     ),
 )
 def test_kept_cache_equals_reencoding(name, prompts, rounds):
-    engine = BatchedConversations(policy(name), prefill_tokens=24)
+    engine = Engine(policy(name), prefill_tokens=24)
     rows = engine.add(len(prompts))
     engine.append(rows, prompts)
     for branches, length, seed in rounds:
@@ -130,9 +130,9 @@ def test_kept_cache_equals_reencoding(name, prompts, rounds):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_branches_extended_by_several_tokens_at_once(name):
-    """What the reward model does: K candidates of different lengths in one forward over a kept trunk."""
+    """What the reward model does: K candidates of different lengths in one forward over a kept prefix."""
     cache, backbone = RaggedCache(initial_capacity=2), CachedBackbone(model(name).base_model)
-    trunks, candidates = [[5, 6, 7, 8], [9]], [[[1, 2, 3], [4]], [[2, 2], [3, 1, 4]]]
+    prefixes, candidates = [[5, 6, 7, 8], [9]], [[[1, 2, 3], [4]], [[2, 2], [3, 1, 4]]]
     slots = cache.add(2)
     view = cache.append(slots, np.array([4, 1]), 4)
     backbone(torch.tensor([[5, 6, 7, 8], [9, 0, 0, 0]]), view.positions(4, torch.device("cpu")), view)
@@ -143,27 +143,27 @@ def test_branches_extended_by_several_tokens_at_once(name):
     branches.advance(3)
     for row in range(2):
         for k, ids in enumerate(candidates[row]):
-            whole = torch.tensor([trunks[row] + ids])
+            whole = torch.tensor([prefixes[row] + ids])
             with torch.no_grad():
                 expected = model(name).base_model(input_ids=whole, use_cache=False).last_hidden_state[0]
             torch.testing.assert_close(
-                found[2 * row + k, : len(ids)], expected[len(trunks[row]) :], atol=1e-4, rtol=1e-4
+                found[2 * row + k, : len(ids)], expected[len(prefixes[row]) :], atol=1e-4, rtol=1e-4
             )
     places = [Place(branches.part(), 0, 0), Place(branches.part(), 1, 1)]
     cache.accept(slots, places, np.array([3, 3]))
     assert cache.lengths.tolist() == [7, 4]
 
 
-def test_trunk_is_stored_once_however_many_branches():
+def test_prefix_is_stored_once_however_many_branches():
     def bytes_after(branches: int) -> int:
-        engine = BatchedConversations(policy("qwen2"))
+        engine = Engine(policy("qwen2"))
         rows = engine.add(2)
         engine.append(rows, [[1] * 60, [2] * 50])
         engine.sample(rows, branches, SamplingParams(), [0, 1], 8, [])
         return engine.peak_bytes - engine.cache.nbytes
 
-    trunk = 2 * 2 * 2 * 2 * 60 * 8 * 4  # layers, k and v, rows, kv heads, tokens, head size, bytes
-    assert bytes_after(16) < trunk * 16 / 3
+    prefix = 2 * 2 * 2 * 2 * 60 * 8 * 4  # layers, k and v, rows, kv heads, tokens, head size, bytes
+    assert bytes_after(16) < prefix * 16 / 3
     assert bytes_after(16) <= 16 * bytes_after(1)
 
 
@@ -171,7 +171,7 @@ def test_multi_head_rows_with_their_own_weights_match_the_merged_models():
     multi = MultiHeadCausalLM.from_base(model("llama"), ["accuracy", "engagement"], noise=0.5, seed=1)
     weights = [Weights.parse("accuracy=0.8,engagement=0.2"), Weights.one("engagement")]
     for each in (weights, [weights[0]] * 2):
-        engine = BatchedConversations(MultiHeadPolicy(multi))
+        engine = Engine(MultiHeadPolicy(multi))
         rows = engine.add(2, each)
         engine.append(rows, [[1, 2, 3], [4, 5]])
         got = engine.sample(rows, 2, SamplingParams(), [0, 1], 4, [], with_logps=True)
@@ -187,9 +187,9 @@ def test_multi_head_rows_with_their_own_weights_match_the_merged_models():
 def test_weights_must_fit_the_policy():
     multi = MultiHeadPolicy(MultiHeadCausalLM.from_base(model("llama"), ["accuracy", "engagement"]))
     for engine, weights, message in (
-        (BatchedConversations(multi), None, "give weights"),
-        (BatchedConversations(multi), Weights.one("accurracy"), "Did you mean 'accuracy'"),
-        (BatchedConversations(policy("llama")), Weights.one("accuracy"), "single-head"),
+        (Engine(multi), None, "give weights"),
+        (Engine(multi), Weights.one("accurracy"), "Did you mean 'accuracy'"),
+        (Engine(policy("llama")), Weights.one("accuracy"), "single-head"),
     ):
         rows = engine.add(1, weights)
         engine.append(rows, [[1, 2]])
@@ -220,7 +220,7 @@ def test_models_with_a_sliding_window_are_decoded_as_far_as_it_reaches():
     config = Gemma2Config(**COMMON, head_dim=8, sliding_window=8)
     torch.manual_seed(0)
     windowed = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    engine = BatchedConversations(CausalPolicy(windowed))
+    engine = Engine(CausalPolicy(windowed))
     rows = engine.add(1)
     with pytest.raises(ValueError, match="context of 8"):
         engine.append(rows, [[1] * 9])
@@ -240,7 +240,7 @@ def test_attention_beyond_a_sliding_window_is_refused_by_name():
 
 
 def test_context_limit():
-    engine = BatchedConversations(policy("llama"), max_context=10)
+    engine = Engine(policy("llama"), max_context=10)
     rows = engine.add(2)
     with pytest.raises(ValueError, match="does not fit: 0 tokens and 11 new ones exceed the context of 10"):
         engine.append(rows, [[1] * 11, [1]])
@@ -253,7 +253,7 @@ def test_context_limit():
 
 
 def test_changed_conversation_cannot_accept_old_candidates():
-    engine = BatchedConversations(policy("llama"))
+    engine = Engine(policy("llama"))
     rows = engine.add(1)
     engine.append(rows, [[1, 2]])
     got = engine.sample(rows, 2, SamplingParams(), [0], 3, [])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mahalo_ray.decoding import cpu_matmul
-from mahalo_ray.decoding.cpu_matmul import FastHead, FastProducts, PackedWeights
+from mahalo_ray.decoding.cpu_matmul import OneDNNHead, OneDNNLinears, PackedWeights
 from mahalo_ray.models.heads import FullHead, LogitTransform
 
 
@@ -27,7 +27,7 @@ def test_layers_give_the_same_inside_and_are_untouched_outside(wanted: None) -> 
     module = nn.Sequential(nn.Linear(256, 400), nn.GELU(), nn.Linear(400, 256, bias=False))
     x = torch.randn(3, 5, 256)
     expected = module(x)
-    fast = FastProducts(module)
+    fast = OneDNNLinears(module)
     with torch.no_grad(), fast():
         assert "forward" in module[0].__dict__
         torch.testing.assert_close(module(x), expected, atol=1e-5, rtol=1e-4)
@@ -42,7 +42,7 @@ def test_heads_give_the_same(wanted: None) -> None:
     torch.manual_seed(0)
     x, weight, bias = torch.randn(4, 256), torch.randn(50, 256), torch.randn(50)
     expected = F.linear(x, weight, bias)
-    fast = FastHead(256, 50)
+    fast = OneDNNHead(256, 50)
     for _ in range(3):  # from the second use on with packed weights
         with fast():
             torch.testing.assert_close(F.linear(x, weight, bias), expected, atol=1e-4, rtol=1e-4)
@@ -62,7 +62,7 @@ def test_log_probs_that_are_only_read_use_the_head_s_products(
     monkeypatch.setattr(
         PackedWeights, "linear", lambda *args: products_made.append(args[1].shape) or linear(*args)
     )
-    with torch.no_grad(), FastHead(256, 50)():
+    with torch.no_grad(), OneDNNHead(256, 50)():
         read = head(hidden, labels, 3)
     assert products_made == [(3, 256), (3, 256), (1, 256)]
     torch.testing.assert_close(read, learnt, atol=1e-5, rtol=1e-5)
@@ -92,5 +92,5 @@ def test_weights_in_inference_mode(wanted: None) -> None:
 
 def test_small_layers_are_left_alone(wanted: None) -> None:
     module = nn.Linear(32, 32)
-    with FastProducts(module)():
+    with OneDNNLinears(module)():
         assert "forward" not in module.__dict__

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from mahalo_ray.decoding.engine import BatchedConversations
+from mahalo_ray.decoding.engine import Engine
 from mahalo_ray.decoding.sampling import (
     SamplingBatch,
     SamplingParams,
@@ -20,7 +20,7 @@ from mahalo_ray.decoding.sampling import (
 LOGITS = torch.log(torch.tensor([[0.05, 0.4, 0.1, 0.25, 0.2]]))
 
 
-def engine() -> BatchedConversations:
+def engine() -> Engine:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=40,
@@ -31,7 +31,7 @@ def engine() -> BatchedConversations:
         num_key_value_heads=2,
         max_position_embeddings=128,
     )
-    return BatchedConversations(AutoModelForCausalLM.from_config(config).eval())
+    return Engine(AutoModelForCausalLM.from_config(config).eval())
 
 
 def frequencies(params: SamplingParams, draws: int = 20000) -> torch.Tensor:

@@ -22,8 +22,8 @@ from mahalo_ray.decoding.stopping import (
     SentenceBoundary,
     StopReason,
     StopRule,
+    TokenTexts,
     TurnBoundary,
-    Vocabulary,
     boundary_for,
     step_starts,
 )
@@ -395,7 +395,7 @@ def test_boundaries_by_domain():
 
 
 def test_trigger_tables_miss_no_token_that_completes_a_boundary():
-    vocabulary = Vocabulary(tokenizer())
+    vocabulary = TokenTexts(tokenizer())
     for boundary in (MathBoundary(), SentenceBoundary(min_tokens=1)):
         table = vocabulary.table(StopRule(boundary, ("Smith said",)))
         for text in TEXT:
@@ -410,5 +410,5 @@ def test_trigger_tables_miss_no_token_that_completes_a_boundary():
 
 def test_last_step_of_a_whole_response():
     ids = tokenizer()(TEXT[0])["input_ids"]
-    start = step_starts(ids, MathBoundary(), Vocabulary(tokenizer()))[-1]
+    start = step_starts(ids, MathBoundary(), TokenTexts(tokenizer()))[-1]
     assert tokenizer().decode(ids[start:]).strip() == "The answer is \\boxed{5}."

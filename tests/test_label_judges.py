@@ -12,7 +12,7 @@ from tiny_reward_models import TOKENIZER, base
 
 from mahalo_ray.config.label import EndpointJudgeConfig, ModelJudgeConfig
 from mahalo_ray.data.records import Message
-from mahalo_ray.decoding.policy import Placement
+from mahalo_ray.decoding.policy import DeviceConfig
 from mahalo_ray.models import ProcessRewardModel
 from mahalo_ray.rollouts.judges import (
     EndpointJudge,
@@ -92,14 +92,14 @@ def test_a_local_reward_model_reads_all_prefixes_of_a_response_at_once(tmp_path:
     kinds = {"accuracy": "value", "kind": "probability"}
     model = ProcessRewardModel.from_base(base(), kinds, inputs=["last"], tokenizer=TOKENIZER).eval()
     model.save_pretrained(tmp_path)
-    judge = ModelJudge(ModelJudgeConfig(path=str(tmp_path), objective="kind"), Placement())
+    judge = ModelJudge(ModelJudgeConfig(path=str(tmp_path), objective="kind"), DeviceConfig())
     items = [Judged(ITEM.prompt, ITEM.steps[:n], None, "") for n in (1, 2)]
     too_long = Judged(ITEM.prompt, ("x" * 400,), None, "")
     first, second, none = judge.score([*items, too_long])
     assert [first, second] == pytest.approx(model.score(ITEM.prompt, ITEM.steps)["kind"], abs=1e-5)
     assert isinstance(none, Unjudged) and "the model reads 160" in none.reason
     with pytest.raises(ValueError, match="scores accuracy, kind: say which one"):
-        ModelJudge(ModelJudgeConfig(path=str(tmp_path)), Placement())
+        ModelJudge(ModelJudgeConfig(path=str(tmp_path)), DeviceConfig())
 
 
 def test_an_unknown_program_is_said() -> None:

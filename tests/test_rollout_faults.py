@@ -33,7 +33,7 @@ from mahalo_ray.config.rollouts import (
 from mahalo_ray.config.section import EndpointConfig
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import Dialogue
-from mahalo_ray.decoding.policy import Placement
+from mahalo_ray.decoding.policy import DeviceConfig
 from mahalo_ray.domains.tutoring.personas import load_cases
 from mahalo_ray.rollouts.dialogue_job import (
     CANDIDATES,
@@ -92,7 +92,7 @@ def spec_of(base: Path, endpoint: EndpointConfig, output: Path) -> RolloutSpec:
         play=PLAY,
         output_url=str(output),
         purpose="test",
-        placement=Placement(),
+        placement=DeviceConfig(),
         threads=1,
         cases_url=str(base / "cases.json"),
     )

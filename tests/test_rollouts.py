@@ -17,8 +17,8 @@ from tiny_tutor import CHAT, SAMPLING, TOKENIZER, TUTOR, model
 from mahalo_ray.config import ClusterConfig, SamplingConfig
 from mahalo_ray.config.rollouts import MiniatureStudentConfig, ModelTutorConfig, PlayConfig
 from mahalo_ray.data.records import CandidateSet, Dialogue
-from mahalo_ray.decoding.engine import BatchedConversations
-from mahalo_ray.decoding.policy import CausalPolicy, Placement
+from mahalo_ray.decoding.engine import Engine
+from mahalo_ray.decoding.policy import CausalPolicy, DeviceConfig
 from mahalo_ray.domains.tutoring.student import Episode
 from mahalo_ray.models.reward import ProcessRewardModel
 from mahalo_ray.models.scoring import TokenTrace
@@ -34,12 +34,12 @@ from mahalo_ray.rollouts.tutors import PolicyTutor, TutorTurn
 def opened(
     seeds: range | list[int], sampling: SamplingConfig = SAMPLING
 ) -> tuple[DialogueBatch, list[Conversation]]:
-    batch = DialogueBatch(PolicyTutor(BatchedConversations(CausalPolicy(TUTOR)), CHAT, sampling))
+    batch = DialogueBatch(PolicyTutor(Engine(CausalPolicy(TUTOR)), CHAT, sampling))
     episodes = [Episode.from_seed(seed) for seed in seeds]
     return batch, batch.open(episodes, [f"d{seed}" for seed in seeds], "test")
 
 
-def engine_of(batch: DialogueBatch) -> BatchedConversations:
+def engine_of(batch: DialogueBatch) -> Engine:
     assert isinstance(batch.tutor, PolicyTutor)
     return batch.tutor.engine
 
@@ -207,7 +207,7 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> RolloutSpec:
         play=PlayConfig(candidates=3, sampling=SAMPLING),
         output_url="",
         purpose="test",
-        placement=Placement(),
+        placement=DeviceConfig(),
         threads=1,
         continuations=1,
     )

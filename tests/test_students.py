@@ -28,8 +28,8 @@ from mahalo_ray.config.rollouts import (
     PolicyTutorConfig,
 )
 from mahalo_ray.data.records import CandidateSet, Dialogue
-from mahalo_ray.decoding.engine import BatchedConversations
-from mahalo_ray.decoding.policy import CausalPolicy, Placement
+from mahalo_ray.decoding.engine import Engine
+from mahalo_ray.decoding.policy import CausalPolicy, DeviceConfig
 from mahalo_ray.domains.tutoring.personas import PersonaSampler, load_cases
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
 from mahalo_ray.models.reward import ProcessRewardModel
@@ -63,7 +63,7 @@ def persona_students(count: int) -> list[PersonaStudent]:
 
 def two_models(numbers: Sequence[int], turns: int = 3) -> tuple[DialogueBatch, list[Conversation]]:
     """A tutor and a student model, both tiny."""
-    tutor = PolicyTutor(BatchedConversations(CausalPolicy(TUTOR)), CHAT, SAMPLING, sentences_are_moves=False)
+    tutor = PolicyTutor(Engine(CausalPolicy(TUTOR)), CHAT, SAMPLING, sentences_are_moves=False)
     students = ModelStudents(CausalPolicy(model(seed=3)), CHAT, STUDENT)
     batch = DialogueBatch(tutor, students, turns, instruction="You tutor.")
     everybody = persona_students(max(numbers) + 1)
@@ -142,7 +142,7 @@ def spec_of(folders: dict[str, str], output: Path, **settings: Any) -> RolloutSp
         play=PlayConfig(turns=2, candidates=3, sampling=SAMPLING),
         output_url=str(output),
         purpose="test",
-        placement=Placement(),
+        placement=DeviceConfig(),
         threads=1,
         cases_url=folders["cases.json"],
     )

@@ -1,2 +1,2 @@
-"""Decoding: many conversations at once over a shared-trunk cache, and guidance by a process reward model. No
+"""Decoding: many conversations at once over a shared-prefix cache, and guidance by a process reward model. No
 Ray."""

@@ -72,7 +72,7 @@ class PackedWeights:
         return cast(Tensor, packed)
 
 
-class FastProducts:
+class OneDNNLinears:
     """A context in which the linear layers of a module use faster kernels, where there are any.
 
     The layers of a backbone are called for every token: they are given the other forward for the time being,
@@ -108,7 +108,7 @@ def _forward(store: PackedWeights, layer: nn.Linear, x: Tensor) -> Tensor:
     return store.linear(x, layer.weight, layer.bias)
 
 
-class FastHead:
+class OneDNNHead:
     """The same for a vocabulary head, which is a function of its parameters and not a linear layer."""
 
     def __init__(self, width: int, vocab_size: int) -> None:
@@ -125,12 +125,12 @@ class FastHead:
             yield
 
 
-class FastReward:
+class OneDNNRewardModel:
     """Both for a reward model that reads whole texts: keep it as long as the model is read."""
 
     def __init__(self, reward: ProcessRewardModel) -> None:
         text = reward.config.get_text_config()
-        self._products, self._head = FastProducts(reward), FastHead(text.hidden_size, text.vocab_size)
+        self._products, self._head = OneDNNLinears(reward), OneDNNHead(text.hidden_size, text.vocab_size)
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:

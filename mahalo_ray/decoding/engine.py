@@ -4,8 +4,8 @@ Conversations are token-exact: what was appended and what was sampled is kept as
 re-tokenised.
     rows = engine.add(2, weights)
     engine.append(rows, prompts)                               # ragged prefill
-    candidates = engine.sample(rows, num_candidates=6, ...)    # 12 branches over 2 shared trunks
-    engine.accept(candidates, [3, 0])                          # the chosen branch becomes part of its trunk
+    candidates = engine.sample(rows, num_candidates=6, ...)    # 12 branches over 2 shared prefixes
+    engine.accept(candidates, [3, 0])                          # the chosen branch becomes part of its prefix
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from transformers import PreTrainedModel
 from mahalo_ray.decoding.kv_cache import RaggedCache, RowTable, by_size, padded
 from mahalo_ray.decoding.policy import Policy, as_policy
 from mahalo_ray.decoding.sampling import SamplingParams
-from mahalo_ray.decoding.stopping import Candidates, StopRule, TextStop, Vocabulary
-from mahalo_ray.decoding.token_loop import BranchDecoder, Fork, TogetherDecoder
+from mahalo_ray.decoding.stopping import Candidates, StopRule, TextStop, TokenTexts
+from mahalo_ray.decoding.token_loop import BranchDecoder, CompactingDecoder, SampleRequest
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
 from mahalo_ray.objectives import Weights
 
 
-class BatchedConversations:
+class Engine:
     """N conversations over one policy. Row numbers are given out by `add` and stay valid until `drop`.
 
     `prefill_tokens` bounds rows * width of one prefill forward, so that long prompts do not explode
@@ -84,7 +84,7 @@ class BatchedConversations:
             self._last_hidden[list(target)] = self._last_hidden[list(source)]
 
     def duplicate(self, rows: Sequence[int]) -> list[int]:
-        """Copies of conversations that go on independently (the trunk is copied: beam search needs it)."""
+        """Copies of conversations that go on independently (the prefix is copied: beam search needs it)."""
         copies = self.add(len(rows), [self._weights[row] for row in rows])
         slots, new = self._rows.slots(rows), self._rows.slots(copies)
         self.cache.copy(slots, new)
@@ -155,13 +155,13 @@ class BatchedConversations:
             [None] * count if stop is None else stop.rules,
         )
         vocabulary = None if stop is None else stop.vocabulary
-        decoder = TogetherDecoder(self.policy, self.cache, self._rows, stop_ids, vocabulary, with_logps)
+        decoder = CompactingDecoder(self.policy, self.cache, self._rows, stop_ids, vocabulary, with_logps)
         candidates = decoder.run(forks)
         self.tokens_forwarded += decoder.tokens_forwarded
-        self.note_bytes(decoder.nbytes)
+        self.track_peak(decoder.nbytes)
         return candidates
 
-    def decoder(self, stop_ids: Collection[int], vocabulary: Vocabulary | None) -> BranchDecoder:
+    def decoder(self, stop_ids: Collection[int], vocabulary: TokenTexts | None) -> BranchDecoder:
         """What decodes forks of this engine's rows that begin at different times."""
         return BranchDecoder(self.policy, self.cache, self._rows, stop_ids, vocabulary, with_logps=False)
 
@@ -173,7 +173,7 @@ class BatchedConversations:
         seeds: Sequence[int],
         limits: Sequence[int],
         rules: Sequence[StopRule | None],
-    ) -> list[Fork]:
+    ) -> list[SampleRequest]:
         """What is wanted of these rows, one of each per row. Rows may have one token that the model has not
         read. ValueError for an empty conversation, or counts below 1."""
         found = []
@@ -194,7 +194,9 @@ class BatchedConversations:
                 last = self._last_hidden[int(self._rows.slots([row])[0])]
             weights = self._weights[row]
             found.append(
-                Fork(row, count, sampling, seed, min(limit, room), room <= limit, weights, rule, length, last)
+                SampleRequest(
+                    row, count, sampling, seed, min(limit, room), room <= limit, weights, rule, length, last
+                )
             )
         return found
 
@@ -232,19 +234,19 @@ class BatchedConversations:
             hidden = self.policy.hidden_states(ids.to(device), view.positions(ids.shape[1], device), view)
             view.commit()
             last = torch.from_numpy(counts - 1).to(device)
-            self.have_read(now, hidden[torch.arange(len(now), device=device), last])
+            self.set_last_hidden(now, hidden[torch.arange(len(now), device=device), last])
             self.tokens_forwarded += int(counts.sum())
-        self.note_bytes(0)
+        self.track_peak(0)
 
-    def have_read(self, rows: Sequence[int], hidden: Tensor) -> None:
+    def set_last_hidden(self, rows: Sequence[int], hidden: Tensor) -> None:
         """The model has read these conversations to their ends; hidden [n, D]: its states there."""
         self._grow_hidden(hidden)
         assert self._last_hidden is not None
         self._last_hidden[torch.from_numpy(self._rows.slots(rows))] = hidden
         self._pending.update({row: [] for row in rows})
 
-    def note_bytes(self, branches: int) -> None:
-        """Remember the peak, with so many bytes of keys and values beside the trunks."""
+    def track_peak(self, branches: int) -> None:
+        """Remember the peak, with so many bytes of keys and values beside the prefixes."""
         self.peak_bytes = max(self.peak_bytes, self.cache.nbytes + branches)
 
     def _grow_hidden(self, like: Tensor) -> None:
@@ -257,20 +259,18 @@ class BatchedConversations:
 
 
 class InFlight:
-    """`BatchedConversations.sample`, token by token: rows begin and end when they will, and every token is
+    """`Engine.sample`, token by token: rows begin and end when they will, and every token is
     one forward for all of them.
 
-        in_flight.begin(rows, ...)
+        in_flight.start(rows, ...)
         done = in_flight.step()                              # again and again
-        engine.accept(in_flight.taken(done), choice)
-        in_flight.begin(done, ...)                           # their next steps, beside the others' old ones
+        engine.accept(in_flight.collect(done), choice)
+        in_flight.start(done, ...)                           # their next steps, beside the others' old ones
 
     A row must not be appended to while it is in flight, and leaves before it is dropped from the engine.
     """
 
-    def __init__(
-        self, engine: BatchedConversations, stop_ids: Collection[int], vocabulary: Vocabulary | None
-    ) -> None:
+    def __init__(self, engine: Engine, stop_ids: Collection[int], vocabulary: TokenTexts | None) -> None:
         """`stop_ids` end every candidate, as in `sample`; `vocabulary` reads texts for the rules."""
         self._engine = engine
         self._decoder = engine.decoder(stop_ids, vocabulary)
@@ -280,7 +280,7 @@ class InFlight:
         """Whether anything is still to be decoded."""
         return self._decoder.is_busy
 
-    def begin(
+    def start(
         self,
         rows: Sequence[int],
         num_candidates: Sequence[int],
@@ -293,7 +293,7 @@ class InFlight:
 
         The last token of an accepted step goes through the model in the next `step`, with everything else.
         """
-        self._decoder.begin(self._engine.forks(rows, num_candidates, params, seeds, max_new_tokens, rules))
+        self._decoder.start(self._engine.forks(rows, num_candidates, params, seeds, max_new_tokens, rules))
 
     def step(self) -> list[int]:
         """One more token of every candidate in flight. Returns the rows whose candidates have now all
@@ -301,16 +301,16 @@ class InFlight:
         decoder, engine, before = self._decoder, self._engine, self._decoder.tokens_forwarded
         done = decoder.step()
         engine.tokens_forwarded += decoder.tokens_forwarded - before
-        engine.note_bytes(decoder.nbytes)
+        engine.track_peak(decoder.nbytes)
         if decoder.read:
             rows, states = zip(*decoder.read, strict=True)
-            engine.have_read(rows, torch.stack(states))
+            engine.set_last_hidden(rows, torch.stack(states))
         return done
 
-    def taken(self, rows: Sequence[int]) -> Candidates:
+    def collect(self, rows: Sequence[int]) -> Candidates:
         """The candidates of rows that are done. They can be accepted until the row begins again."""
-        return self._decoder.taken(rows)
+        return self._decoder.collect(rows)
 
-    def leave(self, rows: Collection[int]) -> None:
+    def abort(self, rows: Collection[int]) -> None:
         """Stop sampling these rows, finished or not; nobody else notices."""
-        self._decoder.leave(rows)
+        self._decoder.abort(rows)

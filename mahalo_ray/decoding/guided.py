@@ -19,7 +19,7 @@ from mahalo_ray.decoding.guidance import GuidedRequest, GuidedResult, ScoreScale
 from mahalo_ray.decoding.policy import Policy, as_policy
 from mahalo_ray.decoding.scorers import Guides, backbones_of
 from mahalo_ray.decoding.session import GuidedSession
-from mahalo_ray.decoding.stopping import Boundary, Vocabulary, boundary_for
+from mahalo_ray.decoding.stopping import Boundary, TokenTexts, boundary_for
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
 from mahalo_ray.models.reward import ProcessRewardModel
 from mahalo_ray.models.scoring import StepScorer
@@ -51,7 +51,7 @@ class GuidedDecoder:
         self.boundary = boundary_for(boundary) if isinstance(boundary, str) else boundary
         tokenizer = shared_tokenizer(self.reward_models, tokenizer)
         self.format = ChatFormat(tokenizer)
-        self.vocabulary = Vocabulary(tokenizer)
+        self.vocabulary = TokenTexts(tokenizer)
         self.max_branches = max_branches
         self.max_context = max_context
         self._backbones = backbones_of(self.reward_models)

@@ -1,12 +1,12 @@
-"""Keys and values of many conversations: one trunk per row, K branches per trunk that share it without a
+"""Keys and values of many conversations: one prefix per row, K branches per prefix that share it without a
 copy.
 
-`RaggedCache` holds the trunks: rows of different lengths, left-aligned, in buffers that grow by an
-eighth. `Branches(cache, slots, K)` are K branches of rows: every branch sees its row's trunk, which exists
+`RaggedCache` holds the prefixes: rows of different lengths, left-aligned, in buffers that grow by an
+eighth. `Branches(cache, slots, K)` are K branches of rows: every branch sees its row's prefix, which exists
 once, and its own few tokens. `RaggedCache.accept` copies the chosen branch's own tokens, never the prefix,
-behind the trunk.
+behind the prefix.
 
-Both views, `TrunkAppend` and `Branches`, go into a model's forward as `kv_cache=` (see attention.py).
+Both views, `PrefixAppend` and `Branches`, go into a model's forward as `kv_cache=` (see attention.py).
 Positions never attended to may hold stale numbers; buffers start as zeros because 0 * NaN would still be NaN.
 """
 
@@ -25,7 +25,7 @@ from mahalo_ray.models.attention import prefix_attention, register_attention, so
 
 
 @dataclass(frozen=True)
-class Part:
+class KVBlock:
     """Own keys and values of some lines of branches, per layer [lines, Hkv, K, T, D]."""
 
     keys: list[Tensor]
@@ -37,10 +37,10 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Place:
+class BranchRef:
     """One branch of a part."""
 
-    part: Part
+    part: KVBlock
     line: int
     branch: int
 
@@ -63,7 +63,7 @@ Slots = np.ndarray  # int64 [n]: places of rows in the cache
 
 
 class RaggedCache:
-    """Trunks of up to `rows` conversations. Layers allocate at their first write, in the dtype and on the
+    """Prefixs of up to `rows` conversations. Layers allocate at their first write, in the dtype and on the
     device of the keys they are given: [slots, Hkv, capacity, D] per layer for keys and for values."""
 
     def __init__(self, initial_capacity: int = 64) -> None:
@@ -112,13 +112,13 @@ class RaggedCache:
             buffer[torch.from_numpy(target), :, :longest] = buffer[torch.from_numpy(source), :, :longest]
         self.lengths[target] = self.lengths[source]
 
-    def append(self, slots: Slots, counts: np.ndarray, width: int) -> TrunkAppend:
+    def append(self, slots: Slots, counts: np.ndarray, width: int) -> PrefixAppend:
         """View for one forward over `width` right-padded new tokens per row, `counts` of them real.
 
         Call `.commit()` after the forward.
         """
         self._reserve(self._slots, int(self.lengths[slots].max()) + width)
-        return TrunkAppend(self, slots, counts, width)
+        return PrefixAppend(self, slots, counts, width)
 
     def select(self, slots: Slots) -> slice | Tensor:
         """An index of these slots: a slice (no copy) when they are consecutive, else a tensor (a copy)."""
@@ -127,8 +127,8 @@ class RaggedCache:
             return slice(first, first + len(slots))
         return torch.from_numpy(slots)
 
-    def accept(self, slots: Slots, places: Sequence[Place], counts: np.ndarray) -> None:
-        """Copy the first counts[i] own tokens of the branch at places[i] behind the trunk slots[i].
+    def accept(self, slots: Slots, places: Sequence[BranchRef], counts: np.ndarray) -> None:
+        """Copy the first counts[i] own tokens of the branch at places[i] behind the prefix slots[i].
 
         One copy per layer and part, whatever the number of rows.
         """
@@ -152,8 +152,8 @@ class RaggedCache:
                 offset,
             )
             slot, position, line, branch, token = torch.from_numpy(np.stack(wanted)).to(part.keys[0].device)
-            for own, trunk in zip((*part.keys, *part.values), (*self.keys, *self.values), strict=True):
-                trunk[slot, :, position] = own[line, :, branch, token]
+            for own, prefix in zip((*part.keys, *part.values), (*self.keys, *self.values), strict=True):
+                prefix[slot, :, position] = own[line, :, branch, token]
         self.lengths[slots] += counts
 
     def write(
@@ -185,8 +185,8 @@ class RaggedCache:
                 buffers[layer] = resized(old, (slots, old.shape[1], capacity, old.shape[3]))
 
 
-class TrunkAppend:
-    """View of a forward that writes new tokens straight into the trunks (prefill, student turns, pending
+class PrefixAppend:
+    """View of a forward that writes new tokens straight into the prefixes (prefill, student turns, pending
     tokens)."""
 
     def __init__(self, cache: RaggedCache, slots: Slots, counts: np.ndarray, width: int) -> None:
@@ -214,7 +214,7 @@ class TrunkAppend:
         return prefix_attention(query, keys, values, self._on_device, scaling, softcap)
 
     def store(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Put new keys and values [n, Hkv, width, D] behind the trunks."""
+        """Put new keys and values [n, Hkv, width, D] behind the prefixes."""
         if self._on_device is None:
             self._on_device = torch.from_numpy(self.starts).to(key.device)
         starts = self._on_device if self._uniform is None else self._uniform
@@ -245,45 +245,45 @@ def cached_attention(config: Any) -> Iterator[None]:
 
 def shared_prefix_attention(
     query: Tensor,
-    trunk: tuple[Tensor, Tensor],
+    prefix: tuple[Tensor, Tensor],
     own: tuple[Tensor, Tensor],
-    trunk_bias: Tensor | None,
+    prefix_bias: Tensor | None,
     own_bias: Tensor | None,
     scaling: float,
     softcap: float | None,
 ) -> Tensor:
-    """Attention of K branches per row over their row's trunk, stored once, and over their own keys: one
+    """Attention of K branches per row over their row's prefix, stored once, and over their own keys: one
     softmax.
 
-    query [N * K, Hq, S, D]; trunk keys, values [N, Hkv, L, D]; own keys, values [N, Hkv, K, T, D] (this
-    call's S included); trunk_bias [N, 1, 1, L] and own_bias [.., S, T] hold 0 or -inf (None: everything is
+    query [N * K, Hq, S, D]; prefix keys, values [N, Hkv, L, D]; own keys, values [N, Hkv, K, T, D] (this
+    call's S included); prefix_bias [N, 1, 1, L] and own_bias [.., S, T] hold 0 or -inf (None: everything is
     visible). Returns [N * K, S, Hq, D].
     """
     rows, kv_heads, branches, own_length, dim = own[0].shape
     width, groups = query.shape[2], query.shape[1] // kv_heads
-    # The K branches become K*G*S query rows of ONE matmul against the trunk they share.
+    # The K branches become K*G*S query rows of ONE matmul against the prefix they share.
     query = query.view(rows, branches, kv_heads, groups, width, dim).permute(0, 2, 1, 3, 4, 5) * scaling
     query = query.reshape(rows, kv_heads, branches * groups * width, dim)
-    to_trunk = query @ trunk[0].transpose(-1, -2)
+    to_prefix = query @ prefix[0].transpose(-1, -2)
     to_own = query.view(rows, kv_heads, branches, groups * width, dim) @ own[0].transpose(-1, -2)
-    to_trunk, to_own = softcapped(to_trunk, softcap), softcapped(to_own, softcap)
-    if trunk_bias is not None:
-        to_trunk = to_trunk + trunk_bias
+    to_prefix, to_own = softcapped(to_prefix, softcap), softcapped(to_own, softcap)
+    if prefix_bias is not None:
+        to_prefix = to_prefix + prefix_bias
     if own_bias is not None:
         to_own = to_own.view(rows, kv_heads, branches, groups, width, own_length) + own_bias
     to_own = to_own.reshape(rows, kv_heads, branches * groups * width, own_length)
-    scores = torch.cat([to_trunk, to_own], dim=-1)
+    scores = torch.cat([to_prefix, to_own], dim=-1)
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    length = trunk[0].shape[2]
-    out = weights[..., :length] @ trunk[1]
+    length = prefix[0].shape[2]
+    out = weights[..., :length] @ prefix[1]
     own_weights = weights[..., length:].view(rows, kv_heads, branches, groups * width, own_length)
     out = out.view(rows, kv_heads, branches, groups * width, dim) + own_weights @ own[1]
     out = out.view(rows, kv_heads, branches, groups, width, dim).permute(0, 2, 4, 1, 3, 5)
     return out.reshape(rows * branches, width, kv_heads * groups, dim)
 
 
-# Lines whose trunks do not lie side by side are attended to run by run, up to so many runs, if that is done
-# once (the candidates of a few requests are scored). A token loop attends to the same trunks again and again,
+# Lines whose prefixes do not lie side by side are attended to run by run, up to so many runs, if that is done
+# once (the candidates of a few requests are scored). A token loop attends to the same prefixes again and again,
 # for which one copy, kept while the lines stay, is cheaper than the calls.
 _MOST_RUNS = 8
 _LEAST_GROWTH = 16  # tokens
@@ -291,7 +291,7 @@ NO_LINES = np.zeros(0, dtype=np.int64)
 
 
 class Branches:
-    """View of forwards over a grid of lines [N, K]: line i is K branches of the trunk at slots[i], each with
+    """View of forwards over a grid of lines [N, K]: line i is K branches of the prefix at slots[i], each with
     lengths[i] own tokens. A flat place is line * K + branch.
 
     Lines begin at different times, so their lengths differ. A forward takes one token of the branches that
@@ -300,56 +300,56 @@ class Branches:
     """
 
     def __init__(self, cache: RaggedCache, slots: Slots, branches: int) -> None:
-        """Every line sees its trunk as it is now."""
+        """Every line sees its prefix as it is now."""
         self.cache, self.branches = cache, branches
-        self.trunk_lengths = cache.lengths[slots]
+        self.prefix_lengths = cache.lengths[slots]
         self.lengths = np.zeros(len(slots), dtype=np.int64)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self._capacity = 0
         self._places: Tensor | None = None
-        self._opening: TrunkAppend | None = None
+        self._opening: PrefixAppend | None = None
         self._from: int | None = None  # where the next tokens of all branches go, if that is one place
         self._end = 0
-        self._trunk_bias: Tensor | None = None
+        self._prefix_bias: Tensor | None = None
         self.move(slots)
         self.take_part(None, np.arange(len(slots)))
 
     @property
     def context(self) -> int:
-        return int((self.trunk_lengths + self.lengths).max()) + 1
+        return int((self.prefix_lengths + self.lengths).max()) + 1
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the branches' own keys and values, and of trunks that had to be copied."""
-        return Part(self.keys, self.values).nbytes + self._copied_bytes
+        """Bytes of the branches' own keys and values, and of prefixes that had to be copied."""
+        return KVBlock(self.keys, self.values).nbytes + self._copied_bytes
 
     def positions(self, width: int, device: torch.device) -> Tensor:
         """Position ids [N * K, width] of the next `width` tokens of every branch."""
-        first = torch.from_numpy(self.trunk_lengths + self.lengths).repeat_interleave(self.branches)
+        first = torch.from_numpy(self.prefix_lengths + self.lengths).repeat_interleave(self.branches)
         return (first[:, None] + torch.arange(width)).to(device)
 
     def move(self, slots: Slots) -> None:
-        """The trunks lie at these slots now."""
+        """The prefixes lie at these slots now."""
         self.slots = slots
-        self._forget_trunks()
+        self._forget_prefixes()
         firsts = np.flatnonzero(np.diff(slots, prepend=-2) != 1)
         counts = np.diff(firsts, append=len(slots))
-        # Stretches of lines whose trunks lie side by side: first line, its slot, how many.
+        # Stretches of lines whose prefixes lie side by side: first line, its slot, how many.
         self._runs = list(zip(firsts.tolist(), slots[firsts].tolist(), counts.tolist(), strict=True))
 
-    def restart(self, lines: np.ndarray, trunk_lengths: np.ndarray) -> None:
-        """These lines forget their own tokens: their trunks have grown to these lengths."""
-        self.lengths[lines], self.trunk_lengths[lines] = 0, trunk_lengths
-        self._forget_trunks()
+    def restart(self, lines: np.ndarray, prefix_lengths: np.ndarray) -> None:
+        """These lines forget their own tokens: their prefixes have grown to these lengths."""
+        self.lengths[lines], self.prefix_lengths[lines] = 0, prefix_lengths
+        self._forget_prefixes()
 
     def regrid(self, source: np.ndarray, grid: np.ndarray, slots: Slots) -> None:
-        """Other lines: new line i belongs to the trunk of the old line source[i] (-1: a new one, `restart`
+        """Other lines: new line i belongs to the prefix of the old line source[i] (-1: a new one, `restart`
         it), now at slots[i], and has the branches that were at the places grid[i] (-1: an empty one)."""
         kept = np.flatnonzero(source >= 0)
-        lengths, trunk_lengths = np.zeros((2, len(source)), dtype=np.int64)
-        lengths[kept], trunk_lengths[kept] = self.lengths[source[kept]], self.trunk_lengths[source[kept]]
-        self.lengths, self.trunk_lengths = lengths, trunk_lengths
+        lengths, prefix_lengths = np.zeros((2, len(source)), dtype=np.int64)
+        lengths[kept], prefix_lengths[kept] = self.lengths[source[kept]], self.prefix_lengths[source[kept]]
+        self.lengths, self.prefix_lengths = lengths, prefix_lengths
         self._capacity = int(lengths.max(initial=0))
         new = np.flatnonzero(grid.reshape(-1) >= 0)
         old, columns = torch.from_numpy(grid.reshape(-1)[new]), grid.shape[1]
@@ -364,7 +364,7 @@ class Branches:
 
     def take_part(self, places: Tensor | None, lines: np.ndarray, opening: np.ndarray = NO_LINES) -> None:
         """Who takes part in the forwards to come: the branches at these places (ascending; None: all), which
-        are on these lines, and after them, in the next forward only, one token each that the trunks of the
+        are on these lines, and after them, in the next forward only, one token each that the prefixes of the
         `opening` lines take in.
 
         Such a token goes through the attention in the place of its line's first branch.
@@ -396,21 +396,21 @@ class Branches:
         self._store(layer, key, value)
         if self._places is not None:
             query = query[self._spread]
-        if layer == len(self._trunks):
-            self._trunks.append(self._trunks_of(layer))
+        if layer == len(self._prefixes):
+            self._prefixes.append(self._prefixes_of(layer))
         keys, values, end = self.keys[layer], self.values[layer], self._end
         out = [
             shared_prefix_attention(
                 query[places],
-                trunk,
+                prefix,
                 (keys[lines, :, :, :end], values[lines, :, :, :end]),
-                trunk_bias,
+                prefix_bias,
                 own_bias,
                 scaling,
                 softcap,
             )
-            for trunk, (lines, places, trunk_bias, own_bias) in zip(
-                self._trunks[layer], self._pieces, strict=True
+            for prefix, (lines, places, prefix_bias, own_bias) in zip(
+                self._prefixes[layer], self._pieces, strict=True
             )
         ]
         whole = out[0] if len(out) == 1 else torch.cat(out)
@@ -427,28 +427,28 @@ class Branches:
         else:  # all branches go on together: only the end moves
             self._end, self._from = self._end + 1, self._from + 1
 
-    def part(self) -> Part:
+    def part(self) -> KVBlock:
         """The keys and values where they lie: those of a line stay as they are until it is restarted."""
-        return Part(list(self.keys), list(self.values))
+        return KVBlock(list(self.keys), list(self.values))
 
-    def copied(self, places: np.ndarray) -> Part:
+    def copied(self, places: np.ndarray) -> KVBlock:
         """The branches at these places, as lines of one branch in a part of their own."""
         index, longest = torch.from_numpy(places), int(self.lengths.max())
         keys, values = (
             [self._picked(buffer, index, longest).unsqueeze(2) for buffer in buffers]
             for buffers in (self.keys, self.values)
         )
-        return Part(keys, values)
+        return KVBlock(keys, values)
 
     def _picked(self, buffer: Tensor, places: Tensor, length: int) -> Tensor:
         """[n, Hkv, length, D] of the branches at these places."""
         at = places.to(buffer.device)
         return buffer[at // self.branches, :, at % self.branches, :length]
 
-    def _forget_trunks(self) -> None:
-        # Per layer: keys and values [lines, Hkv, L, D] of the trunks, run by run; views unless there are too
-        # many runs. Views outlive the cache's buffers when those grow: these trunks do not change meanwhile.
-        self._trunks: list[list[tuple[Tensor, Tensor]]] = []
+    def _forget_prefixes(self) -> None:
+        # Per layer: keys and values [lines, Hkv, L, D] of the prefixes, run by run; views unless there are too
+        # many runs. Views outlive the cache's buffers when those grow: these prefixes do not change meanwhile.
+        self._prefixes: list[list[tuple[Tensor, Tensor]]] = []
         self._copied_bytes = 0
         self._settled = False
 
@@ -470,19 +470,19 @@ class Branches:
             seen[self._lines] = self.lengths[self._lines] + 1
             own_bias = _hiding(torch.arange(self._end) >= torch.from_numpy(seen)[:, None], query)
             own_bias = own_bias[:, None, None, None, None]
-        if not self._trunks:
+        if not self._prefixes:
             self._most_runs = _MOST_RUNS if width > 1 else 1
-            self._longest, self._trunk_bias = int(self.trunk_lengths.max()), None
-            if (self.trunk_lengths != self._longest).any():
-                behind = torch.arange(self._longest) >= torch.from_numpy(self.trunk_lengths)[:, None]
-                self._trunk_bias = _hiding(behind, query)[:, None, None]
+            self._longest, self._prefix_bias = int(self.prefix_lengths.max()), None
+            if (self.prefix_lengths != self._longest).any():
+                behind = torch.arange(self._longest) >= torch.from_numpy(self.prefix_lengths)[:, None]
+                self._prefix_bias = _hiding(behind, query)[:, None, None]
         firsts = [first for first, _, _ in self._runs] if len(self._runs) <= self._most_runs else [0]
         ends = [*firsts[1:], lines]
         self._pieces = [
             (
                 slice(a, b),
                 slice(a * self.branches, b * self.branches),
-                None if self._trunk_bias is None else self._trunk_bias[a:b],
+                None if self._prefix_bias is None else self._prefix_bias[a:b],
                 None if own_bias is None else own_bias[a:b],
             )
             for a, b in zip(firsts, ends, strict=True)
@@ -509,7 +509,7 @@ class Branches:
                 grid = new.reshape(shape[0], shape[2], shape[1], -1, shape[4]).transpose(1, 2)
                 buffers[layer][..., self._from : self._end, :] = grid
 
-    def _trunks_of(self, layer: int) -> list[tuple[Tensor, Tensor]]:
+    def _prefixes_of(self, layer: int) -> list[tuple[Tensor, Tensor]]:
         keys, values, longest = self.cache.keys[layer], self.cache.values[layer], self._longest
         if len(self._runs) > self._most_runs:
             index = torch.from_numpy(self.slots)

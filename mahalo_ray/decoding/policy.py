@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, 
 
 from mahalo_ray.data import storage
 from mahalo_ray.data.templating import ChatFormat
-from mahalo_ray.decoding.cpu_matmul import FastHead, FastProducts
+from mahalo_ray.decoding.cpu_matmul import OneDNNHead, OneDNNLinears
 from mahalo_ray.decoding.kv_cache import RaggedCache, cached_attention
 from mahalo_ray.models.attention import View
 from mahalo_ray.models.backbone import split_causal_lm
@@ -69,7 +69,7 @@ class CachedBackbone:
         """`around` gives a context for every forward (an adapter switched off)."""
         config = cast(PretrainedConfig, backbone.config)
         self.model, self.config, self._around = backbone, config, around
-        self._fast_products = FastProducts(backbone)
+        self._fast_products = OneDNNLinears(backbone)
         self.name = type(backbone).__name__
         values = config.to_dict()
         unsupported = sorted(set(values.get("layer_types") or ()) - {"full_attention", "sliding_attention"})
@@ -147,7 +147,7 @@ class CausalPolicy:
         self.device = self._backbone.device
         self.max_context = self._backbone.max_context
         self.vocab_size: int = model.config.vocab_size
-        self._fast_head = FastHead(model.config.hidden_size, self.vocab_size)
+        self._fast_head = OneDNNHead(model.config.hidden_size, self.vocab_size)
 
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor, kv_cache: View) -> Tensor:
         return self._backbone(input_ids, position_ids, kv_cache)
@@ -180,7 +180,7 @@ class MultiHeadPolicy:
         self.device = self._backbone.device
         self.max_context = self._backbone.max_context
         self.vocab_size: int = model.config.vocab_size
-        self._fast_head = FastHead(model.config.hidden_size, self.vocab_size)
+        self._fast_head = OneDNNHead(model.config.hidden_size, self.vocab_size)
         self._merged: OrderedDict[Weights, FullHead] = OrderedDict()
         self._merged_heads_kept = merged_heads_kept
 
@@ -231,7 +231,7 @@ def as_policy(model: Policy | MultiHeadCausalLM | PreTrainedModel) -> Policy:
 
 
 @dataclass(frozen=True)
-class Placement:
+class DeviceConfig:
     """Where a model runs: torch device and dtype names."""
 
     device: str = "cpu"
@@ -244,7 +244,7 @@ class Placement:
         return found
 
 
-def load_policy(url: str, placement: Placement) -> tuple[Policy, ChatFormat]:
+def load_policy(url: str, placement: DeviceConfig) -> tuple[Policy, ChatFormat]:
     """A multi-head policy (folder with mahalo.json) or an ordinary causal language model, and its chat
     format.
 
@@ -264,14 +264,14 @@ def load_policy(url: str, placement: Placement) -> tuple[Policy, ChatFormat]:
     return policy, ChatFormat(tokenizer)
 
 
-def load_reward_model(url: str, placement: Placement) -> ProcessRewardModel:
+def load_reward_model(url: str, placement: DeviceConfig) -> ProcessRewardModel:
     """A process reward model saved by us; raises FileNotFoundError if nothing is there."""
     folder = storage.local_copy(url)
     model = ProcessRewardModel.from_pretrained(folder, dtype=placement.torch_dtype, device=placement.device)
     return model.eval()
 
 
-def load_guide(url: str, placement: Placement, objective: str | None = None) -> StepScorer:
+def load_guide(url: str, placement: DeviceConfig, objective: str | None = None) -> StepScorer:
     """Any reward model that can guide decoding: ours, or a sequence or token classifier of another maker,
     for which `objective` names what it scores.
     """

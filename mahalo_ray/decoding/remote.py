@@ -28,7 +28,7 @@ from mahalo_ray.decoding.guided import shared_tokenizer
 from mahalo_ray.decoding.sampling import SamplingParams, draw_keys
 from mahalo_ray.decoding.scorers import Guides, Prompt, backbones_of, check_guidance
 from mahalo_ray.decoding.session import NONE_TAKEN, Running
-from mahalo_ray.decoding.stopping import AnswerOnly, Boundary, StopReason, StopRule, Vocabulary, boundary_for
+from mahalo_ray.decoding.stopping import AnswerOnly, Boundary, StopReason, StopRule, TokenTexts, boundary_for
 from mahalo_ray.endpoints import CompletionRequest, Endpoint, Failure, Reply
 from mahalo_ray.errors import StageError
 from mahalo_ray.models.scoring import StepScorer
@@ -66,7 +66,7 @@ class CompletionDecoder:
         self.scale = ScoreScale.of(self.reward_models)
         self.boundary = boundary_for(boundary) if isinstance(boundary, str) else boundary
         self.format = ChatFormat(shared_tokenizer(self.reward_models, tokenizer))
-        self._vocabulary = Vocabulary(self.format.tokenizer)
+        self._vocabulary = TokenTexts(self.format.tokenizer)
         self._backbones = backbones_of(self.reward_models)
         # Turned off by a server that does not say what stopped a completion: steps are then cut here.
         self._stops_are_told = True

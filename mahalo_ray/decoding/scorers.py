@@ -1,8 +1,8 @@
 """A process reward model that follows many conversations over kept caches and scores candidate steps.
 
-Only new tokens ever go through its backbones: the trunk of every conversation is kept, K candidates are
+Only new tokens ever go through its backbones: the prefix of every conversation is kept, K candidates are
 scored as K branches over it in one forward, and the accepted candidate's keys and values become part of the
-trunk.
+prefix.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import Tensor
 
 from mahalo_ray.data.records import Message
 from mahalo_ray.data.templating import ChatFormat
-from mahalo_ray.decoding.cpu_matmul import FastHead
+from mahalo_ray.decoding.cpu_matmul import OneDNNHead
 from mahalo_ray.decoding.guidance import GuidedRequest, ScoreScale, StepCandidate
-from mahalo_ray.decoding.kv_cache import Branches, Part, Place, RaggedCache, RowTable, by_size, padded
+from mahalo_ray.decoding.kv_cache import Branches, BranchRef, KVBlock, RaggedCache, RowTable, by_size, padded
 from mahalo_ray.decoding.policy import CachedBackbone
-from mahalo_ray.decoding.stopping import Boundary, StopReason, Vocabulary, step_starts
+from mahalo_ray.decoding.stopping import Boundary, StopReason, TokenTexts, step_starts
 from mahalo_ray.models import lora
 from mahalo_ray.models.classifiers import SequenceClassifierScorer
 from mahalo_ray.models.reward import ProcessRewardModel
@@ -37,13 +37,13 @@ class _Scored:
 
     length: int
     distinct: list[tuple[int, ...]]
-    parts: list[Part]  # one per cache
+    parts: list[KVBlock]  # one per cache
     line: int  # in the parts
     last_states: Tensor | None  # [distinct, D']: the reference's state behind each candidate
 
 
 class RewardConversations:
-    """Scores candidates of N conversations. Rows as in `BatchedConversations`: add, append, accept, drop.
+    """Scores candidates of N conversations. Rows as in `Engine`: add, append, accept, drop.
 
     Puts the model into evaluation mode; its parameters must not change while rows are kept.
     `forward_tokens` bounds rows * width of one forward.
@@ -65,7 +65,7 @@ class RewardConversations:
         self.tokens_forwarded = 0  # new tokens, each counted once however many backbones read it
         self.peak_bytes = 0
         text = model.config.get_text_config()
-        self._fast_head = FastHead(text.hidden_size, text.vocab_size)
+        self._fast_head = OneDNNHead(text.hidden_size, text.vocab_size)
         self._budget = forward_tokens
         self._rows = RowTable()
         self._ids: dict[int, list[int]] = {}
@@ -182,7 +182,7 @@ class RewardConversations:
         slots = self._rows.slots([row for row, _, _ in kept])
         counts = np.array([len(scored.distinct[which]) for _, scored, which in kept])
         for number, cache in enumerate(self._caches):
-            places = [Place(scored.parts[number], scored.line, which) for _, scored, which in kept]
+            places = [BranchRef(scored.parts[number], scored.line, which) for _, scored, which in kept]
             cache.accept(slots, places, counts)
 
     def _score(
@@ -225,7 +225,7 @@ class RewardConversations:
         self,
         rows: Sequence[int],
         distinct: Sequence[Sequence[tuple[int, ...]]],
-        parts: list[Part],
+        parts: list[KVBlock],
         reference_states: Tensor,
         ends: Tensor,
         columns: int,
@@ -353,7 +353,7 @@ class CachedGuide:
         backbones: Sequence[CachedBackbone],
         boundary: Boundary,
         chat: ChatFormat,
-        vocabulary: Vocabulary,
+        vocabulary: TokenTexts,
     ) -> None:
         self._encoder = StepEncoder(chat.tokenizer, model.step_separator)
         self._boundary, self._vocabulary = boundary, vocabulary
@@ -433,7 +433,7 @@ class TextGuide:
     peak_bytes = 0
 
     def __init__(
-        self, scorer: SequenceClassifierScorer | TraceScorer, boundary: Boundary, vocabulary: Vocabulary
+        self, scorer: SequenceClassifierScorer | TraceScorer, boundary: Boundary, vocabulary: TokenTexts
     ) -> None:
         self._scorer, self._boundary, self._vocabulary = scorer, boundary, vocabulary
         self.tokens_forwarded = 0
@@ -527,7 +527,7 @@ class Guides:
         backbones: Sequence[Sequence[CachedBackbone]],
         boundary: Boundary,
         chat: ChatFormat,
-        vocabulary: Vocabulary,
+        vocabulary: TokenTexts,
     ) -> None:
         self.scale = ScoreScale.of(scorers)
         self._guides: list[Guide] = []

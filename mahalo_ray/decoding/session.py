@@ -10,7 +10,7 @@ import torch
 
 from mahalo_ray.data.records import Message
 from mahalo_ray.data.templating import ChatFormat
-from mahalo_ray.decoding.engine import BatchedConversations, InFlight
+from mahalo_ray.decoding.engine import Engine, InFlight
 from mahalo_ray.decoding.guidance import GuidedRequest, GuidedResult, Step, StepCandidate, choose, with_totals
 from mahalo_ray.decoding.policy import Policy
 from mahalo_ray.decoding.scorers import Guides, Prompt, check_guidance
@@ -21,7 +21,7 @@ from mahalo_ray.decoding.stopping import (
     StopReason,
     StopRule,
     TextStop,
-    Vocabulary,
+    TokenTexts,
 )
 
 NONE_TAKEN = -1  # the text has become too long for a guide: the response ends without another step
@@ -120,7 +120,7 @@ class GuidedSession:
         guides: Guides | None,
         boundary: Boundary,
         chat: ChatFormat,
-        vocabulary: Vocabulary,
+        vocabulary: TokenTexts,
         max_branches: int,
         max_context: int | None,
     ) -> None:
@@ -130,7 +130,7 @@ class GuidedSession:
         context = policy.max_context if max_context is None else max_context
         if guides is not None and guides.max_context is not None:
             context = min(context, guides.max_context)
-        self.engine = BatchedConversations(policy, context)
+        self.engine = Engine(policy, context)
         self.in_flight = InFlight(self.engine, [chat.end_id], vocabulary)
         self._waiting: deque[Running] = deque()
         self._done: list[Running] = []  # whose candidates have ended, not yet scored
@@ -215,7 +215,7 @@ class GuidedSession:
     def _decide(self) -> None:
         """Scores, choice and next step of the requests that are done. Finished ones leave."""
         done, self._done, self._held = self._done, [], 0
-        candidates = self.in_flight.taken([one.row for one in done])
+        candidates = self.in_flight.collect([one.row for one in done])
         offered = self._offered(done, candidates)
         choice = [one.choice(own) for one, own in zip(done, offered, strict=True)]
         self.engine.accept(candidates, choice)
@@ -225,7 +225,7 @@ class GuidedSession:
 
     def _begin(self, requests: list[Running]) -> None:
         """Let the next steps of these requests begin."""
-        self.in_flight.begin(
+        self.in_flight.start(
             [one.row for one in requests],
             [one.request.candidates_per_step for one in requests],
             [one.request.sampling for one in requests],
@@ -346,7 +346,7 @@ class GuidedSession:
         self._active.remove(one)
         if one in self._done:
             self._done.remove(one)
-        self.in_flight.leave([one.row])
+        self.in_flight.abort([one.row])
         self.engine.drop([one.row])
         if self.guides is not None and one.request.is_guided:
             self.guides.drop([one.guide_row])

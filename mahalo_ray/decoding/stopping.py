@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from mahalo_ray.decoding.kv_cache import Part, Place
+from mahalo_ray.decoding.kv_cache import BranchRef, KVBlock
 from mahalo_ray.objectives import unknown_name
 
 
@@ -40,7 +40,7 @@ class Candidates:
     reasons: list[list[StopReason]]
     logps: list[list[list[float]]] | None
     base_lengths: list[int]  # tokens of every conversation when it was sampled
-    places: list[list[Place]]  # where the keys and values of every candidate lie
+    places: list[list[BranchRef]]  # where the keys and values of every candidate lie
 
     @classmethod
     def empty(cls, row: int, num_candidates: int, length: int, with_logps: bool) -> Candidates:
@@ -49,7 +49,12 @@ class Candidates:
         reasons = [StopReason.CONTEXT] * num_candidates
         logps = [list(nothing)] if with_logps else None
         return cls(
-            [row], [nothing], [reasons], logps, [length], [[Place(Part([], []), 0, 0)] * num_candidates]
+            [row],
+            [nothing],
+            [reasons],
+            logps,
+            [length],
+            [[BranchRef(KVBlock([], []), 0, 0)] * num_candidates],
         )
 
     @classmethod
@@ -309,7 +314,7 @@ class StopRule:
         return self.boundary.verdict(self.begun + text, self.begun_tokens + num_tokens)
 
 
-class Vocabulary:
+class TokenTexts:
     """Texts of single tokens and of token sequences, with trigger tables cached per rule."""
 
     def __init__(self, tokenizer: Any) -> None:
@@ -346,7 +351,7 @@ class Vocabulary:
         return self._tables[key]
 
 
-def step_starts(token_ids: Sequence[int], boundary: Boundary, vocabulary: Vocabulary) -> list[int]:
+def step_starts(token_ids: Sequence[int], boundary: Boundary, vocabulary: TokenTexts) -> list[int]:
     """Where the steps of a response sampled as a whole begin: at 0 and behind its inner boundaries."""
     triggers = vocabulary.table(StopRule(boundary))
     starts = [0]
@@ -361,7 +366,7 @@ def step_starts(token_ids: Sequence[int], boundary: Boundary, vocabulary: Vocabu
 class TextStop:
     """The stop rules of the rows of one `sample` call, in its order (None: no text rule for that row)."""
 
-    def __init__(self, vocabulary: Vocabulary, rules: Sequence[StopRule | None]) -> None:
+    def __init__(self, vocabulary: TokenTexts, rules: Sequence[StopRule | None]) -> None:
         self.vocabulary, self.rules = vocabulary, list(rules)
 
     def trigger_table(self, vocab_size: int) -> Tensor:

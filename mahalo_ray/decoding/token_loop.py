@@ -9,17 +9,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mahalo_ray.decoding.kv_cache import NO_LINES, Branches, Part, Place, RaggedCache, RowTable, resized
+from mahalo_ray.decoding.kv_cache import (
+    NO_LINES,
+    Branches,
+    BranchRef,
+    KVBlock,
+    RaggedCache,
+    RowTable,
+    resized,
+)
 from mahalo_ray.decoding.policy import LogitFunction, Policy
 from mahalo_ray.decoding.sampling import SamplingBatch, SamplingParams, draw, draw_keys, uniforms
-from mahalo_ray.decoding.stopping import REASONS, Candidates, StopReason, StopRule, TextStop, Vocabulary
+from mahalo_ray.decoding.stopping import REASONS, Candidates, StopReason, StopRule, TextStop, TokenTexts
 from mahalo_ray.objectives import Weights
 
 CODE = {reason: code for code, reason in enumerate(REASONS)}
 
 
 @dataclass(frozen=True)
-class Fork:
+class SampleRequest:
     """`num_candidates` continuations of a row's conversation of `length` tokens.
 
     They may have `cap` tokens, at which the context `is_full` or a limit is reached. `last` is the hidden
@@ -38,12 +46,12 @@ class Fork:
     last: Tensor | int
 
 
-class Forks:
+class RequestTable:
     """The forks of a grid, line by line."""
 
-    def __init__(self, policy: Policy, vocabulary: Vocabulary | None) -> None:
+    def __init__(self, policy: Policy, vocabulary: TokenTexts | None) -> None:
         self._policy, self._vocabulary = policy, vocabulary
-        self._lines: list[Fork] = []
+        self._lines: list[SampleRequest] = []
         self._settings: list[tuple[Weights | None, SamplingParams, Hashable]] = []
         self.stop: TextStop | None = None
         self.triggers: Tensor | None = None  # [V], tokens after which the text must be read
@@ -56,7 +64,7 @@ class Forks:
     def __len__(self) -> int:
         return len(self._lines)
 
-    def __getitem__(self, line: int) -> Fork:
+    def __getitem__(self, line: int) -> SampleRequest:
         return self._lines[line]
 
     @property
@@ -73,7 +81,9 @@ class Forks:
         line = {fork.row: at for at, fork in enumerate(self._lines)}
         return np.array([line[row] for row in rows], dtype=np.int64)
 
-    def replace(self, joining: Mapping[int, Fork], left: Collection[int], table: RowTable) -> np.ndarray:
+    def replace(
+        self, joining: Mapping[int, SampleRequest], left: Collection[int], table: RowTable
+    ) -> np.ndarray:
         """Let rows leave and join, lines in the order of the rows' slots. A row that is there already begins
         again. Returns which line each line was, -1 for a new one."""
         stay = [at for at, fork in enumerate(self._lines) if fork.row not in left]
@@ -105,7 +115,7 @@ class Forks:
             self.triggers = self.stop.trigger_table(self._policy.vocab_size).to(device)
 
 
-class DrawTables:
+class SampleBuffers:
     """Tables over the flat places of a grid [lines * K]: tokens [.., T], their log-probs, uniform numbers
     [.., T], how many tokens each branch ended with and why."""
 
@@ -130,7 +140,7 @@ class DrawTables:
         if self.logps is not None:
             self.logps = self._moved(self.logps, *places)
 
-    def begin(self, lines: np.ndarray, seeds: list[int], positions: np.ndarray, length: int) -> None:
+    def start(self, lines: np.ndarray, seeds: list[int], positions: np.ndarray, length: int) -> None:
         """Random numbers of `length` tokens for lines whose conversations have these lengths. All at once:
         hashing is many small operations."""
         if length > self.length:
@@ -193,21 +203,21 @@ class BranchDecoder:
         cache: RaggedCache,
         rows: RowTable,
         stop_ids: Collection[int],
-        vocabulary: Vocabulary | None,
+        vocabulary: TokenTexts | None,
         with_logps: bool = False,
     ) -> None:
         """`vocabulary` reads the text that forks' rules need; None if they have none."""
         self.policy, self.device, self._rows = policy, policy.device, rows
         self.branches = Branches(cache, np.zeros(0, dtype=np.int64), 1)
-        self._tables = DrawTables(self.device, with_logps)
-        self._forks = Forks(policy, vocabulary)
+        self._tables = SampleBuffers(self.device, with_logps)
+        self._forks = RequestTable(policy, vocabulary)
         self._stop_table = torch.zeros(policy.vocab_size, dtype=torch.bool, device=self.device)
         self._stop_table[torch.tensor(sorted(stop_ids), dtype=torch.long, device=self.device)] = True
         self.tokens_forwarded = 0
         self.read: list[tuple[int, Tensor]] = []  # rows whose last token the last step read, states [D]
-        self._joining: dict[int, Fork] = {}
+        self._joining: dict[int, SampleRequest] = {}
         self._left: set[int] = set()
-        self._empty: dict[int, Fork] = {}  # no room for a token: their candidates are empty
+        self._empty: dict[int, SampleRequest] = {}  # no room for a token: their candidates are empty
         self._unreported: list[int] = []
         self._moves = 0
         self._sampled = torch.zeros(0, dtype=torch.long, device=self.device)  # last tokens, not yet read
@@ -224,7 +234,7 @@ class BranchDecoder:
         """Bytes of the branches' keys and values, those of finished branches included."""
         return self.branches.nbytes
 
-    def begin(self, forks: Sequence[Fork]) -> None:
+    def start(self, forks: Sequence[SampleRequest]) -> None:
         """Decode these from the next token on; a row's earlier fork is forgotten."""
         for fork in forks:
             if fork.cap > 0:
@@ -233,7 +243,7 @@ class BranchDecoder:
                 self._empty[fork.row] = fork
                 self._unreported.append(fork.row)
 
-    def leave(self, rows: Collection[int]) -> None:
+    def abort(self, rows: Collection[int]) -> None:
         """Forget these rows, finished or not."""
         self._left.update(rows)
         self._unreported = [row for row in self._unreported if row not in self._left]
@@ -250,7 +260,7 @@ class BranchDecoder:
             done += self._ended(self._drawn(self._forward(begun)))
         return done
 
-    def taken(self, rows: Sequence[int]) -> Candidates:
+    def collect(self, rows: Sequence[int]) -> Candidates:
         """The candidates of finished rows. Their keys and values stay where they are, good until the row
         begins again."""
         empty = [self._empty.pop(row) for row in rows if row in self._empty]
@@ -276,7 +286,7 @@ class BranchDecoder:
         return Candidates.joined(parts, rows)
 
     def _arranged(self) -> np.ndarray:
-        """Lay the lines out for who joins and who left, in the order of the rows' slots: the trunks of all
+        """Lay the lines out for who joins and who left, in the order of the rows' slots: the prefixes of all
         live rows then lie side by side. Returns the lines that begin."""
         if not self._joining and not self._left and self._moves == self._rows.moves:
             return NO_LINES
@@ -289,7 +299,7 @@ class BranchDecoder:
             forks = [self._forks[line] for line in begun]
             lengths = np.array([fork.length for fork in forks])
             self.branches.restart(begun, lengths)
-            self._tables.begin(begun, [f.seed for f in forks], lengths, max(f.cap for f in forks))
+            self._tables.start(begun, [f.seed for f in forks], lengths, max(f.cap for f in forks))
         self._live(self._cell)
         return begun
 
@@ -327,9 +337,9 @@ class BranchDecoder:
         """Where cells lie in the grid: at the place of the same number, here."""
         return cell
 
-    def _kept(self, part: Part, cell: int) -> Place:
+    def _kept(self, part: KVBlock, cell: int) -> BranchRef:
         """Where a cell's keys and values lie, if the grid's are `part`."""
-        return Place(part, cell // self.branches.branches, cell % self.branches.branches)
+        return BranchRef(part, cell // self.branches.branches, cell % self.branches.branches)
 
     def _forward(self, begun: np.ndarray) -> Tensor:
         """What the next token of every cell is drawn from, [cells, D]: one forward over the cells' last
@@ -422,24 +432,24 @@ class BranchDecoder:
 
 _COMPACT_BELOW = 0.5  # regrid when at most this share of the grid is alive
 _WORTHWHILE = 0.75  # and the new grid has at most this share of the old one's places
-_SPREAD = 1.25  # a row may be laid out twice (its trunk copied) while rows grow by at most this factor
+_SPREAD = 1.25  # a row may be laid out twice (its prefix copied) while rows grow by at most this factor
 
 
-class TogetherDecoder(BranchDecoder):
+class CompactingDecoder(BranchDecoder):
     """Decodes forks to their ends. Nobody joins, so that attention need not work on a grid of which most has
     ended: what is left of it is laid out again now and then, and what has ended is put aside."""
 
-    def run(self, forks: Sequence[Fork]) -> Candidates:
+    def run(self, forks: Sequence[SampleRequest]) -> Candidates:
         """The candidates of these forks' rows."""
-        self._aside: dict[int, Place] = {}  # by cell
+        self._aside: dict[int, BranchRef] = {}  # by cell
         self._aside_bytes = 0
         # The cell at every place, -1 for none, and the other way round. None: all are where they began.
         self._cell_at: np.ndarray | None = None
         self._place_of: Tensor | None = None
-        self.begin(forks)
+        self.start(forks)
         while self.is_busy:
             self.step()
-        return self.taken([fork.row for fork in forks])
+        return self.collect([fork.row for fork in forks])
 
     @property
     def nbytes(self) -> int:
@@ -461,7 +471,7 @@ class TogetherDecoder(BranchDecoder):
         cell_at = np.arange(places) if self._cell_at is None else self._cell_at
         ended = np.flatnonzero(~alive & (cell_at >= 0))
         part = self.branches.copied(ended)
-        self._aside.update({int(cell): Place(part, at, 0) for at, cell in enumerate(cell_at[ended])})
+        self._aside.update({int(cell): BranchRef(part, at, 0) for at, cell in enumerate(cell_at[ended])})
         self._aside_bytes += part.nbytes
         self._cell_at = np.where(grid >= 0, cell_at[np.maximum(grid, 0)], -1).reshape(-1)
         held = np.flatnonzero(self._cell_at >= 0)
@@ -474,19 +484,19 @@ class TogetherDecoder(BranchDecoder):
     def _places(self, cell: Tensor) -> Tensor:
         return cell if self._place_of is None else self._place_of[cell]
 
-    def _kept(self, part: Part, cell: int) -> Place:
+    def _kept(self, part: KVBlock, cell: int) -> BranchRef:
         if cell in self._aside:
             return self._aside[cell]
         place = cell if self._place_of is None else int(self._place_of[cell])
-        return Place(part, place // self.branches.branches, place % self.branches.branches)
+        return BranchRef(part, place // self.branches.branches, place % self.branches.branches)
 
 
 def smallest_grid(alive: np.ndarray, branches: int, most_rows: int) -> tuple[np.ndarray, np.ndarray]:
     """The live places of a grid [N, K] laid out again: rows [N'] (the old row each new row belongs to) and
     grid [N', K'] of old flat places, -1 for padding.
 
-    A row with more live branches than K' is laid out several times, at the price of a copy of its trunk; rows
-    in all stay within 1.25 times the fork's, so trunk memory is bounded too.
+    A row with more live branches than K' is laid out several times, at the price of a copy of its prefix; rows
+    in all stay within 1.25 times the fork's, so prefix memory is bounded too.
     """
     old = np.nonzero(alive)[0]
     live_per_row = np.bincount(old // branches, minlength=len(alive) // branches)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from mahalo_ray.config import EvaluationConfig
 from mahalo_ray.data.records import Dialogue
-from mahalo_ray.decoding.engine import BatchedConversations
+from mahalo_ray.decoding.engine import Engine
 from mahalo_ray.decoding.kv_cache import RaggedCache
-from mahalo_ray.decoding.policy import MultiHeadPolicy, Placement, Policy, load_policy, load_reward_model
+from mahalo_ray.decoding.policy import DeviceConfig, MultiHeadPolicy, Policy, load_policy, load_reward_model
 from mahalo_ray.domains.tutoring.student import OBJECTIVES, Episode
 from mahalo_ray.evaluation.results import MethodKind, MethodResult
 from mahalo_ray.models import ProcessRewardModel
@@ -60,7 +60,7 @@ class MethodPlayer:
         sft_url: str,
         policy_url: str,
         reward_url: str,
-        placement: Placement,
+        placement: DeviceConfig,
         config: EvaluationConfig,
         seeds: Sequence[int],
     ) -> None:
@@ -93,7 +93,7 @@ class MethodPlayer:
     def run(self, method: Method) -> Played:
         """Play all students once; the same students, with the same random draws, for every method."""
         policy, weights = self._decoder(method)
-        engine = BatchedConversations(policy)
+        engine = Engine(policy)
         batch = DialogueBatch(PolicyTutor(engine, self.chat, self.config.sampling, weights))
         episodes = [Episode.from_seed(seed) for seed in self.seeds]
         opened = batch.open(episodes, [f"{method.name}-{seed}" for seed in self.seeds], "evaluation")

@@ -29,7 +29,7 @@ from mahalo_ray.data.records import (
 )
 from mahalo_ray.data.rows import QUARANTINE, BadRow, data_files, quarantine, read_rows
 from mahalo_ray.data.step_readers import ReadTraces, read_traces
-from mahalo_ray.decoding.cpu_matmul import FastProducts
+from mahalo_ray.decoding.cpu_matmul import OneDNNLinears
 from mahalo_ray.evaluation.plots import INK, SURFACE
 from mahalo_ray.evaluation.reward_metrics import (
     ObjectiveMetrics,
@@ -194,7 +194,7 @@ def _by_tokens(
         both = [_answer(pair, name, scorer) for name in ("chosen", "rejected")]
         cut += any(len(tokens.input_ids) > limit for tokens in both)
         answers += [_keep_end(tokens, limit) for tokens in both]
-    with FastProducts(cast(nn.Module, scorer))():
+    with OneDNNLinears(cast(nn.Module, scorer))():
         values = scorer.score_traces([tokens for _, tokens in read] + answers, batch_size)
     scores = [
         {name: steps[:, column].tolist() for column, name in enumerate(scorer.objectives)} for steps in values

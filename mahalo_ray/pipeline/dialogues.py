@@ -20,7 +20,7 @@ from mahalo_ray.config.rollouts import (
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import PreferencePair
 from mahalo_ray.data.rows import QUARANTINE, data_files, quarantine
-from mahalo_ray.decoding.policy import Placement
+from mahalo_ray.decoding.policy import DeviceConfig
 from mahalo_ray.domains.tutoring.personas import load_cases
 from mahalo_ray.errors import StageError
 from mahalo_ray.evaluation.dialogue_report import write_dialogue_report
@@ -152,7 +152,7 @@ def _spec(config: DialoguesConfig, output: str, cases_url: str | None) -> Rollou
         play=config.play,
         output_url=output,
         purpose=config.name,
-        placement=Placement(config.cluster.device, config.dtype),
+        placement=DeviceConfig(config.cluster.device, config.dtype),
         threads=max(1, math.floor(config.cluster.cpus_per_rollout_actor)),
         reward_url=None if config.reward is None else storage.absolute(config.reward),
         cases_url=cases_url,

@@ -10,7 +10,7 @@ from rich.console import Console
 from mahalo_ray.config import RunConfig
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import Dialogue
-from mahalo_ray.decoding.policy import Placement
+from mahalo_ray.decoding.policy import DeviceConfig
 from mahalo_ray.evaluation.claims import check_claims
 from mahalo_ray.evaluation.methods import Method, Played
 from mahalo_ray.evaluation.report import (
@@ -101,7 +101,7 @@ def play(context: Context, methods: list[Method]) -> StageResult:
         policy_url=context.input("policy", "model"),
         reward_url=context.input("reward", "model"),
         output_url=context.folder,
-        placement=Placement(config.cluster.device, config.model.dtype),
+        placement=DeviceConfig(config.cluster.device, config.model.dtype),
         threads=max(1, math.floor(config.cluster.cpus_per_rollout_actor)),
         config=config.evaluation,
         seeds=tuple(range(first, first + config.evaluation.dialogues)),

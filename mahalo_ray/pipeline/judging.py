@@ -23,7 +23,7 @@ from mahalo_ray.data import storage
 from mahalo_ray.data.records import StepTrace
 from mahalo_ray.data.rows import QUARANTINE, quarantine
 from mahalo_ray.data.step_readers import ReadTraces, read_traces
-from mahalo_ray.decoding.policy import Placement
+from mahalo_ray.decoding.policy import DeviceConfig
 from mahalo_ray.errors import StageError
 from mahalo_ray.evaluation.agreement import measure_agreement
 from mahalo_ray.evaluation.statistics import Bootstrap
@@ -155,7 +155,7 @@ def _scores(
     config: LabelConfig, spec: JudgeSpec, traces: Sequence[StepTrace]
 ) -> tuple[list[Score], dict[str, Any]]:
     """The judge's score of every rated response, and what it was asked."""
-    judge = spec.open(Placement(config.cluster.device, config.dtype), 1, config.seed)
+    judge = spec.open(DeviceConfig(config.cluster.device, config.dtype), 1, config.seed)
     items = [
         Judged(tuple(t.prompt), tuple(t.steps), t.answer, joined(t.steps, config.step_separator).strip())
         for t in traces

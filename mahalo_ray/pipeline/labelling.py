@@ -15,7 +15,7 @@ from mahalo_ray.data import storage
 from mahalo_ray.data.records import StepTrace
 from mahalo_ray.data.rows import QUARANTINE, data_files, quarantine
 from mahalo_ray.data.step_readers import ReadTraces, read_prompts, read_traces
-from mahalo_ray.decoding.policy import Placement
+from mahalo_ray.decoding.policy import DeviceConfig
 from mahalo_ray.errors import StageError
 from mahalo_ray.models.folder import local_folder
 from mahalo_ray.pipeline.judging import judge_identity, judge_spec
@@ -158,7 +158,7 @@ def _spec(config: LabelConfig, judges: dict[str, JudgeSpec], output: str, chunks
         domain=config.domain,
         step_separator=config.step_separator,
         continuations=None if config.continuations is None else _reachable(config.continuations, output),
-        placement=Placement(config.cluster.device, config.dtype),
+        placement=DeviceConfig(config.cluster.device, config.dtype),
         threads=max(1, math.floor(config.cluster.cpus_per_rollout_actor)),
         seed=config.seed,
         actors=actors,

@@ -18,7 +18,7 @@ from mahalo_ray.config.rollouts import MiniatureStudentConfig, ModelTutorConfig,
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import EXAMPLE_SCHEMA, CandidateSet, Dialogue, PreferencePair, StepTrace
 from mahalo_ray.data.templating import ChatFormat
-from mahalo_ray.decoding.policy import Placement
+from mahalo_ray.decoding.policy import DeviceConfig
 from mahalo_ray.domains.tutoring.scripted import encode_example, scripted_dialogues, train_tokenizer
 from mahalo_ray.models.backbone import load_tokenizer
 from mahalo_ray.models.folder import local_folder
@@ -237,7 +237,7 @@ def _play(context: Context, settings: RolloutConfig, reward_url: str | None, pur
         ),
         output_url=context.folder,
         purpose=purpose,
-        placement=Placement(config.cluster.device, config.model.dtype),
+        placement=DeviceConfig(config.cluster.device, config.model.dtype),
         threads=max(1, math.floor(config.cluster.cpus_per_rollout_actor)),
         reward_url=reward_url,
         continuations=settings.continuations,

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from mahalo_ray.config import RunConfig, ServeConfig
 from mahalo_ray.data import storage
-from mahalo_ray.decoding.policy import Placement
+from mahalo_ray.decoding.policy import DeviceConfig
 from mahalo_ray.domains.tutoring.student import Episode
 from mahalo_ray.objectives import Weights
 from mahalo_ray.pipeline.seed_blocks import first_seed
@@ -107,7 +107,7 @@ def application(args: Mapping[str, str]) -> serve.Application:
             _finished_model(deployed.run, "policy"),
             _finished_model(deployed.run, "reward"),
             DOMAIN,
-            Placement(config.cluster.device, config.model.dtype),
+            DeviceConfig(config.cluster.device, config.model.dtype),
         ),
         config.cluster.use_gpu,
     )

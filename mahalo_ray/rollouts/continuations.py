@@ -10,7 +10,7 @@ from mahalo_ray.config.label import ContinuationsConfig
 from mahalo_ray.data.records import StepTrace
 from mahalo_ray.data.rows import digest
 from mahalo_ray.data.templating import ChatFormat
-from mahalo_ray.decoding.engine import BatchedConversations
+from mahalo_ray.decoding.engine import Engine
 from mahalo_ray.decoding.policy import Policy
 from mahalo_ray.decoding.sampling import SamplingParams
 from mahalo_ray.decoding.stopping import (
@@ -20,7 +20,7 @@ from mahalo_ray.decoding.stopping import (
     StopReason,
     StopRule,
     TextStop,
-    Vocabulary,
+    TokenTexts,
     step_starts,
 )
 from mahalo_ray.models.scoring import StepEncoder
@@ -79,7 +79,7 @@ class Continuer:
     ) -> None:
         self._policy, self._chat, self._boundary = policy, chat, boundary
         self._settings, self._seed = settings, seed
-        self._vocabulary = Vocabulary(chat.tokenizer)
+        self._vocabulary = TokenTexts(chat.tokenizer)
         self._encoder = StepEncoder(chat.tokenizer, step_separator)
         self._weights = None if settings.weights is None else Weights(settings.weights)
         policy.check_weights(self._weights)
@@ -89,7 +89,7 @@ class Continuer:
 
     def respond(self, prompts: Sequence[StepTrace], responses: int) -> list[StepTrace]:
         """`responses` sampled responses to every prompt, as traces; ValueError if a prompt does not fit."""
-        engine = BatchedConversations(self._policy)
+        engine = Engine(self._policy)
         rows = engine.add(len(prompts), self._weights)
         engine.append(rows, [self._chat.prompt_ids(trace.prompt) for trace in prompts])
         seeds = [derived_seed(self._seed, "respond", trace.id) for trace in prompts]
@@ -113,7 +113,7 @@ class Continuer:
 
         After every round `decide` is given the prefixes with new samples, and says which of them go on.
         """
-        engine = BatchedConversations(self._policy)
+        engine = Engine(self._policy)
         level = self._prompts(engine, traces)
         depth = 0
         while level:
@@ -124,7 +124,7 @@ class Continuer:
                 self._round(engine, going_on)
                 going_on = [p for p in decide(going_on) if len(p.samples) < self._settings.samples]
 
-    def _prompts(self, engine: BatchedConversations, traces: Sequence[StepTrace]) -> dict[Key, Prefix]:
+    def _prompts(self, engine: Engine, traces: Sequence[StepTrace]) -> dict[Key, Prefix]:
         found = {prefix_key(trace, 0): Prefix(trace, ()) for trace in traces}
         for prefix, row in zip(found.values(), engine.add(len(found), self._weights), strict=True):
             prefix.row = row
@@ -132,7 +132,7 @@ class Continuer:
         return found
 
     def _next_level(
-        self, engine: BatchedConversations, level: dict[Key, Prefix], traces: Sequence[StepTrace], depth: int
+        self, engine: Engine, level: dict[Key, Prefix], traces: Sequence[StepTrace], depth: int
     ) -> dict[Key, Prefix]:
         """The inner prefixes one step longer, in the engine; rows that nothing goes on from are dropped."""
         children: dict[Key, Prefix] = {}
@@ -152,9 +152,7 @@ class Continuer:
         self.counts.samples_full += len(children) * self._settings.samples
         return children
 
-    def _take_rows(
-        self, engine: BatchedConversations, level: dict[Key, Prefix], grown: dict[Key, list[Prefix]]
-    ) -> None:
+    def _take_rows(self, engine: Engine, level: dict[Key, Prefix], grown: dict[Key, list[Prefix]]) -> None:
         """The first child goes on in its parent's row, the others in copies."""
         others = [(key, child) for key, own in grown.items() for child in own[1:]]
         copies = engine.duplicate([level[key].row for key, _ in others]) if others else []
@@ -165,13 +163,13 @@ class Continuer:
                 own[0].row = level[key].row
         engine.drop([level[key].row for key, own in grown.items() if not own])
 
-    def _append(self, engine: BatchedConversations, texts: Sequence[tuple[Prefix, list[int]]]) -> None:
+    def _append(self, engine: Engine, texts: Sequence[tuple[Prefix, list[int]]]) -> None:
         if not texts:
             return
         engine.append([prefix.row for prefix, _ in texts], [ids for _, ids in texts])
         self.counts.tokens_encoded += sum(len(ids) for _, ids in texts)
 
-    def _round(self, engine: BatchedConversations, prefixes: Sequence[Prefix]) -> None:
+    def _round(self, engine: Engine, prefixes: Sequence[Prefix]) -> None:
         adaptive = self._settings.adaptive
         count = self._settings.samples if adaptive is None else adaptive.round
         drawn = [min(count, self._settings.samples - len(prefix.samples)) for prefix in prefixes]
@@ -182,7 +180,7 @@ class Continuer:
         self.counts.samples += sum(drawn)
 
     def _drawn(
-        self, engine: BatchedConversations, rows: Sequence[int], seeds: Sequence[int], drawn: int | list[int]
+        self, engine: Engine, rows: Sequence[int], seeds: Sequence[int], drawn: int | list[int]
     ) -> Candidates:
         rule = StopRule(AnswerOnly(self._boundary))
         candidates = engine.sample(

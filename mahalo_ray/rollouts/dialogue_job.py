@@ -34,8 +34,8 @@ from mahalo_ray.config.section import EndpointConfig
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import CandidateSet, Dialogue
 from mahalo_ray.data.templating import ChatFormat
-from mahalo_ray.decoding.engine import BatchedConversations
-from mahalo_ray.decoding.policy import Placement, Policy, load_policy, load_reward_model
+from mahalo_ray.decoding.engine import Engine
+from mahalo_ray.decoding.policy import DeviceConfig, Policy, load_policy, load_reward_model
 from mahalo_ray.decoding.scorers import CLOSING_ROOM
 from mahalo_ray.domains.tutoring.moves import consistency
 from mahalo_ray.domains.tutoring.personas import POST_TEST, AnswerKey, Case, PersonaSampler
@@ -71,7 +71,7 @@ class RolloutSpec:
     play: PlayConfig
     output_url: str
     purpose: str
-    placement: Placement
+    placement: DeviceConfig
     threads: int
     reward_url: str | None = None
     continuations: int = 0
@@ -187,7 +187,7 @@ class Parties:
             closing = 0 if self.reward.step_separator is None else CLOSING_ROOM
             limits.append(self.reward.max_length - closing)
         miniature = isinstance(self.spec.student, MiniatureStudentConfig)
-        engine = BatchedConversations(policy, max_context=min(limits))
+        engine = Engine(policy, max_context=min(limits))
         return PolicyTutor(engine, chat, play.sampling, self._weights, sentences_are_moves=miniature)
 
     def _students(self) -> Students[Any]:

@@ -25,7 +25,7 @@ from mahalo_ray.data.records import Message, Record
 from mahalo_ray.data.rows import SCHEMA as BAD_ROWS
 from mahalo_ray.decoding.guidance import GuidedRequest, GuidedResult, Step
 from mahalo_ray.decoding.guided import GuidedDecoder
-from mahalo_ray.decoding.policy import Placement, load_guide, load_policy
+from mahalo_ray.decoding.policy import DeviceConfig, load_guide, load_policy
 from mahalo_ray.decoding.remote import CompletionDecoder
 from mahalo_ray.decoding.sampling import SamplingParams
 from mahalo_ray.endpoints import Endpoint
@@ -200,7 +200,7 @@ class GenerateWorker:
         torch.set_num_threads(max(1, math.floor(config.cluster.cpus_per_rollout_actor)))
         logging.getLogger("transformers").setLevel(logging.ERROR)
         self.config = config
-        placement = Placement(config.cluster.device, config.dtype)
+        placement = DeviceConfig(config.cluster.device, config.dtype)
         rewards = [load_guide(source.model, placement, source.objective) for source in config.rewards]
         self.decoder: GuidedDecoder | CompletionDecoder
         if config.server is not None:

@@ -24,7 +24,7 @@ from mahalo_ray.config.label import (
     ProgramJudgeConfig,
 )
 from mahalo_ray.data.records import Message
-from mahalo_ray.decoding.policy import Placement
+from mahalo_ray.decoding.policy import DeviceConfig
 from mahalo_ray.domains import math as maths
 from mahalo_ray.endpoints import ChatRequest, Endpoint, Failure
 from mahalo_ray.models.classifiers import load_scorer
@@ -103,7 +103,7 @@ class ProgramJudge(Judge):
 class ModelJudge(Judge):
     """A local reward model. The prefixes of one response are read in one forward where the model can."""
 
-    def __init__(self, config: ModelJudgeConfig, placement: Placement) -> None:
+    def __init__(self, config: ModelJudgeConfig, placement: DeviceConfig) -> None:
         folder = model_folder(config.path)
         foreign = None if (folder / METADATA_FILE).is_file() else config.objective
         self._scorer = load_scorer(folder, foreign, placement.torch_dtype, placement.device)
@@ -266,7 +266,7 @@ class JudgeSpec:
     calibrated: bool
     rubric: str = ""
 
-    def open(self, placement: Placement, actors: int, seed: int) -> Judge:
+    def open(self, placement: DeviceConfig, actors: int, seed: int) -> Judge:
         """The judge, ready to score."""
         config = self.config
         if isinstance(config, EndpointJudgeConfig):

@@ -18,7 +18,7 @@ from mahalo_ray.config.label import ROLLOUTS, AdaptiveConfig, ContinuationsConfi
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import StepTrace
 from mahalo_ray.data.rows import SCHEMA, BadRow
-from mahalo_ray.decoding.policy import Placement, load_policy
+from mahalo_ray.decoding.policy import DeviceConfig, load_policy
 from mahalo_ray.decoding.stopping import boundary_for
 from mahalo_ray.rollouts.continuations import Continuer, Key, Prefix, prefix_key
 from mahalo_ray.rollouts.judges import Judge, Judged, JudgeSpec, Score, Unjudged, load_function
@@ -269,7 +269,7 @@ class LabelSpec:
     domain: str
     step_separator: str | None
     continuations: ContinuationsConfig | None
-    placement: Placement
+    placement: DeviceConfig
     threads: int
     seed: int
     actors: int

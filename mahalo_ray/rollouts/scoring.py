@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from mahalo_ray.decoding.cpu_matmul import FastReward
+from mahalo_ray.decoding.cpu_matmul import OneDNNRewardModel
 from mahalo_ray.decoding.scorers import RewardConversations
 from mahalo_ray.models.reward import ProcessRewardModel
 from mahalo_ray.models.scoring import standardised
@@ -106,7 +106,7 @@ class TextScorer:
 
     def __init__(self, model: ProcessRewardModel) -> None:
         self.model = model
-        self._fast = FastReward(model)
+        self._fast = OneDNNRewardModel(model)
 
     def score(self, offered: Offered) -> list[list[Scores]]:
         """A turn without words, which is no step to score, is as bad as its worst rival."""

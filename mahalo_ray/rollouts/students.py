@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 from mahalo_ray.config.rollouts import EndpointStudentConfig, ModelStudentConfig
 from mahalo_ray.data.records import Message
 from mahalo_ray.data.templating import ChatFormat
-from mahalo_ray.decoding.engine import BatchedConversations
+from mahalo_ray.decoding.engine import Engine
 from mahalo_ray.decoding.policy import Policy
 from mahalo_ray.decoding.sampling import SamplingParams
 from mahalo_ray.domains.tutoring.personas import (
@@ -134,7 +134,7 @@ class ModelStudents:
     """Students played by one local model, all in one batch, each over its own kept cache."""
 
     def __init__(self, policy: Policy, chat: ChatFormat, config: ModelStudentConfig) -> None:
-        self.engine = BatchedConversations(policy)
+        self.engine = Engine(policy)
         self.chat, self.config = chat, config
         self._rows: dict[PersonaStudent, int] = {}
 

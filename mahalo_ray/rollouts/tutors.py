@@ -9,7 +9,7 @@ from typing import Protocol
 from mahalo_ray.config import SamplingConfig
 from mahalo_ray.data.records import Message
 from mahalo_ray.data.templating import ChatFormat
-from mahalo_ray.decoding.engine import BatchedConversations
+from mahalo_ray.decoding.engine import Engine
 from mahalo_ray.decoding.sampling import SamplingParams
 from mahalo_ray.decoding.stopping import Candidates
 from mahalo_ray.domains.tutoring.moves import is_malformed
@@ -102,7 +102,7 @@ class PolicyTutor:
 
     def __init__(
         self,
-        engine: BatchedConversations,
+        engine: Engine,
         chat: ChatFormat,
         sampling: SamplingConfig,
         weights: Weights | None = None,

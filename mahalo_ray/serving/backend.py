@@ -8,7 +8,7 @@ from jinja2 import TemplateError
 
 from mahalo_ray.decoding.guidance import GuidedRequest, Standardisation, StepCandidate
 from mahalo_ray.decoding.guided import GuidedDecoder
-from mahalo_ray.decoding.policy import MultiHeadPolicy, Placement, load_guide, load_policy
+from mahalo_ray.decoding.policy import DeviceConfig, MultiHeadPolicy, load_guide, load_policy
 from mahalo_ray.decoding.session import Running
 from mahalo_ray.decoding.stopping import StopReason, TurnBoundary
 from mahalo_ray.serving.responses import Reply, ScoredCandidate, Step
@@ -101,7 +101,7 @@ class GuidedBackend:
 
     @classmethod
     def load(
-        cls, policy_url: str, reward_url: str | None, domain: str, placement: Placement, max_branches: int
+        cls, policy_url: str, reward_url: str | None, domain: str, placement: DeviceConfig, max_branches: int
     ) -> GuidedBackend:
         """Read the model folders and place the models."""
         policy, chat = load_policy(policy_url, placement)

@@ -27,7 +27,7 @@ from ray.serve.exceptions import RayServeException
 
 from mahalo_ray.config import ServeConfig
 from mahalo_ray.data import storage
-from mahalo_ray.decoding.policy import Placement
+from mahalo_ray.decoding.policy import DeviceConfig
 from mahalo_ray.errors import StageError
 from mahalo_ray.objectives import Weights
 from mahalo_ray.serving.app import create_app
@@ -60,7 +60,7 @@ class ModelSource:
     policy_url: str
     reward_url: str | None
     domain: str
-    placement: Placement
+    placement: DeviceConfig
 
 
 class Serving:
@@ -110,7 +110,7 @@ def start(
     port = free_port(config.host, config.port)
     settings = ServiceSettings(config, model_name, defaults or Defaults(), key)
     reward = None if reward_url is None else storage.absolute(reward_url)
-    placement = Placement("cuda" if use_gpu else "cpu", dtype)
+    placement = DeviceConfig("cuda" if use_gpu else "cpu", dtype)
     source = ModelSource(storage.absolute(policy_url), reward, domain, placement)
     serving = Serving(f"http://{_reachable(config.host)}:{port}", model_name)
     started = False

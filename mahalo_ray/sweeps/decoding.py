@@ -18,7 +18,7 @@ from ray.tune.experiment import Trial
 from mahalo_ray.config import ClusterConfig, EvaluationConfig
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import Dialogue
-from mahalo_ray.decoding.policy import Placement
+from mahalo_ray.decoding.policy import DeviceConfig
 from mahalo_ray.errors import StageError
 from mahalo_ray.evaluation.methods import Method, MethodPlayer, Played
 from mahalo_ray.evaluation.results import MethodResult
@@ -39,7 +39,7 @@ class SweepSpec:
     policy_url: str
     reward_url: str
     output_url: str
-    placement: Placement
+    placement: DeviceConfig
     threads: int
     config: EvaluationConfig
     seeds: tuple[int, ...]

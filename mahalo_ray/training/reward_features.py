@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mahalo_ray.data import storage
-from mahalo_ray.decoding.cpu_matmul import FastReward
+from mahalo_ray.decoding.cpu_matmul import OneDNNRewardModel
 from mahalo_ray.models import ProcessRewardModel
 from mahalo_ray.models.scoring import TokenTrace
 from mahalo_ray.training.recipe import Inference, Tell
@@ -70,11 +70,11 @@ class StepFeatures:
     """Head inputs [B, S, F] of one batch after another, all of one model."""
 
     def __init__(self) -> None:
-        self._fast: FastReward | None = None
+        self._fast: OneDNNRewardModel | None = None
 
     def __call__(self, model: nn.Module, **tensors: Tensor) -> Tensor:
         reward = cast(ProcessRewardModel, model)
-        self._fast = self._fast or FastReward(reward)
+        self._fast = self._fast or OneDNNRewardModel(reward)
         features: Callable[..., Tensor] = reward.features
         with self._fast():
             return features(**tensors).float()
