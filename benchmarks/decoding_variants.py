@@ -201,8 +201,8 @@ def _timed_phases(session: GuidedSession, clock: Callable[[], float]) -> dict[st
 
     timed(session.engine, "append", lambda: "prefill")
     timed(session.in_flight, "step", lambda: "decode")
-    timed(session.in_flight, "begin", lambda: "fork_accept")
-    timed(session.in_flight, "taken", lambda: "fork_accept")
+    timed(session.in_flight, "start", lambda: "fork_accept")
+    timed(session.in_flight, "collect", lambda: "fork_accept")
     timed(session.engine, "accept", lambda: "fork_accept")
     timed(guides, "score", score_phase)
     timed(guides, "accept", lambda: "fork_accept")

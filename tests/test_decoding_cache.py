@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from mahalo_ray.decoding.engine import Engine
-from mahalo_ray.decoding.kv_cache import Branches, Place, RaggedCache
+from mahalo_ray.decoding.kv_cache import Branches, BranchRef, RaggedCache
 from mahalo_ray.decoding.policy import CachedBackbone, CausalPolicy, MultiHeadPolicy
 from mahalo_ray.decoding.sampling import SamplingParams
 from mahalo_ray.decoding.token_loop import smallest_grid
@@ -149,7 +149,7 @@ def test_branches_extended_by_several_tokens_at_once(name):
             torch.testing.assert_close(
                 found[2 * row + k, : len(ids)], expected[len(prefixes[row]) :], atol=1e-4, rtol=1e-4
             )
-    places = [Place(branches.part(), 0, 0), Place(branches.part(), 1, 1)]
+    places = [BranchRef(branches.part(), 0, 0), BranchRef(branches.part(), 1, 1)]
     cache.accept(slots, places, np.array([3, 3]))
     assert cache.lengths.tolist() == [7, 4]
 

@@ -282,9 +282,9 @@ def shared_prefix_attention(
     return out.reshape(rows * branches, width, kv_heads * groups, dim)
 
 
-# Lines whose prefixes do not lie side by side are attended to run by run, up to so many runs, if that is done
-# once (the candidates of a few requests are scored). A token loop attends to the same prefixes again and again,
-# for which one copy, kept while the lines stay, is cheaper than the calls.
+# Lines whose prefixes do not lie side by side are attended to run by run, up to so many runs, if that is
+# done once (the candidates of a few requests are scored). A token loop attends to the same prefixes again and
+# again, for which one copy, kept while the lines stay, is cheaper than the calls.
 _MOST_RUNS = 8
 _LEAST_GROWTH = 16  # tokens
 NO_LINES = np.zeros(0, dtype=np.int64)
@@ -446,8 +446,8 @@ class Branches:
         return buffer[at // self.branches, :, at % self.branches, :length]
 
     def _forget_prefixes(self) -> None:
-        # Per layer: keys and values [lines, Hkv, L, D] of the prefixes, run by run; views unless there are too
-        # many runs. Views outlive the cache's buffers when those grow: these prefixes do not change meanwhile.
+        # Per layer: keys and values [lines, Hkv, L, D] of the prefixes, run by run; views unless there are
+        # too many runs. Views outlive the cache's buffers when those grow: these prefixes do not change then.
         self._prefixes: list[list[tuple[Tensor, Tensor]]] = []
         self._copied_bytes = 0
         self._settled = False

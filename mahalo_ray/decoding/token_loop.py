@@ -495,8 +495,8 @@ def smallest_grid(alive: np.ndarray, branches: int, most_rows: int) -> tuple[np.
     """The live places of a grid [N, K] laid out again: rows [N'] (the old row each new row belongs to) and
     grid [N', K'] of old flat places, -1 for padding.
 
-    A row with more live branches than K' is laid out several times, at the price of a copy of its prefix; rows
-    in all stay within 1.25 times the fork's, so prefix memory is bounded too.
+    A row with more live branches than K' is laid out several times, at the price of a copy of its prefix;
+    rows in all stay within 1.25 times the fork's, so prefix memory is bounded too.
     """
     old = np.nonzero(alive)[0]
     live_per_row = np.bincount(old // branches, minlength=len(alive) // branches)
