@@ -117,12 +117,12 @@ def train(recipe: RewardRecipe, training: TrainingConfig, seed: int) -> torch.nn
         recipe.parameter_groups(model), training, len(recipe.batches)
     )
     rows = training.micro_batch_size_per_device
-    accumulation = accumulation_steps(recipe.batches, recipe.units, rows, 1)
+    accumulation = accumulation_steps(recipe.batches, recipe.row_groups, rows, 1)
     for batch in recipe.batches:
-        normalisers = recipe.normalisers(batch)
-        for (units,) in split_batch(batch, recipe.units, rows, 1, accumulation):
+        loss_denominators = recipe.loss_denominators(batch)
+        for (units,) in split_batch(batch, recipe.row_groups, rows, 1, accumulation):
             if len(units):
-                recipe.loss(model, **recipe.collate(units, normalisers, True))[0].backward()
+                recipe.loss(model, **recipe.collate(units, loss_denominators, True))[0].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), training.gradient_clipping)
         optimizer.step()
         schedule.step()
@@ -146,7 +146,7 @@ def held_out_figures(
     found: dict[str, list[float]] = {name: [] for name in FIGURES}
     candidates: dict[str, list[int]] = {}  # without ranking every candidate is a unit of its own
     for unit in units:
-        candidates.setdefault(data.groups[unit], []).extend(data.members[unit])
+        candidates.setdefault(data.prompt_keys[unit], []).extend(data.members[unit])
     for rows in candidates.values():
         scores = [float(scored[row][0, column]) for row in rows]
         own = [by_id[data.names[row]] for row in rows]

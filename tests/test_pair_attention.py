@@ -88,7 +88,7 @@ def test_a_pair_costs_its_prompt_once_and_no_padding() -> None:
     tensors = data.tensors(np.arange(2), pad_id=0)
     # An answer's last token predicts nothing that counts, and a copy of the prompt's last its first.
     assert tensors["input_ids"].shape == (1, (4 + 3 + 6) + (8 + 4 + 1))
-    assert data.units.tokens.tolist() == [13, 13]
+    assert data.row_groups.tokens.tolist() == [13, 13]
     assert (tensors["labels"] != -100).sum() == 3 + 6 + 4 + 1
 
 

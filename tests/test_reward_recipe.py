@@ -68,7 +68,7 @@ def losses(recipe: RewardRecipe, model: nn.Module) -> list[Tensor]:
     """Loss, row losses and figures of the first batch, and the gradient of the heads."""
     model.zero_grad()
     batch = recipe.batches[0]
-    output = recipe.loss(model, **recipe.collate(batch, recipe.normalisers(batch), True))
+    output = recipe.loss(model, **recipe.collate(batch, recipe.loss_denominators(batch), True))
     output[0].backward()
     return [*output, *(p.grad for p in model.parameters() if p.grad is not None)]
 
@@ -156,11 +156,11 @@ def test_features_are_stored_part_by_part_and_told(
     _, infer = build(recipe)
     told: list[tuple[int, int]] = []
     recipe.prepare(infer, 0, 1, lambda done, of: told.append((done, of)))
-    tokens = int(recipe.units.tokens.sum())
+    tokens = int(recipe.row_groups.tokens.sum())
     assert len(told) == len(list(store.glob("*/*.parquet"))) > 2
     assert told[-1] == (tokens, tokens) and {of for _, of in told} == {tokens}
     steps = np.diff([0, *(done for done, _ in told)])
-    assert steps.min() > 0 and steps.max() <= 100 + int(recipe.units.tokens.max())
+    assert steps.min() > 0 and steps.max() <= 100 + int(recipe.row_groups.tokens.max())
 
 
 def test_a_store_is_read_instead_of_computed_again(base: str, tmp_path: Path) -> None:

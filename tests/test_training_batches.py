@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mahalo_ray.training.batches import (
-    Units,
+    RowGroups,
     accumulation_steps,
-    held_out,
+    hash_split,
     plan_balanced_batches,
     plan_batches,
     shard,
@@ -22,9 +22,9 @@ from mahalo_ray.training.batches import (
 sizes = st.lists(st.integers(1, 5), min_size=1, max_size=40)
 
 
-def units_of(rows: list[int], seed: int = 0) -> Units:
+def units_of(rows: list[int], seed: int = 0) -> RowGroups:
     lengths = np.random.default_rng(seed).integers(1, 50, len(rows))
-    return Units(np.array(rows), lengths, lengths * np.array(rows))
+    return RowGroups(np.array(rows), lengths, lengths * np.array(rows))
 
 
 @given(sizes, st.integers(1, 12), st.integers(1, 3), st.integers(0, 5))
@@ -101,7 +101,7 @@ def test_split_keeps_every_unit_whole_and_fits(
 
 def test_split_balances_padded_cost_and_keeps_similar_lengths_together() -> None:
     lengths = np.array([10] * 8 + [40] * 2)
-    units = Units(np.ones(10, dtype=np.int64), lengths, lengths)
+    units = RowGroups(np.ones(10, dtype=np.int64), lengths, lengths)
     short, long = split_batch(np.arange(10), units, 16, 2, 1)[0]
     assert sorted(short.tolist()) == list(range(8)) and sorted(long.tolist()) == [8, 9]
 
@@ -125,8 +125,8 @@ def test_shards_cover_everything_with_equal_numbers_of_calls(
 
 def test_held_out_rows_go_by_key_alone() -> None:
     keys = [f"k{number}" for number in range(2000)]
-    aside = held_out(keys + keys, 0.2, 7)
+    aside = hash_split(keys + keys, 0.2, 7)
     assert (aside[:2000] == aside[2000:]).all()
     assert 0.15 < aside.mean() < 0.25
-    assert (held_out(keys[:10], 0.2, 7) == aside[:10]).all()
-    assert not held_out(keys, 0.0, 7).any() and held_out(keys, 1.0, 7).all()
+    assert (hash_split(keys[:10], 0.2, 7) == aside[:10]).all()
+    assert not hash_split(keys, 0.0, 7).any() and hash_split(keys, 1.0, 7).all()

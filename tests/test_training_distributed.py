@@ -69,7 +69,7 @@ def plain_losses(make: Callable[[], Recipe], training: TrainingConfig) -> tuple[
     )
     losses = []
     for batch in recipe.batches:
-        loss, _, _ = recipe.loss(model, **recipe.collate(batch, recipe.normalisers(batch), True))
+        loss, _, _ = recipe.loss(model, **recipe.collate(batch, recipe.loss_denominators(batch), True))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), training.gradient_clipping)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mahalo_ray.config import TrainingConfig
-from mahalo_ray.training.batches import Indices, Units
+from mahalo_ray.training.batches import Indices, RowGroups
 from mahalo_ray.training.deepspeed_config import parameter_group
 from mahalo_ray.training.engine import build_engine, infer, optimizer_step, whole_state_dict
 from mahalo_ray.training.recipe import Output, Tensors
@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("deepspeed_alone")]
 class RootRecipe:
     """loss = sum of sqrt(w x): finite at x = 0, where its gradient is not."""
 
-    units = Units(*(np.ones(2, dtype=np.int64),) * 3)
+    units = RowGroups(*(np.ones(2, dtype=np.int64),) * 3)
     batches = [np.arange(2)] * 4
     metric_names = ()
 
@@ -33,10 +33,10 @@ class RootRecipe:
         nn.init.constant_(next(model.parameters()), 1.0)
         return parameter_group("model", list(model.parameters()), 0.1, 0.0)
 
-    def normalisers(self, batch: Indices) -> dict[str, float]:
+    def loss_denominators(self, batch: Indices) -> dict[str, float]:
         return {}
 
-    def collate(self, units: Indices, normalisers: Mapping[str, float], counted: bool) -> Tensors:
+    def collate(self, units: Indices, loss_denominators: Mapping[str, float], counted: bool) -> Tensors:
         return {"x": torch.ones(len(units), 2)}
 
     def loss(self, model: nn.Module, **tensors: Tensor) -> Output:

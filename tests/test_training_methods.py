@@ -100,7 +100,7 @@ def test_the_loss_of_every_method_by_hand(base: str, tmp_path: Path, method: str
     model: Any = recipe.build_model()
     assert tuple(model.heads) == HEADS[method]
     batch = recipe.batches[0]
-    tensors = recipe.collate(batch, recipe.normalisers(batch), True)
+    tensors = recipe.collate(batch, recipe.loss_denominators(batch), True)
     expected: dict[str, list[tuple[float, float, float]]] = {}
     for unit in batch:
         pair = pairs[recipe._pairs.ids[unit]]
@@ -130,7 +130,7 @@ def test_modpo_is_the_published_loss(base: str, tmp_path: Path) -> None:
     recipe = make_recipe("modpo", base, tmp_path, pairs)
     model: Any = recipe.build_model()
     batch = recipe.batches[0]
-    tensors = recipe.collate(batch, recipe.normalisers(batch), True)
+    tensors = recipe.collate(batch, recipe.loss_denominators(batch), True)
     with torch.no_grad():
         own = model(**pair_inputs(tensors), head_index=tensors["head"].repeat(2))
         losses = recipe._losses(model, **tensors)[0]
@@ -182,11 +182,11 @@ def test_every_method_trains_and_saves_its_heads(base: str, tmp_path: Path, meth
     model: Any = recipe.build_model()
     optimizer = torch.optim.AdamW(recipe.parameter_groups(model))
     whole = np.unique(np.concatenate(recipe.batches))
-    tensors = recipe.collate(whole, recipe.normalisers(whole), True)
+    tensors = recipe.collate(whole, recipe.loss_denominators(whole), True)
     before = recipe.loss(model, **tensors)[0].item()
     for batch in recipe.batches:
         optimizer.zero_grad()
-        recipe.loss(model, **recipe.collate(batch, recipe.normalisers(batch), True))[0].backward()
+        recipe.loss(model, **recipe.collate(batch, recipe.loss_denominators(batch), True))[0].backward()
         optimizer.step()
     assert recipe.loss(model, **tensors)[0].item() < 0.8 * before
     recipe._figures = {}

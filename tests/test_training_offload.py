@@ -40,7 +40,7 @@ def test_the_same_steps_as_plain_torch(name: str, tmp_path: Path) -> None:
     engine = build_engine(recipe, training, torch.float32, SEED, accumulation=1)
     losses = []
     for batch in recipe.batches:
-        loss, *_ = engine(**recipe.collate(batch, recipe.normalisers(batch), True))
+        loss, *_ = engine(**recipe.collate(batch, recipe.loss_denominators(batch), True))
         engine.backward(loss)
         assert optimizer_step(engine) is not None
         losses.append(loss.item())

@@ -91,7 +91,7 @@ def test_the_cosine_is_that_of_the_objectives_own_gradients(base: str, tmp_path:
     for number in range(2):
         model.zero_grad()
         for part in conflict._parts:
-            losses = recipe._losses(model, **part)[0] * part["share"]
+            losses = recipe._losses(model, **part)[0] * part["loss_weight"]
             losses[part["objective"] == number].sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.backbone_parameters()]))
         model.zero_grad()
@@ -142,7 +142,7 @@ def test_figures_under_deepspeed(base: str, tmp_path: Path, stage: int) -> None:
         probe.prepare(ask)
         losses = []
         for batch in recipe.batches[:3]:
-            loss = engine(**recipe.collate(batch, recipe.normalisers(batch), True))[0]
+            loss = engine(**recipe.collate(batch, recipe.loss_denominators(batch), True))[0]
             engine.backward(loss)
             assert optimizer_step(engine) is not None
             figures = probe.figures(ask, engine.module.model) if measured else {}

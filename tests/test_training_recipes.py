@@ -67,13 +67,13 @@ def step(
 ) -> list[Tensor]:
     """Loss, metric sums and gradients of one global batch, split in the given way."""
     model.zero_grad()
-    normalisers = recipe.normalisers(batch)
+    loss_denominators = recipe.loss_denominators(batch)
     loss, sums = torch.zeros(()), torch.zeros(len(recipe.metric_names))
-    for shares in split_batch(batch, recipe.units, rows, workers, accumulation):
+    for shares in split_batch(batch, recipe.row_groups, rows, workers, accumulation):
         for units in shares:
             real = len(units) > 0
             part, row_losses, metrics = recipe.loss(
-                model, **recipe.collate(units if real else batch[:1], normalisers, real)
+                model, **recipe.collate(units if real else batch[:1], loss_denominators, real)
             )
             part.backward()
             assert len(row_losses) == len(recipe.row_names(units if real else batch[:1]))
@@ -122,7 +122,7 @@ def test_policy_loss_with_weights_margins_and_a_beta_per_objective(base: str, tm
     )
     assert recipe.fingerprint() != plain.fingerprint()
     model, batch = built(recipe), recipe.batches[0]
-    tensors = recipe.collate(batch, recipe.normalisers(batch), True)
+    tensors = recipe.collate(batch, recipe.loss_denominators(batch), True)
     heads = tensors["objective"].repeat(2)
     with torch.no_grad():
         own = model(**pair_inputs(tensors), head_index=heads)
@@ -177,7 +177,7 @@ def test_policy_holds_whole_prompts_out(base: str, tmp_path: Path) -> None:
     recipe = make_recipe("policy", base, tmp_path)
     trained = set(np.concatenate(recipe.batches).tolist())
     aside = set(recipe._held_out.tolist())
-    assert aside and not trained & aside and len(trained | aside) == len(recipe.units)
+    assert aside and not trained & aside and len(trained | aside) == len(recipe.row_groups)
     prompts = [tuple(ids) for ids in recipe._pairs.prompts]
     assert not {prompts[row] for row in trained} & {prompts[row] for row in aside}
 
@@ -233,7 +233,7 @@ def test_a_loss_that_is_not_finite_names_objective_and_row(base: str, tmp_path: 
     model, batch = built(recipe), recipe.batches[0]
     bad = int(batch[2])
     recipe._reference[bad, 0] = torch.nan
-    output = recipe.loss(model, **recipe.collate(batch, recipe.normalisers(batch), True))
+    output = recipe.loss(model, **recipe.collate(batch, recipe.loss_denominators(batch), True))
     with pytest.raises(NonFiniteError) as caught:
         stop_unless_finite(recipe, [(batch, output)], step=6)
     name = recipe.row_names(np.array([bad]))[0]
@@ -291,7 +291,7 @@ def test_too_long_pairs_are_cut_and_counted(base: str, tmp_path: Path) -> None:
     pairs = recipe._pairs
     answers = [max(len(c), len(r)) for c, r in zip(pairs.chosen, pairs.rejected, strict=True)]
     assert max(len(p) + a for p, a in zip(pairs.prompts, answers, strict=True)) == 14
-    assert 0 < pairs.cut < len(recipe.units)
+    assert 0 < pairs.cut < len(recipe.row_groups)
 
 
 def test_sharing_prompts_changes_the_tokens_read_and_not_the_loss(base: str, tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ def test_sharing_prompts_changes_the_tokens_read_and_not_the_loss(base: str, tmp
         policy = PolicyConfig(share_prompts=share, training=TRAINING)
         recipe = PolicyRecipe(url, base, world.OBJECTIVES, policy, world.MODEL, 0.2, 5)
         batch = recipe.batches[0]
-        found.append((step(recipe, built(recipe), batch, 1, 64, 1), recipe.units.tokens[batch].sum()))
+        found.append((step(recipe, built(recipe), batch, 1, 64, 1), recipe.row_groups.tokens[batch].sum()))
     (shared, few), (padded, many) = found
     for one, other in zip(shared, padded, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)

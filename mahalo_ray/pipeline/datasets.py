@@ -22,7 +22,7 @@ from mahalo_ray.models.reward_heads import OUTPUT_KIND_OF
 from mahalo_ray.models.scoring import StepEncoder
 from mahalo_ray.pipeline.run import START_MODEL, method_version, train_heads, trained
 from mahalo_ray.pipeline.stages import Context, Pipeline, Stage, StageResult
-from mahalo_ray.training.batches import held_out
+from mahalo_ray.training.batches import hash_split
 from mahalo_ray.training.pairs import split_key
 from mahalo_ray.training.ray_train import TrainingResult, train_reward
 from mahalo_ray.training.reward_data import refuse_long
@@ -109,7 +109,7 @@ def _read_source(source: PairsSource, objectives: Sequence[str], name: str, into
 
 def _sampled(rows: Sequence[R], keys: Sequence[str], share: float, seed: int) -> list[R]:
     """The rows of a share of the keys: the draw that holds rows out, with another seed."""
-    drawn = held_out(keys, share, seed + 1)
+    drawn = hash_split(keys, share, seed + 1)
     return [row for row, chosen in zip(rows, drawn, strict=True) if chosen]
 
 

@@ -52,9 +52,9 @@ def stop_unless_finite(recipe: Recipe, outputs: Sequence[tuple[Indices, Output]]
     if finite.item():
         return
     names: list[str] = []
-    for units, (_, rows, _) in outputs:
+    for groups, (_, rows, _) in outputs:
         bad = ~torch.isfinite(rows)
-        names += [name for name, wrong in zip(recipe.row_names(units), bad.tolist(), strict=True) if wrong]
+        names += [name for name, wrong in zip(recipe.row_names(groups), bad.tolist(), strict=True) if wrong]
     gathered: list[list[str]] = [[]] * dist.get_world_size()
     dist.all_gather_object(gathered, names)
     rows_of_all = sorted({name for part in gathered for name in part})
@@ -86,25 +86,27 @@ def train(make_recipe: Callable[[], Recipe], settings: LoopSettings) -> dict[str
         torch.cuda.set_device(training_device())
     recipe, training = make_recipe(), settings.training
     rank, workers, micro_rows = dist.get_rank(), dist.get_world_size(), training.micro_batch_size_per_device
-    accumulation = accumulation_steps(recipe.batches, recipe.units, micro_rows, workers)
+    accumulation = accumulation_steps(recipe.batches, recipe.row_groups, micro_rows, workers)
     engine = build_engine(recipe, training, settings.dtype, settings.seed, accumulation)
     recipe.prepare(partial(infer, engine), rank, workers, _tell_preparing)
     reporter = Reporter(recipe, engine, training, RunIdentity(workers, accumulation, recipe.fingerprint()))
 
     for step in range(reporter.progress.step, len(recipe.batches)):
         batch = recipe.batches[step]
-        normalisers = recipe.normalisers(batch)
+        loss_denominators = recipe.loss_denominators(batch)
         outputs: list[tuple[Indices, Output]] = []
-        for number, shares in enumerate(split_batch(batch, recipe.units, micro_rows, workers, accumulation)):
+        for number, shares in enumerate(
+            split_batch(batch, recipe.row_groups, micro_rows, workers, accumulation)
+        ):
             if number > 0:
                 engine.step()  # between micro-batches this only counts
             counted = len(shares[rank]) > 0
-            units = shares[rank] if counted else batch[:1]
-            tensors = to_device(recipe.collate(units, normalisers, counted), engine.device)
+            groups = shares[rank] if counted else batch[:1]
+            tensors = to_device(recipe.collate(groups, loss_denominators, counted), engine.device)
             output: Output = engine(**tensors)
             # DeepSpeed averages over workers and micro-batches; the rows' weights already sum to the whole.
             engine.backward(output[0] * (workers * accumulation))
-            outputs.append((units, output))
+            outputs.append((groups, output))
         stop_unless_finite(recipe, outputs, step)
         learning_rates = {group["name"]: float(group["lr"]) for group in engine.optimizer.param_groups}
         gradient_norm = optimizer_step(engine)
@@ -156,7 +158,7 @@ class Reporter:
         for _, (loss, _, sums) in outputs:
             self._sums += torch.cat([loss.detach()[None], sums]).double()
         self._steps += 1
-        self._tokens += int(self.recipe.units.tokens[batch].sum())
+        self._tokens += int(self.recipe.row_groups.tokens[batch].sum())
         self.progress.step += 1
         step, last = self.progress.step, self.progress.step == self.total_steps
         checkpoint_due = step % self.training.checkpoint_every_steps == 0 and not last

@@ -19,7 +19,7 @@ from mahalo_ray.logprobs import IGNORE_INDEX
 from mahalo_ray.losses import shift_labels
 from mahalo_ray.models.pair_attention import why_not_packed
 from mahalo_ray.objectives import unknown_name
-from mahalo_ray.training.batches import Indices, Units
+from mahalo_ray.training.batches import Indices, RowGroups
 from mahalo_ray.training.recipe import Tensors, pad
 
 Ids = list[int]
@@ -46,17 +46,17 @@ class TokenPairs:
         return len(self.ids)
 
     @property
-    def units(self) -> Units:
-        """One unit per pair; its length is that of the longer of the two sequences, or of the packed pair."""
+    def row_groups(self) -> RowGroups:
+        """One group per pair; its length is that of the longer sequence, or of the packed pair."""
         prompts, chosen, rejected = (
             np.array([len(ids) for ids in column], dtype=np.int64)
             for column in (self.prompts, self.chosen, self.rejected)
         )
         if self.packed:
             tokens = prompts - 1 + chosen + rejected
-            return Units(np.ones_like(tokens), tokens, tokens)
+            return RowGroups(np.ones_like(tokens), tokens, tokens)
         lengths = prompts + np.maximum(chosen, rejected)
-        return Units(np.ones_like(lengths), lengths, 2 * prompts + chosen + rejected)
+        return RowGroups(np.ones_like(lengths), lengths, 2 * prompts + chosen + rejected)
 
     def row_hashes(self) -> list[str]:
         """What a stored log-prob of a row depends on, besides the model: its token ids."""

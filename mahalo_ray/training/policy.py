@@ -27,7 +27,7 @@ from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.losses import dpo_loss
 from mahalo_ray.models import LoraSettings, MultiHeadCausalLM
 from mahalo_ray.models.folder import keeps_backbone, model_folder
-from mahalo_ray.training.batches import Indices, held_out, plan_balanced_batches, shard
+from mahalo_ray.training.batches import Indices, hash_split, plan_balanced_batches, shard
 from mahalo_ray.training.deepspeed_config import parameter_group
 from mahalo_ray.training.engine import training_device
 from mahalo_ray.training.methods import method_margins, plan_method
@@ -68,8 +68,8 @@ class PolicyRecipe:
         pairs = encode_pairs(records, self._objectives, ChatFormat(self._tokenizer), model.max_length)
         self._pairs = replace(pairs, packed=shares_prompts(policy, model, self._folder))
         self._margins = self._pairs.margins + method_margins(policy, records)
-        self.units = self._pairs.units
-        aside = held_out([split_key(record) for record in records], held_out_fraction, seed)
+        self.row_groups = self._pairs.row_groups
+        aside = hash_split([split_key(record) for record in records], held_out_fraction, seed)
         self._held_out, self._trained = np.flatnonzero(aside), ~aside
         self.batches = self._balanced(
             self._training.batch_size, self._training.epochs, self._training.max_steps
@@ -105,16 +105,16 @@ class PolicyRecipe:
         kl = HeldOutKl(self._pairs, rows, self._plan.heads, micro_rows, training.logit_chunk_size)
         conflict = None
         for batch in self._conflict_batch():
-            normalisers = self.normalisers(batch)
-            parts = shard(batch, self.units, micro_rows, dist.get_rank(), dist.get_world_size())
-            tensors = [self.collate(part, normalisers, counted) for part, counted in parts]
+            loss_denominators = self.loss_denominators(batch)
+            parts = shard(batch, self.row_groups, micro_rows, dist.get_rank(), dist.get_world_size())
+            tensors = [self.collate(part, loss_denominators, counted) for part, counted in parts]
             conflict = GradientConflict(self._objectives, tensors, self._objective_losses)
         pairs = partial(self._held_out_figures, rows=rows)
         return PolicyProbe(settings.metrics_every_steps, kl, conflict, pairs)
 
     def _objective_losses(self, model: nn.Module, tensors: Tensors) -> Tensor:
         """Every objective's part of the loss, [H]."""
-        losses = self._losses(model, **tensors)[0] * tensors["share"]
+        losses = self._losses(model, **tensors)[0] * tensors["loss_weight"]
         return losses.new_zeros(len(self._objectives)).index_add(0, tensors["objective"], losses)
 
     def _rows_of(self, objective: int, among: np.ndarray[Any, np.dtype[np.bool_]]) -> Indices:
@@ -158,32 +158,32 @@ class PolicyRecipe:
             *parameter_group("heads", heads, self._policy.head_learning_rate, decay),
         ]
 
-    def normalisers(self, batch: Indices) -> dict[str, float]:
+    def loss_denominators(self, batch: Indices) -> dict[str, float]:
         """Sum of the pairs' weights per objective."""
         objective, weights = self._pairs.objective[batch], self._pairs.weights[batch]
         sums = np.bincount(objective, weights, minlength=len(self._objectives))
         return dict(zip(self._objectives, sums.tolist(), strict=True))
 
-    def collate(self, units: Indices, normalisers: Mapping[str, float], counted: bool) -> Tensors:
-        sums = torch.tensor([normalisers[name] or 1.0 for name in self._objectives])
-        objective = torch.from_numpy(self._pairs.objective[units])
-        weight = torch.from_numpy(self._pairs.weights[units]).float()
-        present = torch.full((len(units),), float(counted))
+    def collate(self, groups: Indices, loss_denominators: Mapping[str, float], counted: bool) -> Tensors:
+        sums = torch.tensor([loss_denominators[name] or 1.0 for name in self._objectives])
+        objective = torch.from_numpy(self._pairs.objective[groups])
+        weight = torch.from_numpy(self._pairs.weights[groups]).float()
+        present = torch.full((len(groups),), float(counted))
         return {
-            **self._pairs.tensors(units, self._tokenizer.pad_token_id or 0),
-            "reference": self._reference[units],
+            **self._pairs.tensors(groups, self._tokenizer.pad_token_id or 0),
+            "reference": self._reference[groups],
             "objective": objective,
             "head": self._plan.head_of[objective],
             "beta": self._plan.beta[objective],
-            "margin": torch.from_numpy(self._margins[units]).float(),
+            "margin": torch.from_numpy(self._margins[groups]).float(),
             "weight": weight,
-            "share": (self._plan.alpha / sums)[objective] * weight * present,
+            "loss_weight": (self._plan.alpha / sums)[objective] * weight * present,
             "present": present,
         }
 
     def loss(self, model: nn.Module, **tensors: Tensor) -> Output:
         losses, sums = self._losses(model, **tensors)
-        return (losses * tensors["share"]).sum(), losses.detach(), sums.flatten()
+        return (losses * tensors["loss_weight"]).sum(), losses.detach(), sums.flatten()
 
     def _losses(self, model: nn.Module, **tensors: Tensor) -> tuple[Tensor, Tensor]:
         """DPO loss [R] of every pair under its own head, and sums [H, figures] over counted pairs."""
@@ -222,9 +222,10 @@ class PolicyRecipe:
                 figures |= {f"{name}/{f}": sums[f"{name}/{f}"] / sums[f"{name}/count"] for f in _SUMS[3:]}
         return figures
 
-    def row_names(self, units: Indices) -> list[str]:
+    def row_names(self, groups: Indices) -> list[str]:
         return [
-            f"{self._objectives[self._pairs.objective[unit]]} pair {self._pairs.ids[unit]}" for unit in units
+            f"{self._objectives[self._pairs.objective[group]]} pair {self._pairs.ids[group]}"
+            for group in groups
         ]
 
     def finish(self, infer: Inference, rank: int, workers: int) -> dict[str, float]:
@@ -240,7 +241,7 @@ class PolicyRecipe:
         nothing = dict.fromkeys(self._objectives, 1.0)
         sums = torch.zeros(len(self.metric_names), dtype=torch.float64, device=training_device())
         micro_rows = self._training.micro_batch_size_per_device
-        for part, counted in shard(rows, self.units, micro_rows, dist.get_rank(), dist.get_world_size()):
+        for part, counted in shard(rows, self.row_groups, micro_rows, dist.get_rank(), dist.get_world_size()):
             sums += infer(self._held_out_sums, self.collate(part, nothing, counted)).double()
         dist.all_reduce(sums)
         named = self.summarise(dict(zip(self.metric_names, sums.tolist(), strict=True)))

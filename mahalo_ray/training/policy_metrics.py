@@ -65,7 +65,7 @@ class HeldOutKl:
                 "'pairs.held_out_fraction' (higher), or 'policy.metrics_every_steps' to 0"
             )
         self._heads, self._chunk_size = tuple(heads), chunk_size
-        parts = shard(rows, pairs.units, micro_rows, dist.get_rank(), dist.get_world_size())
+        parts = shard(rows, pairs.row_groups, micro_rows, dist.get_rank(), dist.get_world_size())
         self._counted = [counted for _, counted in parts]
         self._parts = [pairs.chosen_tensors(part, 0) for part, _ in parts]
         tokens = [int((part["labels"] != IGNORE_INDEX).sum()) for part in self._parts]

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from mahalo_ray.training.batches import Indices, Units
+from mahalo_ray.training.batches import Indices, RowGroups
 
 Tensors = dict[str, Tensor]
 # loss (scalar), loss of every row [R] (to find the ones that are not finite), metric sums [K]
@@ -42,7 +42,7 @@ class Recipe(Protocol):
     micro-batches of all workers it is the step's loss.
     """
 
-    units: Units
+    row_groups: RowGroups
     batches: list[Indices]
     metric_names: tuple[str, ...]
     probe: Probe | None
@@ -60,10 +60,10 @@ class Recipe(Protocol):
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """AdamW groups: name, params, lr, weight_decay."""
 
-    def normalisers(self, batch: Indices) -> dict[str, float]:
+    def loss_denominators(self, batch: Indices) -> dict[str, float]:
         """What the losses of the rows of this global batch are divided by."""
 
-    def collate(self, units: Indices, normalisers: Mapping[str, float], counted: bool) -> Tensors:
+    def collate(self, groups: Indices, loss_denominators: Mapping[str, float], counted: bool) -> Tensors:
         """The tensors of one micro-batch. `counted` False: rows only fill a gap; weigh and count them as
         zero."""
 
@@ -73,8 +73,8 @@ class Recipe(Protocol):
     def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Metrics from sums over all rows since the last report."""
 
-    def row_names(self, units: Indices) -> list[str]:
-        """ "objective id" of every row loss of a micro-batch of these units."""
+    def row_names(self, groups: Indices) -> list[str]:
+        """ "objective id" of every row loss of a micro-batch of these groups."""
 
     def finish(self, infer: Inference, rank: int, workers: int) -> dict[str, float]:
         """Evaluation on held-out rows after the last step; every worker must make the same number of

@@ -107,7 +107,7 @@ def compute_logps(
     reference = _load(folder, model, training, device, pairs.packed)
     own: dict[int, tuple[float, float]] = {}
     micro_rows = training.micro_batch_size_per_device
-    for part, counted in shard(rows, pairs.units, micro_rows, dist.get_rank(), dist.get_world_size()):
+    for part, counted in shard(rows, pairs.row_groups, micro_rows, dist.get_rank(), dist.get_world_size()):
         tensors = to_device(pairs.tensors(part, pad_id=0), device)
         with torch.no_grad():
             logps: Tensor = reference(**pair_inputs(tensors), chunk_size=training.logit_chunk_size)

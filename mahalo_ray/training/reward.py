@@ -34,7 +34,7 @@ from mahalo_ray.models import LoraSettings, ProcessRewardModel
 from mahalo_ray.models.folder import keeps_backbone, model_folder
 from mahalo_ray.models.reward_heads import OUTPUT_KIND_OF
 from mahalo_ray.models.scoring import StepEncoder, pad_traces
-from mahalo_ray.training.batches import Indices, held_out, plan_batches
+from mahalo_ray.training.batches import Indices, hash_split, plan_batches
 from mahalo_ray.training.deepspeed_config import parameter_group
 from mahalo_ray.training.pairs import encode_pairs, split_key
 from mahalo_ray.training.recipe import Inference, Output, Probe, Tell, Tensors
@@ -87,8 +87,8 @@ class RewardRecipe:
         self._url, self._folder = model_url, model_folder(model_url)
         self._tokenizer = AutoTokenizer.from_pretrained(self._folder)
         self.data = self._read(traces_url, pairs_url)
-        self.units = self.data.units
-        aside = held_out(self.data.keys, reward.held_out_fraction, seed)
+        self.row_groups = self.data.row_groups
+        aside = hash_split(self.data.split_keys, reward.held_out_fraction, seed)
         self.held_out = np.flatnonzero(aside)
         trained = np.flatnonzero(~aside)
         gap = reward.ranking_min_gap if reward.ranking_weight > 0 else None
@@ -102,7 +102,7 @@ class RewardRecipe:
         self.batches = [
             trained[batch]
             for batch in plan_batches(
-                self.units.rows[trained],
+                self.row_groups.rows[trained],
                 self._training.batch_size,
                 self._training.epochs,
                 self._training.max_steps,
@@ -155,7 +155,7 @@ class RewardRecipe:
         groups = parameter_group("backbone", backbone, rate, decay) if backbone else []
         return groups + parameter_group("heads", heads, self._reward.head_learning_rate or rate, decay)
 
-    def normalisers(self, batch: Indices) -> dict[str, float]:
+    def loss_denominators(self, batch: Indices) -> dict[str, float]:
         counts = {
             f"{name}/labels": c for name, c in zip(self._names, self._labels[batch].sum(axis=0), strict=True)
         }
@@ -174,35 +174,35 @@ class RewardRecipe:
         micro_rows = self._training.micro_batch_size_per_device
         self._features = cached_features(self, url, micro_rows, infer, rank, workers, tell)
 
-    def scoring_batch(self, units: Indices) -> tuple[list[int], Tensors]:
-        """The sequences of the units, and the tensors `scores` reads: token ids, or kept head inputs."""
-        rows = [row for unit in units for row in self.data.members[unit]]
+    def scoring_batch(self, groups: Indices) -> tuple[list[int], Tensors]:
+        """The sequences of the groups, and the tensors `scores` reads: token ids, or kept head inputs."""
+        rows = [row for group in groups for row in self.data.members[group]]
         if self._features:
             return rows, {"features": padded_features([self._features[row] for row in rows])}
         traces = [self.data.tokens[row] for row in rows]
         tensors = pad_traces(traces, self._tokenizer.pad_token_id or 0)
         return rows, dict(zip(_MODEL_INPUTS, tensors, strict=True))
 
-    def collate(self, units: Indices, normalisers: Mapping[str, float], counted: bool) -> Tensors:
-        rows, tensors = self.scoring_batch(units)
+    def collate(self, groups: Indices, loss_denominators: Mapping[str, float], counted: bool) -> Tensors:
+        rows, tensors = self.scoring_batch(groups)
         steps = max(len(self.data.labels[row]) for row in rows)
         labels = torch.full((len(rows), steps, len(self._names)), torch.nan)
         for target, row in zip(labels, rows, strict=True):
             target[: len(self.data.labels[row])] = torch.from_numpy(self.data.labels[row])
-        number = np.repeat(np.arange(len(units)), self.units.rows[units])
+        number = np.repeat(np.arange(len(groups)), self.row_groups.rows[groups])
         of_pairs = [
-            (self.data.pair_objective[unit], self.data.weights[unit], self.data.margins[unit])
-            for unit in units
+            (self.data.pair_objective[group], self.data.weights[group], self.data.margins[group])
+            for group in groups
         ]
-        pair, weight, margin = np.repeat(np.array(of_pairs), self.units.rows[units], axis=0).T
+        pair, weight, margin = np.repeat(np.array(of_pairs), self.row_groups.rows[groups], axis=0).T
         scale = [
-            [counted / (normalisers[f"{name}/{kind}"] or 1.0) for name in self._names]
+            [counted / (loss_denominators[f"{name}/{kind}"] or 1.0) for name in self._names]
             for kind in ("labels", "ranked")
         ]
         return {
             **tensors,
             "labels": labels,
-            "unit": torch.from_numpy(number),
+            "group": torch.from_numpy(number),
             "pair_objective": torch.from_numpy(pair.astype(np.int64)),
             "pair_weight": torch.from_numpy(weight.astype(np.float32)),
             "pair_margin": torch.from_numpy(margin.astype(np.float32)),
@@ -262,7 +262,7 @@ class RewardRecipe:
         if self._reward.ranking_weight == 0:
             return scores.new_zeros(0)
         steps = torch.arange(scores.shape[1], device=scores.device)
-        prompt_and_step = tensors["unit"][:, None] * scores.shape[1] + steps
+        prompt_and_step = tensors["group"][:, None] * scores.shape[1] + steps
         targets, gap = tensors["labels"][..., column], self._reward.ranking_min_gap
         return within_prompt_ranking(scores / self._spread[column], targets, prompt_and_step, gap)
 
@@ -280,19 +280,19 @@ class RewardRecipe:
                 figures[f"{name}/ranking_accuracy"] = sums[f"{name}/ranked_right"] / ranked
         return figures
 
-    def row_names(self, units: Indices) -> list[str]:
-        rows = [row for unit in units for row in self.data.members[unit]]
+    def row_names(self, groups: Indices) -> list[str]:
+        rows = [row for group in groups for row in self.data.members[group]]
         return [f"{name} trace {self.data.names[row]}" for name in self._names for row in rows]
 
     def finish(self, infer: Inference, rank: int, workers: int) -> dict[str, float]:
         """Held-out figures, and the calibration stored with the model (on training rows if none are held
         out)."""
-        chosen = self.held_out if len(self.held_out) else np.arange(len(self.units))
+        chosen = self.held_out if len(self.held_out) else np.arange(len(self.row_groups))
         micro_rows = self._training.micro_batch_size_per_device
         scored = step_values(self, chosen, self.scores, micro_rows, infer, rank, workers)
         self._scores = scored
-        self._figures = {"held_out/rows": float(self.units.rows[self.held_out].sum())}
-        self._figures |= {"rows": float(self.units.rows.sum()), "rows_cut": float(self.data.cut)}
+        self._figures = {"held_out/rows": float(self.row_groups.rows[self.held_out].sum())}
+        self._figures |= {"rows": float(self.row_groups.rows.sum()), "rows_cut": float(self.data.cut)}
         where = "held_out" if len(self.held_out) else "training"
         found = held_out_figures(self.data, chosen, scored, self.objectives, self._reward.ranking_min_gap)
         self._figures |= {f"{where}/{name}": value for name, value in found.items()}

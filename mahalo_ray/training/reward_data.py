@@ -17,7 +17,7 @@ from mahalo_ray.data.rows import BadRow
 from mahalo_ray.data.step_readers import ReadTraces
 from mahalo_ray.models.scoring import StepEncoder, TokenTrace, TraceEncoder
 from mahalo_ray.objectives import unknown_name
-from mahalo_ray.training.batches import Indices, Units
+from mahalo_ray.training.batches import Indices, RowGroups
 from mahalo_ray.training.pairs import TokenPairs
 
 Labels = npt.NDArray[np.float32]
@@ -25,10 +25,13 @@ Labels = npt.NDArray[np.float32]
 
 @dataclass
 class LabelledTraces:
-    """Sequences in the order of their units. `labels[s]` is [steps, objectives], NaN where unknown; a pair is
-    a unit of two sequences without labels, chosen first, of objective `pair_objective[unit]` (-1 for
-    traces), with its weight and margin. Units of one `groups` entry are answers to one prompt. By name of a
-    trace: `outcomes` of those that were not cut, and `turns_before`, the assistant's turns in the prompt."""
+    """Sequences in the order of their groups. `labels[s]` is [steps, objectives], NaN where unknown.
+
+    A pair is a group of two sequences without labels, chosen first, of objective `pair_objective[group]` (-1
+    for traces), with its weight and margin. Groups of one `prompt_keys` entry are answers to one prompt. By
+    name of a trace: `outcomes` of those that were not cut, and `turns_before`, the assistant's turns in the
+    prompt.
+    """
 
     names: list[str] = field(default_factory=list)
     tokens: list[TokenTrace] = field(default_factory=list)
@@ -37,34 +40,34 @@ class LabelledTraces:
     pair_objective: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
-    groups: list[str] = field(default_factory=list)
-    keys: list[str] = field(default_factory=list)
+    prompt_keys: list[str] = field(default_factory=list)
+    split_keys: list[str] = field(default_factory=list)
     outcomes: dict[str, dict[str, float]] = field(default_factory=dict)
     turns_before: dict[str, int] = field(default_factory=dict)
     cut: int = 0
 
     @property
-    def units(self) -> Units:
+    def row_groups(self) -> RowGroups:
         """Rows are sequences; a pair counts as two."""
         lengths = [[len(self.tokens[row].input_ids) for row in rows] for rows in self.members]
-        return Units(
+        return RowGroups(
             np.array([len(rows) for rows in self.members], dtype=np.int64),
             np.array([max(row) for row in lengths], dtype=np.int64),
             np.array([sum(row) for row in lengths], dtype=np.int64),
         )
 
-    def add_unit(
+    def add_group(
         self,
         names: Sequence[str],
         tokens: Sequence[TokenTrace],
         labels: Sequence[Labels],
-        key: str,
-        group: str,
+        split_key: str,
+        prompt_key: str,
         pair_objective: int = -1,
         weight: float = 1.0,
         margin: float = 0.0,
     ) -> None:
-        """Append sequences that stay together; units of one key are held out together."""
+        """Append sequences that stay together; groups of one split key are held out together."""
         first = len(self.names)
         self.names += names
         self.tokens += tokens
@@ -73,8 +76,8 @@ class LabelledTraces:
         self.pair_objective.append(pair_objective)
         self.weights.append(weight)
         self.margins.append(margin)
-        self.groups.append(group)
-        self.keys.append(key)
+        self.prompt_keys.append(prompt_key)
+        self.split_keys.append(split_key)
 
     def fingerprint(self) -> str:
         """Changes with ids, tokens, labels, or weights and margins of pairs."""
@@ -93,13 +96,13 @@ def add_traces(
     max_length: int,
     by_group: bool,
 ) -> None:
-    """Append traces, the candidates of a group as one unit if `by_group`, else each alone.
+    """Append traces, the candidates of a prompt as one group if `by_group`, else each alone.
 
     Steps beyond `max_length` tokens are cut off, and a trace without any label left is left out (both count
     as `cut`). Raises ValueError naming the trace whose labels do not fit its steps or its objective's
     supervision.
     """
-    units: dict[tuple[str, str, int], list[tuple[str, TokenTrace, Labels]]] = {}
+    groups: dict[tuple[str, str, int], list[tuple[str, TokenTrace, Labels]]] = {}
     for number, trace in enumerate(traces):
         labels, tokens = _label_matrix(trace, objectives), token_trace(trace, encoder)
         kept = sum(end < max_length for end in tokens.ends)
@@ -107,14 +110,14 @@ def add_traces(
         labelled = not np.isnan(labels[:kept]).all()
         data.cut += kept < len(tokens.ends) or not labelled
         if labelled:
-            unit = (trace.dialogue or trace.group, trace.group, 0 if by_group else number)
-            units.setdefault(unit, []).append((trace.id, short, labels[:kept]))
+            group = (trace.dialogue or trace.group, trace.group, 0 if by_group else number)
+            groups.setdefault(group, []).append((trace.id, short, labels[:kept]))
             data.turns_before[trace.id] = sum(message.role == "assistant" for message in trace.prompt)
             if trace.outcome and kept == len(tokens.ends):
                 data.outcomes[trace.id] = trace.outcome
-    for (split_key, group, _), rows in units.items():
+    for (split_key, prompt_key, _), rows in groups.items():
         names, tokens_of, labels_of = (list(column) for column in zip(*rows, strict=True))
-        data.add_unit(names, tokens_of, labels_of, split_key, group)
+        data.add_group(names, tokens_of, labels_of, split_key, prompt_key)
 
 
 def refuse_long(found: ReadTraces, first: int, encoder: StepEncoder, max_length: int) -> None:
@@ -152,7 +155,7 @@ def add_pairs(data: LabelledTraces, pairs: TokenPairs, keys: Sequence[str], obje
             for answer in (pairs.chosen[row], pairs.rejected[row])
         ]
         loss = (int(pairs.objective[row]), float(pairs.weights[row]), float(pairs.margins[row]))
-        data.add_unit([name, name], tokens, [none, none], keys[row], name, *loss)
+        data.add_group([name, name], tokens, [none, none], keys[row], name, *loss)
     data.cut += pairs.cut
 
 
@@ -205,23 +208,23 @@ Floats = npt.NDArray[np.float64]
 
 
 def count_labels(data: LabelledTraces, objectives: int, ranking_gap: float | None) -> tuple[Floats, Floats]:
-    """Per unit and objective, both [units, objectives]: labels (of a pair, its weight), and pairs of
+    """Per group and objective, both [groups, objectives]: labels (of a pair, its weight), and pairs of
     candidates to be ranked (none without `ranking_gap`)."""
     labels, ranked = np.zeros((len(data.members), objectives)), np.zeros((len(data.members), objectives))
-    for unit, rows in enumerate(data.members):
-        objective = data.pair_objective[unit]
+    for group, rows in enumerate(data.members):
+        objective = data.pair_objective[group]
         if objective >= 0:
-            labels[unit, objective] = data.weights[unit]
+            labels[group, objective] = data.weights[group]
             continue
         own = [data.labels[row] for row in rows]
-        labels[unit] = sum((~np.isnan(values)).sum(axis=0) for values in own)
+        labels[group] = sum((~np.isnan(values)).sum(axis=0) for values in own)
         if ranking_gap is not None:
-            ranked[unit] = ordered_pairs(own, ranking_gap)
+            ranked[group] = ordered_pairs(own, ranking_gap)
     return labels, ranked
 
 
 def check_labels(labels: Floats, names: Sequence[str], purpose: str) -> None:
-    """ValueError for an objective without any in [units, objectives], which are needed for a purpose."""
+    """ValueError for an objective without any in [groups, objectives], which are needed for a purpose."""
     for name, count in zip(names, labels.sum(axis=0), strict=True):
         if count == 0:
             raise ValueError(f"objective '{name}' has no labels (or pairs) {purpose}")
@@ -233,7 +236,7 @@ def value_scale(
     """Per objective: variance of all value labels, and their spread within a prompt; 1 for judgements and
     pairs."""
     variance, spread = np.ones(len(objectives)), np.ones(len(objectives))
-    groups = [[data.labels[row] for row in data.members[unit]] for unit in trained]
+    groups = [[data.labels[row] for row in data.members[group]] for group in trained]
     for column, objective in enumerate(objectives):
         if objective.supervision != "rollout_value":
             continue

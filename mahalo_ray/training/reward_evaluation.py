@@ -28,17 +28,17 @@ StepValues = dict[int, npt.NDArray[np.float32]]
 
 def step_values(
     recipe: RewardRecipe,
-    units: Indices,
+    groups: Indices,
     function: Callable[..., Tensor],
     micro_rows: int,
     infer: Inference,
     rank: int,
     workers: int,
 ) -> StepValues:
-    """`function`(model, **tensors) -> [B, S, N] of all sequences of the units, on every worker; each worker
+    """`function`(model, **tensors) -> [B, S, N] of all sequences of the groups, on every worker; each worker
     computes a share."""
     own: StepValues = {}
-    for part, counted in shard(units, recipe.units, micro_rows, rank, workers):
+    for part, counted in shard(groups, recipe.row_groups, micro_rows, rank, workers):
         rows, tensors = recipe.scoring_batch(part)
         values = infer(function, tensors).float().cpu().numpy()
         if counted:
@@ -50,7 +50,7 @@ def step_values(
 
 def held_out_figures(
     data: LabelledTraces,
-    units: Indices,
+    groups: Indices,
     scores: StepValues,
     objectives: Sequence[ObjectiveConfig],
     gap: float,
@@ -62,13 +62,13 @@ def held_out_figures(
         if objective.supervision == "pairwise":
             right = [
                 bool(scores[data.members[u][0]][0, column] > scores[data.members[u][1]][0, column])
-                for u in units
+                for u in groups
                 if data.pair_objective[u] == column
             ]
             if right:
                 figures[f"{objective.name}/accuracy"] = float(np.mean(right))
             continue
-        found = labelled_scores(data, units, scores, column)
+        found = labelled_scores(data, groups, scores, column)
         values, targets = (np.array([row[i] for row in found], dtype=np.float64) for i in (1, 2))
         if len(found) > 1 and values.std() > 0 and targets.std() > 0:
             figures[f"{objective.name}/correlation"] = float(np.corrcoef(values, targets)[0, 1])
@@ -79,16 +79,20 @@ def held_out_figures(
 
 
 def labelled_scores(
-    data: LabelledTraces, units: Indices, scores: StepValues, column: int
+    data: LabelledTraces, groups: Indices, scores: StepValues, column: int
 ) -> list[tuple[Hashable, float, float]]:
     """(prompt and step, raw score, label) of every labelled step of one objective."""
     found: list[tuple[Hashable, float, float]] = []
-    for unit in units:
-        for row in data.members[unit]:
+    for group in groups:
+        for row in data.members[group]:
             labels = data.labels[row][:, column]
             for step in np.flatnonzero(~np.isnan(labels)):
                 found.append(
-                    ((data.groups[unit], int(step)), float(scores[row][step, column]), float(labels[step]))
+                    (
+                        (data.prompt_keys[group], int(step)),
+                        float(scores[row][step, column]),
+                        float(labels[step]),
+                    )
                 )
     return found
 
@@ -111,59 +115,59 @@ def _ordering(
     ]
 
 
-def calibrate(model: ProcessRewardModel, data: LabelledTraces, units: Indices, scores: StepValues) -> None:
+def calibrate(model: ProcessRewardModel, data: LabelledTraces, groups: Indices, scores: StepValues) -> None:
     """Store mean, spread and quantiles of every objective's scores with the model: of all steps of the
     sequences that are labelled (or paired) for it; within-prompt spread included where prompts have several
     candidates. Scores that do not vary cannot be calibrated: ValueError."""
-    rows = [(row, unit) for unit in units for row in data.members[unit]]
+    rows = [(row, group) for group in groups for row in data.members[group]]
     for column, name in enumerate(model.objectives):
         values: list[float] = []
-        groups: list[Hashable] = []
-        for row, unit in rows:
-            if not (data.pair_objective[unit] == column or (~np.isnan(data.labels[row][:, column])).any()):
+        prompts_and_steps: list[Hashable] = []
+        for row, group in rows:
+            if not (data.pair_objective[group] == column or (~np.isnan(data.labels[row][:, column])).any()):
                 continue
             own = model.activate(torch.from_numpy(scores[row]))[:, column].tolist()
             values += own
-            groups += [(data.groups[unit], step) for step in range(len(own))]
-        repeated = len(set(groups)) < len(groups)
-        model.fit_calibration({name: values}, {name: groups} if repeated else None)
+            prompts_and_steps += [(data.prompt_keys[group], step) for step in range(len(own))]
+        repeated = len(set(prompts_and_steps)) < len(prompts_and_steps)
+        model.fit_calibration({name: values}, {name: prompts_and_steps} if repeated else None)
 
 
 def scored_rows(
-    model: ProcessRewardModel, data: LabelledTraces, units: Indices, scores: StepValues
+    model: ProcessRewardModel, data: LabelledTraces, groups: Indices, scores: StepValues
 ) -> tuple[list[ScoredTrace], list[ScoredPair]]:
-    """The scored sequences of the units as records, for figures of any kind."""
+    """The scored sequences of the groups as records, for figures of any kind."""
     traces, pairs = [], []
-    for unit in units:
-        objective = data.pair_objective[unit]
-        values = [model.activate(torch.from_numpy(scores[row])) for row in data.members[unit]]
+    for group in groups:
+        objective = data.pair_objective[group]
+        values = [model.activate(torch.from_numpy(scores[row])) for row in data.members[group]]
         if objective >= 0:
             chosen, rejected = (float(own[0, objective]) for own in values)
             name = model.objectives[objective]
             pairs.append(
                 ScoredPair(
-                    id=data.groups[unit],
-                    dialogue=data.keys[unit],
+                    id=data.prompt_keys[group],
+                    dialogue=data.split_keys[group],
                     objective=name,
                     chosen=chosen,
                     rejected=rejected,
                 )
             )
             continue
-        for row, own in zip(data.members[unit], values, strict=True):
-            traces.append(_scored_trace(model.objectives, data, unit, row, own))
+        for row, own in zip(data.members[group], values, strict=True):
+            traces.append(_scored_trace(model.objectives, data, group, row, own))
     return traces, pairs
 
 
 def _scored_trace(
-    objectives: Sequence[str], data: LabelledTraces, unit: int, row: int, scores: Tensor
+    objectives: Sequence[str], data: LabelledTraces, group: int, row: int, scores: Tensor
 ) -> ScoredTrace:
     tokens, labels = data.tokens[row], data.labels[row]
     columns = {name: labels[:, column] for column, name in enumerate(objectives)}
     return ScoredTrace(
         id=data.names[row],
-        group=data.groups[unit],
-        dialogue=data.keys[unit],
+        group=data.prompt_keys[group],
+        dialogue=data.split_keys[group],
         turns_before=data.turns_before[data.names[row]],
         tokens=[end - start + 1 for start, end in zip(tokens.starts, tokens.ends, strict=True)],
         scores={name: scores[:, column].tolist() for column, name in enumerate(objectives)},

@@ -51,14 +51,14 @@ def cached_features(
     known = read_store(store_url) if store_url is not None else {}
     features = {row: known[key] for row, key in enumerate(keys) if key in known}
     members = recipe.data.members
-    lacking = [unit for unit, rows in enumerate(members) if any(row not in features for row in rows)]
+    lacking = [group for group, rows in enumerate(members) if any(row not in features for row in rows)]
     if not lacking:
         return features
-    tokens = np.cumsum(recipe.units.tokens[lacking])
+    tokens = np.cumsum(recipe.row_groups.tokens[lacking])
     cuts = np.flatnonzero(np.diff(tokens // _PART_TOKENS)) + 1
     step_features = StepFeatures()
-    for end, units in zip([*cuts, len(lacking)], np.split(np.array(lacking), cuts), strict=True):
-        found = step_values(recipe, units, step_features, micro_rows, infer, rank, workers)
+    for end, groups in zip([*cuts, len(lacking)], np.split(np.array(lacking), cuts), strict=True):
+        found = step_values(recipe, groups, step_features, micro_rows, infer, rank, workers)
         if store_url is not None and rank == 0:
             write_part(store_url, {keys[row]: values for row, values in found.items()})
         features |= found

@@ -21,7 +21,7 @@ from mahalo_ray.losses import sft_loss, shift_labels
 from mahalo_ray.models import ChunkedCausalLM
 from mahalo_ray.models.backbone import load_causal_lm
 from mahalo_ray.models.folder import model_folder
-from mahalo_ray.training.batches import Indices, Units, plan_batches
+from mahalo_ray.training.batches import Indices, RowGroups, plan_batches
 from mahalo_ray.training.deepspeed_config import parameter_group
 from mahalo_ray.training.recipe import Inference, Output, Probe, Tell, Tensors, pad
 
@@ -46,9 +46,9 @@ class SftRecipe:
         self._ids, self._inputs, self._masks = read_examples(examples_url, model.max_length)
         lengths = np.array([len(ids) for ids in self._inputs])
         self._counted = np.array([int(mask[1:].sum()) for mask in self._masks])
-        self.units = Units(np.ones_like(lengths), lengths, lengths)
+        self.row_groups = RowGroups(np.ones_like(lengths), lengths, lengths)
         size, steps = training.batch_size, training.max_steps
-        self.batches = plan_batches(self.units.rows, size, training.epochs, steps, seed)
+        self.batches = plan_batches(self.row_groups.rows, size, training.epochs, steps, seed)
 
     def build_model(self) -> nn.Module:
         folder = model_folder(self._model_url)
@@ -70,18 +70,18 @@ class SftRecipe:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return parameter_group("model", trained, self._training.learning_rate, self._training.weight_decay)
 
-    def normalisers(self, batch: Indices) -> dict[str, float]:
+    def loss_denominators(self, batch: Indices) -> dict[str, float]:
         return {"tokens": float(max(1, self._counted[batch].sum()))}
 
-    def collate(self, units: Indices, normalisers: Mapping[str, float], counted: bool) -> Tensors:
-        inputs = [self._inputs[unit] for unit in units]
-        labels = [np.where(self._masks[unit], self._inputs[unit], IGNORE_INDEX) for unit in units]
-        weight = 1.0 / normalisers["tokens"] if counted else 0.0
+    def collate(self, groups: Indices, loss_denominators: Mapping[str, float], counted: bool) -> Tensors:
+        inputs = [self._inputs[group] for group in groups]
+        labels = [np.where(self._masks[group], self._inputs[group], IGNORE_INDEX) for group in groups]
+        weight = 1.0 / loss_denominators["tokens"] if counted else 0.0
         return {
             "input_ids": pad(inputs, self._tokenizer.pad_token_id or 0),
             "attention_mask": pad([np.ones_like(ids) for ids in inputs], 0),
             "labels": shift_labels(pad(labels, IGNORE_INDEX)),
-            "weight": torch.full((len(units),), weight),
+            "weight": torch.full((len(groups),), weight),
         }
 
     def loss(self, model: nn.Module, **tensors: Tensor) -> Output:
@@ -92,8 +92,8 @@ class SftRecipe:
     def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
         return {}
 
-    def row_names(self, units: Indices) -> list[str]:
-        return [f"example {self._ids[unit]}" for unit in units]
+    def row_names(self, groups: Indices) -> list[str]:
+        return [f"example {self._ids[group]}" for group in groups]
 
     def finish(self, infer: Inference, rank: int, workers: int) -> dict[str, float]:
         return {}
@@ -107,7 +107,7 @@ class SftRecipe:
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256("\n".join(self._ids).encode())
-        digest.update(self.units.lengths.tobytes())
+        digest.update(self.row_groups.lengths.tobytes())
         return digest.hexdigest()
 
 
