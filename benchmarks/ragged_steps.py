@@ -25,7 +25,7 @@ from shapes import ABOUT_1M, ABOUT_30M, TINY, Shape
 
 from mahalo_ray.decoding.guidance import GuidedResult
 from mahalo_ray.decoding.guided import GuidedDecoder
-from mahalo_ray.decoding.session import GuidedSession, Running
+from mahalo_ray.decoding.session import GuidedSession, RequestState
 from mahalo_ray.decoding.stopping import StopReason
 
 SHAPES: dict[str, Shape] = {"tiny": TINY, "1m": ABOUT_1M, "30m": ABOUT_30M}
@@ -88,14 +88,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_results(options.output, results)
 
 
-def in_flight(session: GuidedSession, running: list[Running]) -> list[GuidedResult]:
+def in_flight(session: GuidedSession, running: list[RequestState]) -> list[GuidedResult]:
     """As every door of the package does it."""
     while session.is_busy:
         session.advance()
     return [one.result() for one in running]
 
 
-def together(session: GuidedSession, running: list[Running]) -> list[GuidedResult]:
+def together(session: GuidedSession, running: list[RequestState]) -> list[GuidedResult]:
     """All requests take a step, then all requests take a step."""
     assert session.guides is not None
     active = session.admit()

@@ -16,7 +16,7 @@ from mahalo_ray.decoding.guidance import GuidedRequest, StepCandidate, within_ca
 from mahalo_ray.decoding.guided import GuidedDecoder
 from mahalo_ray.decoding.sampling import SamplingParams
 from mahalo_ray.decoding.scorers import Prompt
-from mahalo_ray.decoding.session import Running
+from mahalo_ray.decoding.session import RequestState
 from mahalo_ray.decoding.stopping import (
     MathBoundary,
     SentenceBoundary,
@@ -270,7 +270,7 @@ def test_a_candidate_that_ends_at_once_is_passed_over_while_others_speak():
     def candidate(text: str, total: float) -> StepCandidate:
         return StepCandidate(text, [1], StopReason.TOKEN, {"accuracy": total}, total)
 
-    running = Running(GuidedRequest(ASK, num_candidates=3), Prompt([message(ASK[0])], [1, 2]), False)
+    running = RequestState(GuidedRequest(ASK, num_candidates=3), Prompt([message(ASK[0])], [1, 2]), False)
     own = [candidate("", 3.0), candidate("5", 1.0), candidate("6", 2.0)]
     assert running.choice(own) == 2
     running.text = "So far."

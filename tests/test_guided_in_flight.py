@@ -15,7 +15,7 @@ from mahalo_ray.decoding.guidance import GuidedRequest, GuidedResult
 from mahalo_ray.decoding.guided import GuidedDecoder
 from mahalo_ray.decoding.kv_cache import RaggedCache
 from mahalo_ray.decoding.sampling import SamplingParams
-from mahalo_ray.decoding.session import GuidedSession, Running
+from mahalo_ray.decoding.session import GuidedSession, RequestState
 from mahalo_ray.models.scoring import TokenTrace
 from mahalo_ray.objectives import Weights
 from mahalo_ray.serving.backend import GuidedBackend
@@ -151,11 +151,11 @@ def test_single_tokens_are_told_beside_guided_neighbours() -> None:
     session = decoder().session()
     guided = session.submit(REQUESTS[2])
     plain = request(20, 4, num_candidates=1, max_new_tokens=20)
-    streamed: Running = session.submit(plain, token_by_token=True)
+    streamed: RequestState = session.submit(plain, token_by_token=True)
     told: list[int] = []
     while session.is_busy:
         session.advance()
-        told += [token for step in streamed.news() for token in step.accepted.token_ids]
+        told += [token for step in streamed.new_steps() for token in step.accepted.token_ids]
     alone = decoder().generate_batch([plain, REQUESTS[2]])
     assert told == streamed.token_ids == alone[0].token_ids
     assert all(len(step.accepted.token_ids) == 1 for step in streamed.steps)

@@ -1,2 +1,7 @@
-"""Decoding: many conversations at once over a shared-prefix cache, and guidance by a process reward model. No
-Ray."""
+"""Decoding: many conversations at once over a shared-prefix cache, and guidance by reward models. No Ray."""
+
+from mahalo_ray.decoding.guidance import GuidedRequest
+from mahalo_ray.decoding.guided import GuidedDecoder
+from mahalo_ray.decoding.sampling import SamplingParams
+
+__all__ = ["GuidedDecoder", "GuidedRequest", "SamplingParams"]

@@ -10,7 +10,7 @@ from torch import Tensor
 from mahalo_ray.decoding.guidance import GuidedRequest, GuidedResult, StepCandidate, totals
 from mahalo_ray.decoding.sampling import draw_keys
 from mahalo_ray.decoding.scorers import Guides
-from mahalo_ray.decoding.session import GuidedSession, Running
+from mahalo_ray.decoding.session import GuidedSession, RequestState
 from mahalo_ray.decoding.stopping import StopReason
 
 
@@ -51,7 +51,7 @@ class BeamSearch:
         root = self.session.submit(replace(self.request, strategy="argmax"))
         self.session.admit()
         self.policy_tokens = len(root.prompt_ids)
-        beams, ended, count = [root], list[Running](), self.request.num_candidates
+        beams, ended, count = [root], list[RequestState](), self.request.num_candidates
         while beams:
             grown = self._step(beams, count, self.keep - len(ended))
             beams = [beam for beam in grown if beam.stop_reason is None]
@@ -66,7 +66,7 @@ class BeamSearch:
         scores = [[c.scores[name] for name in self.guides.scale.objectives] for c in candidates]
         return totals(torch.tensor(scores), self.guidance, self.request, self.guides.scale)
 
-    def _step(self, beams: list[Running], count: int, keep: int) -> list[Running]:
+    def _step(self, beams: list[RequestState], count: int, keep: int) -> list[RequestState]:
         """Each beam's continuations, the `keep` best of them all as beams; the others are dropped."""
         guides, engine = self.guides, self.session.engine
         before = guides.tokens_forwarded
@@ -78,7 +78,7 @@ class BeamSearch:
         pool = [(b, k) for b, own in enumerate(offered) for k in _distinct(own)]
         order = torch.argsort(self._totals([offered[b][k] for b, k in pool]), descending=True, stable=True)
         chosen = [pool[i] for i in order[:keep].tolist()]
-        grown: list[Running] = []
+        grown: list[RequestState] = []
         for b, _ in chosen:
             first = all(beams[b].row != beam.row for beam in grown)
             grown.append(self._beam(beams[b], self.seeds[len(grown)], first))
@@ -94,7 +94,7 @@ class BeamSearch:
         guides.drop(list({beam.guide_row for beam in gone}))
         return grown
 
-    def _beam(self, parent: Running, seed: int, first: bool) -> Running:
+    def _beam(self, parent: RequestState, seed: int, first: bool) -> RequestState:
         """A beam that goes on from `parent`: in its rows, or in copies of them if another beam has them."""
         row, guide_row = parent.row, parent.guide_row
         if not first:

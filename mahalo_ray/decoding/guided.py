@@ -155,7 +155,7 @@ class GuidedDecoder:
         running = session.submit(GuidedRequest(messages, **options), token_by_token=tokens)
         while session.is_busy:
             session.advance()
-            yield from running.news()
+            yield from running.new_steps()
         return running.result()
 
 

@@ -27,7 +27,7 @@ from mahalo_ray.decoding.guidance import (
 from mahalo_ray.decoding.guided import shared_tokenizer
 from mahalo_ray.decoding.sampling import SamplingParams, draw_keys
 from mahalo_ray.decoding.scorers import Guides, Prompt, backbones_of, check_guidance
-from mahalo_ray.decoding.session import NONE_TAKEN, Running
+from mahalo_ray.decoding.session import NONE_TAKEN, RequestState
 from mahalo_ray.decoding.stopping import AnswerOnly, Boundary, StopReason, StopRule, TokenTexts, boundary_for
 from mahalo_ray.endpoints import CompletionRequest, Endpoint, Failure, Reply
 from mahalo_ray.errors import StageError
@@ -85,10 +85,12 @@ class CompletionDecoder:
         """
         guides = self._guides()
         results: list[GuidedResult | ValueError | None] = []
-        running: dict[int, Running] = {}
+        running: dict[int, RequestState] = {}
         for number, request in enumerate(requests):
             try:
-                running[number] = Running(request, self._prompt(request, guides), False, seed=request.seed)
+                running[number] = RequestState(
+                    request, self._prompt(request, guides), False, seed=request.seed
+                )
                 results.append(None)
             except ValueError as error:
                 results.append(error)
@@ -135,7 +137,7 @@ class CompletionDecoder:
 
     def _step(
         self,
-        running: dict[int, Running],
+        running: dict[int, RequestState],
         results: list[GuidedResult | ValueError | None],
         guides: Guides | None,
     ) -> None:
@@ -172,11 +174,11 @@ class CompletionDecoder:
                 else:
                     guides.drop([one.guide_row])
 
-    def _room(self, one: Running, guides: Guides | None) -> int:
+    def _room(self, one: RequestState, guides: Guides | None) -> int:
         return self._max_context(guides) - len(one.prompt_ids) - len(one.token_ids)
 
     def _offered(
-        self, running: dict[int, Running], guides: Guides | None
+        self, running: dict[int, RequestState], guides: Guides | None
     ) -> tuple[dict[int, list[StepCandidate]], dict[int, ValueError]]:
         """Candidates of every request's next step, and the requests that the server will not answer."""
         told, numbers = self._stops_are_told, list(running)
@@ -198,7 +200,7 @@ class CompletionDecoder:
             offered[numbers[at]] = self._candidates(one, answer)
         return {number: offered[number] for number in numbers if number in offered}, refused
 
-    def _request(self, one: Running, guides: Guides | None) -> CompletionRequest:
+    def _request(self, one: RequestState, guides: Guides | None) -> CompletionRequest:
         request, sampling = one.request, one.request.sampling
         extra: dict[str, Any] = {}
         for name in ("top_p", "top_k", "min_p"):
@@ -217,11 +219,11 @@ class CompletionDecoder:
             extra=extra,
         )
 
-    def _stops(self, one: Running) -> tuple[str, ...]:
+    def _stops(self, one: RequestState) -> tuple[str, ...]:
         whole = one.request.strategy == "best_of_n"
         return (*(() if whole else self.boundary.stop_strings), *one.request.stop)
 
-    def _candidates(self, one: Running, reply: Reply) -> list[StepCandidate]:
+    def _candidates(self, one: RequestState, reply: Reply) -> list[StepCandidate]:
         whole = one.request.strategy == "best_of_n"
         boundary = AnswerOnly(self.boundary) if whole else self.boundary
         rule = StopRule(boundary, one.request.stop, one.text)
@@ -263,7 +265,7 @@ class CompletionDecoder:
 
 
 def _scored(
-    running: dict[int, Running], offered: dict[int, list[StepCandidate]], guides: Guides
+    running: dict[int, RequestState], offered: dict[int, list[StepCandidate]], guides: Guides
 ) -> dict[int, list[StepCandidate]]:
     """The candidates with scores and totals, for requests that have something to choose from."""
     guided = [

@@ -29,7 +29,7 @@ _STEP_GOES_ON = (StopReason.STEP, StopReason.LENGTH)
 
 
 @dataclass
-class Running:
+class RequestState:
     """A request in play."""
 
     request: GuidedRequest
@@ -46,15 +46,15 @@ class Running:
     reward_tokens: int = 0
     cache_bytes: int = 0
     seed: int = 0
-    _told: int = 0
+    _reported: int = 0
 
     @property
     def prompt_ids(self) -> list[int]:
         return self.prompt.token_ids
 
-    def news(self) -> list[Step]:
+    def new_steps(self) -> list[Step]:
         """Steps accepted since the last call."""
-        new, self._told = self.steps[self._told :], len(self.steps)
+        new, self._reported = self.steps[self._reported :], len(self.steps)
         return new
 
     def result(self) -> GuidedResult:
@@ -132,10 +132,10 @@ class GuidedSession:
             context = min(context, guides.max_context)
         self.engine = Engine(policy, context)
         self.in_flight = InFlight(self.engine, [chat.end_id], vocabulary)
-        self._waiting: deque[Running] = deque()
-        self._done: list[Running] = []  # whose candidates have ended, not yet scored
+        self._waiting: deque[RequestState] = deque()
+        self._done: list[RequestState] = []  # whose candidates have ended, not yet scored
         self._held = 0  # tokens since the first of them
-        self._active: list[Running] = []
+        self._active: list[RequestState] = []
 
     @property
     def is_busy(self) -> bool:
@@ -147,7 +147,7 @@ class GuidedSession:
         """Most bytes of keys and values there have been, of all models."""
         return self.engine.peak_bytes + (0 if self.guides is None else self.guides.peak_bytes)
 
-    def submit(self, request: GuidedRequest, token_by_token: bool = False) -> Running:
+    def submit(self, request: GuidedRequest, token_by_token: bool = False) -> RequestState:
         """Queue a request. ValueError if it can never run: too long, no reward model for it, unknown
         objectives.
         """
@@ -158,7 +158,7 @@ class GuidedSession:
                 f"strategy '{request.strategy}' needs more than one row: use GuidedDecoder.generate"
             )
         prompt = self.check(request)
-        running = Running(request, prompt, token_by_token, seed=request.seed)
+        running = RequestState(request, prompt, token_by_token, seed=request.seed)
         self._waiting.append(running)
         return running
 
@@ -179,7 +179,7 @@ class GuidedSession:
             )
         return prompt
 
-    def cancel(self, running: Running) -> None:
+    def cancel(self, running: RequestState) -> None:
         """Take a request out, whether it waits or runs."""
         if running in self._waiting:
             self._waiting.remove(running)
@@ -223,7 +223,7 @@ class GuidedSession:
             self._take(one, own, chosen)
         self._begin([one for one in done if one.stop_reason is None])
 
-    def _begin(self, requests: list[Running]) -> None:
+    def _begin(self, requests: list[RequestState]) -> None:
         """Let the next steps of these requests begin."""
         self.in_flight.start(
             [one.row for one in requests],
@@ -234,7 +234,9 @@ class GuidedSession:
             [self._rule(one) for one in requests],
         )
 
-    def offer(self, active: list[Running], counts: list[int]) -> tuple[Candidates, list[list[StepCandidate]]]:
+    def offer(
+        self, active: list[RequestState], counts: list[int]
+    ) -> tuple[Candidates, list[list[StepCandidate]]]:
         """Candidates of these requests' next steps, all sampled to their ends, scored where there is
         something to choose from. For searches whose rows are compared with each other."""
         candidates = self.engine.sample(
@@ -248,7 +250,7 @@ class GuidedSession:
         )
         return candidates, self._offered(active, candidates)
 
-    def _offered(self, active: list[Running], candidates: Candidates) -> list[list[StepCandidate]]:
+    def _offered(self, active: list[RequestState], candidates: Candidates) -> list[list[StepCandidate]]:
         """What was sampled for these requests, with scores."""
         offered = [
             [
@@ -259,7 +261,7 @@ class GuidedSession:
         ]
         return self._scored(active, offered)
 
-    def admit(self) -> list[Running]:
+    def admit(self) -> list[RequestState]:
         """Let waiting requests in while there is room for their branches: those that join now, read by the
         models."""
         busy = sum(one.request.candidates_per_step for one in self._active)
@@ -282,7 +284,7 @@ class GuidedSession:
                 one.guide_row = row
         return joining
 
-    def _rule(self, one: Running) -> StopRule:
+    def _rule(self, one: RequestState) -> StopRule:
         """How this request's next candidates may end. Whole responses are not cut at steps."""
         whole = one.request.strategy == "best_of_n"
         before = self._vocabulary.decode(one.open_step) if one.open_step else ""
@@ -294,7 +296,9 @@ class GuidedSession:
             len(one.open_step),
         )
 
-    def _scored(self, active: list[Running], offered: list[list[StepCandidate]]) -> list[list[StepCandidate]]:
+    def _scored(
+        self, active: list[RequestState], offered: list[list[StepCandidate]]
+    ) -> list[list[StepCandidate]]:
         """The candidates with scores and totals, for requests that have something to choose from."""
         guided = [
             i
@@ -317,7 +321,7 @@ class GuidedSession:
                 result[i] = with_totals(offered[i], own, active[i].request, self.guides.scale)
         return result
 
-    def _take(self, one: Running, own: list[StepCandidate], chosen: int) -> None:
+    def _take(self, one: RequestState, own: list[StepCandidate], chosen: int) -> None:
         """Make the chosen candidate part of the response, and finish the request if that ends it."""
         if chosen == NONE_TAKEN:
             one.policy_tokens += sum(len(candidate.token_ids) for candidate in own)
@@ -329,7 +333,7 @@ class GuidedSession:
         elif self.guides is not None and one.request.is_guided:
             self.guides.accept([one.guide_row], [own[chosen]])
 
-    def extend(self, one: Running, own: list[StepCandidate], chosen: int) -> None:
+    def extend(self, one: RequestState, own: list[StepCandidate], chosen: int) -> None:
         """Write the chosen candidate into the response."""
         accepted = own[chosen]
         one.policy_tokens += sum(len(candidate.token_ids) for candidate in own)
@@ -341,7 +345,7 @@ class GuidedSession:
         if one.token_by_token:
             one.open_step = [] if accepted.reason is StopReason.STEP else one.open_step + accepted.token_ids
 
-    def _leave(self, one: Running) -> None:
+    def _leave(self, one: RequestState) -> None:
         one.cache_bytes = self.peak_bytes
         self._active.remove(one)
         if one in self._done:
@@ -351,7 +355,7 @@ class GuidedSession:
         if self.guides is not None and one.request.is_guided:
             self.guides.drop([one.guide_row])
 
-    def _text_after(self, one: Running, ids: list[int]) -> str:
+    def _text_after(self, one: RequestState, ids: list[int]) -> str:
         """The text these tokens add to the response, without special tokens."""
         whole = self._chat.decode(one.token_ids + ids)
         return whole[len(one.text) :] if whole.startswith(one.text) else self._chat.decode(ids)

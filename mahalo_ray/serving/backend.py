@@ -9,7 +9,7 @@ from jinja2 import TemplateError
 from mahalo_ray.decoding.guidance import GuidedRequest, Standardisation, StepCandidate
 from mahalo_ray.decoding.guided import GuidedDecoder
 from mahalo_ray.decoding.policy import DeviceConfig, MultiHeadPolicy, load_guide, load_policy
-from mahalo_ray.decoding.session import Running
+from mahalo_ray.decoding.session import RequestState
 from mahalo_ray.decoding.stopping import StopReason, TurnBoundary
 from mahalo_ray.serving.responses import Reply, ScoredCandidate, Step
 from mahalo_ray.serving.schema import ApiError
@@ -59,14 +59,14 @@ class StopTrimmer:
 class _Answer:
     """A chat job in play."""
 
-    def __init__(self, job: Job, running: Running) -> None:
+    def __init__(self, job: Job, running: RequestState) -> None:
         self.job, self.running = job, running
         self.steps: list[Step] = []
         self._trimmer = StopTrimmer(running.request.stop)
 
     def tell(self) -> None:
         """Hand new steps to the client, and the reply once it is complete."""
-        for accepted in self.running.news():
+        for accepted in self.running.new_steps():
             candidates = [_scored(candidate) for candidate in accepted.candidates]
             step = Step(self._trimmer.feed(accepted.text), accepted.chosen, candidates)
             self.steps.append(step)
