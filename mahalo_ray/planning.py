@@ -6,10 +6,13 @@ sequence lengths and checkpointing, and have what is left.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Qwen2Config
 
@@ -18,12 +21,12 @@ from mahalo_ray.models import LoraSettings, MultiHeadCausalLM
 from mahalo_ray.models.heads import LogitTransform
 from mahalo_ray.training.deepspeed_config import BUCKET_ELEMENTS
 
-GIGABYTE = 2**30
+GIB = 2**30
 _FP32 = 4
 _MOMENTS = 2  # of AdamW, in the dtype of the master weights: fp32
 # DeepSpeed's default of how many gathered parameters may lie on a GPU at once with ZeRO-3.
 _LIVE_PARAMETERS = 1_000_000_000
-Stage = Literal[0, 1, 2, 3]
+ZeroStage = Literal[0, 1, 2, 3]
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def make_plan(model: ModelConfig, policy: PolicyConfig, objectives: int, gpus: i
     dtype = getattr(torch, model.dtype)
     built = policy_on_meta(base_config(model), policy, objectives, dtype)
     counts = count_parameters(built)
-    ways: list[tuple[Stage, bool, bool]] = [(0, False, False)]
+    ways: list[tuple[ZeroStage, bool, bool]] = [(0, False, False)]
     for stage in (1, 2, 3):
         ways += [(stage, False, False), (stage, True, False)]
     ways.append((3, True, True))
@@ -165,7 +168,7 @@ def _count(module: nn.Module) -> int:
 
 
 def memory_of(
-    counts: ParameterCount, way: tuple[Stage, bool, bool], dtype: torch.dtype, gpus: int, workspace: int
+    counts: ParameterCount, way: tuple[ZeroStage, bool, bool], dtype: torch.dtype, gpus: int, workspace: int
 ) -> Memory:
     """What DeepSpeed keeps for (ZeRO stage, optimizer offload, parameter offload).
 
@@ -207,3 +210,66 @@ def log_prob_workspace(chunk_size: int, vocab_size: int, dtype: torch.dtype) -> 
     dtype."""
     narrow = 0 if dtype == torch.float32 else 2 * dtype.itemsize
     return chunk_size * vocab_size * (2 * _FP32 + narrow)
+
+
+def plan_to_json(plan: Plan, gpu_memory_gb: float) -> str:
+    """Everything in bytes, with totals and what fits."""
+    document = asdict(plan)
+    document["counts"]["total"] = plan.counts.total
+    document["memory"] = [
+        {**asdict(way), "total": way.total, "fits": fits(way, gpu_memory_gb)} for way in plan.memory
+    ]
+    return json.dumps(document | {"gpu_memory_gb": gpu_memory_gb}, indent=2)
+
+
+def fits(way: Memory, gpu_memory_gb: float) -> bool:
+    """Whether something is left for activations."""
+    return way.total < gpu_memory_gb * GIB
+
+
+def print_plan(console: Console, plan: Plan, gpu_memory_gb: float) -> None:
+    """Counts, memory per GPU, sizes on disk."""
+    wide = console if console.is_terminal else Console(file=console.file, width=130, highlight=False)
+    counts = plan.counts
+    parts = {"backbone": counts.backbone, "LoRA adapter": counts.adapter}
+    parts |= {"base head (frozen)": counts.base_head, "heads": counts.heads, "total": counts.total}
+    table = Table(title="Parameters", title_justify="left")
+    table.add_column("part")
+    table.add_column("number", justify="right")
+    for name, number in (parts | {"trained": counts.trained}).items():
+        table.add_row(name, f"{number:,}")
+    wide.print(table)
+    wide.print(_memory_table(plan, gpu_memory_gb))
+    wide.print(
+        f"Checkpoint to resume from: {size(plan.checkpoint)}; finished model: {size(plan.model)}. "
+        "Activations come on top: they have the column 'left'."
+    )
+
+
+def _memory_table(plan: Plan, gpu_memory_gb: float) -> Table:
+    title = f"Memory per GPU (GiB), {plan.gpus} x {gpu_memory_gb:g} GiB, {plan.dtype}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("ZeRO, offload")
+    columns = ("parameters", "gradients", "optimizer", "buffers", "log-probs", "total", "left", "host")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for way in plan.memory:
+        offloaded = [name for name, on in _offloads(way).items() if on]
+        left = gpu_memory_gb - way.total / GIB
+        values = (way.parameters, way.gradients, way.optimizer, way.buffers, way.log_probs, way.total)
+        table.add_row(
+            f"{way.zero_stage}" + (f", {' + '.join(offloaded)}" if offloaded else ""),
+            *(f"{value / GIB:.3g}" for value in values),
+            f"{left:.3g}" if fits(way, gpu_memory_gb) else "does not fit",
+            f"{way.host_per_gpu / GIB:.3g}",
+        )
+    return table
+
+
+def _offloads(way: Memory) -> dict[str, bool]:
+    return {"optimizer": way.offload_optimizer, "parameters": way.offload_parameters}
+
+
+def size(count: int) -> str:
+    """Bytes in the unit that suits them."""
+    return f"{count / GIB:.3g} GiB" if count >= GIB / 10 else f"{count / 2**20:.3g} MiB"

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from mahalo_ray import __version__
 from mahalo_ray.cli import app
+from mahalo_ray.cli.commands import VERBS
 from mahalo_ray.cli.common import guarded
-from mahalo_ray.cli.stages import VERBS
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "quickstart.yaml"
 PROGRAM = Path(__file__).parent / "programs" / "stoppable_run.py"

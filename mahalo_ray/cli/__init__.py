@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from mahalo_ray import __version__
-from mahalo_ray.cli import compare, dialogues, evaluate, generate, label, models, stages
+from mahalo_ray.cli.commands import register
 from mahalo_ray.cli.common import say
 
 app = typer.Typer(
@@ -19,8 +19,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _verbs in (stages, compare, evaluate, models, dialogues, label, generate):
-    _verbs.register(app)
+register(app)
 
 
 def main() -> NoReturn:

@@ -16,8 +16,9 @@ from rich.markup import escape
 
 from mahalo_ray.config import RunConfig, load_config
 from mahalo_ray.errors import StageError
+from mahalo_ray.pipeline.progress import RunProgress
 from mahalo_ray.pipeline.seed_blocks import check_domain
-from mahalo_ray.pipeline.stages import RunInterrupted
+from mahalo_ray.pipeline.stages import Manifest, Pipeline, RunInterrupted
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's YAML file.")]
 Overrides = Annotated[
@@ -45,6 +46,11 @@ def load(file: Path, overrides: list[str] | None) -> RunConfig:
     if config.data is None:
         check_domain(config)
     return config
+
+
+def execute(pipeline: Pipeline, config: RunConfig, targets: tuple[str, ...] | None) -> dict[str, Manifest]:
+    """Run stages of any pipeline with a Ray session of this configuration."""
+    return pipeline.run(config, targets, session=lambda: open_session(config), progress=RunProgress(out))
 
 
 def guarded(work: Callable[[], None], debug: bool) -> None:

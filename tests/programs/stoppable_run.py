@@ -12,8 +12,7 @@ from pathlib import Path
 
 import ray
 
-from mahalo_ray.cli.common import guarded
-from mahalo_ray.cli.stages import execute
+from mahalo_ray.cli.common import execute, guarded
 from mahalo_ray.config import RunConfig
 from mahalo_ray.pipeline.stages import Context, Pipeline, Stage, StageResult
 

@@ -1,0 +1,443 @@
+"""The verbs of the command `mahalo`.
+
+Imports that take seconds (torch, transformers, Ray) are inside the verbs: help and errors come at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from mahalo_ray.cli.common import (
+    ConfigFile,
+    Debug,
+    Overrides,
+    err,
+    execute,
+    guarded,
+    load,
+    open_session,
+    out,
+    say,
+)
+from mahalo_ray.config import ConfigError, RunConfig, load_document
+from mahalo_ray.config.label import LabelConfig
+from mahalo_ray.config.loading import checked, read_document
+from mahalo_ray.config.rollouts import DialoguesConfig, GenerateConfig, RewardSource
+from mahalo_ray.data import storage
+from mahalo_ray.objectives import Weights, unknown_name
+from mahalo_ray.pipeline.progress import RunProgress
+from mahalo_ray.pipeline.stages import Pipeline
+
+# Verb -> the stages it brings up to date (with all that they need), and its help text.
+VERBS = {
+    "sft": (("sft",), "Make the SFT model."),
+    "rollout": (("reward_rollouts", "pair_rollouts"), "Play the dialogues for reward model and pairs."),
+    "reward": (("reward",), "Train the process reward model."),
+    "pairs": (("pairs",), "Build preference pairs from scored candidates."),
+    "policy": (("policy",), "Train the multi-head policy (MAH-DPO)."),
+    "sweep": (("sweep",), "Evaluate the sweep's weight vectors."),
+    "evaluate": (("evaluate",), "Evaluate SFT, each head alone and guided decoding."),
+    "report": (("report",), "Write the report."),
+}
+
+
+def register(app: typer.Typer) -> None:
+    """Add all verbs to the command."""
+    app.command()(run)
+    for name, (_, help_text) in VERBS.items():
+        if name != "evaluate":  # a group: `evaluate CONFIG` and `evaluate reward`
+            app.command(name, help=help_text)(stage_verb(name))
+    group = typer.Typer(
+        cls=_StageUnlessNamed,
+        no_args_is_help=True,
+        help="`evaluate CONFIG`: evaluate SFT, each head alone and guided decoding of a run. "
+        "`evaluate reward`: metrics of a reward model.",
+    )
+    group.command(_STAGE, hidden=True)(stage_verb("evaluate"))
+    group.command("reward")(evaluate_reward)
+    app.add_typer(group, name="evaluate")
+    for verb in (serve, compare, validate, export, plan, dialogues, label, calibrate, generate):
+        app.command()(verb)
+
+
+def stage_verb(name: str) -> Callable[..., None]:
+    """The command function of one verb."""
+    targets = VERBS[name][0]
+
+    def verb(config: ConfigFile, set_: Overrides = None, debug: Debug = False) -> None:
+        guarded(lambda: run_stages(load(config, set_), targets, str(config)), debug)
+
+    return verb
+
+
+_STAGE = "stage"
+
+
+class _StageUnlessNamed(TyperGroup):
+    """What names no verb of this group is the configuration of a run. (`ctx`: typer carries a click of its
+    own.)"""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, "--help"):
+            args = [_STAGE, *args]
+        return super().parse_args(ctx, args)
+
+
+def run(config: ConfigFile, set_: Overrides = None, debug: Debug = False) -> None:
+    """Run all stages."""
+    guarded(lambda: run_stages(load(config, set_), None, str(config)), debug)
+
+
+def serve(config: ConfigFile, set_: Overrides = None, debug: Debug = False) -> None:
+    """Serve the run's policy and reward model in the foreground (OpenAI-compatible API) until Ctrl-C."""
+
+    def work() -> None:
+        serve_run(load(config, set_))
+
+    guarded(work, debug)
+
+
+def run_stages(config: RunConfig, targets: tuple[str, ...] | None, config_name: str) -> None:
+    """Bring stages up to date (None: all) and say what came of it."""
+    from mahalo_ray.evaluation.reward_report import print_report as print_reward_report
+    from mahalo_ray.pipeline.evaluating import print_outcome, wide_enough
+
+    targets = targets_of(config, targets)
+    manifests = execute(pipeline_of(config, targets or ()), config, targets)
+    if "report" in manifests:
+        print_outcome(out, config, manifests)
+        say(f"Serve it: mahalo serve {config_name}")
+        return
+    if "reward_report" in manifests:
+        print_reward_report(wide_enough(out), storage.join(config.output, "reward_report"))
+    for name in targets or manifests:
+        say(f"{name}: {storage.join(config.output, name)}")
+
+
+def targets_of(config: RunConfig, asked: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """The stages behind a verb (None: all)."""
+    from mahalo_ray.pipeline import datasets
+
+    return asked if config.data is None else datasets.targets(config, asked)
+
+
+def serve_run(config: RunConfig) -> None:
+    """Make policy and reward model if they are not there yet, then serve them until Ctrl-C."""
+    from mahalo_ray.pipeline.serve import serve_in_foreground
+
+    manifests = execute(pipeline_of(config, ("serve",)), config, ("policy",))
+    with open_session(config):
+        serve_in_foreground(config, manifests, out)
+
+
+def pipeline_of(config: RunConfig, targets: tuple[str, ...]) -> Pipeline:
+    """The stages of this kind of run; ConfigError for a target that a run on own data does not have."""
+    from mahalo_ray.pipeline import datasets, run
+
+    if config.data is None:
+        return run.PIPELINE
+    pipeline = datasets.pipeline(config)
+    for name in targets:
+        if name not in pipeline.stages:
+            raise ConfigError(
+                f"this run on own data ('data') has no stage '{name}': it has {', '.join(pipeline.stages)}; "
+                "`mahalo export` hands a policy to other engines"
+            )
+    return pipeline
+
+
+def compare(config: ConfigFile, set_: Overrides = None, debug: Debug = False) -> None:
+    """Train the baselines ('compare'), and compare all methods in one table and picture."""
+
+    def work() -> None:
+        from mahalo_ray.pipeline.compare import REPORT, comparison_pipeline, print_comparison
+
+        loaded = load(config, set_)
+        if loaded.data is not None:
+            raise ConfigError("a run on own data ('data') has no students to play, and so no table")
+        manifests = execute(comparison_pipeline(loaded), loaded, (REPORT,))
+        print_comparison(out, loaded, manifests)
+
+    guarded(work, debug)
+
+
+def evaluate_reward(
+    model: Annotated[str, typer.Argument(help="A reward model's folder, or a foreign one's (or hub id).")],
+    data: Annotated[list[str], typer.Argument(help="Files or folders of step traces or preference pairs.")],
+    objective: Annotated[
+        str | None, typer.Option(help="Of rows that name none; what a foreign model scores.")
+    ] = None,
+    format_: Annotated[
+        str, typer.Option("--format", help="Of step traces; default: by their fields.")
+    ] = "auto",
+    threshold_from: Annotated[
+        list[str] | None,
+        typer.Option(help="Other data, on which the threshold of the first error is chosen."),
+    ] = None,
+    output: Annotated[str, typer.Option(help="Folder for JSON, picture and bad rows.")] = "reward_evaluation",
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    max_bad_fraction: Annotated[float, typer.Option(min=0, max=1)] = 0.01,
+    debug: Debug = False,
+) -> None:
+    """Figures of a reward model on data it was not trained on, each with n and interval."""
+
+    def work() -> None:
+        from mahalo_ray.evaluation.reward_report import evaluate_scorer, print_report
+        from mahalo_ray.models.classifiers import is_own_model, load_scorer
+
+        scorer = load_scorer(model, None if is_own_model(model) else objective, device=device)
+        evaluate_scorer(
+            scorer, data, objective, format_, threshold_from or [], output, batch_size, max_bad_fraction
+        )
+        print_report(out, output)
+        say(f"figures and picture: {output}")
+
+    guarded(work, debug)
+
+
+def validate(config: ConfigFile, set_: Overrides = None, debug: Debug = False) -> None:
+    """Check a configuration without running anything."""
+
+    def work() -> None:
+        loaded = load(config, set_)
+        objectives = ", ".join(loaded.objective_names)
+        say(f"{config} is valid: run '{loaded.name}', objectives {objectives}, output {loaded.output}")
+
+    guarded(work, debug)
+
+
+def export(
+    source: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL_FOLDER", help="A run's output or a policy.")],
+    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="The new folder.")],
+    weights: Annotated[str, typer.Option("--weights", help="For example accuracy=0.7,engagement=0.3.")],
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: as stored.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Merge a policy's heads at fixed weights into an ordinary transformers folder."""
+
+    def work() -> None:
+        merged = Weights.parse(weights)
+        export_policy(source, output, merged, dtype)
+        say(f"{output}: the policy at {merged.label()}, for AutoModelForCausalLM.from_pretrained")
+
+    guarded(work, debug)
+
+
+def plan(
+    config: ConfigFile,
+    gpu_memory_gb: Annotated[float, typer.Option(min=0.1, help="Memory of one GPU (GiB).")] = 80.0,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Default: cluster.train_workers.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    set_: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Parameters and memory of the policy's training by ZeRO stage, without loading weights."""
+
+    def work() -> None:
+        from mahalo_ray.planning import make_plan, plan_to_json, print_plan
+
+        loaded = load(config, set_)
+        count = gpus if gpus is not None else loaded.cluster.train_workers
+        made = make_plan(loaded.model, loaded.policy, len(loaded.objectives), count)
+        if json_:
+            typer.echo(plan_to_json(made, gpu_memory_gb))
+        else:
+            print_plan(out, made, gpu_memory_gb)
+
+    guarded(work, debug)
+
+
+def export_policy(source: str, output: str, weights: Weights, dtype: str | None) -> None:
+    """`mahalo_ray.pipeline.export.export` with a dtype by name."""
+    if dtype not in (None, "float32", "bfloat16"):
+        raise ValueError(unknown_name("dtype", str(dtype), ("float32", "bfloat16")))
+    import torch
+
+    from mahalo_ray.pipeline.export import export as merge_and_save
+
+    merge_and_save(source, output, weights, None if dtype is None else getattr(torch, dtype))
+
+
+DialoguesFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML: who talks, about what.")]
+
+
+def dialogues(config: DialoguesFile, set_: Overrides = None, debug: Debug = False) -> None:
+    """Play tutor-student dialogues with K candidates per turn, score them and make preference pairs.
+
+    Run again, it goes on where it stopped and plays failed dialogues again.
+    """
+
+    def work() -> None:
+        from mahalo_ray.pipeline.cluster import ray_session
+        from mahalo_ray.pipeline.dialogues import check_sources, make_dialogues
+
+        loaded = load_document(config, DialoguesConfig, set_)
+        check_sources(loaded)
+        manifest = make_dialogues(loaded, lambda: ray_session(loaded.cluster), RunProgress(out))
+        figures = manifest.metrics
+        say(f"dialogues: {figures['dialogues']}, candidates: {figures['candidates']}")
+        if figures["failed"]:
+            kinds = ", ".join(f"{kind} {count}" for kind, count in figures["failed"].items())
+            say(f"failed: {kinds}; the same command plays them again")
+        for name, path in manifest.outputs.items():
+            say(f"{name}: {storage.join(loaded.output, path)}")
+
+    guarded(work, debug)
+
+
+LabelFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML: what is labelled, who judges.")]
+
+
+def label(config: LabelFile, set_: Overrides = None, debug: Debug = False) -> None:
+    """Label the steps of traces for a process reward model: continuations, judges, or both.
+
+    Run again, it goes on where it stopped.
+    """
+
+    def work() -> None:
+        from mahalo_ray.pipeline.cluster import ray_session
+        from mahalo_ray.pipeline.labelling import make_labels
+
+        loaded = load_document(config, LabelConfig, set_)
+        manifest = make_labels(loaded, lambda: ray_session(loaded.cluster), RunProgress(out))
+        print_labels(manifest.metrics)
+        for name, path in manifest.outputs.items():
+            say(f"{name}: {storage.join(loaded.output, path)}")
+
+    guarded(work, debug)
+
+
+def print_labels(figures: dict[str, Any]) -> None:
+    """What a labelling job came to, in lines."""
+    say(f"traces: {figures['traces']}")
+    for name, judge in figures["judges"].items():
+        made, without = (figures[kind].get(name, 0) for kind in ("labels", "unjudged"))
+        say(f"{name}: {made} labels ({judge['supervision']}), {without} without verdict")
+        if not judge["calibrated"]:
+            err.print(
+                f"[bold yellow]warning:[/] the judge of '{name}' is not calibrated (threshold "
+                f"{judge['threshold']:g}): `mahalo calibrate` fits it to human ratings"
+            )
+    sampling = figures["sampling"]
+    if sampling:
+        say(
+            f"continuations: {sampling['samples']} of at most {sampling['samples_full']} "
+            f"({sampling['samples_saved']:.0%} saved), for {sampling['prefixes']} distinct prefixes of "
+            f"{sampling['steps']}"
+        )
+    for name, asked in figures["endpoints"].items():
+        cost = "" if asked["cost"] is None else f", cost {asked['cost']:.4g}"
+        say(f"{name}: {asked['requests']} requests, {sum(asked['failures'].values())} failed{cost}")
+
+
+def calibrate(config: LabelFile, set_: Overrides = None, debug: Debug = False) -> None:
+    """Fit a judge's threshold to human ratings, and report how well the judge agrees with them."""
+
+    def work() -> None:
+        from mahalo_ray.pipeline.judging import calibrate_judge
+
+        url, found = calibrate_judge(load_document(config, LabelConfig, set_))
+        ratings = f"{found['ratings']} ratings ({found['positive']} positive)"
+        say(f"threshold {found['threshold']:.4g} from {ratings}")
+        for name, figure in found["agreement"].items():
+            shown = "undefined" if figure is None else "{value:.3f} [{low:.3f}, {high:.3f}]".format(**figure)
+            say(f"{name}: {shown}")
+        say(f"({found['method']})")
+        say(f"calibration: {url}")
+
+    guarded(work, debug)
+
+
+Prompts = Annotated[str, typer.Argument(metavar="PROMPTS", help="JSON, JSON Lines or Parquet rows.")]
+Output = Annotated[str, typer.Option("--output", "-o", help="The new folder, or one to go on with.")]
+Policy = Annotated[str | None, typer.Option(help="A run's output, or a model folder.")]
+Reward = Annotated[
+    list[str] | None,
+    typer.Option(help="A run's output or a reward model; objective=FOLDER for a foreign classifier."),
+]
+OverHeads = Annotated[str | None, typer.Option(help="Over the policy's heads: accuracy=0.7,engagement=0.3.")]
+OverScores = Annotated[str | None, typer.Option(help="Over the reward models' objectives.")]
+Domain = Annotated[str | None, typer.Option(help="Where steps end: math, human_values or tutoring.")]
+Candidates = Annotated[int | None, typer.Option("--candidates", "-k", help="Candidates per step.")]
+Stop = Annotated[list[str] | None, typer.Option(help="A stop string; may be given many times.")]
+Actors = Annotated[int | None, typer.Option(help="Ray actors that answer.")]
+OtherKeys = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="a.b=c", help="Any other key, e.g. cluster.use_gpu=true."),
+]
+File = Annotated[
+    Path | None, typer.Option("--config", help="YAML with keys of the job; options here come before it.")
+]
+
+
+def generate(
+    prompts: Prompts,
+    output: Output,
+    policy: Policy = None,
+    reward: Reward = None,
+    weights: OverHeads = None,
+    guidance: OverScores = None,
+    domain: Domain = None,
+    candidates: Candidates = None,
+    strategy: Annotated[str | None, typer.Option(help="argmax, sample, beam, dvts, best_of_n, none.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0: greedy.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="0: off.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="1: off.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="0: off.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Mixed with each row's id.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Of a whole answer.")] = None,
+    max_step_tokens: Annotated[int | None, typer.Option(help="Of a step.")] = None,
+    stop: Stop = None,
+    actors: Actors = None,
+    config: File = None,
+    set_: OtherKeys = None,
+    debug: Debug = False,
+) -> None:
+    """Answer prompts by guided decoding: text, steps and every candidate's scores, as Parquet.
+
+    Run again, it goes on where it stopped. The answers do not depend on the number of actors.
+    """
+    request: dict[str, Any] = {
+        "weights": weights,
+        "guidance": guidance,
+        "num_candidates": candidates,
+        "strategy": strategy,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "seed": seed,
+        "max_new_tokens": max_new_tokens,
+        "max_step_tokens": max_step_tokens,
+        "stop": stop or None,
+    }
+
+    def work() -> None:
+        from mahalo_ray.pipeline.cluster import ray_session
+        from mahalo_ray.pipeline.generate import generate as answer
+
+        given: dict[str, Any] = {"prompts": prompts, "output": output, "policy": policy, "domain": domain}
+        given["rewards"] = [RewardSource.parse(one).model_dump() for one in reward or []] or None
+        parsed = {
+            name: dict(Weights.parse(value)) if name in ("weights", "guidance") else value
+            for name, value in request.items()
+            if value is not None
+        }
+        document = read_document(config, set_)
+        document |= {name: value for name, value in given.items() if value is not None}
+        document["request"] = document.get("request", {}) | parsed
+        if actors is not None:
+            document["cluster"] = document.get("cluster", {}) | {"rollout_actors": actors}
+        job = checked(document, GenerateConfig, "the command" if config is None else str(config))
+        manifest = answer(job, lambda: ray_session(job.cluster), RunProgress(out))
+        say(f"answered: {manifest.metrics['answered']}, quarantined: {manifest.metrics['quarantined']}")
+        for name, path in manifest.outputs.items():
+            say(f"{name}: {storage.join(output, path)}")
+
+    guarded(work, debug)
