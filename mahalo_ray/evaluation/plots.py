@@ -5,17 +5,16 @@ from __future__ import annotations
 import io
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+from adjustText import adjust_text
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.text import Annotation
-from matplotlib.transforms import Bbox
 
 from mahalo_ray.evaluation.results import FAMILY_OF, ComparisonTable, MethodKind, Row
 from mahalo_ray.evaluation.statistics import Estimate
@@ -31,81 +30,49 @@ class LabelledPoint(NamedTuple):
 
 
 def place_labels(panel: Axes, points: Sequence[LabelledPoint], lines: Sequence[FloatArray] = ()) -> None:
-    """Annotate every point, in order; labels avoid points, error bars, `lines` [n, 2] and earlier labels.
+    """Annotate every point; labels move away from points, `lines` [n, 2] and each other (adjustText).
 
     The figure must have been drawn and its layout fixed: places are compared in pixels.
     """
-    to_pixels = panel.transData.transform
-    taken = [obstacle for point in points for obstacle in _obstacles(panel, point)]
-    for line in lines:
-        for start, end in itertools.pairwise(to_pixels(line)):
-            taken += [(Bbox([p - 1, p + 1]), 0.1) for p in np.linspace(start, end, 60)]
-    centers = to_pixels([(point.across.value, point.up.value) for point in points])
-    for point, own in zip(points, centers, strict=True):
-        if not point.text:
-            continue
-        taken.append((_place(panel, point, own, centers, taken), 4.0))
+    texts = [
+        panel.text(*_beside(panel, point), point.text, fontsize="small") for point in points if point.text
+    ]
+    bars = [_error_bars(point) for point in points]
+    across, up = np.concatenate([_along(line) for line in [*lines, *itertools.chain(*bars)]]).T
+    # A limit of iterations, not of time: the picture is the same on every machine.
+    adjust_text(
+        texts,
+        x=across,
+        y=up,
+        ax=panel,
+        iter_lim=400,
+        expand=(1.05, 1.3),
+        force_static=(0.1, 0.3),
+        force_explode=0,
+        force_pull=(0.02, 0.02),
+    )
 
 
-def _place(
-    panel: Axes, point: LabelledPoint, own: FloatArray, centers: FloatArray, taken: list[tuple[Bbox, float]]
-) -> Bbox:
-    """Put one label at its cheapest place; returns the pixels it covers."""
-    renderer = panel.figure.canvas.get_renderer()  # type: ignore[attr-defined]
-    frame = panel.get_window_extent(renderer).padded(-2)
-    best: tuple[float, Annotation, Bbox] | None = None
-    for order, place in enumerate(_places()):
-        position = (point.across.value, point.up.value)
-        text = panel.annotate(point.text, position, textcoords="offset points", fontsize="small", **place)
-        box = text.get_window_extent(renderer).padded(3)
-        inside = frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1)
-        cost = 0.02 * order + (0.0 if inside else 5.0) + 1.5 * _nearer_to_another(box, centers, own)
-        cost += sum(weight for other, weight in taken if box.overlaps(other))
-        if best is not None and cost >= best[0]:
-            text.remove()
-            continue
-        if best is not None:
-            best[1].remove()
-        best = (cost, text, box)
-    assert best is not None
-    return best[2]
+def _beside(panel: Axes, point: LabelledPoint) -> tuple[float, float]:
+    """Where a label begins its search: up and to the right of the point, in the data's units."""
+    pixels = panel.transData.transform((point.across.value, point.up.value)) + 0.1 * panel.figure.dpi
+    x, y = panel.transData.inverted().transform(pixels)
+    return float(x), float(y)
 
 
-def _nearer_to_another(box: Bbox, centers: FloatArray, own: FloatArray) -> bool:
-    """Whether a label would seem to belong to another point than its own (all in pixels)."""
-
-    def distance(points: FloatArray) -> FloatArray:
-        nearest = np.clip(points, [box.x0, box.y0], [box.x1, box.y1])
-        return np.asarray(np.linalg.norm(points - nearest, axis=-1))
-
-    return bool((distance(centers) < distance(own) - 1).any())
-
-
-def _obstacles(panel: Axes, point: LabelledPoint) -> Iterator[tuple[Bbox, float]]:
-    """What a label should not cover, in pixels, with its weight: the mark (most), then the error bars."""
-    x, y = panel.transData.transform((point.across.value, point.up.value))
-    left, bottom = panel.transData.transform((point.across.low, point.up.low))
-    right, top = panel.transData.transform((point.across.high, point.up.high))
-    reach = 0.05 * panel.figure.dpi
-    yield Bbox.from_extents(x - reach, y - reach, x + reach, y + reach), 3.0
-    yield Bbox.from_extents(left, y - 1, right, y + 1), 1.0
-    yield Bbox.from_extents(x - 1, bottom, x + 1, top), 1.0
+def _error_bars(point: LabelledPoint) -> list[FloatArray]:
+    """Both bars of a point as lines [2, 2]."""
+    x, y = point.across, point.up
+    return [
+        np.array([[min(x.low, x.value), y.value], [max(x.high, x.value), y.value]]),
+        np.array([[x.value, min(y.low, y.value)], [x.value, max(y.high, y.value)]]),
+    ]
 
 
-def _places() -> Iterator[dict[str, Any]]:
-    """Places for a label around its point, the preferred ones first."""
-    for distance in (6, 15, 28):
-        for dx, dy, ha, va in (
-            (1, 1, "left", "bottom"),
-            (-1, -1, "right", "top"),
-            (1, -1, "left", "top"),
-            (-1, 1, "right", "bottom"),
-            (1.4, 0, "left", "center"),
-            (-1.4, 0, "right", "center"),
-            (0, 1.4, "center", "bottom"),
-            (0, -1.4, "center", "top"),
-        ):
-            yield {"xytext": (dx * distance, dy * distance), "ha": ha, "va": va}
+def _along(line: FloatArray) -> FloatArray:
+    """Points [m, 2] along a line [n, 2], dense enough that no label fits between two."""
+    pieces = [np.linspace(start, end, 12) for start, end in itertools.pairwise(line)]
+    return np.concatenate(pieces)
 
 
 INK, SURFACE = "#1d2530", "#ffffff"
