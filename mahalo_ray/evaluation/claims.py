@@ -199,7 +199,7 @@ def _front_claim(table: ComparisonTable) -> Claim:
             value=counted.value - needed, low=counted.low - needed, high=counted.high - needed
         ),
         n=table.dialogues,
-        holds=counted.value >= needed,
+        holds=counted.low >= needed,
         evidence=evidence,
     )
 

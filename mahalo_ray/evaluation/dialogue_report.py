@@ -17,7 +17,7 @@ import numpy as np
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import CandidateSet, Dialogue
 from mahalo_ray.evaluation.report import SampleDialogue, SampleTurn, render_page
-from mahalo_ray.evaluation.statistics import mean_interval
+from mahalo_ray.evaluation.statistics import clustered_mean_interval
 from mahalo_ray.rollouts.dialogue_job import CANDIDATES, DIALOGUES
 from mahalo_ray.rollouts.dialogues import BRANCH
 
@@ -37,7 +37,15 @@ class _Turn:
     spread: dict[str, array[float]] = field(default_factory=lambda: defaultdict(lambda: array("d")))
 
 
-class _Figures:
+@dataclass
+class _Values:
+    """One metric of a group of dialogues, and the root of every dialogue."""
+
+    values: array[float] = field(default_factory=lambda: array("d"))
+    roots: array[int] = field(default_factory=lambda: array("q"))
+
+
+class _Totals:
     """Sums over all shards."""
 
     def __init__(self) -> None:
@@ -45,7 +53,8 @@ class _Figures:
         self.ended: Counter[str] = Counter()
         self.dialogues = self.branches = self.candidates = 0
         self.in_tokens = True
-        self.groups: dict[str, dict[str, array[float]]] = defaultdict(lambda: defaultdict(lambda: array("d")))
+        self.roots: dict[str, int] = {}  # dialogue that was begun -> its number; branches share their root's
+        self.groups: dict[str, dict[str, _Values]] = defaultdict(lambda: defaultdict(_Values))
         self.sizes: Counter[str] = Counter()
         self.samples: list[Dialogue] = []
         self.sample_scores: dict[str, dict[int, dict[str, float]]] = defaultdict(dict)
@@ -63,26 +72,28 @@ class _Figures:
             checks["role_flip_rate"] = checks.pop("role_flips") / turns
         values |= checks
         traits = dialogue.persona or {}
+        root = self.roots.setdefault(dialogue.id.partition(BRANCH)[0], len(self.roots))
         for group in ("all", *(f"{trait}: {value}" for trait, value in traits.items())):
             self.sizes[group] += 1
             for name, value in values.items():
-                self.groups[group][name].append(value)
+                self.groups[group][name].values.append(value)
+                self.groups[group][name].roots.append(root)
 
-    def add_set(self, one: CandidateSet, samples: Mapping[str, Dialogue]) -> None:
-        turn = self.turns[one.turn]
+    def add_set(self, candidate_set: CandidateSet, samples: Mapping[str, Dialogue]) -> None:
+        turn = self.turns[candidate_set.turn]
         turn.moments += 1
-        self.candidates += len(one.candidates)
-        said = one.candidates[one.chosen]
+        self.candidates += len(candidate_set.candidates)
+        said = candidate_set.candidates[candidate_set.chosen]
         self.in_tokens &= bool(said.token_ids)
         turn.tutor.append(len(said.token_ids) or len(said.content))
-        turn.student.append(len(one.prompt[-1].content))
+        turn.student.append(len(candidate_set.prompt[-1].content))
         for objective, score in (said.scores or {}).items():
-            scores = [(candidate.scores or {})[objective] for candidate in one.candidates]
+            scores = [(candidate.scores or {})[objective] for candidate in candidate_set.candidates]
             turn.all[objective].extend(scores)
             turn.said[objective].append(score)
             turn.spread[objective].append(float(np.std(scores)))
-        if one.dialogue in samples:
-            self.sample_scores[one.dialogue][one.turn] = dict(said.scores or {})
+        if candidate_set.dialogue in samples:
+            self.sample_scores[candidate_set.dialogue][candidate_set.turn] = dict(said.scores or {})
 
     def table(self) -> dict[str, Any]:
         objectives = list(dict.fromkeys(name for turn in self.turns.values() for name in turn.said))
@@ -123,36 +134,40 @@ def _turn_row(number: int, turn: _Turn, objectives: list[str]) -> dict[str, Any]
     }
 
 
-def _estimates(values: Mapping[str, array[float]]) -> dict[str, dict[str, Any]]:
-    """Means with intervals: bootstrapped, normal where there are so many that it makes no difference, none
-    for a single value."""
-    found = {}
-    for name, own in values.items():
-        data = np.array(own)
-        mean = float(data.mean())
+def _estimates(groups: Mapping[str, _Values]) -> dict[str, dict[str, Any]]:
+    """Means with intervals that resample the dialogues begun, each with all its branches. Bootstrapped; normal
+    (with clustered standard errors) where there are so many that it makes no difference; none for a single
+    dialogue."""
+    estimates: dict[str, dict[str, Any]] = {}
+    for name, group in groups.items():
+        values, roots = np.array(group.values), np.array(group.roots)
+        mean = float(values.mean())
         low: float | None = None
         high: float | None = None
-        if 2 <= len(data) <= BOOTSTRAP_UP_TO:
-            made = mean_interval(data, resamples=RESAMPLES)
-            low, high = made.low, made.high
-        elif len(data) > BOOTSTRAP_UP_TO:
-            half = 1.96 * float(data.std(ddof=1)) / math.sqrt(len(data))
+        _, member = np.unique(roots, return_inverse=True)
+        clusters = int(member.max()) + 1
+        if 2 <= clusters <= BOOTSTRAP_UP_TO:
+            interval = clustered_mean_interval(values, roots, resamples=RESAMPLES)
+            low, high = interval.low, interval.high
+        elif clusters > BOOTSTRAP_UP_TO:
+            deviations = np.bincount(member, weights=values - mean)
+            half = 1.96 * math.sqrt(clusters / (clusters - 1) * float((deviations**2).sum())) / len(values)
             low, high = mean - half, mean + half
-        found[name] = {"mean": mean, "low": low, "high": high, "count": len(data)}
-    return found
+        estimates[name] = {"mean": mean, "low": low, "high": high, "count": len(values)}
+    return estimates
 
 
-def dialogue_figures(output: str) -> tuple[dict[str, Any], list[SampleDialogue]]:
+def dialogue_metrics(output: str) -> tuple[dict[str, Any], list[SampleDialogue]]:
     """Everything the page shows about the shards in `output`, and dialogues to read."""
-    figures = _Figures()
+    totals = _Totals()
     for shard in storage.list_files(storage.join(output, DIALOGUES), ".parquet"):
         for dialogue in Dialogue.read(shard):
-            figures.add_dialogue(dialogue)
-    samples = {dialogue.id: dialogue for dialogue in figures.samples}
+            totals.add_dialogue(dialogue)
+    samples = {dialogue.id: dialogue for dialogue in totals.samples}
     for shard in storage.list_files(storage.join(output, CANDIDATES), ".parquet"):
-        for one in CandidateSet.read(shard):
-            figures.add_set(one, samples)
-    return figures.table(), [_sample(d, figures.sample_scores[d.id]) for d in figures.samples]
+        for candidate_set in CandidateSet.read(shard):
+            totals.add_set(candidate_set, samples)
+    return totals.table(), [_sample(d, totals.sample_scores[d.id]) for d in totals.samples]
 
 
 def _sample(dialogue: Dialogue, scores: Mapping[int, dict[str, float]]) -> SampleDialogue:
@@ -171,9 +186,9 @@ def _sample(dialogue: Dialogue, scores: Mapping[int, dict[str, float]]) -> Sampl
 
 
 def write_dialogue_report(output: str, name: str, run: Mapping[str, Any], url: str) -> dict[str, Any]:
-    """Write the page (self-contained, no script, no requests) and return its figures. `run`: the stage's
+    """Write the page (self-contained, no script, no requests) and return its metrics. `run`: the stage's
     metrics, failures and pairs among them."""
-    figures, samples = dialogue_figures(output)
-    page = render_page("dialogue_report.html", name=name, figures=figures, run=run, samples=samples)
+    metrics, samples = dialogue_metrics(output)
+    page = render_page("dialogue_report.html", name=name, figures=metrics, run=run, samples=samples)
     storage.write_bytes(url, page.encode())
-    return figures
+    return metrics

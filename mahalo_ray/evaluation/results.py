@@ -145,7 +145,7 @@ class FrontSummary(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     points: int
-    non_dominated: Estimate  # how many distinct points no other point of the sweep dominates
+    non_dominated: Estimate  # how many distinct points neither another point of the sweep nor SFT dominates
     hypervolume: Estimate
 
 
@@ -196,15 +196,23 @@ class ComparisonTable:
         return hypervolume(self.points, self.reference_point)
 
     def sweep_front(self) -> FrontSummary | None:
-        """The sweep's hypervolume and count of non-dominated points with intervals; None without a sweep."""
+        """The sweep's hypervolume and count of non-dominated points with intervals; None without a sweep.
+
+        SFT stands among the rivals: a sweep that the model before alignment dominates is no front.
+        """
         indices = self.sweep_indices
         if not indices:
             return None
-        points, samples = self.points[indices], self._samples[:, indices]
-        counts = [float(non_dominated(sample, distinct=True).sum()) for sample in samples]
+        rivals = [index for index, method in enumerate(self.methods) if method.kind == "sft"]
+        compared = [*indices, *rivals]
+
+        def count(points: FloatArray) -> float:
+            return float(non_dominated(points, distinct=True)[: len(indices)].sum())
+
+        counts = [count(sample) for sample in self._samples[:, compared]]
         return FrontSummary(
             points=len(indices),
-            non_dominated=self.estimate(float(non_dominated(points, distinct=True).sum()), counts),
+            non_dominated=self.estimate(count(self.points[compared]), counts),
             hypervolume=self.estimate(*self.hypervolumes(indices)),
         )
 

@@ -112,7 +112,7 @@ def objective_metrics(
 def choose_threshold(traces: Sequence[ScoredTrace], objective: str) -> float:
     """The threshold of `first_error` with the best F1 on these traces (ProcessBench chooses it on one of its
     parts for all others). ValueError where they lack wrong or right ones."""
-    sequences, actual = _first_errors([trace for trace in traces if objective in trace.scores], objective)
+    sequences, actual, _ = _first_errors([trace for trace in traces if objective in trace.scores], objective)
     if not sequences or all(a == -1 for a in actual) or all(a != -1 for a in actual):
         raise ValueError(
             f"a threshold for the first error needs traces with a wrong step of '{objective}' and traces "
@@ -203,26 +203,30 @@ def _outcome_metrics(traces: Sequence[ScoredTrace], objective: str, bootstrap: B
 def _first_error_metrics(
     traces: Sequence[ScoredTrace], objective: str, threshold: float, bootstrap: Bootstrap
 ) -> Metrics:
-    sequences, actual = _first_errors(traces, objective)
+    sequences, actual, problems = _first_errors(traces, objective)
     said = np.array([first_error(scores, threshold) for scores in sequences], dtype=np.float64)
     guessed = np.array([1 / (len(scores) + 1) for scores in sequences])
-    true, groups = np.array(actual, dtype=np.float64), [str(number) for number in range(len(actual))]
+    true = np.array(actual, dtype=np.float64)
     metrics: Metrics = {}
-    _add(metrics, "first_error_f1", _f1, [(said == true).astype(np.float64), true], groups, bootstrap)
-    _add(metrics, "first_error_f1_random", _f1, [guessed, true], groups, bootstrap)
+    _add(metrics, "first_error_f1", _f1, [(said == true).astype(np.float64), true], problems, bootstrap)
+    _add(metrics, "first_error_f1_random", _f1, [guessed, true], problems, bootstrap)
     return metrics
 
 
-def _first_errors(traces: Sequence[ScoredTrace], objective: str) -> tuple[list[list[float]], list[int]]:
-    """Scores and number of the first wrong step (-1: none) of the traces whose steps say which it is."""
-    sequences, actual = [], []
+def _first_errors(
+    traces: Sequence[ScoredTrace], objective: str
+) -> tuple[list[list[float]], list[int], list[str]]:
+    """Scores, number of the first wrong step (-1: none) and problem of the traces whose steps say which it
+    is. Solutions of one problem share its difficulty: they are resampled together."""
+    sequences, actual, problems = [], [], []
     for trace in traces:
         labels = trace.labels.get(objective, [])
         wrong = labels.index(0.0) if 0.0 in labels else len(labels)
         if labels and all(label == 1.0 for label in labels[:wrong]):
             sequences.append(trace.scores[objective])
             actual.append(wrong if wrong < len(labels) else -1)
-    return sequences, actual
+            problems.append(trace.group)
+    return sequences, actual, problems
 
 
 def _f1(right: FloatArray, actual: FloatArray) -> float:

@@ -74,6 +74,29 @@ def mean_interval(
     return Estimate(value=float(array.mean()), low=low, high=high)
 
 
+def clustered_mean_interval(
+    values: ArrayLike,
+    clusters: ArrayLike,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Estimate:
+    """Mean of `values` [n] with a percentile bootstrap interval that resamples whole clusters.
+
+    Values of one cluster (the branches of one dialogue) are not independent, and resampling them one by one
+    would make the interval too narrow. ValueError for fewer than 2 clusters.
+    """
+    array = finite_array(values, "values")
+    _, member = np.unique(np.asarray(clusters), return_inverse=True)
+    sums = np.bincount(member, weights=array)
+    counts = np.bincount(member)
+    # The mean over resampled clusters is a ratio of two means: their total and their size.
+    resampled = bootstrap_means(np.stack([sums, counts], axis=1), resamples, seed)
+    low, high = percentile_interval(resampled[:, 0] / resampled[:, 1], confidence)
+    return Estimate(value=float(array.mean()), low=low, high=high)
+
+
 def align(ids: Sequence[StudentId], values: ArrayLike, order: Sequence[StudentId]) -> FloatArray:
     """`values` [n], which belong to `ids`, in the order of `order`.
 

@@ -37,7 +37,8 @@ def labelled_traces(sets: Iterable[CandidateSet], objectives: Sequence[str]) -> 
                     steps=[candidate.content],
                     labels={objective: [candidate.labels[objective]] for objective in objectives},
                     source=ROLLOUTS,
-                    dialogue=candidate_set.dialogue,
+                    # Branches share the turns before them: metrics resample them with their origin.
+                    dialogue=candidate_set.dialogue.partition(BRANCH)[0],
                     token_ids=candidate_set.prompt_ids + candidate.token_ids,
                     step_starts=[start],
                     step_ends=[start + len(candidate.token_ids) - 1],
