@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import training_world as world
 from tiny_run import EXAMPLE, mahalo
 from tiny_tutor import SAMPLING, TOKENIZER, model
@@ -16,8 +18,9 @@ from typer.testing import CliRunner
 from mahalo_ray.cli import app
 from mahalo_ray.config import ConfigError, EvaluationConfig, RunConfig, load_config
 from mahalo_ray.decoding.policy import DeviceConfig
+from mahalo_ray.evaluation import methods
 from mahalo_ray.evaluation.methods import Method, MethodPlayer
-from mahalo_ray.models import MultiHeadCausalLM
+from mahalo_ray.models import MultiHeadCausalLM, ProcessRewardModel
 from mahalo_ray.objectives import Weights
 from mahalo_ray.pipeline.compare import REPORT, baseline_policies, comparison_pipeline, trainings
 from mahalo_ray.pipeline.run import PIPELINE
@@ -179,6 +182,43 @@ def test_a_baselines_model_is_what_speaks_and_its_kl_is_measured(tmp_path: Path)
     assert averaged.values == one_head.values
     assert averaged.kl_to_reference == pytest.approx(one_head.kl_to_reference, rel=1e-4)
     assert one_head.weights == {"accuracy": 0.5, "engagement": 0.5}
+
+
+def test_the_kl_of_guided_rows_is_measured_on_what_guidance_chose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sft, moved, judge = (str(tmp_path / name) for name in ("sft", "moved", "judge"))
+    model().save_pretrained(sft)
+    TOKENIZER.save_pretrained(sft)
+    policy = MultiHeadCausalLM.from_base(sft, list(world.OBJECTIVES), noise=0.5)
+    policy.save_pretrained(moved, TOKENIZER)
+    kinds = dict.fromkeys(world.OBJECTIVES, "value")
+    reward = ProcessRewardModel.from_base(model(1), kinds, tuning="frozen", tokenizer=TOKENIZER)
+    scores = {name: np.array([0.0, 1.0, 0.5, 0.7]) for name in kinds}
+    reward.fit_calibration(scores, {name: ["a", "a", "b", "b"] for name in scores})
+    reward.save_pretrained(judge)
+    config = EvaluationConfig(dialogues=2, sampling=SAMPLING)
+    half = Weights.balanced(world.OBJECTIVES)
+    method = Method("guided policy", "guided", half, half, num_candidates=3)
+    player = MethodPlayer(sft, moved, judge, DeviceConfig(), config, range(2))
+    played = player.run(method)
+    log_ratio = tokens = turns = 0.0
+    for dialogue in played.samples:
+        ids = torch.tensor([[i for turn in dialogue.turns for i in turn.token_ids or []]])
+        spoken = [turn.speaker == "tutor" for turn in dialogue.turns for _ in turn.token_ids or []]
+        with torch.no_grad():
+            of_policy, of_sft = (
+                torch.log_softmax(m(input_ids=ids).logits[0], -1) for m in (policy.merge(half), model())
+            )
+        for position in np.flatnonzero(spoken):
+            token = ids[0, position]
+            log_ratio += float(of_policy[position - 1, token] - of_sft[position - 1, token])
+        tokens += sum(spoken)
+        turns += sum(turn.speaker == "tutor" for turn in dialogue.turns)
+    expected = (log_ratio + turns * (math.log(3) - 2 / 3)) / tokens
+    assert played.result.kl_to_reference == pytest.approx(expected, rel=1e-4)
+    monkeypatch.setattr(methods, "KL_CHUNK_LOGITS", 1)  # one position at a time
+    assert player.run(method).result.kl_to_reference == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.slow

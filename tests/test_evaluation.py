@@ -245,6 +245,27 @@ def test_the_front_claim_counts_four_of_five() -> None:
     assert "3 of 5 distinct points" in claim.evidence
 
 
+def test_a_sweep_that_sft_dominates_is_no_front() -> None:
+    methods = run_of()
+    assert methods[0].kind == "sft"
+    methods[0] = method("SFT", "sft", (0.99, 0.99), 0)
+    claim = by_key(methods)["front"]
+    assert not claim.holds
+    assert "0 of 5 distinct points" in claim.evidence
+
+
+def test_resampled_clusters_widen_an_interval_and_single_ones_leave_it() -> None:
+    values = [0.0, 1.0, 0.2, 0.7, 0.9, 0.1, 0.4, 0.6]
+    alone = statistics.clustered_mean_interval(values, [f"d{n}" for n in range(8)], seed=3)
+    assert (alone.low, alone.high) == pytest.approx(
+        (statistics.mean_interval(values, seed=3).low, statistics.mean_interval(values, seed=3).high)
+    )
+    # Every dialogue four times over, as branches are: the same information, the same interval.
+    copied = statistics.clustered_mean_interval(values * 4, [f"d{n}" for n in range(8)] * 4, seed=3)
+    assert (copied.low, copied.value, copied.high) == pytest.approx((alone.low, alone.value, alone.high))
+    assert statistics.mean_interval(values * 4, seed=3).high < copied.high - 0.05
+
+
 def test_a_policy_that_ignores_its_weights_has_no_front() -> None:
     methods = run_of()
     same = methods[7].values

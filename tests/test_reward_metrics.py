@@ -41,6 +41,22 @@ MATHS = [
 ]
 
 
+def test_first_error_f1_resamples_problems_not_solutions() -> None:
+    copies = [
+        trace(f"{one.id}{n}", one.scores["x"], one.labels["x"], group=one.group)
+        for one in MATHS
+        for n in range(20)
+    ]
+    settings = Bootstrap(resamples=200)
+    once, often = (
+        objective_metrics(traces, [], "x", "probability", settings, threshold=0.5).metrics["first_error_f1"]
+        for traces in (MATHS, copies)
+    )
+    # Twenty copies of four solutions say no more than the four.
+    assert (often.low, often.value, often.high) == pytest.approx((once.low, once.value, once.high))
+    assert often.n == 80
+
+
 def test_first_error_f1_and_its_random_baseline() -> None:
     found = objective_metrics(MATHS, [], "x", "probability", HOW, threshold=0.5).metrics
     # said: 1, none, none, 1: half of the erroneous and half of the correct traces are right

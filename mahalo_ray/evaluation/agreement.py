@@ -62,14 +62,18 @@ def measure_agreement(
 
 def fit_threshold(scores: FloatArray, positive: Bools) -> float:
     """The threshold with the highest Cohen's kappa: midway between two neighbouring scores; of equally good
-    ones, the middle one."""
-    distinct = np.unique(scores)
-    candidates = [float(distinct[0]), *((distinct[1:] + distinct[:-1]) / 2).tolist()]
-    truth = positive.astype(np.float64)
-    kappas = [cohens_kappa((scores >= c).astype(np.float64), truth) for c in candidates]
-    kappas = [0.0 if np.isnan(kappa) else kappa for kappa in kappas]
-    best = [c for c, kappa in zip(candidates, kappas, strict=True) if kappa >= max(kappas) - 1e-12]
-    return best[len(best) // 2]
+    ones, the middle one. Sorts once: n log n for n ratings."""
+    order = np.argsort(scores, kind="stable")
+    distinct, below = np.unique(scores[order], return_index=True)  # below: how many scores are lower
+    thresholds = np.concatenate([distinct[:1], (distinct[1:] + distinct[:-1]) / 2])
+    n, positives = len(scores), int(positive.sum())
+    positives_below = np.concatenate([[0], np.cumsum(positive[order])])[below]
+    observed = (positives - positives_below + below - positives_below) / n
+    p, q = (n - below) / n, positives / n
+    chance = p * q + (1 - p) * (1 - q)
+    kappas = np.divide(observed - chance, 1 - chance, out=np.zeros(len(below)), where=chance < 1)
+    best = thresholds[kappas >= kappas.max() - 1e-12]
+    return float(best[len(best) // 2])
 
 
 def cohens_kappa(first: FloatArray, second: FloatArray) -> float:

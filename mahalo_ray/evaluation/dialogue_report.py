@@ -135,9 +135,11 @@ def _turn_row(number: int, turn: _Turn, objectives: list[str]) -> dict[str, Any]
 
 
 def _estimates(groups: Mapping[str, _Values]) -> dict[str, dict[str, Any]]:
-    """Means with intervals that resample the dialogues begun, each with all its branches. Bootstrapped; normal
-    (with clustered standard errors) where there are so many that it makes no difference; none for a single
-    dialogue."""
+    """Means with intervals that resample the dialogues begun, each with all its branches.
+
+    Bootstrapped; normal with clustered standard errors where there are so many that it makes no difference;
+    none for a single dialogue.
+    """
     estimates: dict[str, dict[str, Any]] = {}
     for name, group in groups.items():
         values, roots = np.array(group.values), np.array(group.roots)

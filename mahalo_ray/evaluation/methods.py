@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,7 +24,8 @@ from mahalo_ray.rollouts.dialogues import Conversation, DialogueBatch, first_can
 from mahalo_ray.rollouts.scoring import CachedScorer, GuidedChoice
 from mahalo_ray.rollouts.tutors import PolicyTutor
 
-KL_BATCH = 32
+KL_BATCH = 32  # dialogues read at a time
+KL_CHUNK_LOGITS = 1 << 24  # logits held at a time, of each of two models
 SAMPLE_DIALOGUES = 2
 
 
@@ -122,37 +123,53 @@ class MethodPlayer:
         )
 
     def _kl(
-        self, policy: Policy, weights: Weights | None, method: Method, opened: Sequence[Conversation]
+        self,
+        policy: Policy,
+        weights: Weights | None,
+        method: Method,
+        conversations: Sequence[Conversation],
     ) -> float:
         """KL to SFT in nats per tutor token, over the method's own dialogues.
 
-        The policy's part is exact per position (whole vocabulary). Choosing the best of K adds at most
-        log K - (K - 1) / K nats per turn (Beirami et al., 2024, arXiv 2401.01879), which is added for guided
-        methods: theirs is an upper bound.
+        Unguided, the mean over positions of KL(policy || SFT), exact over the whole vocabulary. Guided rows
+        are sampled from neither: KL(guided || SFT) = E_guided[log guided/policy] + E_guided[log policy/SFT].
+        The second part is measured on the tokens that were chosen. The first is at most log K - (K - 1) / K
+        nats per turn for the best of K (Beirami et al., 2024, arXiv 2401.01879); that much is added.
         """
-        sequences = [[token for turn in c.turns for token in turn.token_ids or []] for c in opened]
-        spoken = [[turn.speaker == "tutor" for turn in c.turns for _ in turn.token_ids or []] for c in opened]
+        sequences = [[token for turn in c.turns for token in turn.token_ids or []] for c in conversations]
+        spoken = [
+            [turn.speaker == "tutor" for turn in c.turns for _ in turn.token_ids or []] for c in conversations
+        ]
         tokens = sum(map(sum, spoken))
         total = 0.0
         if policy is not self.sft:
-            for at in range(0, len(sequences), KL_BATCH):
-                part = slice(at, at + KL_BATCH)
-                total += _summed_kl(policy, weights, self.sft, sequences[part], spoken[part])
+            for start in range(0, len(sequences), KL_BATCH):
+                batch = slice(start, start + KL_BATCH)
+                divergence, log_ratio = _divergence(
+                    policy, weights, self.sft, sequences[batch], spoken[batch]
+                )
+                total += divergence if method.guidance is None else log_ratio
         candidates = method.num_candidates
         if method.guidance is not None:
-            turns = sum(c.tutor_turns for c in opened)
+            turns = sum(c.tutor_turns for c in conversations)
             total += turns * (math.log(candidates) - (candidates - 1) / candidates)
         return total / tokens
 
 
-def _summed_kl(
+@torch.no_grad()
+def _divergence(
     policy: Policy,
     weights: Weights | None,
     reference: Policy,
     sequences: Sequence[list[int]],
     spoken: Sequence[list[bool]],
-) -> float:
-    """Sum over spoken tokens of KL(policy || reference) at the position that predicts them."""
+) -> tuple[float, float]:
+    """Sums over the spoken tokens: KL(policy || reference) at the position that predicts the token, and
+    log policy(token) / reference(token).
+
+    Logits are made for as many positions at a time as `KL_CHUNK_LOGITS` allows: whole batches times large
+    vocabularies do not fit a GPU.
+    """
     width = max(map(len, sequences))
     ids = torch.zeros(len(sequences), width, dtype=torch.long)
     mask = torch.zeros(len(sequences), width, dtype=torch.bool)
@@ -160,20 +177,36 @@ def _summed_kl(
         ids[row, : len(tokens)] = torch.tensor(tokens)
         mask[row, : len(flags)] = torch.tensor(flags)
     lengths = np.array([len(tokens) for tokens in sequences])
-    ours = _log_probs(policy, [weights] * len(sequences), ids, lengths, mask)
-    theirs = _log_probs(reference, [None] * len(sequences), ids, lengths, mask)
-    return float((ours.exp() * (ours - theirs)).sum())
+    rows, positions = mask.nonzero(as_tuple=True)
+    said = ids[rows, positions]
+    ours = _predictions(policy, [weights] * len(sequences), ids, lengths, rows, positions)
+    theirs = _predictions(reference, [None] * len(sequences), ids, lengths, rows, positions)
+    divergence = log_ratio = 0.0
+    chunk = max(1, KL_CHUNK_LOGITS // policy.vocab_size)
+    for start in range(0, len(rows), chunk):
+        part = slice(start, start + chunk)
+        ours_logps, theirs_logps = ours(part), theirs(part)
+        difference = ours_logps - theirs_logps
+        divergence += float((ours_logps.exp() * difference).sum())
+        chosen = said[part, None].to(difference.device)
+        log_ratio += float(difference.gather(1, chosen).sum())
+    return divergence, log_ratio
 
 
-@torch.no_grad()
-def _log_probs(
-    policy: Policy, weights: Sequence[Weights | None], ids: Tensor, lengths: np.ndarray, mask: Tensor
-) -> Tensor:
-    """Log-probs [n, V] at the positions that predict the tokens of `mask` [B, T], in row order."""
+def _predictions(
+    policy: Policy,
+    weights: Sequence[Weights | None],
+    ids: Tensor,
+    lengths: np.ndarray,
+    rows: Tensor,
+    positions: Tensor,
+) -> Callable[[slice], Tensor]:
+    """A function of a slice of the n tokens at (`rows`, `positions`): log-probs [slice, V] of what predicts
+    them."""
     cache = RaggedCache()
     view = cache.append(cache.add(len(ids)), lengths, ids.shape[1])
-    ids = ids.to(policy.device)
-    hidden = policy.hidden_states(ids, view.positions(ids.shape[1], policy.device), view)
-    rows, positions = mask.to(policy.device).nonzero(as_tuple=True)
-    logits = policy.head(weights)(hidden[rows, positions - 1], rows)
-    return torch.log_softmax(logits.float(), dim=-1)
+    device = policy.device
+    hidden = policy.hidden_states(ids.to(device), view.positions(ids.shape[1], device), view)
+    rows, positions = rows.to(device), positions.to(device)
+    states, head = hidden[rows, positions - 1], policy.head(weights)
+    return lambda part: torch.log_softmax(head(states[part], rows[part]).float(), dim=-1)
