@@ -90,7 +90,7 @@ class Task:
             [{"role": "user", "content": words(drawn)}],
             num_candidates=self.candidates,
             seed=self.seed,
-            sampling=SamplingParams(self.temperature),
+            sampling=SamplingParams(temperature=self.temperature),
             max_new_tokens=self.steps * self.step_tokens,
             max_step_tokens=self.step_tokens,
             max_steps=self.steps if max_steps is None else max_steps,

@@ -38,7 +38,8 @@ class _Baseline:
 
     def decode(self, logits: Tensor, cache: DynamicCache, keys: Tensor, position: int) -> list[list[int]]:
         """A step of every row. The last token has not gone through the model yet."""
-        params = SamplingBatch.of([SamplingParams(self.task.temperature)] * len(keys), self.device)
+        sampling = SamplingParams(temperature=self.task.temperature)
+        params = SamplingBatch.of([sampling] * len(keys), self.device)
         drawn: list[Tensor] = []
         for at in range(self.task.step_tokens):
             if drawn:

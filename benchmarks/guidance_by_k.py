@@ -26,7 +26,6 @@ from mahalo_ray.data.records import Message
 from mahalo_ray.decoding.guidance import GuidedRequest
 from mahalo_ray.decoding.guided import GuidedDecoder
 from mahalo_ray.decoding.policy import DeviceConfig, load_policy, load_reward_model
-from mahalo_ray.decoding.sampling import SamplingParams
 from mahalo_ray.decoding.stopping import Boundary, SentenceBoundary, TurnBoundary
 from mahalo_ray.domains.tutoring.student import OBJECTIVES, Episode
 from mahalo_ray.evaluation.statistics import Estimate, mean_interval
@@ -152,7 +151,7 @@ class Tutor:
             guidance=Weights(self.config.guided.guidance),
             num_candidates=candidates,
             seed=derived_seed("guidance_by_k", student, len(talk)),
-            sampling=SamplingParams(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p),
+            sampling=sampling,
             max_new_tokens=limit,
             max_step_tokens=limit,
             strategy=strategy,  # type: ignore[arg-type]

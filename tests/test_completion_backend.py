@@ -120,7 +120,10 @@ def test_limits_stop_strings_and_sampling_options_reach_the_server() -> None:
         cut = made.generate(ASK, sampling=GREEDY, num_candidates=2, max_new_tokens=7)
         assert cut.stop_reason == "length" and len(cut.token_ids) == 7
         stopped = made.generate(
-            ASK, sampling=SamplingParams(0, top_p=0.5, min_p=0.1), num_candidates=2, stop=("gives 5",)
+            ASK,
+            sampling=SamplingParams(temperature=0, top_p=0.5, min_p=0.1),
+            num_candidates=2,
+            stop=("gives 5",),
         )
         assert stopped.stop_reason == "stop_string" and stopped.text.endswith("gives 5")
         assert made.generate(ASK, sampling=GREEDY, max_steps=1).stop_reason == "max_steps"

@@ -77,10 +77,14 @@ def test_log_prob_is_the_policys_own_whatever_the_filters():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"temperature": -1}, "temperature is -1"),
-        ({"top_k": -1}, "top_k"),
-        ({"top_p": 0}, "top_p"),
-        ({"min_p": 2}, "min_p"),
+        ({"temperature": -1}, "temperature\n  Input should be greater than or equal to 0"),
+        ({"temperature": 1e-39}, "temperature\n .* too small .* take 0 .greedy. or at least 0.000001"),
+        ({"temperature": float("inf")}, "temperature\n  Input should be a finite number"),
+        ({"temperature": float("nan")}, "temperature\n  Input should be a finite number"),
+        ({"top_k": -1}, "top_k\n  Input should be greater than or equal to 0"),
+        ({"top_p": 0}, "top_p\n  Input should be greater than or equal to"),
+        ({"top_p": 1e-50}, "top_p\n  Input should be greater than or equal to"),
+        ({"min_p": 2}, "min_p\n  Input should be less than or equal to 1"),
     ],
 )
 def test_bad_parameters_are_named(values, message):

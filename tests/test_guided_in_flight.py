@@ -163,7 +163,7 @@ def test_single_tokens_are_told_beside_guided_neighbours() -> None:
 
 
 def test_only_the_chosen_candidates_are_copied_once_for_each_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many candidates there were, and whatever else runs: no whole trunk, no token twice."""
+    """However many candidates there were, and whatever else runs: no whole prefix, no token twice."""
     copied: list[tuple[RaggedCache, np.ndarray]] = []
     accept = RaggedCache.accept
 
@@ -172,7 +172,7 @@ def test_only_the_chosen_candidates_are_copied_once_for_each_model(monkeypatch: 
         accept(self, slots, places, counts)
 
     def refused(self: RaggedCache, source: np.ndarray, target: np.ndarray) -> None:
-        raise AssertionError("a whole trunk is copied")
+        raise AssertionError("a whole prefix is copied")
 
     monkeypatch.setattr(RaggedCache, "accept", counted)
     monkeypatch.setattr(RaggedCache, "copy", refused)

@@ -62,7 +62,7 @@ def test_text_parts_and_developer_messages_become_plain_ones():
         ({"temprature": 1}, "temprature", "Did you mean 'temperature'"),
         ({"temperature": 3}, "temperature", "less than or equal to 2"),
         ({"temperature": "hot"}, "temperature", "number"),
-        ({"top_p": 0}, "top_p", "greater than 0"),
+        ({"top_p": 0}, "top_p", "greater than or equal to 0.000001"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"max_tokens": 4, "max_completion_tokens": 4}, "max_tokens", "not both"),
         ({"n": 2}, "n", "1"),

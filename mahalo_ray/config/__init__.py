@@ -15,7 +15,7 @@ from mahalo_ray.config.run import (
     RunConfig,
     TracesSource,
 )
-from mahalo_ray.config.section import ConfigError, EndpointConfig, Section
+from mahalo_ray.config.section import ConfigError, EndpointConfig, SamplingParams, Section
 from mahalo_ray.config.stages import (
     ActorsConfig,
     ClusterConfig,
@@ -58,6 +58,7 @@ __all__ = [
     "RolloutConfig",
     "RunConfig",
     "SamplingConfig",
+    "SamplingParams",
     "ScratchModelConfig",
     "Section",
     "ServeConfig",

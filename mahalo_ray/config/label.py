@@ -7,7 +7,14 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from mahalo_ray.config.section import EndpointConfig, Fraction, NonNegativeInt, PositiveInt, Section
+from mahalo_ray.config.section import (
+    EndpointConfig,
+    Fraction,
+    NonNegativeInt,
+    PositiveInt,
+    Section,
+    Temperature,
+)
 from mahalo_ray.config.stages import ActorsConfig, ObjectiveConfig, SamplingConfig
 from mahalo_ray.objectives import Weights, unknown_name
 
@@ -50,7 +57,7 @@ class EndpointJudgeConfig(_ThresholdJudgeConfig):
     score_pattern: str = r"(?i)score\s*[:=]\s*(-?\d+(?:\.\d+)?)"
     scale: tuple[float, float] = (0.0, 1.0)
     max_tokens: PositiveInt = 512
-    temperature: Annotated[float, Field(ge=0)] = 0.0
+    temperature: Temperature = 0.0
     parse_retries: NonNegativeInt = 2
 
     @field_validator("score_pattern")

@@ -12,7 +12,9 @@ from mahalo_ray.config.section import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    SamplingParams,
     Section,
+    Temperature,
 )
 from mahalo_ray.config.stages import ActorsConfig, PairsConfig, SamplingConfig
 from mahalo_ray.objectives import Weights
@@ -35,7 +37,7 @@ class _PersonaStudentConfig(Section):
     solve the task alone, and the answer is compared with what its persona knows (needs answer keys)."""
 
     max_new_tokens: PositiveInt = 96
-    temperature: Annotated[float, Field(ge=0)] = 0.8
+    temperature: Temperature = 0.8
     post_test: bool = False
 
 
@@ -266,7 +268,7 @@ _USED_BY = {
 }
 
 
-class RequestConfig(Section):
+class RequestConfig(SamplingParams):
     """What every prompt is answered with, as the endpoint's requests; rows may have weights, guidance and
     seed of their own. `seed` is mixed with each row's id."""
 
@@ -277,10 +279,6 @@ class RequestConfig(Section):
     beam_width: PositiveInt = 4
     score_temperature: PositiveFloat = 1.0
     standardisation: Literal["within_candidates", "calibrated"] = "within_candidates"
-    temperature: Annotated[float, Field(ge=0)] = 1.0
-    top_k: NonNegativeInt = 0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    min_p: Fraction = 0.0
     seed: NonNegativeInt = 0
     max_new_tokens: PositiveInt = 512
     max_step_tokens: PositiveInt = 256

@@ -4,12 +4,27 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+SMALLEST_TEMPERATURE = 1e-6
+
+
+def _check_temperature(value: float) -> float:
+    """Logits divided by a smaller number would leave the range of float32."""
+    if 0 < value < SMALLEST_TEMPERATURE:
+        raise ValueError(f"{value} is too small to divide by: take 0 (greedy) or at least 0.000001")
+    return value
+
+
+Temperature = Annotated[
+    float,
+    Field(ge=0, allow_inf_nan=False, description="divides the logits; 0 always takes the likeliest token"),
+    AfterValidator(_check_temperature),
+]
 # Told apart first, so that an error speaks of the form that was written.
 PerObjective = Annotated[
     Annotated[PositiveFloat, Tag("number")] | Annotated[dict[str, PositiveFloat], Tag("by_objective")],
@@ -36,6 +51,27 @@ class Section(BaseModel):
             if isinstance(info.default, Section) and isinstance(data.get(name), dict):
                 data = {**data, name: info.default.model_dump(exclude_unset=True) | data[name]}
         return data
+
+
+class SamplingParams(Section):
+    """How a token is drawn from a model's distribution, for configuration, decoding and serving alike.
+
+    The filters act in this order on the distribution at the given temperature (as in transformers): `top_k`,
+    `top_p`, `min_p`. Example: `SamplingParams(temperature=0.7, top_p=0.95)`.
+    """
+
+    temperature: Temperature = 1.0
+    top_k: Annotated[
+        int, Field(ge=0, lt=2**31, description="keep this many of the likeliest tokens; 0 keeps all")
+    ] = 0
+    top_p: Annotated[
+        float,
+        Field(ge=1e-6, le=1, description="keep the smallest set of tokens of this mass; 1 keeps all"),
+    ] = 1.0
+    min_p: Annotated[
+        float,
+        Field(ge=0, le=1, description="keep tokens of this share of the likeliest one's probability"),
+    ] = 0.0
 
 
 class EndpointConfig(Section):

@@ -11,6 +11,7 @@ from mahalo_ray.config.section import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    SamplingParams,
     Section,
 )
 from mahalo_ray.objectives import Weights
@@ -131,14 +132,10 @@ class SftConfig(Section):
     loss_on: Literal["tutor", "all"] = "tutor"
 
 
-class SamplingConfig(Section):
-    """How candidate turns are drawn."""
+class SamplingConfig(SamplingParams):
+    """How candidate turns are drawn, and how long they may be."""
 
-    temperature: Annotated[float, Field(ge=0)] = 1.0
-    top_k: NonNegativeInt = 0
-    top_p: Fraction = 1.0
-    min_p: Fraction = 0.0
-    max_new_tokens: PositiveInt = 64
+    max_new_tokens: Annotated[PositiveInt, Field(description="most tokens of one turn or response")] = 64
 
 
 class RolloutConfig(Section):

@@ -14,30 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """temperature 0 takes the likeliest token; top_k 0, top_p 1 and min_p 0 switch those filters off.
-
-    The filters act in this order on the distribution at the given temperature (as in transformers): top_k,
-    top_p (smallest set whose mass reaches top_p), min_p (at least min_p times the likeliest token's
-    probability).
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}: it must be a number >= 0 (0 = greedy)")
-        if self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k}: it must be >= 0 (0 = off)")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}: it must be above 0 and at most 1 (1 = off)")
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p is {self.min_p}: it must lie between 0 and 1 (0 = off)")
+from mahalo_ray.config import SamplingParams as SamplingParams
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from mahalo_ray.data.rows import digest
 from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.decoding.engine import Engine
 from mahalo_ray.decoding.policy import Policy
-from mahalo_ray.decoding.sampling import SamplingParams
 from mahalo_ray.decoding.stopping import (
     AnswerOnly,
     Boundary,
@@ -83,8 +82,6 @@ class Continuer:
         self._encoder = StepEncoder(chat.tokenizer, step_separator)
         self._weights = None if settings.weights is None else Weights(settings.weights)
         policy.check_weights(self._weights)
-        sampling = settings.sampling
-        self._params = SamplingParams(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
         self.counts = SamplingCounts()
 
     def respond(self, prompts: Sequence[StepTrace], responses: int) -> list[StepTrace]:
@@ -186,7 +183,7 @@ class Continuer:
         candidates = engine.sample(
             rows,
             drawn,
-            self._params,
+            self._settings.sampling,
             seeds,
             self._settings.sampling.max_new_tokens,
             [self._chat.end_id],

@@ -27,7 +27,6 @@ from mahalo_ray.decoding.guidance import GuidedRequest, GuidedResult, Step
 from mahalo_ray.decoding.guided import GuidedDecoder
 from mahalo_ray.decoding.policy import DeviceConfig, load_guide, load_policy
 from mahalo_ray.decoding.remote import CompletionDecoder
-from mahalo_ray.decoding.sampling import SamplingParams
 from mahalo_ray.endpoints import Endpoint
 from mahalo_ray.errors import StageError
 from mahalo_ray.models.backbone import load_tokenizer
@@ -273,7 +272,7 @@ def request_of(row: PromptRow, config: GenerateConfig) -> GuidedRequest:
         guidance=guidance,
         num_candidates=options.num_candidates,
         seed=derived_seed("generate", options.seed, row.id) if row.seed is None else row.seed,
-        sampling=SamplingParams(options.temperature, options.top_k, options.top_p, options.min_p),
+        sampling=options,
         max_new_tokens=options.max_new_tokens,
         max_step_tokens=options.max_step_tokens,
         max_steps=options.max_steps,

@@ -185,7 +185,7 @@ class ModelStudents:
         candidates = self.engine.sample(
             rows,
             1,
-            SamplingParams(self.config.temperature),
+            SamplingParams(temperature=self.config.temperature),
             [student.turn_seed for student in students],
             self.config.max_new_tokens,
             [self.chat.end_id],

@@ -10,7 +10,6 @@ from mahalo_ray.config import SamplingConfig
 from mahalo_ray.data.records import Message
 from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.decoding.engine import Engine
-from mahalo_ray.decoding.sampling import SamplingParams
 from mahalo_ray.decoding.stopping import Candidates
 from mahalo_ray.domains.tutoring.moves import is_malformed
 from mahalo_ray.endpoints import ChatRequest, Endpoint, Failure, Reply
@@ -109,7 +108,6 @@ class PolicyTutor:
         sentences_are_moves: bool = True,
     ) -> None:
         self.engine, self.chat, self.sampling, self.weights = engine, chat, sampling, weights
-        self._params = SamplingParams(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
         self._special = set(chat.tokenizer.all_special_ids)
         self._sentences_are_moves = sentences_are_moves
 
@@ -127,7 +125,7 @@ class PolicyTutor:
         self, rows: Sequence[int], messages: Sequence[Sequence[Message]], seeds: Sequence[int], count: int
     ) -> Offers:
         drawn = self.engine.sample(
-            rows, count, self._params, seeds, self.sampling.max_new_tokens, [self.chat.end_id]
+            rows, count, self.sampling, seeds, self.sampling.max_new_tokens, [self.chat.end_id]
         )
         turns = [[TutorTurn(self.chat.decode(ids), tuple(ids)) for ids in own] for own in drawn.token_ids]
         return Offers([Offer(own) for own in turns], drawn)

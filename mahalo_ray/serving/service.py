@@ -263,13 +263,10 @@ class ChatService:
         return Weights(shared) if shared else Weights.balanced(known)
 
     def _sampling(self, request: ChatRequest) -> SamplingParams:
-        default = self.settings.defaults.sampling
-        return SamplingParams(
-            default.temperature if request.temperature is None else request.temperature,
-            default.top_k if request.top_k is None else request.top_k,
-            default.top_p if request.top_p is None else request.top_p,
-            default.min_p if request.min_p is None else request.min_p,
-        )
+        names = set(SamplingParams.model_fields)
+        given = request.model_dump(include=names, exclude_none=True)
+        defaults = self.settings.defaults.sampling.model_dump(include=names)
+        return SamplingParams.model_validate(defaults | given)
 
     def _check_model(self, name: str) -> None:
         if name != self.settings.model_name:
