@@ -18,9 +18,14 @@ from measuring import PeakMemory, table
 from rollout_engine import GRID, REPLY
 from shapes import TINY
 
-from mahalo_ray.config import ActorsConfig, SamplingConfig
-from mahalo_ray.config.rollouts import EndpointStudentConfig, ModelTutorConfig, PlayConfig
-from mahalo_ray.config.section import EndpointConfig
+from mahalo_ray.config import (
+    ActorsConfig,
+    EndpointConfig,
+    EndpointStudentConfig,
+    ModelTutorConfig,
+    PlayConfig,
+    SamplingConfig,
+)
 from mahalo_ray.decoding.policy import DeviceConfig
 from mahalo_ray.domains.tutoring.personas import load_cases
 from mahalo_ray.rollouts.dialogue_job import (

@@ -10,8 +10,7 @@ import torch
 from measuring import table
 from shapes import Shape
 
-from mahalo_ray.config import SamplingConfig
-from mahalo_ray.config.rollouts import GridCases, GridProblem, PersonasConfig
+from mahalo_ray.config import GridCases, GridProblem, PersonasConfig, SamplingConfig
 from mahalo_ray.data.records import Message
 from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.decoding.engine import Engine

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
-from mahalo_ray.config.section import EndpointConfig
+from mahalo_ray.config import EndpointConfig
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from local_endpoint import LocalEndpoint, Received, Scripted, says
 from typer.testing import CliRunner
 
 from mahalo_ray.cli import app
-from mahalo_ray.config import ConfigError
-from mahalo_ray.config.label import LabelConfig
+from mahalo_ray.config import ConfigError, LabelConfig
 from mahalo_ray.data.records import StepTrace
 from mahalo_ray.errors import StageError
 from mahalo_ray.evaluation.agreement import cohens_kappa, fit_threshold, fold_of, measure_agreement

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from local_endpoint import GARBAGE, HANGS, LocalEndpoint, Received, Scripted, fails, says
 
-from mahalo_ray.config.section import EndpointConfig
+from mahalo_ray.config import EndpointConfig
 from mahalo_ray.endpoints import ChatRequest, CompletionRequest, Endpoint, Failure, Reply, client
 
 

@@ -10,9 +10,7 @@ from typing import Any
 import pytest
 from tiny_reward_models import TOKENIZER, base
 
-from mahalo_ray.config import ObjectiveConfig
-from mahalo_ray.config.label import AdaptiveConfig, ContinuationsConfig
-from mahalo_ray.config.stages import SamplingConfig
+from mahalo_ray.config import AdaptiveConfig, ContinuationsConfig, ObjectiveConfig, SamplingConfig
 from mahalo_ray.data.records import Message, StepTrace
 from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.decoding.policy import as_policy

@@ -23,8 +23,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from tiny_reward_models import TOKENIZER, base
 
-from mahalo_ray.config import ConfigError, load_document
-from mahalo_ray.config.label import LabelConfig
+from mahalo_ray.config import ConfigError, LabelConfig, load_document
 from mahalo_ray.data.records import StepTrace
 from mahalo_ray.pipeline.labelling import make_labels
 from mahalo_ray.pipeline.progress import RunProgress, StageProgress

@@ -10,7 +10,7 @@ import pytest
 from local_endpoint import GARBAGE, LocalEndpoint, Received, Scripted, says
 from tiny_reward_models import TOKENIZER, base
 
-from mahalo_ray.config.label import EndpointJudgeConfig, ModelJudgeConfig
+from mahalo_ray.config import EndpointJudgeConfig, ModelJudgeConfig
 from mahalo_ray.data.records import Message
 from mahalo_ray.decoding.policy import DeviceConfig
 from mahalo_ray.models import ProcessRewardModel

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mahalo_ray.config.rollouts import GridCases, GridProblem, MathDialCases, PersonasConfig, PrefixCases
+from mahalo_ray.config import GridCases, GridProblem, MathDialCases, PersonasConfig, PrefixCases
 from mahalo_ray.data.records import Turn
 from mahalo_ray.data.rows import TooManyBadRows
 from mahalo_ray.domains.tutoring.moves import consistency, final_number, same_number, speaks_as_tutor

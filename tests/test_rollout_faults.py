@@ -22,15 +22,15 @@ from local_endpoint import GARBAGE, HANGS, LocalEndpoint, Received, Scripted, fa
 from ray.cluster_utils import Cluster
 from tiny_tutor import SAMPLING, TOKENIZER, TUTOR
 
-from mahalo_ray.config import ClusterConfig
-from mahalo_ray.config.rollouts import (
+from mahalo_ray.config import (
+    ClusterConfig,
+    EndpointConfig,
     EndpointStudentConfig,
     GridCases,
     GridProblem,
     ModelTutorConfig,
     PlayConfig,
 )
-from mahalo_ray.config.section import EndpointConfig
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import Dialogue
 from mahalo_ray.decoding.policy import DeviceConfig

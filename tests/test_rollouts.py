@@ -14,8 +14,13 @@ import ray
 import torch
 from tiny_tutor import CHAT, SAMPLING, TOKENIZER, TUTOR, model
 
-from mahalo_ray.config import ClusterConfig, SamplingConfig
-from mahalo_ray.config.rollouts import MiniatureStudentConfig, ModelTutorConfig, PlayConfig
+from mahalo_ray.config import (
+    ClusterConfig,
+    MiniatureStudentConfig,
+    ModelTutorConfig,
+    PlayConfig,
+    SamplingConfig,
+)
 from mahalo_ray.data.records import CandidateSet, Dialogue
 from mahalo_ray.decoding.engine import Engine
 from mahalo_ray.decoding.policy import CausalPolicy, DeviceConfig

@@ -14,7 +14,7 @@ from local_endpoint import LocalEndpoint, Received, Scripted, fails, says
 from pydantic import ValidationError
 from tiny_tutor import CHAT, SAMPLING, TOKENIZER, TUTOR, model
 
-from mahalo_ray.config.rollouts import (
+from mahalo_ray.config import (
     BranchingConfig,
     DialoguesConfig,
     EndpointStudentConfig,

@@ -24,10 +24,17 @@ from mahalo_ray.cli.common import (
     out,
     say,
 )
-from mahalo_ray.config import ConfigError, RunConfig, load_document
-from mahalo_ray.config.label import LabelConfig
-from mahalo_ray.config.loading import checked, read_document
-from mahalo_ray.config.rollouts import DialoguesConfig, GenerateConfig, RewardSource
+from mahalo_ray.config import (
+    ConfigError,
+    DialoguesConfig,
+    GenerateConfig,
+    LabelConfig,
+    RewardSource,
+    RunConfig,
+    load_document,
+    read_document,
+    validate_document,
+)
 from mahalo_ray.data import storage
 from mahalo_ray.objectives import Weights, unknown_name
 from mahalo_ray.pipeline.progress import RunProgress
@@ -434,7 +441,7 @@ def generate(
         document["request"] = document.get("request", {}) | parsed
         if actors is not None:
             document["cluster"] = document.get("cluster", {}) | {"rollout_actors": actors}
-        job = checked(document, GenerateConfig, "the command" if config is None else str(config))
+        job = validate_document(document, GenerateConfig, "the command" if config is None else str(config))
         manifest = answer(job, lambda: ray_session(job.cluster), RunProgress(out))
         say(f"answered: {manifest.metrics['answered']}, quarantined: {manifest.metrics['quarantined']}")
         for name, path in manifest.outputs.items():

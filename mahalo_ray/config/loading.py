@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from mahalo_ray.config.run import RunConfig
+from mahalo_ray.config.run_config import RunConfig
 from mahalo_ray.config.section import ConfigError, Section
 from mahalo_ray.objectives import unknown_name
 
@@ -27,7 +27,7 @@ def load_document(path: str | Path, kind: type[Document], overrides: list[str] |
 
     Raises ConfigError naming the file and every wrong key.
     """
-    return checked(read_document(Path(path), overrides), kind, str(path))
+    return validate_document(read_document(Path(path), overrides), kind, str(path))
 
 
 def read_document(path: Path | None, overrides: list[str] | None) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def read_document(path: Path | None, overrides: list[str] | None) -> dict[str, A
     return document
 
 
-def checked(document: dict[str, Any], kind: type[Document], source: str) -> Document:
+def validate_document(document: dict[str, Any], kind: type[Document], source: str) -> Document:
     """The document as a section; ConfigError naming `source` and every wrong key."""
     try:
         return kind.model_validate(document)

@@ -20,7 +20,7 @@ from typing import Any, Self
 
 import openai
 
-from mahalo_ray.config.section import EndpointConfig
+from mahalo_ray.config import EndpointConfig
 
 
 @dataclass(frozen=True, kw_only=True)

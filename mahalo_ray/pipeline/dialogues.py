@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from mahalo_ray.config.rollouts import (
+from mahalo_ray.config import (
     DialoguesConfig,
     EndpointTutorConfig,
     GridCases,

@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable
 
-from mahalo_ray.config.rollouts import GenerateConfig
+from mahalo_ray.config import GenerateConfig
 from mahalo_ray.data import storage
 from mahalo_ray.data.prompts import read_prompts
 from mahalo_ray.data.rows import QUARANTINE, BadRow, data_files, quarantine

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from mahalo_ray.config import ConfigError
-from mahalo_ray.config.label import (
+from mahalo_ray.config import (
     DEFAULT_THRESHOLD,
     CalibrationConfig,
     CheckerJudgeConfig,
+    ConfigError,
     EndpointJudgeConfig,
     JudgeConfig,
     LabelConfig,

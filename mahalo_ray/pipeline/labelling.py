@@ -9,8 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from mahalo_ray.config import ConfigError
-from mahalo_ray.config.label import ContinuationsConfig, EndpointJudgeConfig, LabelConfig
+from mahalo_ray.config import ConfigError, ContinuationsConfig, EndpointJudgeConfig, LabelConfig
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import StepTrace
 from mahalo_ray.data.rows import QUARANTINE, data_files, quarantine

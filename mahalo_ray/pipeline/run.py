@@ -13,8 +13,15 @@ import pyarrow as pa
 from pydantic import BaseModel
 from transformers import PreTrainedTokenizerFast, Qwen2Config
 
-from mahalo_ray.config import PolicyConfig, RolloutConfig, RunConfig, ScratchModelConfig
-from mahalo_ray.config.rollouts import MiniatureStudentConfig, ModelTutorConfig, PlayConfig
+from mahalo_ray.config import (
+    MiniatureStudentConfig,
+    ModelTutorConfig,
+    PlayConfig,
+    PolicyConfig,
+    RolloutConfig,
+    RunConfig,
+    ScratchModelConfig,
+)
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import EXAMPLE_SCHEMA, CandidateSet, Dialogue, PreferencePair, StepTrace
 from mahalo_ray.data.templating import ChatFormat

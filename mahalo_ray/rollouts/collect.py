@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from mahalo_ray.config.rollouts import BranchingConfig
+from mahalo_ray.config import BranchingConfig
 from mahalo_ray.data.records import Candidate, CandidateSet
 from mahalo_ray.domains.tutoring.student import Episode
 from mahalo_ray.rollouts.dialogues import Continuation, Conversation, DialogueBatch, Offered, continuing

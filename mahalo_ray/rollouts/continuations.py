@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from mahalo_ray.config.label import ContinuationsConfig
+from mahalo_ray.config import ContinuationsConfig
 from mahalo_ray.data.records import StepTrace
 from mahalo_ray.data.rows import digest
 from mahalo_ray.data.templating import ChatFormat

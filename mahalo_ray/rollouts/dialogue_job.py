@@ -19,8 +19,9 @@ import ray
 import torch
 from pydantic import TypeAdapter
 
-from mahalo_ray.config import ActorsConfig
-from mahalo_ray.config.rollouts import (
+from mahalo_ray.config import (
+    ActorsConfig,
+    EndpointConfig,
     EndpointStudentConfig,
     EndpointTutorConfig,
     MiniatureStudentConfig,
@@ -30,7 +31,6 @@ from mahalo_ray.config.rollouts import (
     PlayConfig,
     PolicyTutorConfig,
 )
-from mahalo_ray.config.section import EndpointConfig
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import CandidateSet, Dialogue
 from mahalo_ray.data.templating import ChatFormat

@@ -18,7 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from ray.exceptions import RayTaskError
 
-from mahalo_ray.config.rollouts import GenerateConfig
+from mahalo_ray.config import GenerateConfig
 from mahalo_ray.data import storage
 from mahalo_ray.data.prompts import PromptRow
 from mahalo_ray.data.records import Message, Record

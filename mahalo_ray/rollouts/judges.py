@@ -16,7 +16,7 @@ import jinja2
 import jinja2.meta
 from jinja2.sandbox import SandboxedEnvironment
 
-from mahalo_ray.config.label import (
+from mahalo_ray.config import (
     CheckerJudgeConfig,
     EndpointJudgeConfig,
     JudgeConfig,

@@ -13,8 +13,13 @@ import ray
 import torch
 from scipy.stats import beta
 
-from mahalo_ray.config import ActorsConfig, ObjectiveConfig
-from mahalo_ray.config.label import ROLLOUTS, AdaptiveConfig, ContinuationsConfig
+from mahalo_ray.config import (
+    ROLLOUT_SUPERVISION,
+    ActorsConfig,
+    AdaptiveConfig,
+    ContinuationsConfig,
+    ObjectiveConfig,
+)
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import StepTrace
 from mahalo_ray.data.rows import SCHEMA, BadRow
@@ -116,7 +121,7 @@ class Labeller:
         step_separator: str | None,
         source: str,
     ) -> None:
-        self._rollouts = [j for j in judges if j.objective.supervision in ROLLOUTS]
+        self._rollouts = [j for j in judges if j.objective.supervision in ROLLOUT_SUPERVISION]
         self._by_prefix = [j for j in judges if j.objective.supervision == "judged_prefix"]
         self._continuer, self._settings = continuer, settings
         self._separator, self._source = step_separator, source

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar, runtime_checkable
 
-from mahalo_ray.config.rollouts import EndpointStudentConfig, ModelStudentConfig
+from mahalo_ray.config import EndpointStudentConfig, ModelStudentConfig
 from mahalo_ray.data.records import Message
 from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.decoding.engine import Engine

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from mahalo_ray.config.rollouts import Knowledge
+from mahalo_ray.config import Knowledge
 from mahalo_ray.data.records import Turn
 from mahalo_ray.domains.tutoring.problems import ORDINALS, Operation, Operator
 

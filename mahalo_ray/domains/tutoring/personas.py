@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mahalo_ray.config.rollouts import (
+from mahalo_ray.config import (
     CasesConfig,
     GridCases,
     Knowledge,

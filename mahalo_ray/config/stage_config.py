@@ -1,7 +1,8 @@
-"""The sections of a run: one per stage, and what stages share."""
+"""Sections that say what a stage does: model, training, rollouts, reward model, pairs, policy."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -9,12 +10,13 @@ from pydantic import Field, model_validator
 from mahalo_ray.config.section import (
     Fraction,
     NonNegativeInt,
+    PerObjective,
     PositiveFloat,
     PositiveInt,
     SamplingParams,
     Section,
 )
-from mahalo_ray.objectives import Weights
+from mahalo_ray.objectives import Weights, unknown_name
 
 
 class ObjectiveConfig(Section):
@@ -202,58 +204,107 @@ class PairsConfig(Section):
     held_out_fraction: Fraction = 0.1
 
 
-class SweepConfig(Section):
-    """Decoding weight vectors tried by Ray Tune; each is played against the same fresh students."""
-
-    weights: list[dict[str, Annotated[float, Field(ge=0)]]] = []
-
-    def vectors(self) -> list[Weights]:
-        """The weight vectors as points on the simplex."""
-        return [Weights(w) for w in self.weights]
+_METHOD_OPTIONS = {
+    "mah_dpo": {"alpha"},
+    "dpo": {"objective"},
+    "scalarised": {"mixture"},
+    "modpo": {"objective", "mixture"},
+}
 
 
-class GuidedConfig(Section):
-    """PRM-guided decoding at fixed decoding weights (heads) and guidance weights (reward objectives)."""
+class PolicyConfig(Section):
+    """The policy: Multi-Action-Head DPO, or one of the methods it is compared with.
 
-    num_candidates: PositiveInt = 5
-    weights: dict[str, Annotated[float, Field(ge=0)]] = {}
-    guidance: dict[str, Annotated[float, Field(ge=0)]] = {}
+    `method`: `mah_dpo` trains one head per objective over a shared backbone, `alpha` times each objective's
+    loss. The others train one head: `dpo` on the pairs of `objective` alone, `scalarised` on the pairs of all
+    objectives with their losses weighted by `mixture`, `modpo` on the pairs of `objective` with a margin from
+    the other objectives' rewards, for the weight vector `mixture`.
 
-
-class EvaluationConfig(Section):
-    """Fresh dialogues behind every row of the table."""
-
-    dialogues: PositiveInt = 240
-    sampling: SamplingConfig = SamplingConfig()
-    bootstrap_resamples: PositiveInt = 2000
-    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
-
-
-class ServeConfig(Section):
-    """The OpenAI-compatible endpoint. Binds to loopback unless told otherwise; port 0 takes a free one.
-
-    Per replica, up to `max_ongoing_requests` are decoded together and `max_queued_requests` more may wait;
-    beyond that the answer is 503 with Retry-After. Requests that arrive within `batch_window_s` seconds
-    share a batch.
+    `beta`: one number, or a mapping that gives every objective its own. Every `metrics_every_steps` steps
+    (0 = never) training also measures every head's KL to the reference on up to `metrics_rows` held-out pairs
+    and, with `gradient_cosine`, the cosine between the objectives' gradients on the backbone, on as many
+    training pairs. ZeRO-3 leaves no worker with the whole parameters this cosine needs: it works with stages
+    0 to 2.
     """
 
-    host: str = "127.0.0.1"
-    port: Annotated[int, Field(ge=0, le=65535)] = 8000
-    replicas: PositiveInt = 1
-    cpus_per_replica: PositiveFloat = 1
-    max_ongoing_requests: PositiveInt = 16
-    max_queued_requests: NonNegativeInt = 64
-    batch_window_s: Annotated[float, Field(ge=0, le=10)] = 0.01
-    max_candidates: PositiveInt = 16
-    max_new_tokens: PositiveInt = 512
-    max_messages: PositiveInt = 128
-    max_request_bytes: PositiveInt = 1_000_000
-    request_timeout_s: PositiveFloat = 60.0
-    api_key_env: str | None = None
+    method: Literal["mah_dpo", "dpo", "scalarised", "modpo"] = "mah_dpo"
+    objective: str | None = None
+    mixture: dict[str, Annotated[float, Field(ge=0)]] = {}
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    beta: PerObjective = 0.1
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    average_log_probs: bool = False
+    share_prompts: Literal["auto", "always", "never"] = "auto"
+    alpha: dict[str, PositiveFloat] = {}
+    head_kind: Literal["full", "low_rank"] = "full"
+    head_rank: PositiveInt = 16
+    head_noise: Annotated[float, Field(ge=0)] = 1e-3
+    head_learning_rate: PositiveFloat = 6e-4
+    lora: LoraConfig | None = None
+    metrics_every_steps: NonNegativeInt = 0
+    metrics_rows: PositiveInt = 64
+    gradient_cosine: bool = False
+    training: TrainingConfig = TrainingConfig(zero_stage=3, learning_rate=1e-4)
 
+    @model_validator(mode="after")
+    def _options_fit_the_method(self) -> Self:
+        used = _METHOD_OPTIONS[self.method]
+        given = {"alpha": self.alpha, "objective": self.objective, "mixture": self.mixture}
+        for option, value in given.items():
+            if value and option not in used:
+                raise ValueError(f"'{option}' is not used by 'method: {self.method}': leave it out")
+            if not value and option in used and option != "alpha":
+                raise ValueError(f"'method: {self.method}' needs '{option}'")
+        if self.head_kind == "full" and self.head_rank != type(self).model_fields["head_rank"].default:
+            raise ValueError("'head_rank' is that of 'head_kind: low_rank': leave it out")
+        if self.mixture:
+            Weights(self.mixture)  # refuses weights that are all zero
+        if self.method == "modpo" and self.loss != "sigmoid":
+            raise ValueError("'method: modpo' is defined for 'loss: sigmoid' only")
+        if self.method == "modpo" and self.mixture.get(self.objective or "", 0.0) == 0:
+            raise ValueError(
+                f"'method: modpo' divides by the weight of '{self.objective}': give it one in 'mixture'"
+            )
+        return self
 
-class MiniatureConfig(Section):
-    """The generated tutoring miniature: how much of it is made for SFT, and its world's seed."""
+    @model_validator(mode="after")
+    def _metrics_can_be_measured(self) -> Self:
+        for name in ("gradient_cosine", "metrics_rows"):
+            given = getattr(self, name) != type(self).model_fields[name].default
+            if given and self.metrics_every_steps == 0:
+                raise ValueError(
+                    f"'{name}' is for what is measured every 'metrics_every_steps' steps: set them above 0"
+                )
+        if self.gradient_cosine and self.training.zero_stage == 3:
+            raise ValueError(
+                "'gradient_cosine' needs whole parameters on every worker, which 'training.zero_stage: 3' "
+                "does not leave: set the stage to 2 or lower, or 'gradient_cosine' to false"
+            )
+        return self
 
-    name: Literal["tutoring_miniature"] = "tutoring_miniature"
-    sft_dialogues: PositiveInt = 12000
+    def beta_of(self, objective: str) -> float:
+        """The DPO temperature of one objective's pairs."""
+        return self.beta[objective] if isinstance(self.beta, dict) else self.beta
+
+    def trained_objectives(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Those of all objectives whose pairs the method trains on."""
+        if self.objective is not None:
+            return (self.objective,)
+        return tuple(name for name in names if not self.mixture or self.mixture.get(name, 0.0) > 0)
+
+    def check_objectives(self, names: Sequence[str]) -> None:
+        """ValueError if the settings name an objective that is not one of `names`, or leave one out."""
+        betas = self.beta if isinstance(self.beta, dict) else {}
+        named = {"alpha": self.alpha, "mixture": self.mixture, "beta": betas}
+        named["objective"] = {} if self.objective is None else {self.objective: 1.0}
+        for where, values in named.items():
+            for name in values:
+                if name not in names:
+                    raise ValueError(f"'policy.{where}': {unknown_name('objective', name, names)}")
+        trained = self.trained_objectives(names)
+        if betas and (missing := [name for name in trained if name not in betas]):
+            raise ValueError(f"'policy.beta' has no value for {', '.join(missing)}")
+        if unused := [name for name in betas if name not in trained]:
+            raise ValueError(f"'policy.beta': 'method: {self.method}' trains no pairs of {', '.join(unused)}")
+        if self.gradient_cosine and len(trained) < 2:
+            raise ValueError("'policy.gradient_cosine' compares objectives, and there is only one")

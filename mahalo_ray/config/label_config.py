@@ -15,10 +15,10 @@ from mahalo_ray.config.section import (
     Section,
     Temperature,
 )
-from mahalo_ray.config.stages import ActorsConfig, ObjectiveConfig, SamplingConfig
+from mahalo_ray.config.stage_config import ActorsConfig, ObjectiveConfig, SamplingConfig
 from mahalo_ray.objectives import Weights, unknown_name
 
-ROLLOUTS = ("rollout_value", "judged_rollouts")
+ROLLOUT_SUPERVISION = ("rollout_value", "judged_rollouts")
 DEFAULT_THRESHOLD = 0.5
 
 
@@ -223,7 +223,7 @@ class LabelConfig(Section):
     @property
     def uses_rollouts(self) -> bool:
         """Whether any objective is labelled by continuations."""
-        return any(objective.supervision in ROLLOUTS for objective in self.objectives)
+        return any(objective.supervision in ROLLOUT_SUPERVISION for objective in self.objectives)
 
     @model_validator(mode="after")
     def _judges_fit(self) -> Self:
@@ -237,10 +237,10 @@ class LabelConfig(Section):
             if isinstance(self.judges[objective.name], CheckerJudgeConfig):
                 if self.domain != "math":
                     raise ValueError(f"domain '{self.domain}' has no checker: give another kind of judge")
-                if objective.supervision not in ROLLOUTS:
+                if objective.supervision not in ROLLOUT_SUPERVISION:
                     raise ValueError(
                         f"the checker of '{objective.name}' judges whole responses: it goes with "
-                        f"{' or '.join(ROLLOUTS)}"
+                        f"{' or '.join(ROLLOUT_SUPERVISION)}"
                     )
         for name in self.judges:
             if name not in self.objective_names:

@@ -1,4 +1,4 @@
-"""Own preference pairs and step traces: the section `data` of a run."""
+"""A run: the document of `mahalo run` and the sections that only a run has."""
 
 from __future__ import annotations
 
@@ -7,23 +7,76 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from mahalo_ray.config.policy import PolicyConfig
-from mahalo_ray.config.section import Fraction, NonNegativeInt, Section
-from mahalo_ray.config.stages import (
+from mahalo_ray.config.section import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from mahalo_ray.config.stage_config import (
     ClusterConfig,
-    EvaluationConfig,
-    GuidedConfig,
-    MiniatureConfig,
     ModelConfig,
     ObjectiveConfig,
     PairsConfig,
+    PolicyConfig,
     RewardConfig,
     RolloutConfig,
-    ServeConfig,
+    SamplingConfig,
     SftConfig,
-    SweepConfig,
 )
 from mahalo_ray.objectives import Weights, unknown_name
+
+
+class SweepConfig(Section):
+    """Decoding weight vectors tried by Ray Tune; each is played against the same fresh students."""
+
+    weights: list[dict[str, Annotated[float, Field(ge=0)]]] = []
+
+    def vectors(self) -> list[Weights]:
+        """The weight vectors as points on the simplex."""
+        return [Weights(w) for w in self.weights]
+
+
+class GuidedConfig(Section):
+    """PRM-guided decoding at fixed decoding weights (heads) and guidance weights (reward objectives)."""
+
+    num_candidates: PositiveInt = 5
+    weights: dict[str, Annotated[float, Field(ge=0)]] = {}
+    guidance: dict[str, Annotated[float, Field(ge=0)]] = {}
+
+
+class EvaluationConfig(Section):
+    """Fresh dialogues behind every row of the table."""
+
+    dialogues: PositiveInt = 240
+    sampling: SamplingConfig = SamplingConfig()
+    bootstrap_resamples: PositiveInt = 2000
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+
+
+class ServeConfig(Section):
+    """The OpenAI-compatible endpoint. Binds to loopback unless told otherwise; port 0 takes a free one.
+
+    Per replica, up to `max_ongoing_requests` are decoded together and `max_queued_requests` more may wait;
+    beyond that the answer is 503 with Retry-After. Requests that arrive within `batch_window_s` seconds
+    share a batch.
+    """
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    replicas: PositiveInt = 1
+    cpus_per_replica: PositiveFloat = 1
+    max_ongoing_requests: PositiveInt = 16
+    max_queued_requests: NonNegativeInt = 64
+    batch_window_s: Annotated[float, Field(ge=0, le=10)] = 0.01
+    max_candidates: PositiveInt = 16
+    max_new_tokens: PositiveInt = 512
+    max_messages: PositiveInt = 128
+    max_request_bytes: PositiveInt = 1_000_000
+    request_timeout_s: PositiveFloat = 60.0
+    api_key_env: str | None = None
+
+
+class MiniatureConfig(Section):
+    """The generated tutoring miniature: how much of it is made for SFT, and its world's seed."""
+
+    name: Literal["tutoring_miniature"] = "tutoring_miniature"
+    sft_dialogues: PositiveInt = 12000
 
 
 class PairsSource(Section):

@@ -16,7 +16,7 @@ from mahalo_ray.config.section import (
     Section,
     Temperature,
 )
-from mahalo_ray.config.stages import ActorsConfig, PairsConfig, SamplingConfig
+from mahalo_ray.config.stage_config import ActorsConfig, PairsConfig, SamplingConfig
 from mahalo_ray.objectives import Weights
 
 Knowledge = Literal["none", "partial", "solid"]
