@@ -1,7 +1,7 @@
-"""How good a reward model's scores are: overall, within a prompt, and against length.
+"""Metrics of scores against truth: overall, within a prompt, and against length.
 
-Overall figures flatter: they reward knowing which prompts are easy. Guidance and pairs compare candidates of
-one prompt, so the within-group figures are the ones to watch. A figure that the data leave undefined (one
+Overall metrics flatter: they reward knowing which prompts are easy. Guidance and pairs compare candidates of
+one prompt, so the within-group metrics are the ones to watch. A metric that the data leave undefined (one
 class only, no group with two different truths) is NaN.
 """
 
@@ -92,10 +92,10 @@ def within_group_rank_correlation(
     """
     rank = stats.spearmanr if kind == "spearman" else stats.kendalltau
 
-    def one(score: FloatArray, true: FloatArray) -> float:
+    def correlation(score: FloatArray, true: FloatArray) -> float:
         return 0.0 if np.ptp(score) == 0 else float(rank(score, true).statistic)
 
-    return _mean_over_groups(one, scores, truth, groups)
+    return _mean_over_groups(correlation, scores, truth, groups)
 
 
 def within_group_pair_accuracy(scores: ArrayLike, truth: ArrayLike, groups: Groups) -> float:
@@ -114,11 +114,11 @@ def best_against_worst_accuracy(scores: ArrayLike, truth: ArrayLike, groups: Gro
     Where several samples share the best or the worst truth, all their pairs are averaged.
     """
 
-    def one(score: FloatArray, true: FloatArray) -> float:
+    def share_won(score: FloatArray, true: FloatArray) -> float:
         best, worst = score[true == true.max()], score[true == true.min()]
         return float(_wins(best[:, None], worst[None, :]).mean())
 
-    return _mean_over_groups(one, scores, truth, groups)
+    return _mean_over_groups(share_won, scores, truth, groups)
 
 
 def length_correlation(
@@ -132,10 +132,13 @@ def length_correlation(
     score, true = _pair(scores, truth)
     length = finite_array(lengths, "lengths")
 
-    def one(values: FloatArray, lengths_of_group: FloatArray) -> float:
+    def correlation(values: FloatArray, lengths_of_group: FloatArray) -> float:
         return 0.0 if np.ptp(values) == 0 else _correlation(values, lengths_of_group)
 
-    return _mean_over_groups(one, score, length, groups), _mean_over_groups(one, true, length, groups)
+    return (
+        _mean_over_groups(correlation, score, length, groups),
+        _mean_over_groups(correlation, true, length, groups),
+    )
 
 
 def calibration_curve(probabilities: ArrayLike, labels: ArrayLike, bins: int = 10) -> list[CalibrationPoint]:
@@ -170,12 +173,12 @@ def first_error_f1(predicted: Sequence[int], actual: Sequence[int]) -> float:
     The accuracy on samples with an error (the first wrong step is named exactly) and on correct ones (-1 is
     predicted where -1 is true). NaN when either kind of sample is missing.
     """
-    said, true = _pair(predicted, actual)
+    predictions, true = _pair(predicted, actual)
     erroneous = true != -1
     if erroneous.all() or not erroneous.any():
         return float("nan")
-    on_errors = float((said == true)[erroneous].mean())
-    on_correct = float((said == true)[~erroneous].mean())
+    on_errors = float((predictions == true)[erroneous].mean())
+    on_correct = float((predictions == true)[~erroneous].mean())
     total = on_errors + on_correct
     return 2 * on_errors * on_correct / total if total else 0.0
 

@@ -18,7 +18,7 @@ Bools = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Agreement:
-    """`threshold` is fitted to all `n` ratings, `positive` of them positive; the figures are of predictions
+    """`threshold` is fitted to all `n` ratings, `positive` of them positive; the metrics are of predictions
     by thresholds fitted without the rating's own fold. None: undefined (one class only)."""
 
     threshold: float

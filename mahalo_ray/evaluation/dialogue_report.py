@@ -1,4 +1,4 @@
-"""The page of a set of dialogues: what became of them, scores and lengths by turn, students by persona.
+"""The report on a set of dialogues: how they ended, scores and lengths by turn, outcomes by persona.
 
 Shards are read one after the other; what stays in memory is a few numbers per dialogue and turn.
 """
@@ -27,13 +27,14 @@ RESAMPLES, BOOTSTRAP_UP_TO = 1000, 5000
 
 @dataclass
 class _Turn:
-    """What is added up about one turn number."""
+    """The candidate sets of one turn number: lengths in tokens, and scores of all candidates and of the one
+    that was chosen."""
 
-    moments: int = 0
+    sets: int = 0
     tutor: array[int] = field(default_factory=lambda: array("q"))
     student: array[int] = field(default_factory=lambda: array("q"))
     all: dict[str, array[float]] = field(default_factory=lambda: defaultdict(lambda: array("d")))
-    said: dict[str, array[float]] = field(default_factory=lambda: defaultdict(lambda: array("d")))
+    chosen: dict[str, array[float]] = field(default_factory=lambda: defaultdict(lambda: array("d")))
     spread: dict[str, array[float]] = field(default_factory=lambda: defaultdict(lambda: array("d")))
 
 
@@ -81,28 +82,28 @@ class _Totals:
 
     def add_set(self, candidate_set: CandidateSet, samples: Mapping[str, Dialogue]) -> None:
         turn = self.turns[candidate_set.turn]
-        turn.moments += 1
+        turn.sets += 1
         self.candidates += len(candidate_set.candidates)
-        said = candidate_set.candidates[candidate_set.chosen]
-        self.in_tokens &= bool(said.token_ids)
-        turn.tutor.append(len(said.token_ids) or len(said.content))
+        chosen = candidate_set.candidates[candidate_set.chosen]
+        self.in_tokens &= bool(chosen.token_ids)
+        turn.tutor.append(len(chosen.token_ids) or len(chosen.content))
         turn.student.append(len(candidate_set.prompt[-1].content))
-        for objective, score in (said.scores or {}).items():
+        for objective, score in (chosen.scores or {}).items():
             scores = [(candidate.scores or {})[objective] for candidate in candidate_set.candidates]
             turn.all[objective].extend(scores)
-            turn.said[objective].append(score)
+            turn.chosen[objective].append(score)
             turn.spread[objective].append(float(np.std(scores)))
         if candidate_set.dialogue in samples:
-            self.sample_scores[candidate_set.dialogue][candidate_set.turn] = dict(said.scores or {})
+            self.sample_scores[candidate_set.dialogue][candidate_set.turn] = dict(chosen.scores or {})
 
     def table(self) -> dict[str, Any]:
-        objectives = list(dict.fromkeys(name for turn in self.turns.values() for name in turn.said))
+        objectives = list(dict.fromkeys(name for turn in self.turns.values() for name in turn.chosen))
         columns = list(dict.fromkeys(name for values in self.groups.values() for name in values))
         return {
             "dialogues": self.dialogues,
             "branches": self.branches,
             "candidates": self.candidates,
-            "tutor_turns": sum(turn.moments for turn in self.turns.values()),
+            "tutor_turns": sum(turn.sets for turn in self.turns.values()),
             "ended": dict(self.ended),
             "unit": "tokens" if self.in_tokens else "characters",
             "objectives": objectives,
@@ -119,14 +120,14 @@ class _Totals:
 def _turn_row(number: int, turn: _Turn, objectives: list[str]) -> dict[str, Any]:
     return {
         "number": number,
-        "moments": turn.moments,
+        "moments": turn.sets,
         "tutor_mean": float(np.mean(turn.tutor)),
         "tutor_95": float(np.quantile(turn.tutor, 0.95)),
         "student_mean": float(np.mean(turn.student)),
         "scores": {
             name: {
                 "all": float(np.mean(turn.all[name])),
-                "said": float(np.mean(turn.said[name])),
+                "said": float(np.mean(turn.chosen[name])),
                 "spread": float(np.mean(turn.spread[name])),
             }
             for name in objectives
@@ -174,13 +175,15 @@ def dialogue_metrics(output: str) -> tuple[dict[str, Any], list[SampleDialogue]]
 
 def _sample(dialogue: Dialogue, scores: Mapping[int, dict[str, float]]) -> SampleDialogue:
     """Scores stand at the turns played, which come last; those before are the opening."""
-    tutor = [at for at, turn in enumerate(dialogue.turns) if turn.speaker == "tutor"]
+    tutor = [index for index, turn in enumerate(dialogue.turns) if turn.speaker == "tutor"]
     played = dict(zip(reversed(tutor), sorted(scores, reverse=True), strict=False))
     turns = [
         SampleTurn(
-            speaker=turn.speaker, content=turn.content, scores=scores[played[at]] if at in played else {}
+            speaker=turn.speaker,
+            content=turn.content,
+            scores=scores[played[index]] if index in played else {},
         )
-        for at, turn in enumerate(dialogue.turns)
+        for index, turn in enumerate(dialogue.turns)
     ]
     traits = ", ".join(f"{name} {value}" for name, value in (dialogue.persona or {}).items())
     title = f"{dialogue.id} (ended by {dialogue.ended})"

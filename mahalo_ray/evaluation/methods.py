@@ -1,4 +1,5 @@
-"""Methods played against fresh students: a policy, its decoding weights, perhaps guidance. No Ray here."""
+"""Play the methods of the comparison table (a policy at decoding weights, with or without guidance) against
+the same simulated students, and measure outcomes and KL to SFT. No Ray here."""
 
 from __future__ import annotations
 
@@ -178,7 +179,7 @@ def _divergence(
         mask[row, : len(flags)] = torch.tensor(flags)
     lengths = np.array([len(tokens) for tokens in sequences])
     rows, positions = mask.nonzero(as_tuple=True)
-    said = ids[rows, positions]
+    tokens_said = ids[rows, positions]
     ours = _predictions(policy, [weights] * len(sequences), ids, lengths, rows, positions)
     theirs = _predictions(reference, [None] * len(sequences), ids, lengths, rows, positions)
     divergence = log_ratio = 0.0
@@ -188,7 +189,7 @@ def _divergence(
         ours_logps, theirs_logps = ours(part), theirs(part)
         difference = ours_logps - theirs_logps
         divergence += float((ours_logps.exp() * difference).sum())
-        chosen = said[part, None].to(difference.device)
+        chosen = tokens_said[part, None].to(difference.device)
         log_ratio += float(difference.gather(1, chosen).sum())
     return divergence, log_ratio
 

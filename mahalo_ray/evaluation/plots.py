@@ -211,8 +211,8 @@ def _front_lines(table: ComparisonTable) -> dict[MethodKind, FloatArray]:
     lines: dict[MethodKind, FloatArray] = {}
     kind: MethodKind
     for kind in ("weights", *BASELINES):
-        own = [row for row in table.rows if (row.in_sweep if kind == "weights" else row.kind == kind)]
-        front = sorted([row.means[o].value for o in table.objectives] for row in own if row.on_front)
+        family = [row for row in table.rows if (row.in_sweep if kind == "weights" else row.kind == kind)]
+        front = sorted([row.means[o].value for o in table.objectives] for row in family if row.on_front)
         if len(front) > 1:
             lines[kind] = np.array(front)
     return lines

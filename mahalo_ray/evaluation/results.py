@@ -1,4 +1,5 @@
-"""The table that compares what every method reached on the same students."""
+"""The comparison table: every method's means on the same students, dominance, hypervolume, and the families of
+baselines as fronts."""
 
 from __future__ import annotations
 
@@ -124,8 +125,8 @@ class Row(BaseModel):
     @property
     def on_front(self) -> bool:
         """Non-dominated among its own kind: the sweep, the baseline, or, for other methods, all of them."""
-        own = self.non_dominated_in_sweep if self.in_sweep else self.non_dominated_in_family
-        return self.non_dominated if own is None else own
+        among_its_kind = self.non_dominated_in_sweep if self.in_sweep else self.non_dominated_in_family
+        return self.non_dominated if among_its_kind is None else among_its_kind
 
 
 class PairedDifference(BaseModel):
@@ -310,8 +311,8 @@ class ComparisonTable:
         among_sweep = dict(zip(sweep, non_dominated(self.points[sweep]), strict=True))
         among_family: dict[int, bool] = {}
         for family in set(FAMILY_OF.values()) - {"mah_dpo"}:
-            own = [index for index, method in enumerate(self.methods) if method.family == family]
-            among_family |= dict(zip(own, non_dominated(self.points[own]).tolist(), strict=True))
+            members = [index for index, method in enumerate(self.methods) if method.family == family]
+            among_family |= dict(zip(members, non_dominated(self.points[members]).tolist(), strict=True))
         rows = []
         for index, method in enumerate(self.methods):
             means = {
@@ -398,15 +399,15 @@ def family_fronts(table: ComparisonTable, costs: Mapping[Family, FamilyCost]) ->
 
 def _front(table: ComparisonTable, family: Family, cost: FamilyCost) -> FamilyFront:
     ours = family == "mah_dpo"
-    own = table.sweep_indices if ours else [i for i, m in enumerate(table.methods) if m.family == family]
-    value, samples = table.hypervolumes(own)
+    members = table.sweep_indices if ours else [i for i, m in enumerate(table.methods) if m.family == family]
+    value, samples = table.hypervolumes(members)
     other = difference = None
     if not ours:
-        at_same_weights = [_mah_dpo_at(table.methods, table.methods[index]) for index in own]
+        at_same_weights = [_mah_dpo_at(table.methods, table.methods[index]) for index in members]
         other_value, other_samples = table.hypervolumes(at_same_weights)
         other = table.estimate(other_value, other_samples)
         difference = table.estimate(other_value - value, other_samples - samples)
-    points = [table.methods[index] for index in own]
+    points = [table.methods[index] for index in members]
     divergences = [point.kl_to_reference for point in points if point.kl_to_reference is not None]
     return FamilyFront(
         family=family,

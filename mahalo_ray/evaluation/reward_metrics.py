@@ -154,9 +154,9 @@ def _add_step_metrics(
         return
     _add(metrics, "auc", graded_auc, columns, steps.dialogue, bootstrap)
     for number in np.unique(steps.number):
-        at = np.flatnonzero(steps.number == number)
-        dialogues = [steps.dialogue[row] for row in at]
-        estimate = bootstrap_by_group(graded_auc, [column[at] for column in columns], dialogues, bootstrap)
+        rows = np.flatnonzero(steps.number == number)
+        dialogues = [steps.dialogue[row] for row in rows]
+        estimate = bootstrap_by_group(graded_auc, [column[rows] for column in columns], dialogues, bootstrap)
         if estimate is not None and len(np.unique(steps.number)) > 1:
             result.auc_by_step[int(number)] = estimate
     if kind == "probability" and steps.binary:
@@ -204,11 +204,11 @@ def _first_error_metrics(
     traces: Sequence[ScoredTrace], objective: str, threshold: float, bootstrap: Bootstrap
 ) -> Metrics:
     sequences, actual, problems = _first_errors(traces, objective)
-    said = np.array([first_error(scores, threshold) for scores in sequences], dtype=np.float64)
+    predicted = np.array([first_error(scores, threshold) for scores in sequences], dtype=np.float64)
     guessed = np.array([1 / (len(scores) + 1) for scores in sequences])
     true = np.array(actual, dtype=np.float64)
     metrics: Metrics = {}
-    _add(metrics, "first_error_f1", _f1, [(said == true).astype(np.float64), true], problems, bootstrap)
+    _add(metrics, "first_error_f1", _f1, [(predicted == true).astype(np.float64), true], problems, bootstrap)
     _add(metrics, "first_error_f1_random", _f1, [guessed, true], problems, bootstrap)
     return metrics
 

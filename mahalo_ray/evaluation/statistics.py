@@ -1,4 +1,7 @@
-"""Intervals for means, paired differences and rates. Everything is seeded and vectorised."""
+"""Bootstrap intervals of means, paired differences and grouped metrics; dominance and hypervolume.
+
+Everything is seeded: the same values and settings give the same interval.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ray Tune over methods: every trial plays one method (decoding weights, guidance) against the same students.
+"""Run methods as Ray Tune trials: every trial plays one method (decoding weights, guidance) against the same students.
 
 Trials share actors, so the models are loaded once per actor and not once per trial. A method's result is a
 file of its own, written as soon as it is known: what is finished is not played again.
