@@ -1,5 +1,5 @@
-"""The comparison table: every method's means on the same students, dominance, hypervolume, and the families of
-baselines as fronts."""
+"""The comparison table: every method's means on the same students, dominance and hypervolume, and the fronts
+of the families of baselines."""
 
 from __future__ import annotations
 

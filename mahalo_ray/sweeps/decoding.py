@@ -1,7 +1,7 @@
-"""Run methods as Ray Tune trials: every trial plays one method (decoding weights, guidance) against the same students.
+"""Run methods as Ray Tune trials: each plays one method (weights, guidance) against the same students.
 
 Trials share actors, so the models are loaded once per actor and not once per trial. A method's result is a
-file of its own, written as soon as it is known: what is finished is not played again.
+file of its own, written as soon as it is known: a finished method is not played again.
 """
 
 from __future__ import annotations
