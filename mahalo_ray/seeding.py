@@ -1,4 +1,4 @@
-"""Seeds from what they are for: the same on every machine, whoever plays the dialogue."""
+"""Deterministic seeds, hashed from what they are for: the same on every machine and in every process."""
 
 from __future__ import annotations
 
@@ -17,5 +17,5 @@ def unit_draw(*parts: object) -> float:
 
 
 def endpoint_seed(seed: int) -> int:
-    """What servers accept as a seed: 31 bits."""
+    """The seed cut to 31 bits, the largest that every OpenAI-compatible server accepts."""
     return seed % 2**31

@@ -8,26 +8,27 @@ from collections.abc import Iterator
 import pytest
 from local_endpoint import GARBAGE, HANGS, LocalEndpoint, Received, Scripted, fails, says
 
+from mahalo_ray import endpoints
 from mahalo_ray.config import EndpointConfig
-from mahalo_ray.endpoints import ChatRequest, CompletionRequest, Endpoint, Failure, Reply, client
+from mahalo_ray.endpoints import ChatCall, CompletionCall, Endpoint, EndpointReply, Failure
 
 
 @pytest.fixture(autouse=True)
 def short_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "_BACKOFF_S", 0.01)
+    monkeypatch.setattr(endpoints, "_BACKOFF_S", 0.01)
 
 
-def asked(text: str = "2+2?") -> ChatRequest:
-    return ChatRequest([{"role": "user", "content": text}], max_tokens=7, temperature=0.0, seed=3)
+def asked(text: str = "2+2?") -> ChatCall:
+    return ChatCall([{"role": "user", "content": text}], max_tokens=7, temperature=0.0, seed=3)
 
 
 def test_a_chat_is_asked_as_given_and_answered() -> None:
     with LocalEndpoint([says("4", "four")]) as server, Endpoint(server.config()) as endpoint:
-        request = ChatRequest(
+        request = ChatCall(
             [{"role": "user", "content": "2+2?"}], n=2, stop=("\n",), extra={"guidance": {"accuracy": 1.0}}
         )
         ((number, reply),) = endpoint.chat([request])
-    assert number == 0 and isinstance(reply, Reply)
+    assert number == 0 and isinstance(reply, EndpointReply)
     assert (reply.texts, reply.finish_reasons) == (["4", "four"], ["stop", "stop"])
     (received,) = server.received
     assert received.path == "/v1/chat/completions"
@@ -44,8 +45,8 @@ def test_a_chat_is_asked_as_given_and_answered() -> None:
 
 def test_a_completion_takes_token_ids() -> None:
     with LocalEndpoint([says("4")]) as server, Endpoint(server.config()) as endpoint:
-        ((_, reply),) = endpoint.complete([CompletionRequest([1, 2, 3], logprobs=0, seed=5)])
-    assert isinstance(reply, Reply) and reply.texts == ["4"]
+        ((_, reply),) = endpoint.complete([CompletionCall([1, 2, 3], logprobs=0, seed=5)])
+    assert isinstance(reply, EndpointReply) and reply.texts == ["4"]
     assert server.received[0].path == "/v1/completions"
     sent = server.received[0].body
     assert (sent["prompt"], sent["logprobs"], sent["seed"]) == ([1, 2, 3], 0, 5)
@@ -59,7 +60,7 @@ def test_trouble_is_tried_again_and_counted(trouble: Scripted, kind: str) -> Non
     settings = {"timeout_s": 0.3, "max_retries": 2}
     with LocalEndpoint([trouble, says("4")]) as server, Endpoint(server.config(**settings)) as endpoint:
         ((_, reply),) = endpoint.chat([asked()])
-        assert isinstance(reply, Reply) and reply.texts == ["4"]
+        assert isinstance(reply, EndpointReply) and reply.texts == ["4"]
         assert endpoint.usage.retries == {kind: 1} and endpoint.usage.failures == {}
     with LocalEndpoint([trouble]) as server, Endpoint(server.config(**settings)) as endpoint:
         ((_, failure),) = endpoint.chat([asked()])
@@ -71,7 +72,7 @@ def test_trouble_is_tried_again_and_counted(trouble: Scripted, kind: str) -> Non
 @pytest.mark.parametrize("body", [b"{}", b'{"choices": []}', b'{"choices": [{"index": 0}]}', b"[1]", b"null"])
 def test_json_that_is_no_completion_is_garbage(body: bytes) -> None:
     with LocalEndpoint([Scripted(body=body)]) as server, Endpoint(server.config(max_retries=0)) as endpoint:
-        for answers in (endpoint.chat([asked()]), endpoint.complete([CompletionRequest("a")])):
+        for answers in (endpoint.chat([asked()]), endpoint.complete([CompletionCall("a")])):
             ((_, failure),) = answers
             assert isinstance(failure, Failure) and failure.kind == "garbage"
 
@@ -104,7 +105,7 @@ def test_retry_after_is_honoured_by_all_requests(date: bool) -> None:
 def test_requests_are_bounded_taken_lazily_and_yielded_as_they_finish() -> None:
     taken = []
 
-    def requests() -> Iterator[ChatRequest]:
+    def requests() -> Iterator[ChatCall]:
         for n in range(20):
             taken.append(n)
             yield asked("slow" if n == 0 else str(n))
@@ -115,7 +116,7 @@ def test_requests_are_bounded_taken_lazily_and_yielded_as_they_finish() -> None:
     with LocalEndpoint(script) as server, Endpoint(server.config(concurrency=3)) as endpoint:
         answers = endpoint.chat(requests())
         number, reply = next(answers)
-        assert number in (1, 2) and isinstance(reply, Reply) and reply.texts == [str(number)]
+        assert number in (1, 2) and isinstance(reply, EndpointReply) and reply.texts == [str(number)]
         assert taken == [0, 1, 2]
         for _ in range(5):
             assert next(answers)[0] != 0

@@ -20,17 +20,17 @@ from mahalo_ray.domains.tutoring.scripted import (
     scripted_dialogues,
     train_tokenizer,
 )
-from mahalo_ray.domains.tutoring.student import FAREWELL, Episode, Personality, Student
+from mahalo_ray.domains.tutoring.student import FAREWELL, Episode, MiniatureStudent, Personality
 
 PROBLEM = Problem("", (Operation(12, "+", 7), Operation(19, "-", 4)), turn_limit=4)
 CALM = Personality({"+": 0.2, "-": 0.2, "x": 0.2}, engagement=0.6, curiosity=1.0, warmth=1.0)
 
 
-def student() -> Student:
-    return Student(PROBLEM, CALM, seed=3)
+def student() -> MiniatureStudent:
+    return MiniatureStudent(PROBLEM, CALM, seed=3)
 
 
-def after(*turns: str) -> Student:
+def after(*turns: str) -> MiniatureStudent:
     listener = student()
     for turn in turns:
         listener.hear(turn)
@@ -104,7 +104,7 @@ def test_accuracy_is_the_exact_chance_of_solving_a_problem_of_the_same_kind() ->
 
 def test_bored_students_leave_at_about_the_stated_rate() -> None:
     bored = Personality(CALM.mastery, engagement=0.1, curiosity=1.0, warmth=1.0)
-    left = [Student(PROBLEM, bored, seed).hear(LECTURES["+"][0]) == FAREWELL for seed in range(400)]
+    left = [MiniatureStudent(PROBLEM, bored, seed).hear(LECTURES["+"][0]) == FAREWELL for seed in range(400)]
     assert statistics.mean(left) == pytest.approx(0.2, abs=0.06)
 
 

@@ -24,8 +24,8 @@ from pydantic import ValidationError
 from mahalo_ray.data.records import Message, PreferencePair
 from mahalo_ray.data.rows import (
     BadRow,
-    Refused,
     Row,
+    RowError,
     finite,
     messages_of,
     opening,
@@ -73,11 +73,11 @@ def read_pairs(
             return
         pair = _pair(row, row_format, own, f"{name}/{posixpath.basename(file)}:{line}", path)
         if pair.id in seen:
-            raise Refused(f"another row has the id '{pair.id}' too")
+            raise RowError(f"another row has the id '{pair.id}' too")
         seen.add(pair.id)
         into.pairs.append(pair)
 
-    into.rows += use_rows(path, use, into.bad, Refused)
+    into.rows += use_rows(path, use, into.bad, RowError)
 
 
 def _pair(row: Row, row_format: str, objective: str, default_id: str, source: str) -> PreferencePair:
@@ -87,11 +87,11 @@ def _pair(row: Row, row_format: str, objective: str, default_id: str, source: st
     prompt, chosen, rejected = _FORMATS[chosen_format](row)
     for name, text in (("chosen", chosen), ("rejected", rejected)):
         if not text.strip():
-            raise Refused(f"'{name}' is empty")
+            raise RowError(f"'{name}' is empty")
     if chosen == rejected:
-        raise Refused("'chosen' and 'rejected' are the same")
+        raise RowError("'chosen' and 'rejected' are the same")
     if not prompt or not any(message.content.strip() for message in prompt):
-        raise Refused("the prompt is empty")
+        raise RowError("the prompt is empty")
     metadata = row.get("metadata")
     places = [row, metadata] if isinstance(metadata, Mapping) else [row]
     own_dialogue = row.get("dialogue")
@@ -118,7 +118,7 @@ def _record(row: Row, objective: str) -> PreferencePair:
         return PreferencePair.model_validate({**row, **maps, "objective": objective})
     except ValidationError as error:
         first = error.errors()[0]
-        raise Refused(f"not a pair that this project wrote: '{first['loc'][0]}': {first['msg']}") from error
+        raise RowError(f"not a pair that this project wrote: '{first['loc'][0]}': {first['msg']}") from error
 
 
 def _checked(extra: Row, **fields: Any) -> PreferencePair:
@@ -127,7 +127,7 @@ def _checked(extra: Row, **fields: Any) -> PreferencePair:
         return PreferencePair(**fields, **extra)
     except ValidationError as error:
         first = error.errors()[0]
-        raise Refused(f"'{first['loc'][0]}' is {first['input']!r}: {first['msg']}") from error
+        raise RowError(f"'{first['loc'][0]}' is {first['input']!r}: {first['msg']}") from error
 
 
 def _trl(row: Row) -> tuple[list[Message], str, str]:
@@ -148,7 +148,7 @@ def _reply(prompt: list[Message], conversation: list[Message], name: str) -> str
     """The one assistant message that follows the prompt, whether or not the conversation repeats it."""
     rest = conversation[len(prompt) :] if conversation[: len(prompt)] == prompt else conversation
     if len(rest) != 1 or rest[0].role != "assistant":
-        raise Refused(f"'{name}' must end the prompt with exactly one assistant message")
+        raise RowError(f"'{name}' must end the prompt with exactly one assistant message")
     return rest[0].content
 
 

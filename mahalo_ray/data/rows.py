@@ -199,14 +199,14 @@ _ROLES: dict[str, Literal["user", "assistant"]] = {
 _TURN = re.compile(rf"(?:\A|\n[ \t]*\n)\s*({'|'.join(_ROLES)}):[ \t]*", re.IGNORECASE)
 
 
-class Refused(ValueError):
+class RowError(ValueError):
     """Why a row cannot be used."""
 
 
 def required(row: Row, name: str) -> Any:
     """A field that must be there."""
     if row.get(name) is None:
-        raise Refused(f"'{name}' is missing")
+        raise RowError(f"'{name}' is missing")
     return row[name]
 
 
@@ -214,7 +214,7 @@ def text_of(row: Row, name: str) -> str:
     """A field that must be text."""
     value = required(row, name)
     if not isinstance(value, str):
-        raise Refused(f"'{name}' is {type(value).__name__}, not text")
+        raise RowError(f"'{name}' is {type(value).__name__}, not text")
     return value
 
 
@@ -222,34 +222,34 @@ def list_of(row: Row, name: str) -> list[Any]:
     """A field that must be a list."""
     value = required(row, name)
     if not isinstance(value, list):
-        raise Refused(f"'{name}' is {type(value).__name__}, not a list")
+        raise RowError(f"'{name}' is {type(value).__name__}, not a list")
     return value
 
 
 def finite(value: Any, name: str) -> float:
     """A finite number that is no bool."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise Refused(f"'{name}' is {value!r}, not a finite number")
+        raise RowError(f"'{name}' is {value!r}, not a finite number")
     return float(value)
 
 
 def messages_of(value: Any) -> list[Message]:
     """A list of chat messages."""
     if not isinstance(value, list):
-        raise Refused(f"{str(value)[:40]!r} is neither text nor a list of messages")
+        raise RowError(f"{str(value)[:40]!r} is neither text nor a list of messages")
     try:
         return [Message.model_validate(message) for message in value]
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise Refused(f"not a list of messages: {where}: {first['msg']}") from error
+        raise RowError(f"not a list of messages: {where}: {first['msg']}") from error
 
 
 def prompt_of(value: Any) -> list[Message]:
     """Text as one user message, or a list of messages; not without words."""
     found = [Message(role="user", content=value)] if isinstance(value, str) else messages_of(value)
     if not any(message.content.strip() for message in found):
-        raise Refused("the prompt is empty")
+        raise RowError("the prompt is empty")
     return found
 
 

@@ -25,8 +25,8 @@ from typing import Any, Literal
 from mahalo_ray.data.records import Message, StepTrace
 from mahalo_ray.data.rows import (
     BadRow,
-    Refused,
     Row,
+    RowError,
     digest,
     list_of,
     messages_of,
@@ -132,7 +132,7 @@ def _math(
 def _first_wrong(steps: Sequence[Any], index: Any, name: str) -> list[bool | None]:
     """Right before the first wrong step, wrong there, unknown after it."""
     if isinstance(index, bool) or not isinstance(index, int) or not -1 <= index < len(steps):
-        raise Refused(
+        raise RowError(
             f"'{name}' is {index!r}: it must be a step's number (0 to {len(steps) - 1}), or say none"
         )
     if index == -1:
@@ -161,7 +161,7 @@ def _mathdial(row: Row) -> list[Parsed]:
     problem is the outcome (1, 0.5 if the teacher had to reveal the answer, 0)."""
     verdict = required(row, "self-correctness")
     if verdict not in _MATHDIAL_OUTCOMES:
-        raise Refused(f"'self-correctness' is {verdict!r}: known are {', '.join(_MATHDIAL_OUTCOMES)}")
+        raise RowError(f"'self-correctness' is {verdict!r}: known are {', '.join(_MATHDIAL_OUTCOMES)}")
     problem = text_of(row, "question")
     if row.get("student_incorrect_solution") is not None:
         problem += f"\n\n{text_of(row, 'student_incorrect_solution')}"
@@ -187,7 +187,7 @@ def _mathdial_turns(conversation: str) -> list[Message]:
     for turn in conversation.split(_EOM):
         speaker, colon, said = turn.strip().partition(":")
         if not colon:
-            raise Refused(f"a turn of 'conversation' names no speaker: {turn[:40]!r}")
+            raise RowError(f"a turn of 'conversation' names no speaker: {turn[:40]!r}")
         teacher = speaker.strip() == "Teacher"
         said = re.sub(r"^\s*\([a-z]+\)", "", said) if teacher else said  # the teacher's move
         found.append(Message(role="assistant" if teacher else "user", content=said.strip()))
@@ -220,12 +220,14 @@ def _conversation(row: Row) -> list[Parsed]:
     steps, signs = said[::2], [message.content.strip() for message in said[1::2]]
     unknown = next((sign for sign in signs if sign not in _SIGNS), None)
     if unknown is not None or not steps:
-        raise Refused(f"'{name}' must have a step and its sign (+ or -) in turn, not {str(unknown)[:40]!r}")
+        raise RowError(f"'{name}' must have a step and its sign (+ or -) in turn, not {str(unknown)[:40]!r}")
     first = steps[0].content
     if question is None:
         question, marker, rest = first.partition("Step 1")
         if not marker or not question.strip():
-            raise Refused(f"'{name}' opens with question and step in one message, and no 'Step 1' parts them")
+            raise RowError(
+                f"'{name}' opens with question and step in one message, and no 'Step 1' parts them"
+            )
         first = marker + rest
     texts = [first.removeprefix(question).strip(), *(message.content for message in steps[1:])]
     return [Parsed(prompt_of(question.strip()), texts, {OWN: [_SIGNS[sign] for sign in signs]})]
@@ -249,7 +251,7 @@ def _rated(row: Row) -> list[Parsed]:
     rated = {**metadata, **row} if isinstance(metadata, Mapping) else row
     ratings = rated.get("ratings")
     if ratings is not None and not isinstance(ratings, Mapping):
-        raise Refused(f"'ratings' is {type(ratings).__name__}: numbers per objective are wanted")
+        raise RowError(f"'ratings' is {type(ratings).__name__}: numbers per objective are wanted")
     outcome = {OWN: required(rated, "rating")} if ratings is None else dict(ratings)
     if row.get("response") is not None:
         said = turns(text_of(row, "question")) if "question" in row else prompt_of(required(row, "prompt"))
@@ -258,7 +260,7 @@ def _rated(row: Row) -> list[Parsed]:
         said = messages_of(row["messages"]) if "messages" in row else turns(text_of(row, "question"))
     last = next((at for at in reversed(range(len(said))) if said[at].role == "assistant"), 0)
     if last == 0:
-        raise Refused("no assistant message follows a message of the user")
+        raise RowError("no assistant message follows a message of the user")
     return [Parsed(said[:last], [said[last].content], {}, outcome)]
 
 
@@ -298,7 +300,7 @@ def format_of(row: Row) -> str:
         return "model_solutions"
     if isinstance(row.get("metadata"), Mapping) and {"rating", "ratings"} & set(row["metadata"]):
         return "rated"
-    raise Refused(f"its fields ({', '.join(row)}) are those of no known format: {', '.join(FORMATS)}")
+    raise RowError(f"its fields ({', '.join(row)}) are those of no known format: {', '.join(FORMATS)}")
 
 
 OutcomeLabels = Literal["last", "all"]
@@ -362,12 +364,12 @@ def read_traces(
         objectives, objective, objective_field, label_range, outcome_labels, gamma, with_labels
     )
 
-    def traces_of(row: Row, default_id: str) -> Iterator[StepTrace | Refused]:
+    def traces_of(row: Row, default_id: str) -> Iterator[StepTrace | RowError]:
         for one in FORMATS[format_of(row) if row_format == "auto" else row_format](row):
             try:
                 yield _trace(row, one, mapping, default_id, path)
-            except Refused as error:
-                yield Refused(f"{one.part}: {error}") if one.part else error
+            except RowError as error:
+                yield RowError(f"{one.part}: {error}") if one.part else error
 
     _collect(path, name, into, traces_of)
 
@@ -393,14 +395,14 @@ def read_prompts(path: str, name: str, into: ReadTraces) -> None:
 
 
 def _collect(
-    path: str, name: str, into: ReadTraces, traces_of: Callable[[Row, str], Iterable[StepTrace | Refused]]
+    path: str, name: str, into: ReadTraces, traces_of: Callable[[Row, str], Iterable[StepTrace | RowError]]
 ) -> None:
     """Add what `traces_of` makes of every row (and its default id); what it refuses becomes bad rows."""
     seen = {trace.id for trace in into.traces}
 
     def use(row: Row, file: str, line: int) -> None:
         for found in traces_of(row, f"{name}/{posixpath.basename(file)}:{line}"):
-            if isinstance(found, Refused):
+            if isinstance(found, RowError):
                 into.bad.append(BadRow.of(file, line, str(found), row))
             elif found.id in seen:
                 into.bad.append(BadRow.of(file, line, f"another row has the id '{found.id}' too", row))
@@ -409,7 +411,7 @@ def _collect(
                 into.traces.append(found)
                 into.places[found.id] = (file, line)
 
-    into.rows += use_rows(path, use, into.bad, Refused)
+    into.rows += use_rows(path, use, into.bad, RowError)
 
 
 def _trace(row: Row, parsed: Parsed, mapping: _Mapping, default_id: str, source: str) -> StepTrace:
@@ -446,12 +448,12 @@ def _trace(row: Row, parsed: Parsed, mapping: _Mapping, default_id: str, source:
 
 def _check_steps(steps: Sequence[Any]) -> None:
     if not steps:
-        raise Refused("there are no steps")
+        raise RowError("there are no steps")
     for number, step in enumerate(steps, start=1):
         if not isinstance(step, str):
-            raise Refused(f"step {number} is {type(step).__name__}, not text")
+            raise RowError(f"step {number} is {type(step).__name__}, not text")
         if not step.strip():
-            raise Refused(f"step {number} is empty")
+            raise RowError(f"step {number} is empty")
 
 
 def _labels_from_outcome(
@@ -470,17 +472,17 @@ def _objective(row: Row, name: str | None, mapping: _Mapping) -> str:
         if mapping.objective_field is not None:
             name = text_of(row, mapping.objective_field)
         if name is None:
-            raise Refused("its labels name no objective: say which ('objective' or 'objective_field')")
+            raise RowError("its labels name no objective: say which ('objective' or 'objective_field')")
     if name not in mapping.objectives:
-        raise Refused(unknown_name("objective", name, mapping.objectives))
+        raise RowError(unknown_name("objective", name, mapping.objectives))
     return name
 
 
 def _labels(values: Any, steps: int, label_range: tuple[float, float]) -> list[float | None]:
     if not isinstance(values, list):
-        raise Refused(f"its labels are {type(values).__name__}, not a list")
+        raise RowError(f"its labels are {type(values).__name__}, not a list")
     if len(values) != steps:
-        raise Refused(f"{steps} steps, but {len(values)} labels")
+        raise RowError(f"{steps} steps, but {len(values)} labels")
     return [
         None if value is None else _label(value, f"the label of step {number}", label_range)
         for number, value in enumerate(values, start=1)
@@ -493,7 +495,7 @@ def _label(value: Any, what: str, label_range: tuple[float, float]) -> float:
         return float(value)
     low, high = label_range
     if not isinstance(value, int | float) or not math.isfinite(value) or not low <= value <= high:
-        raise Refused(f"{what} is {value!r}: it must be a number from {low:g} to {high:g}")
+        raise RowError(f"{what} is {value!r}: it must be a number from {low:g} to {high:g}")
     return (value - low) / (high - low)
 
 
@@ -503,7 +505,7 @@ def _tokens(parsed: Parsed) -> Mapping[str, Any]:
         return {}
     positions = [parsed.tokens.get(name) for name in ("step_starts", "step_ends")]
     if "token_ids" not in parsed.tokens or any(p is None or len(p) != len(parsed.steps) for p in positions):
-        raise Refused(
+        raise RowError(
             "'token_ids', 'step_starts' and 'step_ends' belong together, one position of each per step"
         )
     return parsed.tokens

@@ -29,7 +29,7 @@ from mahalo_ray.decoding.sampling import SamplingParams, draw_keys
 from mahalo_ray.decoding.scorers import Guides, Prompt, backbones_of, check_guidance
 from mahalo_ray.decoding.session import NONE_TAKEN, RequestState
 from mahalo_ray.decoding.stopping import AnswerOnly, Boundary, StopReason, StopRule, TokenTexts, boundary_for
-from mahalo_ray.endpoints import CompletionRequest, Endpoint, Failure, Reply
+from mahalo_ray.endpoints import CompletionCall, Endpoint, EndpointReply, Failure
 from mahalo_ray.errors import StageError
 from mahalo_ray.models.scoring import StepScorer
 from mahalo_ray.objectives import Weights
@@ -200,7 +200,7 @@ class CompletionDecoder:
             offered[numbers[at]] = self._candidates(one, answer)
         return {number: offered[number] for number in numbers if number in offered}, refused
 
-    def _request(self, one: RequestState, guides: Guides | None) -> CompletionRequest:
+    def _request(self, one: RequestState, guides: Guides | None) -> CompletionCall:
         request, sampling = one.request, one.request.sampling
         extra: dict[str, Any] = {}
         for name in ("top_p", "top_k", "min_p"):
@@ -209,7 +209,7 @@ class CompletionDecoder:
         stops = self._stops(one) if self._stops_are_told else ()
         # Every step draws anew; the API's seeds have 31 bits with some servers.
         seed = int(draw_keys([request.seed], len(one.steps) + 1, torch.device("cpu"))[0, -1]) & 0x7FFFFFFF
-        return CompletionRequest(
+        return CompletionCall(
             one.prompt_ids + one.token_ids,
             n=request.candidates_per_step,
             max_tokens=min(one.step_limit, self._room(one, guides)),
@@ -223,7 +223,7 @@ class CompletionDecoder:
         whole = one.request.strategy == "best_of_n"
         return (*(() if whole else self.boundary.stop_strings), *one.request.stop)
 
-    def _candidates(self, one: RequestState, reply: Reply) -> list[StepCandidate]:
+    def _candidates(self, one: RequestState, reply: EndpointReply) -> list[StepCandidate]:
         whole = one.request.strategy == "best_of_n"
         boundary = AnswerOnly(self.boundary) if whole else self.boundary
         rule = StopRule(boundary, one.request.stop, one.text)
@@ -289,10 +289,10 @@ def _scored(
     return result
 
 
-def _stopped_by(reply: Reply, k: int) -> object:
+def _stopped_by(reply: EndpointReply, k: int) -> object:
     return next((reply.choices[k][key] for key in _TOLD_BY if key in reply.choices[k]), None)
 
 
-def _is_untold(reply: Reply, k: int) -> bool:
+def _is_untold(reply: EndpointReply, k: int) -> bool:
     """Whether completion k stopped without the server saying at what."""
     return reply.finish_reasons[k] == "stop" and not any(key in reply.choices[k] for key in _TOLD_BY)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from mahalo_ray.data.pair_readers import ReadPairs
 from mahalo_ray.data.records import PreferencePair
-from mahalo_ray.data.rows import Refused, Row, digest, prompt_of, text_of, use_rows
+from mahalo_ray.data.rows import Row, RowError, digest, prompt_of, text_of, use_rows
 
 
 def read_truthfulqa(path: str, objective: str, max_pairs_per_question: int, into: ReadPairs) -> None:
@@ -19,7 +19,7 @@ def read_truthfulqa(path: str, objective: str, max_pairs_per_question: int, into
         default_id = f"truthfulqa/{posixpath.basename(file)}:{line}"
         into.pairs += _pairs(row, objective, max_pairs_per_question, default_id, path)
 
-    into.rows += use_rows(path, use, into.bad, Refused)
+    into.rows += use_rows(path, use, into.bad, RowError)
 
 
 def _pairs(row: Row, objective: str, most: int, default_id: str, source: str) -> list[PreferencePair]:
@@ -28,7 +28,7 @@ def _pairs(row: Row, objective: str, most: int, default_id: str, source: str) ->
     incorrect = _answers(row, "Best Incorrect Answer", "Incorrect Answers")
     both = set(correct) & set(incorrect)
     if both:
-        raise Refused(f"an answer is correct and incorrect: {sorted(both)[0]!r}")
+        raise RowError(f"an answer is correct and incorrect: {sorted(both)[0]!r}")
     return [
         PreferencePair(
             id=f"{default_id}/{number}",

@@ -26,7 +26,7 @@ from mahalo_ray.config import (
 from mahalo_ray.data.records import Message
 from mahalo_ray.decoding.policy import DeviceConfig
 from mahalo_ray.domains import math as maths
-from mahalo_ray.endpoints import ChatRequest, Endpoint, Failure
+from mahalo_ray.endpoints import ChatCall, Endpoint, Failure
 from mahalo_ray.models.classifiers import load_scorer
 from mahalo_ray.models.folder import METADATA_FILE, model_folder
 from mahalo_ray.objectives import unknown_name
@@ -182,16 +182,14 @@ class EndpointJudge(Judge):
                 break
         return [found[number] for number in range(len(items))]
 
-    def _requests(
-        self, items: Sequence[Judged], numbers: Iterable[int], attempt: int
-    ) -> Iterator[ChatRequest]:
+    def _requests(self, items: Sequence[Judged], numbers: Iterable[int], attempt: int) -> Iterator[ChatCall]:
         for number in numbers:
             item = items[number]
             try:
                 question = self._template.render(rubric_values(item))
             except jinja2.TemplateError as error:
                 raise ValueError(f"the rubric cannot be filled in: {error}") from error
-            yield ChatRequest(
+            yield ChatCall(
                 [{"role": "user", "content": question}],
                 max_tokens=self._config.max_tokens,
                 temperature=self._config.temperature,

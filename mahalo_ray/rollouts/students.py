@@ -23,7 +23,7 @@ from mahalo_ray.domains.tutoring.personas import (
     tutor_messages,
 )
 from mahalo_ray.domains.tutoring.student import Episode
-from mahalo_ray.endpoints import ChatRequest, Endpoint, Failure, Reply
+from mahalo_ray.endpoints import ChatCall, Endpoint, EndpointReply, Failure
 from mahalo_ray.seeding import derived_seed, endpoint_seed
 
 
@@ -205,7 +205,7 @@ class EndpointStudents:
             student.hear(text)
         replies: list[str | Failure] = [""] * len(students)
         for number, answer in self.endpoint.chat(map(self._request, students)):
-            if isinstance(answer, Reply):
+            if isinstance(answer, EndpointReply):
                 replies[number] = text = answer.texts[0].strip()
                 students[number].say(text)
             else:
@@ -218,8 +218,8 @@ class EndpointStudents:
     def leave(self, students: Sequence[PersonaStudent]) -> None:
         """Nothing is kept."""
 
-    def _request(self, student: PersonaStudent) -> ChatRequest:
-        return ChatRequest(
+    def _request(self, student: PersonaStudent) -> ChatCall:
+        return ChatCall(
             [message.model_dump() for message in student.heard],
             max_tokens=self.config.max_new_tokens,
             temperature=self.config.temperature,

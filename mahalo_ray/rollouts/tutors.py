@@ -12,7 +12,7 @@ from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.decoding.engine import Engine
 from mahalo_ray.decoding.stopping import Candidates
 from mahalo_ray.domains.tutoring.moves import is_malformed
-from mahalo_ray.endpoints import ChatRequest, Endpoint, Failure, Reply
+from mahalo_ray.endpoints import ChatCall, Endpoint, EndpointReply, Failure
 from mahalo_ray.objectives import Weights
 from mahalo_ray.seeding import derived_seed, endpoint_seed
 
@@ -192,7 +192,7 @@ class EndpointTutor:
         )
         for number, answer in self.endpoint.chat(requests):
             i, k = divmod(number, count)
-            if isinstance(answer, Reply):
+            if isinstance(answer, EndpointReply):
                 turns[i][k] = TutorTurn(answer.texts[0].strip())
                 if not answer.texts[0].strip():
                     failures[i] = Failure("empty", "the endpoint gave a turn without words", 1)
@@ -226,8 +226,8 @@ class EndpointTutor:
     def malformed(self, turn: TutorTurn) -> bool:
         return False
 
-    def _request(self, messages: Sequence[Message], seed: int) -> ChatRequest:
-        return ChatRequest(
+    def _request(self, messages: Sequence[Message], seed: int) -> ChatCall:
+        return ChatCall(
             [message.model_dump() for message in messages],
             max_tokens=self.sampling.max_new_tokens,
             temperature=self.sampling.temperature,

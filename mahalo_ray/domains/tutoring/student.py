@@ -68,7 +68,7 @@ class Personality:
 
 
 @dataclass
-class Student:
+class MiniatureStudent:
     """State of one student in one dialogue. `seed` and `copy` key the noise: copies of one student that
     should behave independently (Monte-Carlo continuations) carry different `copy` numbers."""
 
@@ -92,9 +92,9 @@ class Student:
             self.mastery = dict(self.personality.mastery)
             self.engagement = self.personality.engagement
 
-    def fork(self, copy: int) -> Student:
+    def fork(self, copy: int) -> MiniatureStudent:
         """An independent student in the same state whose further noise is keyed by `copy`."""
-        return Student(
+        return MiniatureStudent(
             **{
                 **self.__dict__,
                 "copy": copy,
@@ -209,7 +209,7 @@ class Episode:
     """A running dialogue. The tutor side only ever sees `opening` and the replies of `hear`."""
 
     problem: Problem
-    student: Student
+    student: MiniatureStudent
     ratings: list[float] = field(default_factory=list)
 
     @classmethod
@@ -217,7 +217,7 @@ class Episode:
         """The problem and the student of this seed; equal seeds meet equal students."""
         rng = random.Random(f"episode/{seed}")
         problem = make_problem(rng)
-        return cls(problem, Student(problem, Personality.draw(rng), seed))
+        return cls(problem, MiniatureStudent(problem, Personality.draw(rng), seed))
 
     @property
     def opening(self) -> str:
@@ -274,7 +274,7 @@ class Episode:
         }
 
 
-def engagement_rating(student: Student, reply: str) -> float:
+def engagement_rating(student: MiniatureStudent, reply: str) -> float:
     """The judge's rating of one turn in [0, 1]: the student's state, and how keen the reply's words are."""
     words = next(score for text, score in ENTHUSIASM.items() if reply.startswith(text))
     return 0.7 * student.engagement + 0.3 * words

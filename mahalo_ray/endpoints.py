@@ -1,4 +1,12 @@
-"""Bounded concurrency, rate limit and retries over the OpenAI client."""
+"""A client for OpenAI-compatible servers: many requests at a time, a rate limit, and retries.
+
+    with Endpoint(config) as endpoint:
+        calls = (ChatCall(messages=[{"role": "user", "content": question}]) for question in questions)
+        for number, answer in endpoint.chat(calls):
+            ...  # EndpointReply or Failure, in the order they finish; `number` is the call's position
+
+A call that fails for good is returned as a `Failure`: one bad reply never ends a job.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +17,7 @@ import queue
 import random
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -24,8 +33,8 @@ from mahalo_ray.config import EndpointConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Request:
-    """What both doors take. `extra` goes into the request's body as it is: a server's own options."""
+class _Call(ABC):
+    """Fields of both APIs. `extra` is added to the request's body as it is: a server's own options."""
 
     max_tokens: int = 512
     temperature: float = 1.0
@@ -34,8 +43,9 @@ class _Request:
     stop: tuple[str, ...] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
+    @abstractmethod
     def body(self) -> dict[str, Any]:
-        raise NotImplementedError
+        """The request's JSON body, without the model's name."""
 
     def _common(self) -> dict[str, Any]:
         given: dict[str, Any] = {"max_tokens": self.max_tokens, "temperature": self.temperature}
@@ -48,7 +58,7 @@ class _Request:
 
 
 @dataclass(frozen=True)
-class ChatRequest(_Request):
+class ChatCall(_Call):
     """For /chat/completions: messages as {"role": ..., "content": ...}."""
 
     messages: Sequence[Mapping[str, str]]
@@ -58,7 +68,7 @@ class ChatRequest(_Request):
 
 
 @dataclass(frozen=True)
-class CompletionRequest(_Request):
+class CompletionCall(_Call):
     """For /completions: a prompt as text or token ids. `logprobs`: how many per token, None for none."""
 
     prompt: str | Sequence[int]
@@ -71,7 +81,7 @@ class CompletionRequest(_Request):
 
 
 @dataclass(frozen=True)
-class Reply:
+class EndpointReply:
     """One text per completion asked for. `choices` holds them as the server gave them (log-probs, extras)."""
 
     texts: list[str]
@@ -128,7 +138,7 @@ def completion_text(choice: Any) -> str | None:
     return choice.text
 
 
-def reply_of(answer: Any, text_of: TextOf) -> Reply:
+def reply_of(answer: Any, text_of: TextOf) -> EndpointReply:
     """A server's answer; Garbage where it is none: a page of HTML comes as a string, for example."""
     try:
         texts = [text_of(choice) for choice in answer.choices]
@@ -140,7 +150,7 @@ def reply_of(answer: Any, text_of: TextOf) -> Reply:
         raise Garbage(f"not a completion: {answer!r}") from error
     if not texts or not all(isinstance(text, str) for text in texts):
         raise Garbage(f"a completion without text: {answer!r}")
-    return Reply([str(text) for text in texts], reasons, *tokens, choices)
+    return EndpointReply([str(text) for text in texts], reasons, *tokens, choices)
 
 
 def kind_of(error: Exception) -> tuple[str, bool]:
@@ -170,7 +180,7 @@ _BACKOFF_S = 0.5  # before the first retry; doubled at each further one, with ji
 _MAX_BACKOFF_S = 30.0
 _MESSAGE_CHARACTERS = 500
 
-Answer = tuple[int, Reply | Failure]
+Answer = tuple[int, EndpointReply | Failure]
 Create = Callable[[dict[str, Any]], Coroutine[Any, Any, Any]]
 
 
@@ -192,12 +202,12 @@ class Endpoint:
         self._thread = threading.Thread(target=self._loop.run_forever, name="endpoint", daemon=True)
         self._thread.start()
 
-    def chat(self, requests: Iterable[ChatRequest]) -> Iterator[Answer]:
+    def chat(self, requests: Iterable[ChatCall]) -> Iterator[Answer]:
         """Answers of /chat/completions as they finish. Requests are taken one by one, never more than
         `concurrency` ahead; leaving the iterator cancels what is under way."""
         return self._run(requests, lambda body: self._client.chat.completions.create(**body), chat_text)
 
-    def complete(self, requests: Iterable[CompletionRequest]) -> Iterator[Answer]:
+    def complete(self, requests: Iterable[CompletionCall]) -> Iterator[Answer]:
         """The same for /completions."""
         return self._run(requests, lambda body: self._client.completions.create(**body), completion_text)
 
@@ -217,11 +227,11 @@ class Endpoint:
         self.close()
 
     def _run(
-        self, requests: Iterable[ChatRequest] | Iterable[CompletionRequest], create: Create, text_of: TextOf
+        self, requests: Iterable[ChatCall] | Iterable[CompletionCall], create: Create, text_of: TextOf
     ) -> Iterator[Answer]:
         numbered = enumerate(requests)
-        finished: queue.SimpleQueue[tuple[int, Future[Reply | Failure]]] = queue.SimpleQueue()
-        running: dict[int, Future[Reply | Failure]] = {}
+        finished: queue.SimpleQueue[tuple[int, Future[EndpointReply | Failure]]] = queue.SimpleQueue()
+        running: dict[int, Future[EndpointReply | Failure]] = {}
         try:
             while True:
                 while len(running) < self.config.concurrency:
@@ -241,7 +251,7 @@ class Endpoint:
             for future in running.values():
                 future.cancel()
 
-    async def _send(self, body: dict[str, Any], create: Create, text_of: TextOf) -> Reply | Failure:
+    async def _send(self, body: dict[str, Any], create: Create, text_of: TextOf) -> EndpointReply | Failure:
         """Send until there is a reply, an error that another try cannot mend, or no try left."""
         attempt = 0
         while True:
@@ -277,7 +287,7 @@ class Endpoint:
         backoff = min(_MAX_BACKOFF_S, _BACKOFF_S * 2 ** (attempt - 1))
         await asyncio.sleep(backoff * random.uniform(0.5, 1.0))
 
-    def _count(self, reply: Reply) -> None:
+    def _count(self, reply: EndpointReply) -> None:
         usage = self.usage
         usage.requests += 1
         usage.prompt_tokens += reply.prompt_tokens
