@@ -30,12 +30,12 @@ from mahalo_ray.decoding.policy import DeviceConfig
 from mahalo_ray.domains.tutoring.personas import load_cases
 from mahalo_ray.rollouts.dialogue_job import (
     CASES,
-    Chunk,
-    ChunkSummary,
+    DialogueChunk,
     DialogueChunks,
-    RolloutActor,
+    DialogueSummary,
+    RolloutJob,
+    RolloutReport,
     RolloutSpec,
-    run_rollouts,
 )
 from mahalo_ray.rollouts.pool import ActorPool
 
@@ -48,8 +48,14 @@ class NoWork:
     def __init__(self, spec: Any) -> None:
         self.spec = spec
 
-    def play(self, chunk: Chunk) -> ChunkSummary:
-        return ChunkSummary(number=chunk.number, dialogues=len(chunk.seeds), actor="a")
+    def play(self, chunk: DialogueChunk) -> DialogueSummary:
+        return DialogueSummary(dialogues=len(chunk.seeds), actor="a")
+
+
+class IdleJob(RolloutJob):
+    """Rollouts by such actors."""
+
+    actor_class = ray.remote(NoWork)
 
 
 def queue(sizes: Sequence[int]) -> list[dict[str, Any]]:
@@ -94,7 +100,10 @@ def _grown(work: Callable[[], None]) -> tuple[int, float]:
 
 def _driver(spec: RolloutSpec, chunks: DialogueChunks) -> None:
     one = ActorsConfig(rollout_actors=1)
-    report = run_rollouts(spec, chunks, one, lambda done, total, note: None, actor_class=ray.remote(NoWork))
+    report = RolloutReport()
+    IdleJob(
+        spec.output_url, spec, chunks, chunks.dialogues, one, lambda done, total, note: None, report
+    ).run()
     assert report.dialogues == chunks.dialogues
 
 
@@ -133,7 +142,7 @@ def actors(counts: Sequence[int], quick: bool) -> list[dict[str, Any]]:
 
 def _rate(spec: RolloutSpec, chunks: DialogueChunks, n: int) -> float:
     """Dialogues/s from when every actor has finished a chunk until the last chunk that leaves none idle."""
-    pool = ActorPool(RolloutActor, spec, ActorsConfig(rollout_actors=n), iter(chunks))
+    pool = ActorPool(RolloutJob.actor_class, spec, ActorsConfig(rollout_actors=n), iter(chunks))
     at_work: set[str] = set()
     times = []
     for number, summary in enumerate(pool.results()):

@@ -14,12 +14,13 @@ from mahalo_ray.config import EndpointConfig
 
 @dataclass(frozen=True)
 class Scripted:
-    """One HTTP answer. `hang`: never answer while the server lives."""
+    """One HTTP answer. `hang`: never answer while the server lives; `after`: not before this is set."""
 
     status: int = 200
     body: bytes = b""
     headers: dict[str, str] = field(default_factory=dict)
     hang: bool = False
+    after: threading.Event | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,8 @@ class LocalEndpoint:
             answer = self._script(received)
         if answer.hang:
             self._end.wait()
+        if answer.after is not None:
+            answer.after.wait()
         with self._lock:
             self._open -= 1
         return answer

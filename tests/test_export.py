@@ -15,7 +15,7 @@ from mahalo_ray.cli import app
 from mahalo_ray.models import LoraSettings, MultiHeadCausalLM
 from mahalo_ray.models.backbone import load_tokenizer
 from mahalo_ray.objectives import Weights
-from mahalo_ray.pipeline.export import export
+from mahalo_ray.pipeline.artifacts import export
 from mahalo_ray.pipeline.stages import Manifest
 
 WEIGHTS = Weights.parse("accuracy=0.7,engagement=0.3")
@@ -90,5 +90,5 @@ def test_what_cannot_be_exported_is_said(tmp_path: Path) -> None:
         result = CliRunner().invoke(app, ["export", source, str(tmp_path / "out"), "--weights", weights])
         assert result.exit_code == 2 and message in result.output
     (tmp_path / "config.yaml").touch()
-    with pytest.raises(ValueError, match="no finished policy"):
+    with pytest.raises(ValueError, match=r"stage 'policy' of the run at .* is not finished"):
         export(str(tmp_path), str(tmp_path / "out"), WEIGHTS)

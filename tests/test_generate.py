@@ -27,7 +27,7 @@ from mahalo_ray.objectives import Weights
 from mahalo_ray.pipeline.cluster import ray_session
 from mahalo_ray.pipeline.generate import generate
 from mahalo_ray.pipeline.progress import RunProgress
-from mahalo_ray.rollouts.generate import GenerateWorker, Generation, PromptChunks, before_stop, request_of
+from mahalo_ray.rollouts.generate import GenerateWorker, Generation, before_stop, cut_into_chunks, request_of
 
 ROWS: list[dict[str, Any]] = [
     {"id": "a", "prompt": "What is 2 + 3?", "answer": "left alone"},
@@ -82,7 +82,7 @@ def play(config: GenerateConfig) -> None:
     """All chunks, without Ray."""
     rows, _ = read_prompts(config.prompts)
     worker = GenerateWorker(config)
-    for chunk in PromptChunks(rows, config.chunk_rows):
+    for chunk in cut_into_chunks(rows, config.chunk_rows):
         worker.play(chunk)
 
 

@@ -38,12 +38,12 @@ from mahalo_ray.rollouts.dialogue_job import (
     CANDIDATES,
     CASES,
     DIALOGUES,
-    Chunk,
+    DialogueChunk,
     RolloutSpec,
     RolloutWorker,
-    shared,
 )
 from mahalo_ray.rollouts.dialogues import Conversation, DialogueBatch, first_candidate, play
+from mahalo_ray.rollouts.pool import share_limits
 from mahalo_ray.rollouts.students import ModelStudents, PersonaStudent
 from mahalo_ray.rollouts.tutors import PolicyTutor
 
@@ -150,7 +150,7 @@ def spec_of(folders: dict[str, str], output: Path, **settings: Any) -> RolloutSp
 
 
 def played(spec: RolloutSpec, numbers: Sequence[int] = (0, 1)) -> tuple[list[CandidateSet], list[Dialogue]]:
-    RolloutWorker(spec).play(Chunk(0, tuple(numbers)))
+    RolloutWorker(spec).play(DialogueChunk(0, tuple(numbers)))
     return (
         CandidateSet.load(f"{spec.output_url}/{CANDIDATES}"),
         Dialogue.load(f"{spec.output_url}/{DIALOGUES}"),
@@ -234,20 +234,20 @@ def failing_for(word: str, answer: Scripted) -> Any:
 
 
 def test_a_failure_is_one_dialogues_own_and_mended_later(folders: dict[str, str], tmp_path: Path) -> None:
-    def run(output: Path, answer: Scripted | None, chunk: Chunk) -> Any:
+    def run(output: Path, answer: Scripted | None, chunk: DialogueChunk) -> Any:
         script = (lambda _: says("Tell me more.")) if answer is None else failing_for("What is 1 +", answer)
         with LocalEndpoint(script) as server:
             student = EndpointStudentConfig(endpoint=server.config(max_retries=0))
             return RolloutWorker(spec_of(folders, output, student=student)).play(chunk)
 
-    chunk = Chunk(0, tuple(range(6)))
+    chunk = DialogueChunk(0, tuple(range(6)))
     quiet = run(tmp_path / "quiet", None, chunk)
     broken = run(tmp_path / "broken", fails(500), chunk)
-    assert (quiet.dialogues, quiet.failed) == (6, {})
-    assert broken.dialogues == 4 and {kind for kind, _ in broken.failed.values()} == {"http_500"}
+    assert (quiet.dialogues, quiet.failures) == (6, {})
+    assert broken.dialogues == 4 and {kind for kind, _ in broken.failures.values()} == {"http_500"}
     assert len(Dialogue.load(str(tmp_path / "broken" / DIALOGUES))) == 4
-    mended = run(tmp_path / "broken", None, replace(chunk, again=tuple(broken.failed)))
-    assert (mended.dialogues, mended.failed, mended.failed_attempts) == (6, {}, {"http_500": 2})
+    mended = run(tmp_path / "broken", None, replace(chunk, again=tuple(broken.failures)))
+    assert (mended.dialogues, mended.failures, mended.failed_attempts) == (6, {}, {"http_500": 2})
     for kind in (CANDIDATES, DIALOGUES):
         shards = [
             (tmp_path / name / kind / "part-000000.parquet").read_bytes() for name in ("quiet", "broken")
@@ -258,10 +258,10 @@ def test_a_failure_is_one_dialogues_own_and_mended_later(folders: dict[str, str]
 def test_endpoints_are_shared_among_actors() -> None:
     with LocalEndpoint([says("x")]) as server:
         config = server.config(concurrency=9, requests_per_minute=100)
-        part = shared(config, 4)
+        part = share_limits(config, 4)
         assert (part.concurrency, part.requests_per_minute) == (2, 25)
         with pytest.raises(ValueError, match=r"'endpoint.concurrency' is 9 for 10 actors"):
-            shared(config, 10)
+            share_limits(config, 10)
 
 
 DOCUMENT: dict[str, Any] = {

@@ -142,7 +142,7 @@ def serve_run(config: RunConfig) -> None:
         serve_in_foreground(config, manifests, out)
 
 
-def pipeline_of(config: RunConfig, targets: tuple[str, ...]) -> Pipeline:
+def pipeline_of(config: RunConfig, targets: tuple[str, ...]) -> Pipeline[RunConfig]:
     """The stages of this kind of run; ConfigError for a target that a run on own data does not have."""
     from mahalo_ray.pipeline import datasets, run
 
@@ -261,12 +261,12 @@ def plan(
 
 
 def export_policy(source: str, output: str, weights: Weights, dtype: str | None) -> None:
-    """`mahalo_ray.pipeline.export.export` with a dtype by name."""
+    """`mahalo_ray.pipeline.artifacts.export` with a dtype by name."""
     if dtype not in (None, "float32", "bfloat16"):
         raise ValueError(unknown_name("dtype", str(dtype), ("float32", "bfloat16")))
     import torch
 
-    from mahalo_ray.pipeline.export import export as merge_and_save
+    from mahalo_ray.pipeline.artifacts import export as merge_and_save
 
     merge_and_save(source, output, weights, None if dtype is None else getattr(torch, dtype))
 

@@ -48,7 +48,9 @@ def load(file: Path, overrides: list[str] | None) -> RunConfig:
     return config
 
 
-def execute(pipeline: Pipeline, config: RunConfig, targets: tuple[str, ...] | None) -> dict[str, Manifest]:
+def execute(
+    pipeline: Pipeline[RunConfig], config: RunConfig, targets: tuple[str, ...] | None
+) -> dict[str, Manifest]:
     """Run stages of any pipeline with a Ray session of this configuration."""
     return pipeline.run(config, targets, session=lambda: open_session(config), progress=RunProgress(out))
 

@@ -319,6 +319,11 @@ class GenerateConfig(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     cluster: ActorsConfig = ActorsConfig()
 
+    @property
+    def seed(self) -> int:
+        """That of the requests."""
+        return self.request.seed
+
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if (self.policy is None) == (self.server is None):

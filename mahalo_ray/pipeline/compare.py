@@ -133,7 +133,7 @@ def policy_settings(
     )
 
 
-def baseline_stages(config: RunConfig) -> list[Stage]:
+def baseline_stages(config: RunConfig) -> list[Stage[RunConfig]]:
     """One stage per training, and one that averages the soups."""
     stages = [_training_stage(name, settings) for name, settings in trainings(config).items()]
     soups = [policy for policy in baseline_policies(config) if policy.method == "soup"]
@@ -152,10 +152,10 @@ def baseline_stages(config: RunConfig) -> list[Stage]:
     return stages
 
 
-def _training_stage(name: str, settings: PolicyConfig) -> Stage:
+def _training_stage(name: str, settings: PolicyConfig) -> Stage[RunConfig]:
     """The `policy` stage with these settings."""
 
-    def train(context: Context) -> StageResult:
+    def train(context: Context[RunConfig]) -> StageResult:
         config = context.config.model_copy(update={"policy": settings})
         return train_heads(replace(context, config=config), context.input("sft", "model"))
 
@@ -168,7 +168,7 @@ def _training_stage(name: str, settings: PolicyConfig) -> Stage:
     return Stage(name, title, train, config_of, needs=("sft", "pairs"), resumes=True)
 
 
-def _average_all(context: Context, soups: Sequence[BaselinePolicy]) -> StageResult:
+def _average_all(context: Context[RunConfig], soups: Sequence[BaselinePolicy]) -> StageResult:
     """An ordinary model per weight vector: the average of the objectives' DPO policies."""
     config = context.config
     folders = {
@@ -193,7 +193,7 @@ EQUAL = (
 Upstream = Mapping[str, tuple[str, Manifest]]
 
 
-def comparison_pipeline(config: RunConfig) -> Pipeline:
+def comparison_pipeline(config: RunConfig) -> Pipeline[RunConfig]:
     """The run's own stages, one per baseline policy to train, the soups, and the table over all.
 
     ValueError where the run has no policy with a head per objective to compare.
@@ -231,7 +231,7 @@ def comparison_pipeline(config: RunConfig) -> Pipeline:
     )
 
 
-def play_baselines(context: Context) -> StageResult:
+def play_baselines(context: Context[RunConfig]) -> StageResult:
     """Every baseline policy, and MAH-DPO at weights of theirs that it was not played at, against the students
     of the sweep."""
     baselines = [
@@ -257,7 +257,7 @@ def _policy_rows(config: RunConfig) -> list[Method]:
     return [Method(policy_at(config, weights), "weights", weights=weights) for weights in missing]
 
 
-def report(context: Context) -> StageResult:
+def report(context: Context[RunConfig]) -> StageResult:
     """Table, families, claims and picture, as the run's own report has them."""
     config = context.config
     documents, table, fronts = _comparison(config, context.upstream)

@@ -17,9 +17,10 @@ from mahalo_ray.domains.human_values import read_truthfulqa
 from mahalo_ray.evaluation.reward_metrics import ObjectiveMetrics
 from mahalo_ray.evaluation.reward_report import RESULTS, held_out_report, write_report
 from mahalo_ray.models.backbone import load_tokenizer
-from mahalo_ray.models.folder import local_folder, model_folder
+from mahalo_ray.models.folder import model_folder
 from mahalo_ray.models.reward_heads import OUTPUT_KIND_OF
 from mahalo_ray.models.scoring import StepEncoder
+from mahalo_ray.pipeline.artifacts import place_model
 from mahalo_ray.pipeline.run import START_MODEL, method_version, train_heads, trained
 from mahalo_ray.pipeline.stages import Context, Pipeline, Stage, StageResult
 from mahalo_ray.training.batches import hash_split
@@ -30,7 +31,7 @@ from mahalo_ray.training.reward_data import refuse_long
 R = TypeVar("R", PreferencePair, StepTrace)
 
 
-def pairs(context: Context) -> StageResult:
+def pairs(context: Context[RunConfig]) -> StageResult:
     """Read the pairs of all sources; what cannot be used goes to quarantine.parquet."""
     config = context.config
     assert config.data is not None
@@ -58,7 +59,7 @@ def pairs(context: Context) -> StageResult:
     )
 
 
-def traces(context: Context) -> StageResult:
+def traces(context: Context[RunConfig]) -> StageResult:
     """Read the step traces of all sources; what cannot be used goes to quarantine.parquet."""
     config = context.config
     assert config.data is not None
@@ -157,12 +158,12 @@ def model_settings(config: RunConfig) -> dict[str, Any]:
 FEATURES = "features"
 
 
-def reward(context: Context) -> StageResult:
+def reward(context: Context[RunConfig]) -> StageResult:
     """One reward model of all objectives."""
     return trained(context, _train_reward(context, context.config.objectives, context.folder))
 
 
-def dedicated(context: Context) -> StageResult:
+def dedicated(context: Context[RunConfig]) -> StageResult:
     """A reward model of its own for every group of objectives, from the same rows."""
     config, metrics = context.config, dict[str, Any]()
     for number, names in enumerate(config.reward.dedicated):
@@ -171,7 +172,9 @@ def dedicated(context: Context) -> StageResult:
     return StageResult(metrics, {str(number): str(number) for number in range(len(config.reward.dedicated))})
 
 
-def _train_reward(context: Context, objectives: Sequence[ObjectiveConfig], folder: str) -> TrainingResult:
+def _train_reward(
+    context: Context[RunConfig], objectives: Sequence[ObjectiveConfig], folder: str
+) -> TrainingResult:
     """A reward model of these objectives on what the stages before have read, in `folder`/model."""
     config = context.config
     assert config.data is not None
@@ -209,7 +212,7 @@ def _only(traces_url: str, names: Sequence[str], url: str) -> str | None:
     return url
 
 
-def reward_report(context: Context) -> StageResult:
+def reward_report(context: Context[RunConfig]) -> StageResult:
     """Metrics on held-out rows, and how the dedicated models do on the same."""
     config = context.config
     kinds = {objective.name: OUTPUT_KIND_OF[objective.supervision] for objective in config.objectives}
@@ -222,21 +225,15 @@ def reward_report(context: Context) -> StageResult:
     return StageResult({name: own.as_json()["figures"] for name, own in unified.items()}, {"report": RESULTS})
 
 
-def policy(context: Context) -> StageResult:
+def policy(context: Context[RunConfig]) -> StageResult:
     """MAH-DPO from the base model."""
     return train_heads(context, _base_url(context))
 
 
-def _base_url(context: Context) -> str:
-    """The base where it lies; one from a hub is put where every node can reach it."""
+def _base_url(context: Context[RunConfig]) -> str:
     base = context.config.model.base
     assert base is not None
-    if storage.exists(base):
-        return storage.absolute(base)
-    url = context.path(START_MODEL)
-    if not storage.exists(url):
-        storage.upload_folder(local_folder(base), url)
-    return url
+    return place_model(base, context.path(START_MODEL))
 
 
 def _policy_settings(config: RunConfig) -> dict[str, Any]:
@@ -271,7 +268,7 @@ _READERS = {
 }
 
 
-def pipeline(config: RunConfig) -> Pipeline:
+def pipeline(config: RunConfig) -> Pipeline[RunConfig]:
     """The stages that this run's data allow."""
     assert config.data is not None
     readers = [name for name in _READERS if getattr(config.data, name)]

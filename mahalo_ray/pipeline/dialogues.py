@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
-import time
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -25,9 +22,10 @@ from mahalo_ray.domains.tutoring.personas import load_cases
 from mahalo_ray.errors import StageError
 from mahalo_ray.evaluation.dialogue_report import write_dialogue_report
 from mahalo_ray.models.folder import METADATA_FILE
+from mahalo_ray.pipeline.artifacts import place_model
 from mahalo_ray.pipeline.progress import RunProgress
 from mahalo_ray.pipeline.seed_blocks import first_seed
-from mahalo_ray.pipeline.stages import Manifest, claim_output, fingerprint, run_lock
+from mahalo_ray.pipeline.stages import Context, Manifest, Pipeline, Session, Stage, StageResult
 from mahalo_ray.rollouts.dialogue_job import (
     CANDIDATES,
     CASES,
@@ -35,9 +33,9 @@ from mahalo_ray.rollouts.dialogue_job import (
     DialogueChunks,
     RolloutSpec,
     run_rollouts,
-    shared,
 )
 from mahalo_ray.rollouts.pairs import CandidateShards, build_pairs
+from mahalo_ray.rollouts.pool import share_limits
 
 PAIRS = "pairs"
 CASES_FILE = "cases.json"
@@ -45,41 +43,39 @@ REPORT = "dialogues.html"
 PAIRS_PER_SHARD = 5000
 MAX_BAD_CASES = 0.01  # share of rows that cannot be used before they are an error
 
-Session = Callable[[], contextlib.AbstractContextManager[None]]
-
 
 def make_dialogues(config: DialoguesConfig, session: Session, progress: RunProgress) -> Manifest:
     """Bring the output up to date; finished chunks are kept, failed dialogues are played again.
 
     ValueError if the output holds dialogues of other settings.
     """
-    began, output = time.monotonic(), storage.absolute(config.output)
-    with run_lock(output), progress as display, contextlib.ExitStack() as ray:
-        mine = _fingerprint(config)
-        claim_output(output, config, mine, "dialogues")
-        cases_url = _write_cases(config, output)
-        with display.stage("[1/3] Play dialogues") as bar:
-            ray.enter_context(session())
-            bar.start(config.play.dialogues, "dialogues")
-            metrics = run_rollouts(
-                _spec(config, output, cases_url),
-                _chunks(config),
-                config.cluster,
-                bar.update,
-                config.max_failed_fraction,
-            ).as_json()
-        ray.close()
-        with display.stage("[2/3] Build preference pairs"):
-            metrics[PAIRS] = _write_pairs(config, output)
-        with display.stage("[3/3] Write the summary"):
-            write_dialogue_report(output, config.name, metrics, storage.join(output, REPORT))
-        outputs = {"candidates": CANDIDATES, "dialogues": DIALOGUES, "report": REPORT}
-        if metrics[PAIRS]:
-            outputs[PAIRS] = PAIRS
-        seconds = round(time.monotonic() - began, 3)
-        manifest = Manifest("dialogues", mine, outputs, metrics, seconds)
-        manifest.write(output)
-        return manifest
+    stages = []
+    if config.cases is not None:
+        stages.append(Stage("cases", "Read cases", _read_cases, _cases_settings, uses_ray=False))
+    needs = tuple(stage.name for stage in stages)
+    title = "Play dialogues, build preference pairs"
+    stages.append(Stage("dialogues", title, _make, _settings, needs, in_output=True))
+    pipeline = Pipeline(stages, holds="dialogues")
+    return pipeline.run(config, session=session, progress=progress)["dialogues"]
+
+
+def _make(context: Context[DialoguesConfig]) -> StageResult:
+    config, output = context.config, context.folder
+    context.progress.start(config.play.dialogues, "dialogues")
+    report = run_rollouts(
+        _spec(context),
+        _chunks(config),
+        config.cluster,
+        context.progress.update,
+        config.max_failed_fraction,
+    )
+    metrics = report.model_dump(mode="json")
+    metrics[PAIRS] = _write_pairs(context)
+    write_dialogue_report(output, config.name, metrics, storage.join(output, REPORT))
+    outputs = {"candidates": CANDIDATES, "dialogues": DIALOGUES, "report": REPORT}
+    if metrics[PAIRS]:
+        outputs[PAIRS] = PAIRS
+    return StageResult(metrics, outputs)
 
 
 def check_sources(config: DialoguesConfig) -> None:
@@ -88,7 +84,7 @@ def check_sources(config: DialoguesConfig) -> None:
     actors = min(config.cluster.rollout_actors, len(_chunks(config)))
     for side in (config.tutor, config.student):
         if side.kind == "endpoint":
-            shared(side.endpoint, actors)
+            share_limits(side.endpoint, actors)
         elif side.kind != "miniature":
             _check_model(side.path, side.kind == "policy")
     if config.reward is not None and not storage.exists(config.reward):
@@ -109,29 +105,34 @@ def _check_model(path: str, wants_heads: bool) -> None:
         raise ValueError(f"'{path}' is an ordinary model: use it with 'kind: model'")
 
 
-def _fingerprint(config: DialoguesConfig) -> str:
+def _settings(config: DialoguesConfig) -> dict[str, Any]:
     """What the dialogues depend on: not where they are played, nor how hard endpoints may be asked."""
     settings = config.model_dump(
-        mode="json", exclude={"output", "cluster", "max_failed_fraction", "pairs", "seed"}
+        mode="json", exclude={"output", "cluster", "max_failed_fraction", "pairs", "seed", "cases"}
     )
     for side in ("tutor", "student"):
         if "endpoint" in settings[side]:
             settings[side]["endpoint"] = settings[side]["endpoint"]["model"]
-    files = []
-    if config.cases is not None and not isinstance(config.cases, GridCases):
-        files = [storage.fingerprint(file) for file in data_files(config.cases.path)]
-    return fingerprint("dialogues", 1, config.seed, {**settings, "files": files}, {})
+    return settings
 
 
-def _write_cases(config: DialoguesConfig, output: str) -> str | None:
-    """Where every actor reads the cases: beside the output, which all nodes reach."""
-    if config.cases is None:
-        return None
-    cases, bad = load_cases(config.cases)
-    quarantine(bad, len(cases) + len(bad), MAX_BAD_CASES, storage.join(output, QUARANTINE))
-    url = storage.join(output, CASES_FILE)
-    storage.write_bytes(url, CASES.dump_json(cases))
-    return url
+def _cases_settings(config: DialoguesConfig) -> dict[str, Any]:
+    """The cases, and what their files hold now."""
+    assert config.cases is not None
+    files = [] if isinstance(config.cases, GridCases) else data_files(config.cases.path)
+    return {
+        "cases": config.cases.model_dump(mode="json"),
+        "files": [storage.fingerprint(file) for file in files],
+    }
+
+
+def _read_cases(context: Context[DialoguesConfig]) -> StageResult:
+    """Write the cases as one file, which every actor reads."""
+    assert context.config.cases is not None
+    cases, bad = load_cases(context.config.cases)
+    quarantine(bad, len(cases) + len(bad), MAX_BAD_CASES, context.output_path(QUARANTINE))
+    storage.write_bytes(context.path(CASES_FILE), CASES.dump_json(cases))
+    return StageResult({"rows": len(cases) + len(bad), "quarantined": len(bad)}, {"cases": CASES_FILE})
 
 
 def _chunks(config: DialoguesConfig) -> DialogueChunks:
@@ -140,39 +141,37 @@ def _chunks(config: DialoguesConfig) -> DialogueChunks:
     return DialogueChunks(first, config.play.dialogues, config.play.batch_size_per_actor)
 
 
-def _spec(config: DialoguesConfig, output: str, cases_url: str | None) -> RolloutSpec:
+def _spec(context: Context[DialoguesConfig]) -> RolloutSpec:
+    config = context.config
     tutor, student = config.tutor, config.student
     if not isinstance(tutor, EndpointTutorConfig):
-        tutor = tutor.model_copy(update={"path": _reachable(tutor.path)})
+        tutor = tutor.model_copy(update={"path": place_model(tutor.path, context.path("tutor"))})
     if isinstance(student, ModelStudentConfig):
-        student = student.model_copy(update={"path": _reachable(student.path)})
+        same = not isinstance(config.tutor, EndpointTutorConfig) and config.tutor.path == student.path
+        url = context.path("tutor" if same else "student")
+        student = student.model_copy(update={"path": place_model(student.path, url)})
     return RolloutSpec(
         tutor=tutor,
         student=student,
         play=config.play,
-        output_url=output,
+        output_url=context.folder,
         purpose=config.name,
         placement=DeviceConfig(config.cluster.device, config.dtype),
         threads=max(1, math.floor(config.cluster.cpus_per_rollout_actor)),
         reward_url=None if config.reward is None else storage.absolute(config.reward),
-        cases_url=cases_url,
+        cases_url=None if config.cases is None else context.input("cases", "cases"),
         personas=config.personas,
         seed=config.seed,
     )
 
 
-def _reachable(path: str) -> str:
-    """A path that means the same in every actor's folder; a hub id stays one."""
-    return storage.absolute(path) if storage.exists(path) else path
-
-
-def _write_pairs(config: DialoguesConfig, output: str) -> dict[str, Any]:
+def _write_pairs(context: Context[DialoguesConfig]) -> dict[str, Any]:
     """Pairs of every objective the reward model scores, and what became of the candidates."""
-    folder = storage.join(output, PAIRS)
+    config, folder = context.config, context.path(PAIRS)
     storage.remove(folder)
     if config.reward is None:
         return {}
-    sets = CandidateShards(storage.join(output, CANDIDATES))
+    sets = CandidateShards(context.path(CANDIDATES))
     first = next(iter(sets), None)
     if first is None:
         raise StageError("no dialogue came to a candidate turn: there is nothing to make pairs of")

@@ -80,17 +80,17 @@ def check_heads(config: RunConfig) -> None:
         )
 
 
-def sweep(context: Context) -> StageResult:
+def sweep(context: Context[RunConfig]) -> StageResult:
     """Ray Tune over the decoding weights, every point against the same fresh students."""
     return play(context, sweep_methods(context.config))
 
 
-def evaluate(context: Context) -> StageResult:
+def evaluate(context: Context[RunConfig]) -> StageResult:
     """All that the sweep is compared with, against the same students as the sweep."""
     return play(context, other_methods(context.config))
 
 
-def play(context: Context, methods: list[Method]) -> StageResult:
+def play(context: Context[RunConfig], methods: list[Method]) -> StageResult:
     """Every method against the run's fresh students; needs the stages sft, policy and reward."""
     config = context.config
     check_heads(config)
@@ -126,7 +126,7 @@ def _document(played: Played) -> dict[str, Any]:
     }
 
 
-def report(context: Context) -> StageResult:
+def report(context: Context[RunConfig]) -> StageResult:
     """The table, what it shows in words, and how it was measured, as a page, a picture and JSON."""
     config = context.config
     files = [context.input(stage, "methods") for stage in ("evaluate", "sweep")]
@@ -153,7 +153,7 @@ def table_of(config: RunConfig, documents: list[dict[str, Any]]) -> ComparisonTa
     )
 
 
-def _contents(context: Context, documents: list[dict[str, Any]]) -> ReportContents:
+def _contents(context: Context[RunConfig], documents: list[dict[str, Any]]) -> ReportContents:
     config = context.config
     trained = ("sft", "reward", "policy")
     described = [f"{o.name} ({o.description})" if o.description else o.name for o in config.objectives]

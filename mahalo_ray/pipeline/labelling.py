@@ -3,37 +3,34 @@ where it stopped."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-import time
-from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
-from mahalo_ray.config import ConfigError, ContinuationsConfig, EndpointJudgeConfig, LabelConfig
+from mahalo_ray.config import ConfigError, EndpointJudgeConfig, LabelConfig
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import StepTrace
 from mahalo_ray.data.rows import QUARANTINE, data_files, quarantine
 from mahalo_ray.data.step_readers import ReadTraces, read_prompts, read_traces
 from mahalo_ray.decoding.policy import DeviceConfig
 from mahalo_ray.errors import StageError
-from mahalo_ray.models.folder import local_folder
+from mahalo_ray.pipeline.artifacts import place_model
 from mahalo_ray.pipeline.judging import judge_identity, judge_spec
 from mahalo_ray.pipeline.progress import RunProgress
-from mahalo_ray.pipeline.stages import Manifest, claim_output, fingerprint, run_lock
-from mahalo_ray.rollouts.dialogue_job import shared
+from mahalo_ray.pipeline.stages import Context, Manifest, Pipeline, Session, Stage, StageResult
 from mahalo_ray.rollouts.judges import JudgeSpec
 from mahalo_ray.rollouts.labelling import (
     TRACES,
     UNJUDGED,
     LabelChunk,
+    LabelReport,
     LabelSpec,
-    LabelSummary,
     run_labelling,
 )
+from mahalo_ray.rollouts.pool import share_limits
 
 INPUT = "input"
-
-Session = Callable[[], contextlib.AbstractContextManager[None]]
+CHUNKS = "chunks.json"
 
 
 def make_labels(config: LabelConfig, session: Session, progress: RunProgress) -> Manifest:
@@ -42,39 +39,44 @@ def make_labels(config: LabelConfig, session: Session, progress: RunProgress) ->
     if config.input is None:
         raise ConfigError("'input' is missing: say what is to be labelled")
     judges = {name: judge_spec(name, judge) for name, judge in config.judges.items()}
-    began, output = time.monotonic(), storage.absolute(config.output)
-    with run_lock(output), progress as display, contextlib.ExitStack() as ray:
-        mine = _fingerprint(config, judges)
-        claim_output(output, config, mine, "labels")
-        with display.stage("[1/2] Read traces"):
-            chunks = _write_chunks(config, output)
-        with display.stage("[2/2] Label") as bar:
-            ray.enter_context(session())
-            bar.start(sum(chunk.size for chunk in chunks), "rows")
-            spec = _spec(config, judges, output, len(chunks))
-            limit = config.max_unjudged_fraction
-            summary = run_labelling(spec, chunks, config.cluster, bar.update, limit)
-        if summary.traces == 0:
-            raise StageError(f"no trace has a label; the last reason: {summary.example}")
-        outputs = {"traces": TRACES, "unjudged": UNJUDGED, "quarantine": QUARANTINE}
-        seconds = round(time.monotonic() - began, 3)
-        manifest = Manifest("label", mine, outputs, _metrics(config, judges, summary), seconds)
-        manifest.write(output)
-        return manifest
+    read = Stage("input", "Read traces", _read_input, _input_settings, uses_ray=False)
+    label = Stage[LabelConfig](
+        "label",
+        "Label",
+        lambda context: _label(context, judges),
+        lambda config: _settings(config, judges),
+        needs=("input",),
+        in_output=True,
+    )
+    return Pipeline([read, label], holds="labels").run(config, session=session, progress=progress)["label"]
 
 
-def _metrics(config: LabelConfig, judges: dict[str, JudgeSpec], summary: LabelSummary) -> dict[str, Any]:
-    """What it came to, as plain numbers; and who judged, calibrated or not."""
-    sampling: dict[str, float] = dict(summary.sampling)
+def _label(context: Context[LabelConfig], judges: dict[str, JudgeSpec]) -> StageResult:
+    config = context.config
+    chunks = [LabelChunk(**chunk) for chunk in storage.read_json(context.input("input", "chunks"))]
+    context.progress.start(sum(chunk.rows for chunk in chunks), "rows")
+    spec = _spec(context, judges, len(chunks))
+    report = run_labelling(
+        spec, chunks, config.cluster, context.progress.update, config.max_unjudged_fraction
+    )
+    if report.traces == 0:
+        raise StageError(f"no trace has a label; the last reason: {report.example}")
+    outputs = {"traces": TRACES, "unjudged": UNJUDGED, "quarantine": QUARANTINE}
+    return StageResult(_metrics(config, judges, report), outputs)
+
+
+def _metrics(config: LabelConfig, judges: dict[str, JudgeSpec], report: LabelReport) -> dict[str, Any]:
+    """The report as plain numbers; and who judged, calibrated or not."""
+    sampling: dict[str, float] = dict(report.sampling)
     if sampling:
         sampling["samples_saved"] = 1 - sampling["samples"] / max(1, sampling["samples_full"])
     return {
-        "rows": summary.rows,
-        "traces": summary.traces,
-        "labels": dict(summary.labels),
-        "unjudged": dict(summary.unjudged),
+        "rows": report.rows,
+        "traces": report.traces,
+        "labels": dict(report.labels),
+        "unjudged": dict(report.unjudged),
         "sampling": sampling,
-        "endpoints": summary.endpoints,
+        "endpoints": report.endpoints,
         "judges": {
             name: {
                 "supervision": next(o.supervision for o in config.objectives if o.name == name),
@@ -87,37 +89,46 @@ def _metrics(config: LabelConfig, judges: dict[str, JudgeSpec], summary: LabelSu
     }
 
 
-def _fingerprint(config: LabelConfig, judges: dict[str, JudgeSpec]) -> str:
+def _settings(config: LabelConfig, judges: dict[str, JudgeSpec]) -> dict[str, Any]:
     """What the labels depend on: not where they are made, nor how hard endpoints may be asked."""
-    excluded = {"output", "cluster", "max_unjudged_fraction", "judges", "calibration", "seed"}
+    excluded = {"output", "cluster", "max_unjudged_fraction", "judges", "calibration", "seed", "input"}
     settings = config.model_dump(mode="json", exclude=excluded)
     settings["judges"] = {
         name: {**judge_identity(spec), "threshold": spec.threshold} for name, spec in judges.items()
     }
-    assert config.input is not None
-    sources = [*(s.path for s in config.input.traces), *(s.path for s in config.input.prompts)]
-    settings["files"] = [storage.fingerprint(file) for source in sources for file in data_files(source)]
     policy = None if config.continuations is None else config.continuations.policy
     if policy is not None and storage.exists(policy):
         settings["policy"] = [storage.fingerprint(file) for file in storage.list_files(policy)]
-    return fingerprint("label", 1, config.seed, settings, {})
+    return settings
 
 
-def _write_chunks(config: LabelConfig, output: str) -> list[LabelChunk]:
-    """The input as files of `traces_per_chunk` rows, traces of one prompt together."""
+def _input_settings(config: LabelConfig) -> dict[str, Any]:
+    """The input, and what its files hold now."""
     assert config.input is not None
-    found, prompts = ReadTraces(), ReadTraces()
+    sources = [*(s.path for s in config.input.traces), *(s.path for s in config.input.prompts)]
+    return {
+        "input": config.input.model_dump(mode="json"),
+        "traces_per_chunk": config.traces_per_chunk,
+        "files": [storage.fingerprint(file) for source in sources for file in data_files(source)],
+    }
+
+
+def _read_input(context: Context[LabelConfig]) -> StageResult:
+    """The input as files of `traces_per_chunk` rows, traces of one prompt together."""
+    config = context.config
+    assert config.input is not None
+    read, prompts = ReadTraces(), ReadTraces()
     for number, source in enumerate(config.input.traces):
-        read_traces(source.path, source.format, [], None, None, f"traces{number}", found, with_labels=False)
+        read_traces(source.path, source.format, [], None, None, f"traces{number}", read, with_labels=False)
     answers: list[int] = []
     for number, asked in enumerate(config.input.prompts):
         read_prompts(asked.path, f"prompts{number}", prompts)
         answers += [asked.responses] * (len(prompts.traces) - len(answers))
-    bad, seen = [*found.bad, *prompts.bad], found.seen + prompts.seen
-    share, url = config.input.max_bad_fraction, storage.join(output, QUARANTINE)
+    bad, seen = [*read.bad, *prompts.bad], read.seen + prompts.seen
+    share, url = config.input.max_bad_fraction, context.output_path(QUARANTINE)
     quarantine(bad, seen, share, url, "input.max_bad_fraction")
     limit = config.input.limit
-    traces = found.traces[:limit]
+    traces = read.traces[:limit]
     left = None if limit is None else limit - len(traces)
     size, chunks = config.traces_per_chunk, []
     place: dict[str, int] = {}
@@ -125,50 +136,47 @@ def _write_chunks(config: LabelConfig, output: str) -> list[LabelChunk]:
         place.setdefault(trace.group, len(place))
     traces = sorted(traces, key=lambda trace: place[trace.group])
     for at in range(0, len(traces), size):
-        chunks.append(_chunk(output, f"traces-{at // size:06d}", traces[at : at + size], 0))
+        chunks.append(_write_chunk(context, f"traces-{at // size:06d}", traces[at : at + size], 0))
     for responses in dict.fromkeys(answers):
         own = [t for t, count in zip(prompts.traces[:left], answers, strict=False) if count == responses]
         per_chunk = max(1, size // responses)
         for at in range(0, len(own), per_chunk):
             name = f"prompts-{responses}-{at // per_chunk:06d}"
-            chunks.append(_chunk(output, name, own[at : at + per_chunk], responses))
+            chunks.append(_write_chunk(context, name, own[at : at + per_chunk], responses))
     if not chunks:
         raise ValueError("'input' holds nothing that can be labelled")
-    return chunks
+    storage.write_json(context.path(CHUNKS), [asdict(chunk) for chunk in chunks])
+    return StageResult({"rows": seen, "quarantined": len(bad)}, {"chunks": CHUNKS})
 
 
-def _chunk(output: str, name: str, rows: list[StepTrace], responses: int) -> LabelChunk:
-    url = storage.join(output, INPUT, f"{name}.parquet")
-    if not storage.exists(url):
-        StepTrace.save(rows, url)
+def _write_chunk(
+    context: Context[LabelConfig], name: str, rows: list[StepTrace], responses: int
+) -> LabelChunk:
+    url = context.path(f"{name}.parquet")
+    StepTrace.save(rows, url)
     return LabelChunk(url, len(rows), responses)
 
 
-def _spec(config: LabelConfig, judges: dict[str, JudgeSpec], output: str, chunks: int) -> LabelSpec:
+def _spec(context: Context[LabelConfig], judges: dict[str, JudgeSpec], chunks: int) -> LabelSpec:
+    config = context.config
     actors = min(config.cluster.rollout_actors, chunks)
     for judge in config.judges.values():
         if isinstance(judge, EndpointJudgeConfig):
-            shared(judge.endpoint, actors)  # refuses what is too little for all
+            share_limits(judge.endpoint, actors)  # refuses what is too little for all
+    continuations = config.continuations
+    if continuations is not None:
+        policy = place_model(continuations.policy, context.path("policy"))
+        continuations = continuations.model_copy(update={"policy": policy})
     return LabelSpec(
         name=config.name,
-        output_url=output,
+        output_url=context.folder,
         objectives=tuple(config.objectives),
         judges=judges,
         domain=config.domain,
         step_separator=config.step_separator,
-        continuations=None if config.continuations is None else _reachable(config.continuations, output),
+        continuations=continuations,
         placement=DeviceConfig(config.cluster.device, config.dtype),
         threads=max(1, math.floor(config.cluster.cpus_per_rollout_actor)),
         seed=config.seed,
         actors=actors,
     )
-
-
-def _reachable(settings: ContinuationsConfig, output: str) -> ContinuationsConfig:
-    """The policy where every node can read it; one from a hub is put beside the output."""
-    if storage.exists(settings.policy):
-        return settings.model_copy(update={"policy": storage.absolute(settings.policy)})
-    url = storage.join(output, "policy")
-    if not storage.exists(url):
-        storage.upload_folder(local_folder(settings.policy), url)
-    return settings.model_copy(update={"policy": url})

@@ -28,7 +28,7 @@ from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.decoding.policy import DeviceConfig
 from mahalo_ray.domains.tutoring.scripted import encode_example, scripted_dialogues, train_tokenizer
 from mahalo_ray.models.backbone import load_tokenizer
-from mahalo_ray.models.folder import local_folder
+from mahalo_ray.pipeline.artifacts import place_model
 from mahalo_ray.pipeline.evaluating import evaluate, report, sweep
 from mahalo_ray.pipeline.seed_blocks import first_seed
 from mahalo_ray.pipeline.serve import try_serving
@@ -44,7 +44,7 @@ REPORT_EVERY = 200
 START_MODEL = "start_model"
 
 
-def make_sft_data(context: Context) -> StageResult:
+def make_sft_data(context: Context[RunConfig]) -> StageResult:
     """Write the SFT examples (EXAMPLE_SCHEMA) and the folder of the model that training starts from."""
     config = context.config
     context.progress.start(2 * config.domain.sft_dialogues, "dialogues")
@@ -65,7 +65,7 @@ def make_sft_data(context: Context) -> StageResult:
 
 
 def _counted(
-    context: Context, items: Iterator[Dialogue] | Sequence[Dialogue], note: str
+    context: Context[RunConfig], items: Iterator[Dialogue] | Sequence[Dialogue], note: str
 ) -> Iterator[Dialogue]:
     for number, item in enumerate(items, start=1):
         yield item
@@ -81,7 +81,7 @@ def start_model_url(config: RunConfig, sft_data_folder: str) -> str:
     return storage.join(sft_data_folder, START_MODEL)
 
 
-def _start_model(context: Context, dialogues: Sequence[Dialogue]) -> ChatFormat:
+def _start_model(context: Context[RunConfig], dialogues: Sequence[Dialogue]) -> ChatFormat:
     """Make the model that SFT starts from, or fetch it from a hub; returns its chat format."""
     config = context.config
     if config.model.scratch is not None:
@@ -94,11 +94,8 @@ def _start_model(context: Context, dialogues: Sequence[Dialogue]) -> ChatFormat:
             storage.upload_folder(folder, context.path(START_MODEL))
         return ChatFormat(tokenizer)
     assert config.model.base is not None
-    if storage.exists(config.model.base):
-        return ChatFormat(load_tokenizer(storage.local_copy(config.model.base)))
-    downloaded = local_folder(config.model.base)
-    storage.upload_folder(downloaded, context.path(START_MODEL))  # where every node can reach it
-    return ChatFormat(load_tokenizer(downloaded))
+    url = place_model(config.model.base, context.path(START_MODEL))
+    return ChatFormat(load_tokenizer(storage.local_copy(url)))
 
 
 def scratch_config(
@@ -121,7 +118,7 @@ def scratch_config(
     )
 
 
-def train_heads(context: Context, base_url: str) -> StageResult:
+def train_heads(context: Context[RunConfig], base_url: str) -> StageResult:
     """MAH-DPO (or a baseline) on the pairs of stage `pairs`; the base is the reference too."""
     config = context.config
     result = train_policy(
@@ -147,13 +144,13 @@ def method_version(policy: PolicyConfig, since: int = 1) -> dict[str, int]:
     return {"method_version": version} if version > since else {}
 
 
-def trained(context: Context, result: TrainingResult) -> StageResult:
+def trained(context: Context[RunConfig], result: TrainingResult) -> StageResult:
     """What every training stage leaves: the model's folder, and its curves."""
     storage.write_json(context.path("history.json"), result.history)
     return StageResult(dict(result.metrics), {"model": "model", "history": "history.json"})
 
 
-def sft(context: Context) -> StageResult:
+def sft(context: Context[RunConfig]) -> StageResult:
     """Supervised fine-tuning on the tutors' turns."""
     config = context.config
     result = train_sft(
@@ -170,7 +167,7 @@ def sft(context: Context) -> StageResult:
     return trained(context, result)
 
 
-def reward_rollouts(context: Context) -> StageResult:
+def reward_rollouts(context: Context[RunConfig]) -> StageResult:
     """Dialogues whose candidate turns are labelled by Monte-Carlo continuations and the judge."""
     config = context.config
     metrics = _play(context, config.reward_rollouts, None, "reward_rollouts")
@@ -180,7 +177,7 @@ def reward_rollouts(context: Context) -> StageResult:
     return StageResult({**metrics, "traces": len(traces)}, {"candidates": CANDIDATES, "traces": "traces"})
 
 
-def reward(context: Context) -> StageResult:
+def reward(context: Context[RunConfig]) -> StageResult:
     """The process reward model, with its figures and calibration on held-out prompts."""
     config = context.config
     result = train_reward(
@@ -200,13 +197,13 @@ def reward(context: Context) -> StageResult:
     return trained(context, result)
 
 
-def pair_rollouts(context: Context) -> StageResult:
+def pair_rollouts(context: Context[RunConfig]) -> StageResult:
     """Fresh dialogues whose candidate turns are scored by the reward model."""
     metrics = _play(context, context.config.pair_rollouts, context.input("reward", "model"), "pair_rollouts")
     return StageResult(metrics, {"candidates": CANDIDATES})
 
 
-def pairs(context: Context) -> StageResult:
+def pairs(context: Context[RunConfig]) -> StageResult:
     """Preference pairs: per objective, best against worst candidate of a prompt."""
     config = context.config
     sets = CandidateSet.load(context.input("pair_rollouts", "candidates"))
@@ -227,12 +224,14 @@ def pairs(context: Context) -> StageResult:
     return StageResult(metrics, {"pairs": "pairs"})
 
 
-def policy(context: Context) -> StageResult:
+def policy(context: Context[RunConfig]) -> StageResult:
     """MAH-DPO: one head per objective over a shared backbone."""
     return train_heads(context, context.input("sft", "model"))
 
 
-def _play(context: Context, settings: RolloutConfig, reward_url: str | None, purpose: str) -> dict[str, Any]:
+def _play(
+    context: Context[RunConfig], settings: RolloutConfig, reward_url: str | None, purpose: str
+) -> dict[str, Any]:
     config = context.config
     spec = RolloutSpec(
         tutor=ModelTutorConfig(path=context.input("sft", "model")),
@@ -253,7 +252,7 @@ def _play(context: Context, settings: RolloutConfig, reward_url: str | None, pur
     first = first_seed(config.seed, purpose)
     chunks = DialogueChunks(first, settings.dialogues, settings.batch_size_per_actor)
     context.progress.start(settings.dialogues, "dialogues")
-    return run_rollouts(spec, chunks, config.cluster, context.progress.update).as_json()
+    return run_rollouts(spec, chunks, config.cluster, context.progress.update).model_dump(mode="json")
 
 
 def _pairs_settings(config: RunConfig) -> dict[str, Any]:

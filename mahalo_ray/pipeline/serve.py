@@ -16,6 +16,7 @@ from mahalo_ray.data import storage
 from mahalo_ray.decoding.policy import DeviceConfig
 from mahalo_ray.domains.tutoring.student import Episode
 from mahalo_ray.objectives import Weights
+from mahalo_ray.pipeline.artifacts import run_model
 from mahalo_ray.pipeline.seed_blocks import first_seed
 from mahalo_ray.pipeline.stages import Context, Manifest, StageResult
 from mahalo_ray.serving import launch
@@ -27,7 +28,7 @@ DOMAIN = "tutoring"
 logger = logging.getLogger(__name__)
 
 
-def try_serving(context: Context) -> StageResult:
+def try_serving(context: Context[RunConfig]) -> StageResult:
     """Start the endpoint on a free port, ask it through the OpenAI client, stop it."""
     config = context.config
     context.progress.start(2, "steps", "starting")
@@ -93,10 +94,9 @@ def application(args: Mapping[str, str]) -> serve.Application:
     ValueError when the run has no finished policy or the API key's variable is empty.
     """
     deployed = Deployed.model_validate(dict(args))
-    resolved = storage.join(deployed.run, "config.yaml")
-    if not storage.exists(resolved):
-        raise ValueError(f"there is no run at '{deployed.run}': it holds no config.yaml")
-    config = RunConfig.model_validate(yaml.safe_load(storage.read_bytes(resolved)))
+    policy, reward = (run_model(deployed.run, stage) for stage in ("policy", "reward"))
+    resolved = storage.read_bytes(storage.join(deployed.run, "config.yaml"))
+    config = RunConfig.model_validate(yaml.safe_load(resolved))
     own = config.serve.model_copy(update={"api_key_env": deployed.api_key_env or config.serve.api_key_env})
     key = KeyDigest.from_environment(own)
     if key is None:
@@ -104,21 +104,13 @@ def application(args: Mapping[str, str]) -> serve.Application:
     return launch.application(
         ServiceSettings(own, launch.DEFAULT_MODEL_NAME, _defaults(config), key),
         launch.ModelSource(
-            _finished_model(deployed.run, "policy"),
-            _finished_model(deployed.run, "reward"),
+            policy,
+            reward,
             DOMAIN,
             DeviceConfig(config.cluster.device, config.model.dtype),
         ),
         config.cluster.use_gpu,
     )
-
-
-def _finished_model(run: str, stage: str) -> str:
-    folder = storage.join(storage.absolute(run), stage)
-    manifest = Manifest.read(folder)
-    if manifest is None:
-        raise ValueError(f"stage '{stage}' of the run at '{run}' is not finished: run `mahalo policy` first")
-    return storage.join(folder, manifest.outputs["model"])
 
 
 def _start(config: RunConfig, settings: ServeConfig, policy_url: str, reward_url: str) -> Serving:

@@ -13,12 +13,12 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import psutil
 from fsspec.implementations.local import LocalFileSystem
 
-from mahalo_ray.config import RunConfig, Section, dump_config
+from mahalo_ray.config import Section, dump_config
 from mahalo_ray.data import storage
 from mahalo_ray.objectives import unknown_name
 from mahalo_ray.pipeline.progress import RunProgress, StageProgress, duration
@@ -174,6 +174,19 @@ TIMINGS = "timings.json"
 Session = Callable[[], contextlib.AbstractContextManager[None]]
 
 
+class PipelineConfig(Protocol):
+    """A configuration that stages are run for: a Section with these two."""
+
+    @property
+    def output(self) -> str: ...
+
+    @property
+    def seed(self) -> int: ...
+
+
+ConfigT = TypeVar("ConfigT", bound=PipelineConfig)
+
+
 @dataclass(frozen=True)
 class StageResult:
     """What a stage hands on: numbers for people, and names for paths inside its folder."""
@@ -183,10 +196,10 @@ class StageResult:
 
 
 @dataclass(frozen=True)
-class Context:
+class Context(Generic[ConfigT]):
     """What a stage may look at while it runs."""
 
-    config: RunConfig
+    config: ConfigT
     folder: str
     progress: StageProgress
     upstream: Mapping[str, tuple[str, Manifest]]
@@ -194,6 +207,10 @@ class Context:
     def path(self, *parts: str) -> str:
         """A path or URL inside this stage's own folder."""
         return storage.join(self.folder, *parts)
+
+    def output_path(self, *parts: str) -> str:
+        """A path or URL in the output folder, for what users look for there."""
+        return storage.join(storage.absolute(self.config.output), *parts)
 
     def input(self, stage: str, output: str) -> str:
         """Path or URL of an output of a stage that this one needs."""
@@ -206,23 +223,25 @@ class Context:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One step of a run.
+class Stage(Generic[ConfigT]):
+    """One step of a pipeline.
 
     `config_of` returns the part of the configuration (JSON values) that the result depends on; `needs` names
     the stages whose outputs it reads. Raise `version` when its code makes something else of the same input.
     With `resumes` an unfinished attempt of the same fingerprint keeps its files; otherwise the stage begins
-    with an empty folder.
+    with an empty folder. With `in_output` its folder is the output itself, which nothing may clear: the stage
+    always runs, and finds out by itself what is finished (see `ChunkJob`).
     """
 
     name: str
     title: str
-    run: Callable[[Context], StageResult]
-    config_of: Callable[[RunConfig], Any]
+    run: Callable[[Context[ConfigT]], StageResult]
+    config_of: Callable[[ConfigT], Any]
     needs: tuple[str, ...] = ()
     version: int = 1
     uses_ray: bool = True
     resumes: bool = False
+    in_output: bool = False
 
 
 class RunInterrupted(KeyboardInterrupt):
@@ -233,27 +252,33 @@ class RunInterrupted(KeyboardInterrupt):
         self.exit_code = exit_code
 
 
-class Pipeline:
-    """Stages in the order they run in; each may need only stages before it."""
+class Pipeline(Generic[ConfigT]):
+    """Stages in the order they run in; each may need only stages before it.
 
-    def __init__(self, stages: Sequence[Stage]) -> None:
+    `holds`, for a pipeline whose last stage is `in_output`, says what the output holds. It was expensive to
+    make: an output of other settings or input is refused, where other pipelines run the changed stages again.
+    """
+
+    def __init__(self, stages: Sequence[Stage[ConfigT]], holds: str | None = None) -> None:
         self.stages = {stage.name: stage for stage in stages}
+        self.holds = holds
         assert len(self.stages) == len(stages), "two stages have the same name"
+        assert not any(stage.in_output for stage in stages[:-1]), "only the last stage may have the output"
         seen: set[str] = set()
         for stage in stages:
             assert seen.issuperset(stage.needs), f"{stage.name} needs a later stage"
             seen.add(stage.name)
 
-    def fingerprints(self, config: RunConfig) -> dict[str, str]:
+    def fingerprints(self, config: ConfigT) -> dict[str, str]:
         """Every stage's fingerprint under this configuration."""
-        found: dict[str, str] = {}
+        made: dict[str, str] = {}
         for stage in self.stages.values():
-            upstream = {name: found[name] for name in stage.needs}
+            upstream = {name: made[name] for name in stage.needs}
             section = stage.config_of(config)
-            found[stage.name] = fingerprint(stage.name, stage.version, config.seed, section, upstream)
-        return found
+            made[stage.name] = fingerprint(stage.name, stage.version, config.seed, section, upstream)
+        return made
 
-    def needed_for(self, targets: Iterable[str]) -> list[Stage]:
+    def needed_for(self, targets: Iterable[str]) -> list[Stage[ConfigT]]:
         """The targets and everything they need, in running order. An unknown target is a ValueError."""
         wanted: set[str] = set()
         waiting = list(targets)
@@ -265,7 +290,7 @@ class Pipeline:
             waiting.extend(self.stages[name].needs)
         return [stage for stage in self.stages.values() if stage.name in wanted]
 
-    def followers_of(self, name: str) -> list[Stage]:
+    def followers_of(self, name: str) -> list[Stage[ConfigT]]:
         """The stages that need this one, directly or through others."""
         return [
             s
@@ -275,7 +300,7 @@ class Pipeline:
 
     def run(
         self,
-        config: RunConfig,
+        config: ConfigT,
         targets: Iterable[str] | None = None,
         *,
         session: Session,
@@ -284,23 +309,28 @@ class Pipeline:
         """Bring the targets (default: all stages) up to date; returns the manifests of all that they need.
 
         `session` opens Ray; it is entered before the first stage that uses Ray and has to run. Raises
-        RunLocked when another run works in the same output, RunInterrupted when stopped from outside; errors
-        of a stage come through with a note that names it.
+        RunLocked when another run works in the same output, ValueError when the output holds what other
+        settings made and that is kept, RunInterrupted when stopped from outside; errors of a stage come
+        through with a note that names it.
         """
         todo = self.needed_for(self.stages if targets is None else targets)
         output = storage.absolute(config.output)
         with run_lock(output), progress or RunProgress() as display, contextlib.ExitStack() as ray:
-            storage.write_bytes(storage.join(output, "config.yaml"), dump_config(config).encode())
-            return _Run(self, config, output, display, session, ray).bring_up_to_date(todo)
+            runner = StageRunner(self, config, output, display, session, ray)
+            if self.holds is not None:
+                claim_output(output, runner.fingerprints[list(self.stages)[-1]], self.holds)
+            resolved = dump_config(cast("Section", config))
+            storage.write_bytes(storage.join(output, "config.yaml"), resolved.encode())
+            return runner.bring_up_to_date(todo)
 
 
-class _Run:
+class StageRunner(Generic[ConfigT]):
     """One call of `Pipeline.run`."""
 
     def __init__(
         self,
-        pipeline: Pipeline,
-        config: RunConfig,
+        pipeline: Pipeline[ConfigT],
+        config: ConfigT,
         output: str,
         display: RunProgress,
         session: Session,
@@ -311,7 +341,7 @@ class _Run:
         self.fingerprints = pipeline.fingerprints(config)
         self.manifests: dict[str, Manifest] = {}
 
-    def bring_up_to_date(self, todo: list[Stage]) -> dict[str, Manifest]:
+    def bring_up_to_date(self, todo: list[Stage[ConfigT]]) -> dict[str, Manifest]:
         for number, stage in enumerate(todo, start=1):
             title = f"[{number}/{len(todo)}] {stage.title}"
             finished = self._finished(stage)
@@ -328,19 +358,19 @@ class _Run:
                 raise
         return self.manifests
 
-    def _folder(self, stage: Stage) -> str:
-        return storage.join(self.output, stage.name)
+    def _folder(self, stage: Stage[ConfigT]) -> str:
+        return self.output if stage.in_output else storage.join(self.output, stage.name)
 
-    def _finished(self, stage: Stage) -> Manifest | None:
+    def _finished(self, stage: Stage[ConfigT]) -> Manifest | None:
         """The stage's manifest if it was made from the same inputs and its outputs are all there."""
         folder = self._folder(stage)
-        manifest = Manifest.read(folder)
+        manifest = None if stage.in_output else Manifest.read(folder)
         if manifest is None or manifest.fingerprint != self.fingerprints[stage.name]:
             return None
         there = all(storage.exists(storage.join(folder, path)) for path in manifest.outputs.values())
         return manifest if there else None
 
-    def _execute(self, stage: Stage, title: str) -> Manifest:
+    def _execute(self, stage: Stage[ConfigT], title: str) -> Manifest:
         self._prepare_folder(stage, title)
         began = time.monotonic()
         timings = self._timings()
@@ -348,7 +378,9 @@ class _Run:
             if stage.uses_ray and not self.ray_is_open:
                 self.ray.enter_context(self.session())
                 self.ray_is_open = True
-            upstream = {name: (storage.join(self.output, name), self.manifests[name]) for name in stage.needs}
+            upstream = {
+                name: (self._folder(self.pipeline.stages[name]), self.manifests[name]) for name in stage.needs
+            }
             context = Context(self.config, self._folder(stage), progress, upstream)
             result = _in_thread(stage.run, context)
         seconds = round(time.monotonic() - began, 3)
@@ -360,8 +392,10 @@ class _Run:
         self.display.say(f"{title}: done in {duration(seconds)}")
         return manifest
 
-    def _prepare_folder(self, stage: Stage, title: str) -> None:
+    def _prepare_folder(self, stage: Stage[ConfigT], title: str) -> None:
         """Clear what may not be reused: this stage's old files and everything that was made from them."""
+        if stage.in_output:
+            return
         folder, mine = self._folder(stage), self.fingerprints[stage.name]
         unfinished = Manifest.read(folder) is None and read_started(folder) == mine
         if unfinished and stage.resumes:
@@ -372,7 +406,8 @@ class _Run:
             self.display.say(f"{title}: its settings or inputs have changed, runs again")
         if not (unfinished and stage.resumes):
             storage.remove(folder)
-        stale = [s for s in self.pipeline.followers_of(stage.name) if storage.exists(self._folder(s))]
+        followers = [s for s in self.pipeline.followers_of(stage.name) if not s.in_output]
+        stale = [s for s in followers if storage.exists(self._folder(s))]
         for follower in stale:
             storage.remove(self._folder(follower))
         if stale:
@@ -383,7 +418,7 @@ class _Run:
         url = storage.join(self.output, TIMINGS)
         return dict(storage.read_json(url)) if storage.exists(url) else {}
 
-    def _interrupted(self, stage: Stage, stop: BaseException) -> RunInterrupted:
+    def _interrupted(self, stage: Stage[ConfigT], stop: BaseException) -> RunInterrupted:
         self.display.say("Stopping ...")
         how = "from its last checkpoint" if stage.resumes else "from its beginning"
         code = stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else 130
@@ -394,7 +429,7 @@ class _Run:
         )
 
 
-def _in_thread(run: Callable[[Context], StageResult], context: Context) -> StageResult:
+def _in_thread(run: Callable[[Context[ConfigT]], StageResult], context: Context[ConfigT]) -> StageResult:
     """Run a stage beside the main thread, which stays free to hear Ctrl-C.
 
     In the main thread, Ray Train and Ray Tune put their own SIGINT handlers in place of Python's: they
@@ -407,14 +442,13 @@ def _in_thread(run: Callable[[Context], StageResult], context: Context) -> Stage
         executor.shutdown(wait=False, cancel_futures=True)
 
 
-def claim_output(output: str, config: Section, fingerprint: str, made: str) -> None:
-    """Begin, or go on with, the job of this fingerprint in `output` and write its configuration there.
+def claim_output(output: str, fingerprint: str, holds: str) -> None:
+    """Begin, or go on with, the job of this fingerprint in `output`.
 
-    ValueError if the output holds what another job made: `made`, of other settings or input.
+    ValueError if the output holds what another job made: `holds`, of other settings or input.
     """
     if read_started(output) not in (None, fingerprint):
         raise ValueError(
-            f"'{output}' holds {made} of other settings or input: give another 'output', or delete it"
+            f"'{output}' holds {holds} of other settings or input: give another 'output', or delete it"
         )
     write_started(output, fingerprint)
-    storage.write_bytes(storage.join(output, "config.yaml"), dump_config(config).encode())

@@ -7,17 +7,15 @@ chunk, when, and with whom a dialogue shares a batch changes nothing in it.
 
 from __future__ import annotations
 
-import logging
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import ray
-import torch
-from pydantic import TypeAdapter
+from pydantic import AliasChoices, Field, TypeAdapter
 
 from mahalo_ray.config import (
     ActorsConfig,
@@ -40,12 +38,22 @@ from mahalo_ray.decoding.scorers import CLOSING_ROOM
 from mahalo_ray.domains.tutoring.moves import consistency
 from mahalo_ray.domains.tutoring.personas import POST_TEST, AnswerKey, Case, PersonaSampler
 from mahalo_ray.domains.tutoring.student import Episode
-from mahalo_ray.endpoints import Endpoint, Failure, Usage
+from mahalo_ray.endpoints import Endpoint, Failure
 from mahalo_ray.models.folder import model_folder
 from mahalo_ray.objectives import Weights
 from mahalo_ray.rollouts.collect import Collector
 from mahalo_ray.rollouts.dialogues import BRANCH, Continuation, Conversation, DialogueBatch
-from mahalo_ray.rollouts.pool import ActorPool, RolloutError
+from mahalo_ray.rollouts.pool import (
+    ChunkJob,
+    ChunkSummary,
+    JobReport,
+    Progress,
+    Tally,
+    shard_url,
+    share_limits,
+    start_worker,
+    summary_url,
+)
 from mahalo_ray.rollouts.scoring import CachedScorer, CandidateScorer, TextScorer
 from mahalo_ray.rollouts.students import (
     EndpointStudents,
@@ -82,23 +90,16 @@ class RolloutSpec:
     seed: int = 0
 
 
-@dataclass
-class Spent:
-    """What the endpoints were asked so far."""
+class EndpointCounts(Tally):
+    """What endpoints were asked. `retries`: requests that were sent again, by kind."""
 
-    requests: int = 0
-    tokens: int = 0
-    cost: float = 0.0
-    retries: Counter[str] = field(default_factory=Counter)
-
-    def add(self, usage: Usage) -> None:
-        self.requests += usage.requests
-        self.tokens += usage.prompt_tokens + usage.completion_tokens
-        self.cost += usage.cost or 0.0
-        self.retries = self.retries + usage.retries
+    endpoint_requests: int = 0
+    endpoint_tokens: int = 0
+    endpoint_cost: float = 0.0
+    retries: Counter[str] = Field(default_factory=Counter)
 
 
-class Parties:
+class RolloutModels:
     """The models and endpoints of one actor; dialogues are opened between them."""
 
     def __init__(self, spec: RolloutSpec) -> None:
@@ -167,12 +168,15 @@ class Parties:
             side.engine.tokens_forwarded for side in sides if isinstance(side, PolicyTutor | ModelStudents)
         )
 
-    def usage(self) -> Spent:
+    def usage(self) -> EndpointCounts:
         """What this actor's endpoints were asked so far."""
-        spent = Spent()
-        for endpoint in self._endpoints:
-            spent.add(endpoint.usage)
-        return spent
+        total = EndpointCounts()
+        for usage in [endpoint.usage for endpoint in self._endpoints]:
+            total.endpoint_requests += usage.requests
+            total.endpoint_tokens += usage.prompt_tokens + usage.completion_tokens
+            total.endpoint_cost += usage.cost or 0.0
+            total.retries += usage.retries
+        return total
 
     def _tutor(self) -> Tutor:
         play, tutor = self.spec.play, self.spec.tutor
@@ -235,53 +239,41 @@ class Parties:
         return self._policies[path]
 
     def _endpoint(self, config: EndpointConfig) -> Endpoint:
-        made = Endpoint(shared(config, self.spec.actors))
+        made = Endpoint(share_limits(config, self.spec.actors))
         self._endpoints.append(made)
         return made
 
 
-def shared(config: EndpointConfig, actors: int) -> EndpointConfig:
-    """One actor's part of what an endpoint may be asked by all; ValueError if there is not enough for all."""
-    limits = {"concurrency": config.concurrency}
-    if config.requests_per_minute is not None:
-        limits["requests_per_minute"] = config.requests_per_minute
-    for name, value in limits.items():
-        if value < actors:
-            raise ValueError(
-                f"'endpoint.{name}' is {value} for {actors} actors: raise it, or lower "
-                "'cluster.rollout_actors'"
-            )
-    return config.model_copy(update={name: value // actors for name, value in limits.items()})
-
-
 CANDIDATES = "candidates"
 DIALOGUES = "dialogues"
-SUMMARIES = "chunks"
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Dialogues played together. `number` names the shards; `seeds` are dialogue numbers (the miniature's
+class DialogueChunk:
+    """Dialogues played together. `number` names the files; `seeds` are dialogue numbers (the miniature's
     students: their seeds). With `again`, only these of them are played: the others are in the shards."""
 
     number: int
     seeds: tuple[int, ...]
     again: tuple[int, ...] | None = None
 
-    def shard(self, output_url: str, kind: str) -> str:
-        """URL of this chunk's shard."""
-        return storage.join(output_url, kind, f"part-{self.number:06d}.parquet")
+    @property
+    def name(self) -> str:
+        return f"part-{self.number:06d}"
 
-    def summary(self, output_url: str) -> str:
-        """URL of this chunk's summary: written last, so that a chunk that has one is finished."""
-        return storage.join(output_url, SUMMARIES, f"part-{self.number:06d}.json")
+    @property
+    def to_play(self) -> tuple[int, ...]:
+        """The dialogues that are played now."""
+        return self.seeds if self.again is None else self.again
+
+    @property
+    def rows(self) -> int:
+        return len(self.to_play)
 
 
-@dataclass(kw_only=True)
-class Counts:
-    """What is counted of dialogues and added up. `dialogues`: those finished, branches not counted; by kind,
-    `failed_attempts` counts dialogues that failed, also those that came to a result later, and `retries`
-    requests that endpoints were sent again."""
+class DialogueCounts(EndpointCounts):
+    """What is counted of dialogues. `dialogues`: those finished, branches not counted; `failed_attempts`, by
+    kind, counts dialogues that failed, also those that came to a result later."""
 
     dialogues: int = 0
     branches: int = 0
@@ -289,119 +281,85 @@ class Counts:
     tokens: int = 0
     malformed_turns: int = 0
     tutor_turns: int = 0
-    endpoint_requests: int = 0
-    endpoint_tokens: int = 0
-    endpoint_cost: float = 0.0
-    retries: Counter[str] = field(default_factory=Counter)
-    failed_attempts: Counter[str] = field(default_factory=Counter)
-
-    def plus(self, other: Counts) -> dict[str, Any]:
-        """The sums, by name."""
-        return {
-            count.name: getattr(self, count.name) + getattr(other, count.name) for count in fields(Counts)
-        }
-
-    def as_json(self) -> dict[str, Any]:
-        """All fields as plain numbers, for JSON."""
-        return {name: dict(v) if isinstance(v, Counter) else v for name, v in vars(self).items()}
+    failed_attempts: Counter[str] = Field(default_factory=Counter)
 
 
-@dataclass(kw_only=True)
-class ChunkSummary(Counts):
-    """What one chunk came to, attempts added up. `failed`: dialogue number -> (kind, message); `seconds` of
-    the last attempt."""
+class DialogueSummary(DialogueCounts, ChunkSummary):
+    """What one chunk came to, attempts added up. `failures`: dialogue number -> (kind, message), of the last
+    attempt."""
 
-    number: int
-    seconds: float = 0.0
-    failed: dict[int, tuple[str, str]] = field(default_factory=dict)
-    actor: str = ""
+    failures: dict[int, tuple[str, str]] = Field({}, validation_alias=AliasChoices("failures", "failed"))
 
-    def after(self, earlier: ChunkSummary) -> ChunkSummary:
-        """This attempt's summary with what earlier ones came to; who failed is up to this one."""
-        return replace(self, **self.plus(earlier))
-
-    def write(self, url: str) -> None:
-        storage.write_json(url, self.as_json())
-
-    @classmethod
-    def read(cls, url: str) -> ChunkSummary:
-        values: dict[str, Any] = storage.read_json(url)
-        values |= {name: Counter(values[name]) for name in ("retries", "failed_attempts")}
-        failed = {int(number): (kind, message) for number, (kind, message) in values.pop("failed").items()}
-        return cls(**values, failed=failed)
+    @property
+    def model_tokens(self) -> int:
+        return self.tokens + self.endpoint_tokens
 
 
 class RolloutWorker:
     """Plays chunks; an ordinary class, made a Ray actor by the driver."""
 
     def __init__(self, spec: RolloutSpec) -> None:
-        torch.set_num_threads(spec.threads)
-        logging.getLogger("transformers").setLevel(logging.ERROR)
+        self.name = start_worker(spec.threads)
         self.spec = spec
-        self.parties = Parties(spec)
-        self.name = ray.get_runtime_context().get_actor_id() or "" if ray.is_initialized() else ""
+        self.models = RolloutModels(spec)
 
-    def play(self, chunk: Chunk) -> ChunkSummary:
+    def play(self, chunk: DialogueChunk) -> DialogueSummary:
         """Play a chunk and write its shards, the summary last.
 
         Dialogues that failed leave nothing in the shards. Played again, they join those that are there, each
         in its place: the shards end up as if nothing had failed.
         """
         began = time.monotonic()
-        parties, play = self.parties, self.spec.play
-        usage = parties.usage()
-        seeds = chunk.seeds if chunk.again is None else chunk.again
-        batch, opened = parties.open(seeds)
+        models, play = self.models, self.spec.play
+        usage = models.usage()
+        seeds = chunk.to_play
+        batch, opened = models.open(seeds)
         sets = Collector(
             batch,
             play.candidates,
             self.spec.continuations,
             self.spec.gamma,
-            parties.scorer(opened),
-            parties.continuation,
+            models.scorer(opened),
+            models.continuation,
             play.branching,
         ).run()
         failed = _failures(batch.conversations, {c.root: seed for c, seed in zip(opened, seeds, strict=True)})
-        lost = {parties.name(seed) for seed in failed}
+        lost = {models.name(seed) for seed in failed}
         whole = [c for c in batch.conversations if c.root not in lost]
-        kept = [one for one in sets if _root(one.dialogue) not in lost]
-        self._write(chunk, kept, [parties.record(conversation) for conversation in whole])
-        spent = parties.usage()
-        made = ChunkSummary(
-            number=chunk.number,
+        kept = [candidate_set for candidate_set in sets if _root(candidate_set.dialogue) not in lost]
+        self._write(chunk, kept, [models.record(conversation) for conversation in whole])
+        summary = DialogueSummary(
+            **models.usage().since(usage),
             dialogues=sum(c.id == c.root for c in whole),
             branches=sum(c.id != c.root for c in whole),
-            candidates=sum(len(one.candidates) for one in kept),
-            tokens=parties.tokens(batch),
+            candidates=sum(len(candidate_set.candidates) for candidate_set in kept),
+            tokens=models.tokens(batch),
             malformed_turns=sum(c.malformed for c in whole),
             tutor_turns=sum(c.tutor_turns for c in whole),
-            endpoint_requests=spent.requests - usage.requests,
-            endpoint_tokens=spent.tokens - usage.tokens,
-            endpoint_cost=spent.cost - usage.cost,
             seconds=time.monotonic() - began,
-            retries=spent.retries - usage.retries,
             failed_attempts=Counter(failure.kind for failure in failed.values()),
-            failed={seed: (failure.kind, failure.message) for seed, failure in failed.items()},
+            failures={seed: (failure.kind, failure.message) for seed, failure in failed.items()},
             actor=self.name,
         )
-        url = chunk.summary(self.spec.output_url)
+        url = summary_url(self.spec.output_url, chunk.name)
         if chunk.again is not None:
-            made = made.after(ChunkSummary.read(url))
-        made.write(url)
-        return made
+            earlier = DialogueCounts.model_validate(DialogueSummary.read(url).model_dump())
+            summary.add(earlier)
+        summary.write(url)
+        return summary
 
-    def _write(self, chunk: Chunk, sets: Sequence[CandidateSet], dialogues: Sequence[Dialogue]) -> None:
-        output = self.spec.output_url
-        urls = chunk.shard(output, CANDIDATES), chunk.shard(output, DIALOGUES)
+    def _write(
+        self, chunk: DialogueChunk, sets: Sequence[CandidateSet], dialogues: Sequence[Dialogue]
+    ) -> None:
+        output, place = self.spec.output_url, {self.models.name(s): n for n, s in enumerate(chunk.seeds)}
+        urls = [shard_url(output, kind, chunk.name) for kind in (CANDIDATES, DIALOGUES)]
         if chunk.again is not None:
             # An attempt that ended half-way may have left some of these in one shard already.
-            again = {self.parties.name(seed) for seed in chunk.again}
-            sets = [one for one in CandidateSet.read(urls[0]) if _root(one.dialogue) not in again] + [*sets]
-            dialogues = [one for one in Dialogue.read(urls[1]) if _root(one.id) not in again] + [*dialogues]
-        place = {self.parties.name(seed): at for at, seed in enumerate(chunk.seeds)}
-        in_order = sorted(sets, key=lambda one: (one.turn, place[_root(one.dialogue)], one.id))
-        CandidateSet.save(in_order, urls[0])
-        Dialogue.save(sorted(dialogues, key=lambda one: (place[_root(one.id)], one.id)), urls[1])
+            again = {self.models.name(seed) for seed in chunk.again}
+            sets = [*(s for s in CandidateSet.read(urls[0]) if _root(s.dialogue) not in again), *sets]
+            dialogues = [*(d for d in Dialogue.read(urls[1]) if _root(d.id) not in again), *dialogues]
+        CandidateSet.save(sorted(sets, key=lambda s: (s.turn, place[_root(s.dialogue)], s.id)), urls[0])
+        Dialogue.save(sorted(dialogues, key=lambda d: (place[_root(d.id)], d.id)), urls[1])
 
 
 def _failures(conversations: Sequence[Conversation], numbers: dict[str, int]) -> dict[int, Failure]:
@@ -414,32 +372,30 @@ def _root(dialogue: str) -> str:
     return dialogue.partition(BRANCH)[0]
 
 
-RolloutActor = ray.remote(RolloutWorker)
+class RolloutReport(DialogueCounts, JobReport):
+    """What a stage came to. `failed`: dialogues without a result, by kind."""
 
+    failed: Counter[str] = Field(default_factory=Counter)
 
-JUDGED_FROM = 50  # dialogues played before a share of failures says anything
+    def add(self, other: Tally) -> None:
+        """Another chunk's summary."""
+        super().add(other)
+        if isinstance(other, DialogueSummary):
+            for kind, message in other.failures.values():
+                self.failed[kind] += 1
+                self.example = f"{kind}: {message}"
 
-Progress = Callable[[int, int, str], None]
+    @property
+    def done(self) -> int:
+        return self.dialogues
 
+    @property
+    def failures(self) -> Counter[str]:
+        return self.failed
 
-@dataclass(kw_only=True)
-class RolloutReport(Counts):
-    """What a stage came to, summed over its chunks, those of earlier attempts included; `resumed` counts
-    chunks found finished. `failed`: dialogues without a result, by kind."""
-
-    chunks: int = 0
-    resumed: int = 0
-    actor_deaths: int = 0
-    failed: Counter[str] = field(default_factory=Counter)
-    example: str = ""  # of a failure, in the endpoint's words
-
-    def add(self, summary: ChunkSummary) -> None:
-        """Another chunk's final summary."""
-        for name, total in self.plus(summary).items():
-            setattr(self, name, total)
-        for kind, message in summary.failed.values():
-            self.failed[kind] += 1
-            self.example = f"{kind}: {message}"
+    @property
+    def attempts(self) -> int:
+        return self.dialogues + sum(self.failed.values())
 
 
 @dataclass(frozen=True)
@@ -453,11 +409,23 @@ class DialogueChunks:
     def __len__(self) -> int:
         return -(-self.dialogues // self.size)
 
-    def __iter__(self) -> Iterator[Chunk]:
+    def __iter__(self) -> Iterator[DialogueChunk]:
         end = self.first + self.dialogues
         for number in range(len(self)):
-            at = self.first + number * self.size
-            yield Chunk(number, tuple(range(at, min(at + self.size, end))))
+            start = self.first + number * self.size
+            yield DialogueChunk(number, tuple(range(start, min(start + self.size, end))))
+
+
+class RolloutJob(ChunkJob[DialogueChunk, DialogueSummary, RolloutReport]):
+    """Dialogues on actors; the failed ones of finished chunks are played again."""
+
+    actor_class = ray.remote(RolloutWorker)
+    summary_class = DialogueSummary
+    shards = (CANDIDATES, DIALOGUES)
+    failures_called = "dialogues failed"
+
+    def to_repeat(self, chunk: DialogueChunk, earlier: DialogueSummary) -> DialogueChunk | None:
+        return replace(chunk, again=tuple(sorted(earlier.failures))) if earlier.failures else None
 
 
 def run_rollouts(
@@ -466,80 +434,12 @@ def run_rollouts(
     cluster: ActorsConfig,
     progress: Progress,
     max_failed_fraction: float = 0.0,
-    actor_class: Any = RolloutActor,
 ) -> RolloutReport:
-    """Play all chunks on `cluster.rollout_actors` Ray actors; ray.init must have been called.
-
-    Finished chunks are skipped, their failed dialogues played again. An actor that dies is replaced and its
-    chunks are played again, at most `cluster.max_failures` times. RolloutError when more than
-    `max_failed_fraction` of the dialogues played have failed. `progress(done, total, note)` counts dialogues.
-    """
-    run = _Run(spec, chunks, progress)
+    """Play all chunks on Ray actors (see `ChunkJob.run`). RolloutError when more than `max_failed_fraction`
+    of the dialogues played have failed. `progress(done, total, note)` counts dialogues."""
     spec = replace(spec, actors=min(cluster.rollout_actors, len(chunks)))
-    pool = ActorPool(actor_class, spec, cluster, run.unfinished())
-    for summary in pool.results():
-        run.report.actor_deaths = pool.deaths
-        run.finished(summary, sum(_size(piece.chunk) for _, piece in pool.flying.values()))
-        run.check_failures(max_failed_fraction)
-    run.check_failures(max_failed_fraction, at_the_end=True)
-    return run.report
-
-
-class _Run:
-    """What is known while chunks come back."""
-
-    def __init__(self, spec: RolloutSpec, chunks: DialogueChunks, progress: Progress) -> None:
-        self.spec, self.chunks, self.progress = spec, chunks, progress
-        self.report = RolloutReport()
-        self.began = time.monotonic()
-        self.tokens = 0
-        self.busy: defaultdict[str, float] = defaultdict(float)  # actor -> seconds of playing
-
-    def unfinished(self) -> Iterator[Chunk]:
-        """Chunks to play, one when it is asked for."""
-        for chunk in self.chunks:
-            url = chunk.summary(self.spec.output_url)
-            if not storage.exists(url):
-                yield chunk
-                continue
-            earlier = ChunkSummary.read(url)
-            if earlier.failed:
-                yield replace(chunk, again=tuple(sorted(earlier.failed)))
-                continue
-            self.report.resumed += 1
-            self.report.add(earlier)
-            self._show(0)
-
-    def finished(self, summary: ChunkSummary, in_flight: int) -> None:
-        """A chunk came back."""
-        self.report.chunks += 1
-        self.report.add(summary)
-        self.tokens += summary.tokens + summary.endpoint_tokens
-        self.busy[summary.actor] += summary.seconds
-        self._show(in_flight)
-
-    def check_failures(self, limit: float, at_the_end: bool = False) -> None:
-        failed = sum(self.report.failed.values())
-        played = self.report.dialogues + failed
-        if failed <= limit * played or (played < JUDGED_FROM and not at_the_end):
-            return
-        kinds = ", ".join(f"{kind} {count}" for kind, count in self.report.failed.most_common())
-        raise RolloutError(
-            f"{failed} of {played} dialogues failed ({kinds}), more than the allowed share of {limit:g}. The "
-            "others are kept, these are played again by the same command. The last failure: "
-            f"{self.report.example}"
-        )
-
-    def _show(self, in_flight: int) -> None:
-        elapsed = time.monotonic() - self.began
-        note = f"{self.tokens / elapsed:.0f} tokens/s, {in_flight} in flight"
-        if self.busy:
-            shares = [min(seconds / elapsed, 1.0) for seconds in self.busy.values()]
-            note += f", actors {min(shares):.0%} to {max(shares):.0%} busy"
-        if failed := sum(self.report.failed.values()):
-            note += f", {failed} failed"
-        self.progress(self.report.dialogues, self.chunks.dialogues, note)
-
-
-def _size(chunk: Chunk) -> int:
-    return len(chunk.seeds if chunk.again is None else chunk.again)
+    report = RolloutReport()
+    job = RolloutJob(
+        spec.output_url, spec, chunks, chunks.dialogues, cluster, progress, report, max_failed_fraction
+    )
+    return job.run()

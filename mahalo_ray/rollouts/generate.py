@@ -6,17 +6,15 @@ the actor writes itself. Which actor answers a chunk, and when, changes nothing 
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import pyarrow as pa
 import ray
-import torch
 from pydantic import BaseModel, ConfigDict
-from ray.exceptions import RayTaskError
 
 from mahalo_ray.config import GenerateConfig
 from mahalo_ray.data import storage
@@ -28,10 +26,18 @@ from mahalo_ray.decoding.guided import GuidedDecoder
 from mahalo_ray.decoding.policy import DeviceConfig, load_guide, load_policy
 from mahalo_ray.decoding.remote import CompletionDecoder
 from mahalo_ray.endpoints import Endpoint
-from mahalo_ray.errors import StageError
 from mahalo_ray.models.backbone import load_tokenizer
 from mahalo_ray.objectives import Weights
-from mahalo_ray.rollouts.pool import ActorPool
+from mahalo_ray.rollouts.pool import (
+    ChunkJob,
+    ChunkSummary,
+    JobReport,
+    Progress,
+    Tally,
+    shard_url,
+    start_worker,
+    summary_url,
+)
 from mahalo_ray.seeding import derived_seed
 
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
@@ -162,42 +168,55 @@ REJECTED = "rejected"
 
 @dataclass(frozen=True)
 class PromptChunk:
-    """Prompts answered together. `number` names the shards."""
+    """Prompts answered together. `number` names the files."""
 
     number: int
-    rows: tuple[PromptRow, ...]
+    prompts: tuple[PromptRow, ...]
 
-    def shard(self, output_url: str, kind: str) -> str:
-        """URL of this chunk's shard."""
-        return storage.join(output_url, kind, f"part-{self.number:06d}.parquet")
+    @property
+    def name(self) -> str:
+        return f"part-{self.number:06d}"
+
+    @property
+    def rows(self) -> int:
+        return len(self.prompts)
 
 
-@dataclass(frozen=True)
-class PromptChunks:
+def cut_into_chunks(prompts: Sequence[PromptRow], size: int) -> list[PromptChunk]:
     """Prompts in chunks of `size`: the same chunks whatever the cluster."""
-
-    rows: Sequence[PromptRow]
-    size: int
-
-    def __iter__(self) -> Iterator[PromptChunk]:
-        for number, at in enumerate(range(0, len(self.rows), self.size)):
-            yield PromptChunk(number, tuple(self.rows[at : at + self.size]))
+    starts = range(0, len(prompts), size)
+    return [PromptChunk(number, tuple(prompts[at : at + size])) for number, at in enumerate(starts)]
 
 
-@dataclass(frozen=True)
-class ChunkSummary:
+class AnswerCounts(Tally):
+    """What is counted of answers. `rejected`: prompts that cannot be answered, which go to quarantine."""
+
+    answered: int = 0
+    rejected: int = 0
+    tokens: int = 0
+
+
+class AnswerSummary(AnswerCounts, ChunkSummary):
     """What one chunk came to."""
 
-    answered: int
-    rejected: int
+    @property
+    def model_tokens(self) -> int:
+        return self.tokens
+
+
+class AnswerReport(AnswerCounts, JobReport):
+    """What a job of answers came to."""
+
+    @property
+    def done(self) -> int:
+        return self.answered + self.rejected
 
 
 class GenerateWorker:
-    """Answers chunks; an ordinary class, made a Ray actor by `generate_chunks`."""
+    """Answers chunks; an ordinary class, made a Ray actor by the driver."""
 
     def __init__(self, config: GenerateConfig) -> None:
-        torch.set_num_threads(max(1, math.floor(config.cluster.cpus_per_rollout_actor)))
-        logging.getLogger("transformers").setLevel(logging.ERROR)
+        self.name = start_worker(max(1, math.floor(config.cluster.cpus_per_rollout_actor)))
         self.config = config
         placement = DeviceConfig(config.cluster.device, config.dtype)
         rewards = [load_guide(source.model, placement, source.objective) for source in config.rewards]
@@ -218,44 +237,49 @@ class GenerateWorker:
                 policy, rewards, config.domain, chat.tokenizer, max_branches=config.max_branches
             )
 
-    def play(self, chunk: PromptChunk) -> ChunkSummary:
-        """Answer a chunk and write its shards; the answers' shard comes last and marks the chunk as done."""
-        requests = [request_of(row, self.config) for row in chunk.rows]
+    def play(self, chunk: PromptChunk) -> AnswerSummary:
+        """Answer a chunk and write its files, the summary last."""
+        began, output = time.monotonic(), self.config.output
+        requests = [request_of(row, self.config) for row in chunk.prompts]
         answers, rejected = [], []
         results = self.decoder.generate_each(requests)
-        for row, request, result in zip(chunk.rows, requests, results, strict=True):
+        for row, request, result in zip(chunk.prompts, requests, results, strict=True):
             if isinstance(result, ValueError):
                 rejected.append(row.bad(str(result)))
             else:
                 answers.append(Generation.of(row, request, result, self.decoder.scale.objectives))
-        url = self.config.output
         bad = pa.Table.from_pylist([asdict(row) for row in rejected], schema=BAD_ROWS)
-        storage.write_table(chunk.shard(url, REJECTED), bad)
-        Generation.save(answers, chunk.shard(url, ANSWERS))
-        return ChunkSummary(len(answers), len(rejected))
+        storage.write_table(shard_url(output, REJECTED, chunk.name), bad)
+        Generation.save(answers, shard_url(output, ANSWERS, chunk.name))
+        summary = AnswerSummary(
+            answered=len(answers),
+            rejected=len(rejected),
+            tokens=sum(answer.policy_tokens + answer.reward_tokens for answer in answers),
+            seconds=time.monotonic() - began,
+            actor=self.name,
+        )
+        summary.write(summary_url(output, chunk.name))
+        return summary
 
 
-GenerateActor = ray.remote(GenerateWorker)
+class AnswerJob(ChunkJob[PromptChunk, AnswerSummary, AnswerReport]):
+    """Answers on actors. What cannot be answered is no failure of the job: it goes to quarantine."""
+
+    actor_class = ray.remote(GenerateWorker)
+    summary_class = AnswerSummary
+    shards = (ANSWERS, REJECTED)
+    failures_called = "prompts failed"
+
+    def to_repeat(self, chunk: PromptChunk, earlier: AnswerSummary) -> None:
+        """A finished chunk stays as it is."""
 
 
-def generate_chunks(config: GenerateConfig, chunks: PromptChunks, progress: Callable[[int], None]) -> int:
-    """Answer all chunks that have no answers yet on `cluster.rollout_actors` actors; returns how many actors
-    died. `progress(done)` counts prompts; ray.init must have been called, `config.output` is absolute.
-    """
-    done = set(storage.list_files(storage.join(config.output, ANSWERS), ".parquet"))
-    waiting = [chunk for chunk in chunks if chunk.shard(config.output, ANSWERS) not in done]
-    finished = len(chunks.rows) - sum(len(chunk.rows) for chunk in waiting)
-    progress(finished)
-    pool = ActorPool(GenerateActor, config, config.cluster, waiting)
-    try:
-        for summary in pool.results():
-            finished += summary.answered + summary.rejected
-            progress(finished)
-    except RayTaskError as error:
-        if isinstance(error.cause, ValueError | StageError):
-            raise error.cause from None  # without the actor's traceback
-        raise
-    return pool.deaths
+def answer_prompts(config: GenerateConfig, prompts: Sequence[PromptRow], progress: Progress) -> AnswerReport:
+    """Answer all prompts on Ray actors (see `ChunkJob.run`); `config.output` is absolute. `progress(done,
+    total, note)` counts prompts."""
+    chunks = cut_into_chunks(prompts, config.chunk_rows)
+    report = AnswerReport()
+    return AnswerJob(config.output, config, chunks, len(prompts), config.cluster, progress, report).run()
 
 
 def request_of(row: PromptRow, config: GenerateConfig) -> GuidedRequest:

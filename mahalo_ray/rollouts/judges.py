@@ -30,7 +30,7 @@ from mahalo_ray.endpoints import ChatCall, Endpoint, Failure
 from mahalo_ray.models.classifiers import load_scorer
 from mahalo_ray.models.folder import METADATA_FILE, model_folder
 from mahalo_ray.objectives import unknown_name
-from mahalo_ray.rollouts.dialogue_job import shared
+from mahalo_ray.rollouts.pool import share_limits
 from mahalo_ray.seeding import derived_seed, endpoint_seed
 
 RUBRIC_VARIABLES = ("messages", "conversation", "steps", "step", "response", "answer")
@@ -157,7 +157,7 @@ class EndpointJudge(Judge):
 
     def __init__(self, config: EndpointJudgeConfig, rubric: str, actors: int, seed: int) -> None:
         self._config, self._seed = config, seed
-        self._endpoint = Endpoint(shared(config.endpoint, actors))
+        self._endpoint = Endpoint(share_limits(config.endpoint, actors))
         self._template = rubric_template(rubric)
         self._pattern = re.compile(config.score_pattern)
         self._unparsed: Counter[str] = Counter()

@@ -1,16 +1,17 @@
-"""Labels for the steps of traces, per objective as it is supervised. No Ray here."""
+"""Labels for the steps of traces, per objective as it is supervised, and the Ray actors that make them."""
 
 from __future__ import annotations
 
-import logging
+import posixpath
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
 import ray
-import torch
+from pydantic import Field
 from scipy.stats import beta
 
 from mahalo_ray.config import (
@@ -27,7 +28,16 @@ from mahalo_ray.decoding.policy import DeviceConfig, load_policy
 from mahalo_ray.decoding.stopping import boundary_for
 from mahalo_ray.rollouts.continuations import Continuer, Key, Prefix, prefix_key
 from mahalo_ray.rollouts.judges import Judge, Judged, JudgeSpec, Score, Unjudged, load_function
-from mahalo_ray.rollouts.pool import ActorPool, RolloutError
+from mahalo_ray.rollouts.pool import (
+    ChunkJob,
+    ChunkSummary,
+    JobReport,
+    Progress,
+    Tally,
+    shard_url,
+    start_worker,
+    summary_url,
+)
 
 
 def value_target(verdicts: Sequence[float], steps_after: Sequence[int], reward: float, gamma: float) -> float:
@@ -257,10 +267,6 @@ def joined(steps: Sequence[str], separator: str | None) -> str:
 
 TRACES = "labelled"
 UNJUDGED = "unjudged"
-SUMMARIES = "summaries"
-JUDGED_FROM = 50  # labels asked for before a share without verdict says anything
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -291,69 +297,66 @@ class LabelChunk:
     """A file of traces (or of prompts, traces without steps, to be answered `responses` times each)."""
 
     url: str
-    size: int
+    rows: int
     responses: int = 0
 
-    def output(self, output_url: str, kind: str, suffix: str = ".parquet") -> str:
-        """URL of this chunk's output of a kind."""
-        name = self.url.rsplit("/", 1)[-1].removesuffix(".parquet")
-        return storage.join(output_url, kind, name + suffix)
+    @property
+    def name(self) -> str:
+        return posixpath.basename(self.url).removesuffix(".parquet")
 
 
-@dataclass
-class LabelSummary:
-    """What one chunk, or all of them, came to. `sampling` has the counts of `SamplingCounts`, `endpoints`
-    those of judges behind endpoints, per objective."""
+class ModelCounts(Tally):
+    """What models did. `sampling` has the counts of `SamplingCounts`, `endpoints` those of judges behind
+    endpoints, per objective."""
+
+    sampling: Counter[str] = Field(default_factory=Counter)
+    endpoints: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+
+class LabelCounts(ModelCounts):
+    """What is counted of labels. `example`: why a label has no verdict."""
 
     traces: int = 0
     rows: int = 0
-    labels: Counter[str] = field(default_factory=Counter)
-    unjudged: Counter[str] = field(default_factory=Counter)
-    sampling: Counter[str] = field(default_factory=Counter)
-    endpoints: dict[str, dict[str, Any]] = field(default_factory=dict)
-    example: str = ""  # of a label without verdict
-
-    def add(self, other: LabelSummary) -> None:
-        """Sum up."""
-        self.traces += other.traces
-        self.rows += other.rows
-        self.labels.update(other.labels)
-        self.unjudged.update(other.unjudged)
-        self.sampling.update(other.sampling)
-        for name, counts in other.endpoints.items():
-            self.endpoints[name] = summed(self.endpoints.get(name, {}), counts)
-        self.example = other.example or self.example
+    labels: Counter[str] = Field(default_factory=Counter)
+    unjudged: Counter[str] = Field(default_factory=Counter)
+    example: str = ""
 
     @property
-    def unjudged_share(self) -> float:
-        """Of the labels asked for, those without a verdict."""
-        unjudged = sum(self.unjudged.values())
-        return unjudged / max(1, unjudged + sum(self.labels.values()))
-
-    @classmethod
-    def read(cls, url: str) -> LabelSummary:
-        found = storage.read_json(url)
-        counters = {name: Counter(found[name]) for name in ("labels", "unjudged", "sampling")}
-        return cls(**{**found, **counters})
+    def asked(self) -> int:
+        """Labels asked for."""
+        return sum(self.labels.values()) + sum(self.unjudged.values())
 
 
-def summed(left: dict[str, Any], right: dict[str, Any], sign: int = 1) -> dict[str, Any]:
-    """Numbers added name by name, through dictionaries; None (no price) stays None."""
-    total = dict(left)
-    for name, value in right.items():
-        if isinstance(value, dict):
-            total[name] = summed(left.get(name, {}), value, sign)
-        else:
-            total[name] = None if value is None else (left.get(name) or 0) + sign * value
-    return total
+class LabelSummary(LabelCounts, ChunkSummary):
+    """What one chunk came to."""
+
+    @property
+    def model_tokens(self) -> int:
+        return self.sampling["tokens_sampled"] + self.sampling["tokens_encoded"]
+
+
+class LabelReport(LabelCounts, JobReport):
+    """What a labelling job came to."""
+
+    @property
+    def done(self) -> int:
+        return self.rows
+
+    @property
+    def failures(self) -> Counter[str]:
+        return self.unjudged
+
+    @property
+    def attempts(self) -> int:
+        return self.asked
 
 
 class LabelWorker:
     """Labels chunks; an ordinary class, made a Ray actor by the driver."""
 
     def __init__(self, spec: LabelSpec) -> None:
-        torch.set_num_threads(spec.threads)
-        logging.getLogger("transformers").setLevel(logging.ERROR)
+        self.name = start_worker(spec.threads)
         self.spec, settings = spec, spec.continuations
         self.judges = {
             name: judge.open(spec.placement, spec.actors, spec.seed) for name, judge in spec.judges.items()
@@ -367,22 +370,28 @@ class LabelWorker:
         self.labeller = Labeller(own, self.continuer, settings, spec.step_separator, spec.source)
 
     def play(self, chunk: LabelChunk) -> LabelSummary:
-        """Label a chunk and write its files; that of the labelled traces comes last."""
-        before = self._counts()
+        """Label a chunk and write its files, the summary last."""
+        began, before = time.monotonic(), self._counts()
         traces, output = StepTrace.read(chunk.url), self.spec.output_url
         unanswered: list[BadRow] = []
         if chunk.responses:
             traces, unanswered = self._respond(traces, chunk.responses)
-        found = self.labeller.label(traces)
-        summary = LabelSummary(len(found.traces), chunk.size, found.labels, found.unjudged)
-        counts = summed(self._counts(), before, -1)
-        summary.sampling, summary.endpoints = Counter(counts["sampling"]), counts["endpoints"]
-        bad = [*unanswered, *found.bad]
-        summary.example = bad[-1].reason if bad else ""
+        result = self.labeller.label(traces)
+        bad = [*unanswered, *result.bad]
         rows = pa.Table.from_pylist([asdict(row) for row in bad], schema=SCHEMA)
-        storage.write_table(chunk.output(output, UNJUDGED), rows)
-        storage.write_json(chunk.output(output, SUMMARIES, ".json"), vars(summary))
-        StepTrace.save(found.traces, chunk.output(output, TRACES))
+        storage.write_table(shard_url(output, UNJUDGED, chunk.name), rows)
+        StepTrace.save(result.traces, shard_url(output, TRACES, chunk.name))
+        summary = LabelSummary(
+            traces=len(result.traces),
+            rows=chunk.rows,
+            labels=result.labels,
+            unjudged=result.unjudged,
+            **self._counts().since(before),
+            example=bad[-1].reason if bad else "",
+            seconds=time.monotonic() - began,
+            actor=self.name,
+        )
+        summary.write(summary_url(output, chunk.name))
         return summary
 
     def _respond(self, prompts: Sequence[StepTrace], responses: int) -> tuple[list[StepTrace], list[BadRow]]:
@@ -396,13 +405,25 @@ class LabelWorker:
         fitting = [prompt for prompt in prompts if errors[prompt.id] is None]
         return (self.continuer.respond(fitting, responses) if fitting else []), bad
 
-    def _counts(self) -> dict[str, Any]:
+    def _counts(self) -> ModelCounts:
+        """What this actor's policy and endpoints have done so far."""
         sampling = {} if self.continuer is None else asdict(self.continuer.counts)
         endpoints = {name: counts for name, judge in self.judges.items() if (counts := judge.counts())}
-        return {"sampling": sampling, "endpoints": endpoints}
+        return ModelCounts(sampling=Counter(sampling), endpoints=endpoints)
 
 
-LabelActor = ray.remote(LabelWorker)
+class LabelJob(ChunkJob[LabelChunk, LabelSummary, LabelReport]):
+    """Labels on actors; a finished chunk with too large a share of labels without a verdict is labelled
+    again."""
+
+    actor_class = ray.remote(LabelWorker)
+    summary_class = LabelSummary
+    shards = (TRACES, UNJUDGED)
+    failures_called = "labels have no verdict"
+
+    def to_repeat(self, chunk: LabelChunk, earlier: LabelSummary) -> LabelChunk | None:
+        unjudged = sum(earlier.unjudged.values())
+        return chunk if unjudged > self.max_failed_fraction * earlier.asked else None
 
 
 def run_labelling(
@@ -411,42 +432,12 @@ def run_labelling(
     cluster: ActorsConfig,
     progress: Progress,
     max_unjudged_fraction: float,
-) -> LabelSummary:
-    """Label all chunks on `cluster.rollout_actors` Ray actors; ray.init must have been called.
-
-    Finished chunks are skipped, unless too many of their labels have no verdict. RolloutError when more than
-    `max_unjudged_fraction` of all labels have none. `progress(done, total, note)` counts rows of the input.
-    """
-    total = LabelSummary()
-    rows = sum(chunk.size for chunk in chunks)
-
-    def take(summary: LabelSummary) -> None:
-        total.add(summary)
-        unjudged = sum(total.unjudged.values())
-        progress(total.rows, rows, f"{unjudged} labels without verdict" if unjudged else "")
-
-    def unfinished() -> Iterator[LabelChunk]:
-        done = set(storage.list_files(storage.join(spec.output_url, TRACES), ".parquet"))
-        for chunk in chunks:
-            if chunk.output(spec.output_url, TRACES) in done:
-                summary = LabelSummary.read(chunk.output(spec.output_url, SUMMARIES, ".json"))
-                if summary.unjudged_share <= max_unjudged_fraction:
-                    take(summary)
-                    continue
-            yield chunk
-
-    for summary in ActorPool(LabelActor, spec, cluster, unfinished()).results():
-        take(summary)
-        _check(total, max_unjudged_fraction, JUDGED_FROM)
-    _check(total, max_unjudged_fraction, 0)
-    return total
-
-
-def _check(total: LabelSummary, limit: float, judged_from: int) -> None:
-    asked = sum(total.labels.values()) + sum(total.unjudged.values())
-    if asked >= judged_from and total.unjudged_share > limit:
-        raise RolloutError(
-            f"{sum(total.unjudged.values())} of {asked} labels have no verdict, more than the allowed share "
-            f"of {limit:g} ('max_unjudged_fraction'); the others are kept, and the same command tries these "
-            f"again. The last reason: {total.example}"
-        )
+) -> LabelReport:
+    """Label all chunks on Ray actors (see `ChunkJob.run`). RolloutError when more than
+    `max_unjudged_fraction` of all labels have no verdict. `progress(done, total, note)` counts rows of the
+    input."""
+    rows = sum(chunk.rows for chunk in chunks)
+    report = LabelReport()
+    return LabelJob(
+        spec.output_url, spec, chunks, rows, cluster, progress, report, max_unjudged_fraction
+    ).run()

@@ -1,0 +1,86 @@
+"""Where a finished run's models lie, how models get to where every node reaches them, and the export of a
+policy."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+from mahalo_ray.data import storage
+from mahalo_ray.models import MultiHeadCausalLM
+from mahalo_ray.models.backbone import load_tokenizer
+from mahalo_ray.models.folder import METADATA_FILE, local_folder
+from mahalo_ray.objectives import Weights
+from mahalo_ray.pipeline.stages import MANIFEST, Manifest
+
+
+def run_model(run: str, stage: str) -> str:
+    """The model folder that a finished stage (`sft`, `reward`, `policy`) of the run in `run` has made.
+
+    ValueError where `run` holds no run, or its stage is not finished.
+    """
+    folder = storage.join(storage.absolute(run), stage)
+    manifest = Manifest.read(folder)
+    if manifest is not None:
+        return storage.join(folder, manifest.outputs["model"])
+    if not storage.exists(storage.join(run, "config.yaml")):
+        raise ValueError(f"there is no run at '{run}': it holds no config.yaml")
+    raise ValueError(f"stage '{stage}' of the run at '{run}' is not finished: run `mahalo {stage}` first")
+
+
+def find_model(source: str, stage: str) -> str:
+    """A model folder: `source` itself, or what the finished stage of the run in `source` has made.
+
+    ValueError where `source` is not there, or is a run whose stage is not finished.
+    """
+    source = storage.absolute(source)
+    if not storage.exists(source):
+        raise ValueError(f"there is no {stage} model at '{source}'")
+    if storage.exists(storage.join(source, METADATA_FILE)):
+        return source
+    signs = (storage.join(source, "config.yaml"), storage.join(source, stage, MANIFEST))
+    is_run = any(storage.exists(sign) for sign in signs)
+    return run_model(source, stage) if is_run else source
+
+
+def place_model(source: str, url: str) -> str:
+    """A model where every node reaches it: a folder or URL where it lies, a hub model downloaded once to
+    `url`."""
+    if storage.exists(source):
+        return storage.absolute(source)
+    if not storage.exists(url):
+        storage.upload_folder(local_folder(source), url)
+    return url
+
+
+def export(source: str, output: str, weights: Weights, dtype: torch.dtype | None = None) -> None:
+    """Merge the heads of a policy (a run's output folder, or a model folder) into `output`.
+
+    LoRA is folded in; dtype None keeps the stored one. `output` must not exist or be empty. ValueError for an
+    objective the policy lacks, a run without a finished policy, or an output that would be overwritten.
+    """
+    if storage.exists(output) and (storage.list_files(output) or not _is_folder(output)):
+        raise ValueError(f"'{output}' exists already: give a new folder")
+    folder = Path(storage.local_copy(_policy_folder(source)))
+    policy = MultiHeadCausalLM.from_pretrained(folder, dtype=dtype)
+    model = policy.merge(weights, copied=False)
+    # Written here first: half an export must not pass for a whole one.
+    with tempfile.TemporaryDirectory(prefix="mahalo-export-") as temporary:
+        model.save_pretrained(temporary)
+        load_tokenizer(folder).save_pretrained(temporary)
+        storage.remove(output)
+        storage.upload_folder(temporary, output)
+
+
+def _policy_folder(source: str) -> str:
+    folder = find_model(source, "policy")
+    if not storage.exists(storage.join(folder, METADATA_FILE)):
+        raise ValueError(f"'{source}' is neither a run's output folder nor a policy's model folder")
+    return folder
+
+
+def _is_folder(url: str) -> bool:
+    fs, path = storage.filesystem(url)
+    return bool(fs.isdir(path))
