@@ -150,16 +150,15 @@ def ours_at_once(models: Models, tasks: Sequence[Task]) -> Outcome:
     running = [session.submit(task.request(models.shape)) for task in tasks]
     while session.is_busy:
         session.advance()
-    assert session.guides is not None
     first = running[0].result()
     return Outcome(
         token_ids=first.token_ids,
         choices=[step.chosen for step in first.steps],
         scores=[[list(c.scores.values()) for c in step.candidates if c.scores] for step in first.steps],
         policy_tokens=session.engine.tokens_forwarded,
-        reward_tokens=session.guides.tokens_forwarded,
+        reward_tokens=session.scorers.tokens_forwarded,
         policy_cache_bytes=session.engine.peak_bytes,
-        reward_cache_bytes=session.guides.peak_bytes,
+        reward_cache_bytes=session.scorers.peak_bytes,
         # Accepting copies a step of each request behind both prefixes; nothing else is copied.
         cache_bytes_copied=sum(_accepted_bytes(models, task) for task in tasks),
         phases=phases,
@@ -179,8 +178,7 @@ def _timed_phases(session: GuidedSession, clock: Callable[[], float]) -> dict[st
     forks and taking the chosen candidates' keys and values over.
     """
     phases = dict.fromkeys(("prefill", "decode", "score_first", "score", "fork_accept"), 0.0)
-    guides = session.guides
-    assert guides is not None
+    scorers = session.scorers
     scored = 0
 
     def timed(owner: object, name: str, phase: Callable[[], str]) -> None:
@@ -205,6 +203,6 @@ def _timed_phases(session: GuidedSession, clock: Callable[[], float]) -> dict[st
     timed(session.in_flight, "start", lambda: "fork_accept")
     timed(session.in_flight, "collect", lambda: "fork_accept")
     timed(session.engine, "accept", lambda: "fork_accept")
-    timed(guides, "score", score_phase)
-    timed(guides, "accept", lambda: "fork_accept")
+    timed(scorers, "score", score_phase)
+    timed(scorers, "accept", lambda: "fork_accept")
     return phases

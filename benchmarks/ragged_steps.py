@@ -25,7 +25,7 @@ from shapes import ABOUT_1M, ABOUT_30M, TINY, Shape
 
 from mahalo_ray.decoding.guidance import GuidedResult
 from mahalo_ray.decoding.guided import GuidedDecoder
-from mahalo_ray.decoding.session import GuidedSession, RequestState
+from mahalo_ray.decoding.session import GuidedSession, RequestState, decide_steps
 from mahalo_ray.decoding.stopping import StopReason
 
 SHAPES: dict[str, Shape] = {"tiny": TINY, "1m": ABOUT_1M, "30m": ABOUT_30M}
@@ -97,33 +97,29 @@ def in_flight(session: GuidedSession, running: list[RequestState]) -> list[Guide
 
 def together(session: GuidedSession, running: list[RequestState]) -> list[GuidedResult]:
     """All requests take a step, then all requests take a step."""
-    assert session.guides is not None
     active = session.admit()
     while active:
-        candidates, offered = session.offer(active, [one.request.num_candidates for one in active])
-        choice = [one.choice(own) for one, own in zip(active, offered, strict=True)]
-        session.engine.accept(candidates, choice)
-        for one, own, chosen in zip(active, offered, choice, strict=True):
-            session.extend(one, own, chosen)
-        going_on = [i for i, one in enumerate(active) if one.stop_reason is None]
-        gone = [one for one in active if one.stop_reason is not None]
-        session.guides.accept(
-            [active[i].guide_row for i in going_on], [offered[i][choice[i]] for i in going_on]
-        )
-        for one in gone:
-            session.cancel(one)
-        active = [active[i] for i in going_on] + session.admit()
+        sampled, candidates = session.sample(active, [state.request.num_candidates for state in active])
+        steps = decide_steps(active, candidates, session.scorers, session.models.scale)
+        session.engine.accept(sampled, [step.chosen for step in steps if step is not None])
+        for state, step in zip(active, steps, strict=True):
+            assert step is not None
+            session.extend(state, step)
+            if state.is_over:
+                session.cancel(state)
+            else:
+                session.scorers.accept([state.scorer_row], [step.accepted])
+        active = [state for state in active if not state.is_over] + session.admit()
     return [one.result() for one in running]
 
 
 def cost(session: GuidedSession, answers: Sequence[GuidedResult]) -> dict[str, Any]:
     """Tokens answered, and what went through the models."""
-    assert session.guides is not None
     return {
         "answer_tokens": sum(len(answer.token_ids) for answer in answers),
         "steps": sum(len(answer.steps) for answer in answers),
         "policy_tokens": session.engine.tokens_forwarded,
-        "reward_tokens": session.guides.tokens_forwarded,
+        "reward_tokens": session.scorers.tokens_forwarded,
         "policy_cache_bytes": session.engine.peak_bytes,
     }
 

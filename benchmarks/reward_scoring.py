@@ -20,8 +20,8 @@ from measuring import machine, options_of, table, write_results
 from shapes import ABOUT_30M, SMOLLM2_135M, TINY, Shape
 from torch import Tensor
 
+from mahalo_ray.decoding.cached_scorer import RewardConversations
 from mahalo_ray.decoding.cpu_matmul import OneDNNHead, OneDNNLinears
-from mahalo_ray.decoding.scorers import RewardConversations
 from mahalo_ray.models import ProcessRewardModel
 from mahalo_ray.models.scoring import TokenTrace
 

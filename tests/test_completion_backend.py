@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from local_endpoint import LocalEndpoint, Received, Scripted, fails
-from tiny_guided import ASK, memorised, model, reward, tokenizer
+from tiny_guided import ASK, as_read, memorised, model, reward, tokenizer
 
 from mahalo_ray.decoding.guidance import GuidedRequest
 from mahalo_ray.decoding.guided import GuidedDecoder
@@ -104,11 +104,10 @@ def test_every_step_takes_the_best_of_n_as_the_whole_text_would_score_it() -> No
         totals = [candidate.total for candidate in step.candidates]
         assert step.chosen == max(range(3), key=totals.__getitem__)
         for candidate in step.candidates:
-            if candidate.reason == "length":
-                ids = before + candidate.token_ids
-                expected = reward().score_traces([TokenTrace(ids, [len(before)], [len(ids) - 1])])[0][0]
-                found = torch.tensor([candidate.scores[name] for name in reward().objectives])
-                torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+            ids = before + as_read(candidate, len(before) - len(bodies[0]["prompt"]), 24)
+            expected = reward().score_traces([TokenTrace(ids, [len(before)], [len(ids) - 1])])[0][0]
+            found = torch.tensor([candidate.scores[name] for name in reward().objectives])
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
         before = before + step.accepted.token_ids
     assert "".join(step.text for step in result.steps) == result.text
     assert result.reward_tokens <= result.policy_tokens + 3 * 3 * len(result.steps)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
-from mahalo_ray.decoding.scorers import RewardConversations
+from mahalo_ray.decoding.cached_scorer import RewardConversations
 from mahalo_ray.models.reward import ProcessRewardModel
 from mahalo_ray.models.scoring import TokenTrace
 

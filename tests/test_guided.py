@@ -4,18 +4,19 @@ refused.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
 import torch
-from tiny_guided import ASK, TEXT, memorised, message, model, reward, tokenizer
+from tiny_guided import ASK, TEXT, as_read, memorised, message, model, reward, tokenizer
 
+from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.decoding.beam import subtrees
-from mahalo_ray.decoding.guidance import GuidedRequest, StepCandidate, within_candidates
+from mahalo_ray.decoding.guidance import GuidedRequest, Prompt, ScoreScale, StepCandidate, within_candidates
 from mahalo_ray.decoding.guided import GuidedDecoder
 from mahalo_ray.decoding.sampling import SamplingParams
-from mahalo_ray.decoding.scorers import Prompt
 from mahalo_ray.decoding.session import RequestState
 from mahalo_ray.decoding.stopping import (
     MathBoundary,
@@ -29,7 +30,8 @@ from mahalo_ray.decoding.stopping import (
 )
 from mahalo_ray.domains.tutoring.scripted import train_tokenizer
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
-from mahalo_ray.models.scoring import TokenTrace
+from mahalo_ray.models.reward import ProcessRewardModel
+from mahalo_ray.models.scoring import StepEncoder, TokenTrace, TraceScorer
 from mahalo_ray.objectives import Weights
 
 
@@ -50,12 +52,11 @@ def test_every_step_takes_the_best_candidate_as_the_whole_text_would_score_it():
         totals = [candidate.total for candidate in step.candidates]
         assert step.chosen == max(range(4), key=totals.__getitem__)
         for candidate in step.candidates:
-            if candidate.reason in (StopReason.STEP, StopReason.LENGTH):
-                ids = before + candidate.token_ids
-                trace = TokenTrace(ids, [len(before)], [len(ids) - 1])
-                expected = reward().score_traces([trace])[0][0]
-                found = torch.tensor([candidate.scores[name] for name in reward().objectives])
-                torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+            ids = before + as_read(candidate, len(before) - len(prompt), 30)
+            trace = TokenTrace(ids, [len(before)], [len(ids) - 1])
+            expected = reward().score_traces([trace])[0][0]
+            found = torch.tensor([candidate.scores[name] for name in reward().objectives])
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
         before += step.accepted.token_ids
     assert result.token_ids == before[len(prompt) :]
     assert result.text == made.format.decode(result.token_ids)
@@ -108,7 +109,7 @@ def test_tree_searches_end_with_a_response_made_of_their_steps(strategy):
 def test_beam_search_with_one_beam_is_argmax_with_its_first_seed():
     made = decoder()
     beam = made.generate(ASK, **(SHORT | {"strategy": "beam", "beam_width": 4}))
-    first = made.generate(ASK, **(SHORT | {"max_steps": 1}))
+    first = made.generate(ASK, **SHORT)
     assert beam.steps[0] == first.steps[0]
     for step in beam.steps:
         assert step.accepted.total == max(c.total for c in step.candidates)
@@ -123,11 +124,10 @@ def test_beams_score_what_the_whole_text_would_score():
     assert len(result.steps) > 2
     for step in result.steps:
         for candidate in step.candidates:
-            if candidate.reason in (StopReason.STEP, StopReason.LENGTH):
-                ids = before + candidate.token_ids
-                expected = reward().score_traces([TokenTrace(ids, [len(before)], [len(ids) - 1])])[0][0]
-                found = torch.tensor([candidate.scores[name] for name in reward().objectives])
-                torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+            ids = before + as_read(candidate, len(before) - result.prompt_tokens, 30)
+            expected = reward().score_traces([TokenTrace(ids, [len(before)], [len(ids) - 1])])[0][0]
+            found = torch.tensor([candidate.scores[name] for name in reward().objectives])
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
         before = before + step.accepted.token_ids
 
 
@@ -174,7 +174,11 @@ def test_nothing_is_encoded_twice():
     result = decoder().generate(ASK, seed=3, **SHORT)
     offered = sum(len(c.token_ids) for step in result.steps for c in step.candidates)
     assert result.policy_tokens == result.prompt_tokens + offered
-    assert result.reward_tokens <= result.prompt_tokens + offered + 4 * 4
+    so_far, read = 0, 0
+    for step in result.steps:
+        read += sum(len(ids) for ids in {tuple(as_read(c, so_far, 30)) for c in step.candidates})
+        so_far += len(step.accepted.token_ids)
+    assert result.reward_tokens == result.prompt_tokens + read
     assert result.cache_bytes > 0
 
 
@@ -270,13 +274,14 @@ def test_a_candidate_that_ends_at_once_is_passed_over_while_others_speak():
     def candidate(text: str, total: float) -> StepCandidate:
         return StepCandidate(text, [1], StopReason.TOKEN, {"accuracy": total}, total)
 
-    running = RequestState(GuidedRequest(ASK, num_candidates=3), Prompt([message(ASK[0])], [1, 2]), False)
-    own = [candidate("", 3.0), candidate("5", 1.0), candidate("6", 2.0)]
-    assert running.choice(own) == 2
-    running.text = "So far."
-    assert running.choice(own) == 0  # ending here is a choice like any other
-    running.text = ""
-    assert running.choice([candidate("", 1.0), candidate(" ", 2.0)]) == 1
+    state = RequestState(GuidedRequest(ASK, num_candidates=3), Prompt([message(ASK[0])], [1, 2]))
+    scale = ScoreScale(("accuracy",), {})
+    candidates = [candidate("", 3.0), candidate("5", 1.0), candidate("6", 2.0)]
+    assert state.choose(candidates, scale) == 2
+    state.text = "So far."
+    assert state.choose(candidates, scale) == 0  # ending here is a choice like any other
+    state.text = ""
+    assert state.choose([candidate("", 1.0), candidate(" ", 2.0)], scale) == 1
 
 
 def test_immediate_end_of_the_response():
@@ -329,10 +334,132 @@ def test_prompt_that_does_not_fit_and_missing_parts():
         GuidedDecoder(model(), None, "math")
     with pytest.raises(ValueError, match="needs a reward model"):
         GuidedDecoder(model(), None, "math", tokenizer=tokenizer()).generate(ASK)
-    with pytest.raises(ValueError, match="tokenizers differ"):
-        decoder(tokenizer=train_tokenizer(["other words"], 290))
     with pytest.raises(ValueError, match="unknown domain 'maths'"):
         decoder("maths")
+
+
+@pytest.mark.parametrize("separator", ["\n\n", None])
+@pytest.mark.parametrize("difference", ["vocabulary", "chat template"])
+def test_a_reward_model_with_another_tokenizer_reads_the_text(separator, difference, caplog):
+    """Never the policy's tokens, which would mean something else to it: its own tokens of the same words."""
+    own = train_tokenizer(["other words"], 290) if difference == "vocabulary" else copy.deepcopy(tokenizer())
+    own.chat_template = "Judge." + str(tokenizer().chat_template)
+    judge = ProcessRewardModel.from_base(
+        model(2), {"accuracy": "value"}, tuning="frozen", tokenizer=own, step_separator=separator
+    )
+    made = GuidedDecoder(model(), judge, "math", tokenizer())
+    assert f"its {difference} is not the policy's" in caplog.text
+    result = made.generate(ASK, seed=3, **SHORT)
+    said, so_far = [""], 0
+    for step in result.steps:
+        assert step.accepted.scores
+        for candidate in step.candidates:
+            read = [text for text in [*said[:-1], said[-1] + candidate.text] if text.strip()]
+            goes_on = candidate.reason == "length" and so_far + len(candidate.token_ids) < 30
+            trace = judge.encoder.encode_answer(ASK, read, closed=not goes_on)
+            expected = float(judge.score_traces([trace])[0][-1, 0])
+            assert candidate.scores["accuracy"] == pytest.approx(expected, abs=1e-4)
+        cut = step.accepted.reason == "length"
+        said = [*said[:-1], said[-1] + step.text, *([] if cut else [""])]
+        so_far += len(step.accepted.token_ids)
+
+
+@pytest.mark.parametrize("tuning", ["frozen", "full"])
+def test_preferences_are_scored_from_the_beginning_of_the_answer(tuning):
+    """They learned from whole answers; the other objectives are scored by the last step."""
+    kinds = {"accuracy": "value", "helpful": "preference"}
+    judge = ProcessRewardModel.from_base(model(1), kinds, tuning=tuning, tokenizer=tokenizer())
+    result = GuidedDecoder(model(), judge, "math").generate(ASK, seed=3, **SHORT)
+    before = ChatFormat(tokenizer()).prompt_ids([message(ASK[0])])
+    starts = [len(before)]
+    for step in result.steps:
+        for candidate in step.candidates:
+            ids = before + as_read(candidate, len(before) - result.prompt_tokens, 30)
+            trace = TokenTrace(ids, starts, [*(start - 1 for start in starts[1:]), len(ids) - 1])
+            expected = judge.score_traces([trace])[0][-1]
+            whole = judge.score_traces([TokenTrace(ids, starts[:1], [len(ids) - 1])])[0][0]
+            assert expected[1] == pytest.approx(float(whole[1]), abs=1e-5)
+            found = torch.tensor([candidate.scores[name] for name in kinds])
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        before = before + step.accepted.token_ids
+        starts.append(len(before))
+    assert len(starts) > 3
+
+
+class FailingScorer(TraceScorer, torch.nn.Module):
+    """Gives no number, or no memory, to answers of one conversation."""
+
+    def __init__(self, word: str, out_of_memory: bool) -> None:
+        torch.nn.Module.__init__(self)
+        self.word, self.out_of_memory = tokenizer()(word)["input_ids"], out_of_memory
+        self.objectives, self.output_kinds, self.calibration = ("accuracy",), {"accuracy": "value"}, {}
+        self.nothing = torch.nn.Parameter(torch.zeros(1))
+
+    max_length = 256
+
+    @property
+    def encoder(self) -> StepEncoder:
+        return StepEncoder(tokenizer(), "\n\n")
+
+    def final_scores(self, input_ids, attention_mask, starts, ends):
+        scores = ends[..., None].float()
+        for row, ids in enumerate(input_ids.tolist()):
+            if any(ids[at : at + len(self.word)] == self.word for at in range(len(ids))):
+                if self.out_of_memory:
+                    raise torch.OutOfMemoryError("no memory")
+                scores[row] = float("nan")
+        return scores
+
+
+@pytest.mark.parametrize("out_of_memory", [True, False])
+def test_what_is_wrong_with_one_request_is_its_own_error(out_of_memory):
+    scorer = FailingScorer("Smith", out_of_memory)
+    made = GuidedDecoder(model(), scorer, "math", tokenizer())
+    requests = [
+        GuidedRequest([{"role": "user", "content": text}], seed=n, **SHORT)
+        for n, text in enumerate(["So?", "Smith said", "Is it?"])
+    ]
+    first, wrong, last = made.generate_each(requests)
+    assert isinstance(wrong, ValueError)
+    assert ("memory" if out_of_memory else "accuracy is not a finite number") in str(wrong)
+    for request, result in ((requests[0], first), (requests[2], last)):
+        alone = made.generate_each([request])[0]
+        assert not isinstance(alone, ValueError) and not isinstance(result, ValueError)
+        assert (result.steps, result.text) == (alone.steps, alone.text)
+    with pytest.raises(ValueError, match=r"memory|finite"):
+        made.generate_batch(requests)
+
+
+def test_a_forward_without_memory_costs_the_largest_request_alone(monkeypatch):
+    made = decoder()
+    requests = [
+        GuidedRequest([{"role": "user", "content": text}], seed=n, **SHORT | {"num_candidates": 2 + n})
+        for n, text in enumerate(["So?", "Is it? Yes!", "Dr. Smith said e.g. this."])
+    ]
+    alone = [made.generate_each([request])[0] for request in requests]
+    forward, calls = made.policy.hidden_states, []
+
+    def limited(*arguments):
+        calls.append(1)
+        if len(calls) == 15:
+            raise torch.OutOfMemoryError("no memory")
+        return forward(*arguments)
+
+    monkeypatch.setattr(made.policy, "hidden_states", limited)
+    *good, largest = made.generate_each(requests)
+    assert isinstance(largest, ValueError) and "more memory than there is" in str(largest)
+    for result, expected in zip(good, alone, strict=False):
+        assert result.token_ids == expected.token_ids and result.text == expected.text
+
+
+def test_equal_requests_are_cancelled_one_by_one():
+    session = decoder().session()
+    first, second = (session.submit(GuidedRequest(ASK, seed=1, **SHORT)) for _ in range(2))
+    session.advance()
+    session.cancel(first)
+    while session.is_busy:
+        session.advance()
+    assert first.stop_reason is None and second.result().token_ids
 
 
 def test_standardised_scores_ignore_scale_and_constant_columns():

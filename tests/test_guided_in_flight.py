@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_guided import model, reward
+from tiny_guided import as_read, model, reward
 
 from mahalo_ray.data.records import Message
 from mahalo_ray.decoding.guidance import GuidedRequest, GuidedResult
@@ -79,8 +79,8 @@ def test_scores_over_kept_caches_are_those_of_the_text_encoded_again() -> None:
         before = list(one.prompt_ids)
         for step in one.result().steps:
             for candidate in step.candidates:
-                if candidate.scores and candidate.reason.value in ("step", "length"):
-                    ids = before + candidate.token_ids
+                if candidate.scores:
+                    ids = before + as_read(candidate, len(before) - len(one.prompt_ids), 40)
                     again = reward().score_traces([TokenTrace(ids, [len(before)], [len(ids) - 1])])[0][0]
                     found = torch.tensor([candidate.scores[name] for name in reward().objectives])
                     torch.testing.assert_close(found, again, atol=1e-4, rtol=1e-4)

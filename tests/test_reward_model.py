@@ -135,7 +135,13 @@ def test_pieces_called_step_by_step_equal_the_whole() -> None:
             features = model.step_features(
                 new, logps[None], torch.tensor([[0]]), torch.tensor([[end - start]])
             )
-            torch.testing.assert_close(model.heads(features)[0, 0], expected[0, step])
+            # A preference between whole answers reads the answer from its beginning.
+            first = trace.starts[0]
+            logps = model.reference_logps(hidden[0, first - 1 : end], ids[0, first : end + 1])
+            answer = model.step_features(
+                hidden[:, first : end + 1], logps[None], torch.tensor([[0]]), torch.tensor([[end - first]])
+            )
+            torch.testing.assert_close(model.heads(features, answer)[0, 0], expected[0, step])
 
 
 @pytest.mark.parametrize("tuning", ["frozen", "lora", "full"])

@@ -9,8 +9,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from mahalo_ray.data.records import Message
 from mahalo_ray.data.templating import ChatFormat
+from mahalo_ray.decoding.guidance import StepCandidate
+from mahalo_ray.decoding.stopping import StopReason
 from mahalo_ray.domains.tutoring.scripted import train_tokenizer
 from mahalo_ray.models.reward import ProcessRewardModel
+from mahalo_ray.models.scoring import StepEncoder
 
 TEXT = [
     "So we add 2 and 3.\n\nThat gives 5.\n\nThe answer is \\boxed{5}.",
@@ -53,6 +56,16 @@ def reward(separator: str | None = "\n\n") -> ProcessRewardModel:
 
 def message(fields: dict[str, str]) -> Message:
     return Message.model_validate(fields)
+
+
+def as_read(candidate: StepCandidate, so_far: int, most: int, separator: str | None = "\n\n") -> list[int]:
+    """What the reward model reads of a candidate after `so_far` tokens of an answer of at most `most`: closed
+    if the answer ends with it, as the policy wrote it if more is to come or the step has its own boundary."""
+    goes_on = candidate.reason is StopReason.LENGTH and so_far + len(candidate.token_ids) < most
+    if goes_on or candidate.reason is StopReason.STEP:
+        return candidate.token_ids
+    text = tokenizer().decode(candidate.token_ids, skip_special_tokens=True)
+    return StepEncoder(tokenizer(), separator).step_ids(text)
 
 
 @functools.cache

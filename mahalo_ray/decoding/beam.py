@@ -7,11 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mahalo_ray.decoding.guidance import GuidedRequest, GuidedResult, StepCandidate, totals
+from mahalo_ray.decoding.guidance import GuidedRequest, GuidedResult, Step, StepCandidate, TextOutgrown
 from mahalo_ray.decoding.sampling import draw_keys
-from mahalo_ray.decoding.scorers import Guides
-from mahalo_ray.decoding.session import GuidedSession, RequestState
-from mahalo_ray.decoding.stopping import StopReason
+from mahalo_ray.decoding.session import GuidedSession, RequestState, score_steps
+from mahalo_ray.decoding.stopping import Candidates, StopReason
 
 
 def subtrees(request: GuidedRequest) -> list[GuidedRequest]:
@@ -39,17 +38,20 @@ class BeamSearch:
     several ways is copied. A response that ends keeps its place among the beams.
     """
 
-    def __init__(self, session: GuidedSession, guides: Guides, request: GuidedRequest) -> None:
-        self.session, self.guides, self.request = session, guides, request
+    def __init__(self, session: GuidedSession, request: GuidedRequest) -> None:
+        self.session, self.request = session, request
         self.keep = request.num_candidates // request.beam_width
-        self.guidance = request.guidance_over(guides.scale.objectives)
+        self.guidance = request.guidance_by(session.models.scale)
         self.seeds = derived_seeds(request.seed, self.keep)
         self.policy_tokens = self.reward_tokens = 0
 
     def run(self) -> GuidedResult:
-        """Until every kept beam has ended; the one whose last step scores best."""
+        """Until every kept beam has ended; the one whose last step scores best. ValueError if the text
+        outgrows a reward model or cannot be scored."""
         root = self.session.submit(replace(self.request, strategy="argmax"))
         self.session.admit()
+        if root.error is not None:
+            raise root.error
         self.policy_tokens = len(root.prompt_ids)
         beams, ended, count = [root], list[RequestState](), self.request.num_candidates
         while beams:
@@ -63,55 +65,73 @@ class BeamSearch:
         return best.result()
 
     def _totals(self, candidates: list[StepCandidate]) -> Tensor:
-        scores = [[c.scores[name] for name in self.guides.scale.objectives] for c in candidates]
-        return totals(torch.tensor(scores), self.guidance, self.request, self.guides.scale)
+        names = self.guidance.scale.objectives
+        return self.guidance.totals(torch.tensor([[c.scores[name] for name in names] for c in candidates]))
+
+    def _candidates(
+        self, beams: list[RequestState], count: int
+    ) -> tuple[Candidates, list[list[StepCandidate]]]:
+        """`count` scored continuations of every beam."""
+        scorers = self.session.scorers
+        before = scorers.tokens_forwarded
+        sampled, candidates = self.session.sample(beams, [count] * len(beams))
+        scored = []
+        for own in score_steps(beams, candidates, scorers, self.guidance.scale):
+            if isinstance(own, ValueError):
+                raise own
+            if any(candidate.total is None for candidate in own):
+                raise TextOutgrown("the context is full: lower 'max_new_tokens'")
+            scored.append(own)
+        self.reward_tokens += scorers.tokens_forwarded - before
+        self.policy_tokens += sampled.num_tokens
+        return sampled, scored
 
     def _step(self, beams: list[RequestState], count: int, keep: int) -> list[RequestState]:
         """Each beam's continuations, the `keep` best of them all as beams; the others are dropped."""
-        guides, engine = self.guides, self.session.engine
-        before = guides.tokens_forwarded
-        candidates, offered = self.session.offer(beams, [count] * len(beams))
-        self.reward_tokens += guides.tokens_forwarded - before
-        if any(candidate.total is None for own in offered for candidate in own):
-            raise ValueError("the text has become too long for a reward model: lower 'max_new_tokens'")
-        self.policy_tokens += candidates.num_tokens
-        pool = [(b, k) for b, own in enumerate(offered) for k in _distinct(own)]
-        order = torch.argsort(self._totals([offered[b][k] for b, k in pool]), descending=True, stable=True)
-        chosen = [pool[i] for i in order[:keep].tolist()]
+        scorers, engine = self.session.scorers, self.session.engine
+        sampled, candidates = self._candidates(beams, count)
+        pool = [(b, k) for b, own in enumerate(candidates) for k in _distinct(own)]
+        totals = self._totals([candidates[b][k] for b, k in pool])
+        silent = [not (beams[b].text + candidates[b][k].text).strip() for b, k in pool]
+        best = replace(self.guidance, temperature=None).order(totals, silent)
+        chosen = [pool[i] for i in best[:keep]]
         grown: list[RequestState] = []
         for b, _ in chosen:
             first = all(beams[b].row != beam.row for beam in grown)
             grown.append(self._beam(beams[b], self.seeds[len(grown)], first))
-        engine.accept(candidates.only([b for b, _ in chosen], [g.row for g in grown]), [k for _, k in chosen])
-        guides.accept([g.guide_row for g in grown], [offered[b][k] for b, k in chosen])
+        engine.accept(sampled.only([b for b, _ in chosen], [g.row for g in grown]), [k for _, k in chosen])
+        scorers.accept([g.scorer_row for g in grown], [candidates[b][k] for b, k in chosen])
         for beam, (b, k) in zip(grown, chosen, strict=True):
-            self.session.extend(beam, offered[b], k)
+            self.session.extend(beam, Step(candidates[b], k))
             if engine.length(beam.row) >= engine.max_context and beam.stop_reason is None:
                 beam.stop_reason = StopReason.CONTEXT
         going_on = {beam.row for beam in grown if beam.stop_reason is None}
         gone = [beam for beam in [*beams, *grown] if beam.row not in going_on]
         engine.drop(list({beam.row for beam in gone}))
-        guides.drop(list({beam.guide_row for beam in gone}))
+        scorers.drop(list({beam.scorer_row for beam in gone}))
         return grown
 
     def _beam(self, parent: RequestState, seed: int, first: bool) -> RequestState:
         """A beam that goes on from `parent`: in its rows, or in copies of them if another beam has them."""
-        row, guide_row = parent.row, parent.guide_row
+        row, scorer_row = parent.row, parent.scorer_row
         if not first:
-            (row,), (guide_row,) = self.session.engine.duplicate([row]), self.guides.duplicate([guide_row])
+            (row,), (scorer_row,) = (
+                self.session.engine.duplicate([row]),
+                self.session.scorers.duplicate([scorer_row]),
+            )
         return replace(
             parent,
             row=row,
-            guide_row=guide_row,
+            scorer_row=scorer_row,
             seed=seed,
             token_ids=list(parent.token_ids),
             steps=list(parent.steps),
         )
 
 
-def _distinct(own: list[StepCandidate]) -> list[int]:
+def _distinct(candidates: list[StepCandidate]) -> list[int]:
     """The first of every group of candidates with the same tokens: equal beams would search twice."""
     first: dict[tuple[int, ...], int] = {}
-    for k, candidate in enumerate(own):
+    for k, candidate in enumerate(candidates):
         first.setdefault(tuple(candidate.token_ids), k)
     return list(first.values())

@@ -1,4 +1,9 @@
-"""What guided decoding is asked for, and what it answers."""
+"""Guided decoding's requests and results, and the one formula by which candidates are compared and chosen.
+
+Decoding, serving, rollouts and evaluation all choose by `Guidance`:
+
+    total_k = sum over objectives o of  w_o * (s_ko - mean_o) / spread_o
+"""
 
 from __future__ import annotations
 
@@ -58,8 +63,8 @@ class GuidedRequest:
             raise ValueError(unknown_name("strategy", self.strategy, get_args(Strategy)))
         if self.standardisation not in get_args(Standardisation):
             raise ValueError(unknown_name("standardisation", self.standardisation, get_args(Standardisation)))
-        if self.score_temperature <= 0:
-            raise ValueError(f"score_temperature is {self.score_temperature}: it must be above 0")
+        if not 0 < self.score_temperature < float("inf"):
+            raise ValueError(f"score_temperature is {self.score_temperature}: it must be a number above 0")
         if isinstance(self.stop, str):
             raise ValueError(f"stop is the string {self.stop!r}: give a tuple of strings")
         if not all(self.stop):
@@ -82,10 +87,20 @@ class GuidedRequest:
         """The guidance weights; all of the reward model's objectives alike if none were given."""
         return self.guidance or Weights.balanced(objectives)
 
+    def guidance_by(self, scale: ScoreScale) -> Guidance:
+        """How this request's candidates are compared and chosen."""
+        temperature = self.score_temperature if self.strategy == "sample" else None
+        return Guidance(scale, self.guidance_over(scale.objectives), self.standardisation, temperature)
+
     @property
     def is_guided(self) -> bool:
         """Whether there is anything to choose from."""
         return self.candidates_per_step > 1
+
+    @property
+    def takes_whole_answers(self) -> bool:
+        """Whether a candidate is a whole answer, not a step of one."""
+        return self.strategy == "best_of_n"
 
 
 @dataclass(frozen=True)
@@ -99,6 +114,46 @@ class StepCandidate:
     reason: StopReason
     scores: dict[str, float]
     total: float | None
+
+
+class TextOutgrown(ValueError):
+    """An answer has become too long for a reward model to read: it ends there."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation to be answered, as messages and as the policy's tokens."""
+
+    messages: Sequence[Message]
+    token_ids: list[int]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The candidates of one answer's next step, which are compared.
+
+    `row`: the answer, in the scorer's numbers. ends[k]: the answer ends with candidate k. `is_whole`: every
+    candidate is a whole answer, of which the last step is scored.
+    """
+
+    row: int
+    candidates: Sequence[StepCandidate]
+    ends: Sequence[bool]
+    is_whole: bool = False
+
+    def is_closed(self, k: int) -> bool:
+        """Whether candidate k is read with a separator (or end of turn) behind it: the answer ends with it.
+        A complete step has its boundary in its text."""
+        return self.ends[k] and self.candidates[k].reason is not StopReason.STEP
+
+
+@dataclass(frozen=True)
+class ChoiceScores:
+    """scores [K, O] of a choice's candidates, or why this choice cannot be scored (a `TextOutgrown` ends the
+    answer, any other error belongs to the request), and the tokens that were encoded for it."""
+
+    scores: Tensor | ValueError
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -151,8 +206,8 @@ class ScoreScale:
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(
-                    f"two reward models score '{name}': guidance weights go by objective, so give models of "
-                    "other makers names of their own, and use one of our own models per objective"
+                    f"two reward models score '{name}': guidance weights go by objective, so give "
+                    "third-party models names of their own, and use one of our own models per objective"
                 )
         calibration = {name: known for scorer in scorers for name, known in scorer.calibration.items()}
         return cls(tuple(names), calibration)
@@ -164,41 +219,69 @@ class ScoreScale:
         return all(known is not None and known["within_prompt_std"] is not None for known in spreads)
 
 
-def totals(scores: Tensor, guidance: Weights, request: GuidedRequest, scale: ScoreScale) -> Tensor:
-    """[K, H] -> [K]: sum over objectives of guidance weight times standardised score."""
-    scores = scores.double()
-    if request.standardisation == "calibrated":
-        standard = standardised(scores, scale.objectives, scale.calibration, "within_prompt")
-    else:
-        standard = within_candidates(scores)
-    return standard @ torch.tensor(guidance.over(scale.objectives), dtype=torch.float64)
+@dataclass(frozen=True)
+class Guidance:
+    """How the K candidates of one choice are compared, and which of them is taken.
+
+    `weights` over the objectives of `scale`. `standardisation`: `within_candidates` divides each objective by
+    its spread among the K candidates, `calibrated` by the within-prompt spread stored with the reward model.
+    `temperature` None takes the best; otherwise candidates are drawn by softmax(total / temperature).
+    """
+
+    scale: ScoreScale
+    weights: Weights
+    standardisation: Standardisation = "within_candidates"
+    temperature: float | None = None
+
+    def totals(self, scores: Tensor) -> Tensor:
+        """Scores [K, O] in the order of the scale's objectives -> totals [K], in double precision."""
+        scores = scores.double()
+        if self.standardisation == "calibrated":
+            standard = standardised(scores, self.scale.objectives, self.scale.calibration, "within_prompt")
+        else:
+            standard = within_candidates(scores)
+        return standard @ torch.tensor(self.weights.over(self.scale.objectives), dtype=torch.float64)
+
+    def order(self, totals: Tensor, silent: Sequence[bool], uniform: Tensor | None = None) -> list[int]:
+        """The candidates [K], the one to take first, then those that would follow it.
+
+        silent[k]: nothing would have been said at all with candidate k. Such a candidate comes after all that
+        say something, whatever its total: a reward model has not learned to score silence. `uniform` [K]:
+        numbers in [0, 1) for drawing without replacement (Gumbel-max), so that the first is distributed as
+        softmax(totals / temperature). Equal totals keep their order.
+        """
+        if self.temperature is not None:
+            assert uniform is not None, "drawing candidates needs random numbers"
+            # The best gets 0: no temperature, however small, makes an infinity of it.
+            totals = (totals - totals.max()) / self.temperature - torch.log(
+                -torch.log(uniform.clamp(min=1e-300))
+            )
+        best_first: list[int] = torch.argsort(totals, descending=True, stable=True).tolist()
+        return sorted(best_first, key=lambda k: silent[k])
 
 
-def with_totals(
-    candidates: Sequence[StepCandidate], scores: Tensor, request: GuidedRequest, scale: ScoreScale
+def with_scores(
+    candidates: Sequence[StepCandidate], scores: Tensor, totals: Tensor, objectives: Sequence[str]
 ) -> list[StepCandidate]:
-    """The candidates with their scores [K, H] and the totals they are compared by."""
-    total = totals(scores, request.guidance_over(scale.objectives), request, scale).tolist()
+    """The candidates with their scores [K, O] and the totals [K] they are compared by."""
     return [
-        replace(candidate, scores=dict(zip(scale.objectives, row, strict=True)), total=one)
-        for candidate, row, one in zip(candidates, scores.tolist(), total, strict=True)
+        replace(candidate, scores=dict(zip(objectives, row, strict=True)), total=total)
+        for candidate, row, total in zip(candidates, scores.tolist(), totals.tolist(), strict=True)
     ]
 
 
 def within_candidates(scores: Tensor) -> Tensor:
-    """[K, H] minus their mean, divided by their spread over the K candidates; 0 where there is no spread."""
+    """[K, O] minus their mean, divided by their spread over the K candidates; 0 where there is no spread."""
     centred = scores - scores.mean(dim=0)
     spread = scores.std(dim=0, correction=0)
     flat = spread <= _NO_SPREAD * scores.abs().amax(dim=0).clamp(min=_NO_SPREAD)
     return torch.where(flat, 0.0, centred / torch.where(flat, 1.0, spread))
 
 
-def choose(total: Tensor, request: GuidedRequest, position: int) -> int:
-    """The candidate to go on with. `sample` draws by the request's seed and the conversation's length."""
-    if request.strategy != "sample":
-        return int(total.argmax())
-    shares = torch.softmax(total / request.score_temperature, dim=0).cumsum(dim=0)
-    # One candidate number further than any candidate's own draws: the choice has randomness of its own.
-    key = draw_keys([request.seed], len(total) + 1, torch.device("cpu"))[0, -1]
-    uniform = uniforms(key, torch.tensor(position))
-    return int(torch.searchsorted(shares, uniform * shares[-1], right=True).clamp(max=len(total) - 1))
+def choice_uniforms(seed: int, position: int, count: int) -> Tensor:
+    """Random numbers [count] for a choice among `count` candidates of the conversation of this length.
+
+    Keyed behind the candidates' own numbers: the choice has randomness of its own.
+    """
+    keys = draw_keys([seed], 2 * count, torch.device("cpu"))[0, count:]
+    return uniforms(keys, torch.tensor(position))

@@ -8,49 +8,60 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mahalo_ray.data.records import Message
-from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.decoding.engine import Engine, InFlight
-from mahalo_ray.decoding.guidance import GuidedRequest, GuidedResult, Step, StepCandidate, choose, with_totals
-from mahalo_ray.decoding.policy import Policy
-from mahalo_ray.decoding.scorers import Guides, Prompt, check_guidance
-from mahalo_ray.decoding.stopping import (
-    AnswerOnly,
-    Boundary,
-    Candidates,
-    StopReason,
-    StopRule,
-    TextStop,
-    TokenTexts,
+from mahalo_ray.decoding.guidance import (
+    Choice,
+    GuidedRequest,
+    GuidedResult,
+    Prompt,
+    ScoreScale,
+    Step,
+    StepCandidate,
+    TextOutgrown,
+    choice_uniforms,
+    with_scores,
 )
+from mahalo_ray.decoding.policy import Policy
+from mahalo_ray.decoding.scorers import RewardModels, ScorerGroup
+from mahalo_ray.decoding.stopping import AnswerOnly, Candidates, StopReason, StopRule, TextStop, TextTail
 
-NONE_TAKEN = -1  # the text has become too long for a guide: the response ends without another step
 _STEP_GOES_ON = (StopReason.STEP, StopReason.LENGTH)
 
 
-@dataclass
+@dataclass(eq=False)  # two requests that are equal are still two
 class RequestState:
-    """A request in play."""
+    """A request in play. It ends with a `stop_reason` or, for what is wrong with it alone, an `error`."""
 
     request: GuidedRequest
     prompt: Prompt
-    token_by_token: bool
-    row: int = -1
-    guide_row: int = -1
+    token_by_token: bool = False
+    row: int = -1  # in the engine
+    scorer_row: int = -1
+    seed: int = 0
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
+    tail: TextTail = field(default_factory=TextTail)
     open_step: list[int] = field(default_factory=list)  # tokens of a step handed out token by token
     steps: list[Step] = field(default_factory=list)
     stop_reason: StopReason | None = None
+    error: ValueError | None = None
     policy_tokens: int = 0
     reward_tokens: int = 0
     cache_bytes: int = 0
-    seed: int = 0
     _reported: int = 0
 
     @property
     def prompt_ids(self) -> list[int]:
         return self.prompt.token_ids
+
+    @property
+    def size(self) -> int:
+        """Tokens in play, about: what it needs of memory."""
+        return self.request.candidates_per_step * (len(self.prompt_ids) + len(self.token_ids))
+
+    @property
+    def is_over(self) -> bool:
+        return self.stop_reason is not None or self.error is not None
 
     def new_steps(self) -> list[Step]:
         """Steps accepted since the last call."""
@@ -58,17 +69,19 @@ class RequestState:
         return new
 
     def result(self) -> GuidedResult:
-        """The finished response."""
+        """The finished answer; raises the request's error if it has one."""
+        if self.error is not None:
+            raise self.error
         assert self.stop_reason is not None, "the request is still running"
         return GuidedResult(
-            self.text,
-            self.token_ids,
-            self.steps,
-            self.stop_reason,
-            len(self.prompt_ids),
-            self.policy_tokens,
-            self.reward_tokens,
-            self.cache_bytes,
+            text=self.text,
+            token_ids=self.token_ids,
+            steps=self.steps,
+            stop_reason=self.stop_reason,
+            prompt_tokens=len(self.prompt_ids),
+            policy_tokens=self.policy_tokens,
+            reward_tokens=self.reward_tokens,
+            cache_bytes=self.cache_bytes,
         )
 
     @property
@@ -77,31 +90,98 @@ class RequestState:
         left = self.request.max_new_tokens - len(self.token_ids)
         if self.token_by_token:
             return 1
-        return left if self.request.strategy == "best_of_n" else min(left, self.request.max_step_tokens)
+        return left if self.request.takes_whole_answers else min(left, self.request.max_step_tokens)
 
-    def choice(self, own: Sequence[StepCandidate]) -> int:
-        """Which candidate of the next step goes on, or NONE_TAKEN."""
-        if not self.request.is_guided or any(not candidate.token_ids for candidate in own):
-            return 0  # there is nothing to choose from
-        compared = [candidate.total for candidate in own if candidate.total is not None]
-        if len(compared) < len(own):
-            return NONE_TAKEN
-        # An answer that says nothing is taken only if no candidate says anything.
-        silent = [not self.text and not candidate.text.strip() for candidate in own]
-        passed_over = [quiet and not all(silent) for quiet in silent]
-        values = [float("-inf") if out else t for out, t in zip(passed_over, compared, strict=True)]
-        position = len(self.prompt_ids) + len(self.token_ids)
-        return choose(torch.tensor(values, dtype=torch.float64), self.request, position)
-
-    def ending(self, reason: StopReason) -> StopReason | None:
-        """Why the response is over after a step that ended so, or None. A step cut at its own limit goes on
-        as the next step."""
+    def ending(self, reason: StopReason, num_tokens: int) -> StopReason | None:
+        """Why the answer is over once a candidate of so many tokens, which ended so, is accepted; None if it
+        goes on. A step cut at its own limit goes on as the next step."""
         if reason not in _STEP_GOES_ON:
             return reason
-        if len(self.token_ids) >= self.request.max_new_tokens:
+        if len(self.token_ids) + num_tokens >= self.request.max_new_tokens:
             return StopReason.LENGTH
-        many = len(self.steps) >= self.request.max_steps and not self.token_by_token
-        return StopReason.STEPS if many else None
+        is_last = len(self.steps) + 1 >= self.request.max_steps and not self.token_by_token
+        return StopReason.STEPS if is_last else None
+
+    def choice(self, candidates: Sequence[StepCandidate]) -> Choice:
+        """The candidates of the next step, for the scorers."""
+        ends = [self.ending(c.reason, len(c.token_ids)) is not None for c in candidates]
+        return Choice(self.scorer_row, candidates, ends, self.request.takes_whole_answers)
+
+    def choose(self, candidates: Sequence[StepCandidate], scale: ScoreScale) -> int:
+        """Which scored candidate goes on."""
+        totals = [candidate.total for candidate in candidates if candidate.total is not None]
+        if len(totals) < len(candidates):
+            return 0  # there was nothing to choose from
+        position = len(self.prompt_ids) + len(self.token_ids)
+        uniform = choice_uniforms(self.seed, position, len(totals))
+        silent = [not (self.text + candidate.text).strip() for candidate in candidates]
+        guidance = self.request.guidance_by(scale)
+        return guidance.order(torch.tensor(totals, dtype=torch.float64), silent, uniform)[0]
+
+    def extend(self, step: Step, text: str, tail: TextTail | None = None) -> None:
+        """Write an accepted step into the answer; `text` is what it adds."""
+        accepted = step.accepted
+        self.stop_reason = self.ending(accepted.reason, len(accepted.token_ids))
+        self.policy_tokens += sum(len(candidate.token_ids) for candidate in step.candidates)
+        self.token_ids += accepted.token_ids
+        self.text += text
+        self.tail = self.tail if tail is None else tail
+        if accepted.token_ids:
+            self.steps.append(step)
+        if self.token_by_token:
+            closes = accepted.reason is StopReason.STEP
+            self.open_step = [] if closes else self.open_step + accepted.token_ids
+
+
+def score_steps(
+    states: Sequence[RequestState],
+    candidates: Sequence[list[StepCandidate]],
+    scorers: ScorerGroup,
+    scale: ScoreScale,
+) -> list[list[StepCandidate] | ValueError]:
+    """The candidates with scores and totals, for requests that have something to choose from, or why a
+    request's candidates cannot be scored."""
+    guided = [
+        number
+        for number, (state, own) in enumerate(zip(states, candidates, strict=True))
+        if state.request.is_guided and all(candidate.token_ids for candidate in own)
+    ]
+    results: list[list[StepCandidate] | ValueError] = list(candidates)
+    if not guided:
+        return results
+    scored = scorers.score([states[number].choice(candidates[number]) for number in guided])
+    for number, found in zip(guided, scored, strict=True):
+        states[number].reward_tokens += found.tokens
+        if isinstance(found.scores, ValueError):
+            results[number] = found.scores
+        else:
+            totals = states[number].request.guidance_by(scale).totals(found.scores)
+            results[number] = with_scores(candidates[number], found.scores, totals, scale.objectives)
+    return results
+
+
+def decide_steps(
+    states: Sequence[RequestState],
+    candidates: Sequence[list[StepCandidate]],
+    scorers: ScorerGroup,
+    scale: ScoreScale,
+) -> list[Step | None]:
+    """The next step of every request: candidates scored, one chosen. None for a request that is over without
+    another step: its text has outgrown a reward model, or its candidates could not be scored."""
+    steps: list[Step | None] = []
+    for state, own, scored in zip(
+        states, candidates, score_steps(states, candidates, scorers, scale), strict=True
+    ):
+        if isinstance(scored, ValueError):
+            state.policy_tokens += sum(len(candidate.token_ids) for candidate in own)
+            if isinstance(scored, TextOutgrown):
+                state.stop_reason = StopReason.CONTEXT
+            else:
+                state.error = scored
+            steps.append(None)
+        else:
+            steps.append(Step(scored, state.choose(scored, scale)))
+    return steps
 
 
 TOKENS_AT_ONCE = 8
@@ -110,32 +190,25 @@ _LONGEST_WAIT = 4  # tokens
 
 
 class GuidedSession:
-    """Requests in play over one policy and its guides. None waits for another: a request whose candidates are
-    all done is scored, and its next step goes on among the others' tokens.
+    """Requests in play over one policy and its reward models. None waits for another: a request whose
+    candidates are all done is scored, and its next step goes on among the others' tokens.
     """
 
     def __init__(
-        self,
-        policy: Policy,
-        guides: Guides | None,
-        boundary: Boundary,
-        chat: ChatFormat,
-        vocabulary: TokenTexts,
-        max_branches: int,
-        max_context: int | None,
+        self, policy: Policy, models: RewardModels, max_branches: int, max_context: int | None
     ) -> None:
-        self._boundary, self._chat, self._vocabulary = boundary, chat, vocabulary
+        self.models, self.scorers = models, models.follow()
+        self._boundary, self._chat, self._vocabulary = models.boundary, models.format, models.vocabulary
         self._max_branches = max_branches
-        self.guides = guides
         context = policy.max_context if max_context is None else max_context
-        if guides is not None and guides.max_context is not None:
-            context = min(context, guides.max_context)
+        if self.scorers.max_context is not None:
+            context = min(context, self.scorers.max_context)
         self.engine = Engine(policy, context)
-        self.in_flight = InFlight(self.engine, [chat.end_id], vocabulary)
+        self.in_flight = InFlight(self.engine, [self._chat.end_id], self._vocabulary)
         self._waiting: deque[RequestState] = deque()
+        self._active: list[RequestState] = []
         self._done: list[RequestState] = []  # whose candidates have ended, not yet scored
         self._held = 0  # tokens since the first of them
-        self._active: list[RequestState] = []
 
     @property
     def is_busy(self) -> bool:
@@ -145,11 +218,13 @@ class GuidedSession:
     @property
     def peak_bytes(self) -> int:
         """Most bytes of keys and values there have been, of all models."""
-        return self.engine.peak_bytes + (0 if self.guides is None else self.guides.peak_bytes)
+        return self.engine.peak_bytes + self.scorers.peak_bytes
 
-    def submit(self, request: GuidedRequest, token_by_token: bool = False) -> RequestState:
-        """Queue a request. ValueError if it can never run: too long, no reward model for it, unknown
-        objectives.
+    def submit(
+        self, request: GuidedRequest, token_by_token: bool = False, prompt: Prompt | None = None
+    ) -> RequestState:
+        """Queue a request; `prompt`: what `check` gave for it. ValueError if it can never run: too long, no
+        reward model for it, unknown objectives.
         """
         if token_by_token and request.is_guided:
             raise ValueError("single tokens can only be streamed without candidates: use num_candidates=1")
@@ -157,10 +232,10 @@ class GuidedSession:
             raise ValueError(
                 f"strategy '{request.strategy}' needs more than one row: use GuidedDecoder.generate"
             )
-        prompt = self.check(request)
-        running = RequestState(request, prompt, token_by_token, seed=request.seed)
-        self._waiting.append(running)
-        return running
+        prompt = self.check(request) if prompt is None else prompt
+        state = RequestState(request, prompt, token_by_token, seed=request.seed)
+        self._waiting.append(state)
+        return state
 
     def check(self, request: GuidedRequest) -> Prompt:
         """The request's prompt, encoded. ValueError as `submit` says; any strategy."""
@@ -169,28 +244,26 @@ class GuidedSession:
                 f"num_candidates is {request.num_candidates}: at most {self._max_branches} run at once"
             )
         self.engine.policy.check_weights(request.weights)
-        messages = [Message.model_validate(message) for message in request.messages]
-        check_guidance(request, self.guides, messages)
-        prompt = Prompt(messages, self._chat.prompt_ids(messages))
-        if len(prompt.token_ids) >= self.engine.max_context:
-            raise ValueError(
-                f"the prompt has {len(prompt.token_ids)} tokens and the context holds "
-                f"{self.engine.max_context}: there is no room for an answer"
-            )
-        return prompt
+        return self.models.check(request, self.scorers, self.engine.max_context, "context holds")
 
-    def cancel(self, running: RequestState) -> None:
+    def cancel(self, state: RequestState) -> None:
         """Take a request out, whether it waits or runs."""
-        if running in self._waiting:
-            self._waiting.remove(running)
-        elif running in self._active:
-            self._leave(running)
+        if state in self._waiting:
+            self._waiting.remove(state)
+        elif state in self._active:
+            self._remove(state)
 
     def advance(self) -> None:
         """Decode until a step of some request has been decided, but at most `TOKENS_AT_ONCE` tokens, so that
         the caller can let others join or leave."""
-        self._begin(self.admit())
-        by_row = {one.row: one for one in self._active}
+        try:
+            self._advance()
+        except torch.OutOfMemoryError:
+            self._recover()
+
+    def _advance(self) -> None:
+        self._start(self.admit())
+        by_row = {state.row: state for state in self._active}
         for _ in range(TOKENS_AT_ONCE):
             if not self._active:
                 return
@@ -209,153 +282,142 @@ class GuidedSession:
             return False
         self._held += 1
         some = len(self._done) >= _SCORED_TOGETHER * len(self._active)
-        alone = not self.in_flight.is_busy or not all(one.request.is_guided for one in self._done)
+        alone = not self.in_flight.is_busy or not all(state.request.is_guided for state in self._done)
         return some or alone or self._held > _LONGEST_WAIT
 
     def _decide(self) -> None:
         """Scores, choice and next step of the requests that are done. Finished ones leave."""
         done, self._done, self._held = self._done, [], 0
-        candidates = self.in_flight.collect([one.row for one in done])
-        offered = self._offered(done, candidates)
-        choice = [one.choice(own) for one, own in zip(done, offered, strict=True)]
-        self.engine.accept(candidates, choice)
-        for one, own, chosen in zip(done, offered, choice, strict=True):
-            self._take(one, own, chosen)
-        self._begin([one for one in done if one.stop_reason is None])
+        sampled = self.in_flight.collect([state.row for state in done])
+        steps = decide_steps(done, self._candidates(done, sampled), self.scorers, self.models.scale)
+        self.engine.accept(sampled, [-1 if step is None else step.chosen for step in steps])
+        for state, step in zip(done, steps, strict=True):
+            if step is not None:
+                self.extend(state, step)
+            if state.is_over:
+                self._remove(state)
+            elif step is not None and state.request.is_guided:
+                self.scorers.accept([state.scorer_row], [step.accepted])
+        self._start([state for state in done if not state.is_over])
 
-    def _begin(self, requests: list[RequestState]) -> None:
+    def _start(self, states: list[RequestState]) -> None:
         """Let the next steps of these requests begin."""
         self.in_flight.start(
-            [one.row for one in requests],
-            [one.request.candidates_per_step for one in requests],
-            [one.request.sampling for one in requests],
-            [one.seed for one in requests],
-            [one.step_limit for one in requests],
-            [self._rule(one) for one in requests],
+            [state.row for state in states],
+            [state.request.candidates_per_step for state in states],
+            [state.request.sampling for state in states],
+            [state.seed for state in states],
+            [state.step_limit for state in states],
+            [self._rule(state) for state in states],
         )
 
-    def offer(
-        self, active: list[RequestState], counts: list[int]
+    def sample(
+        self, states: list[RequestState], counts: list[int]
     ) -> tuple[Candidates, list[list[StepCandidate]]]:
-        """Candidates of these requests' next steps, all sampled to their ends, scored where there is
-        something to choose from. For searches whose rows are compared with each other."""
-        candidates = self.engine.sample(
-            [one.row for one in active],
+        """Candidates of these requests' next steps, all sampled to their ends: for searches whose rows are
+        compared with each other."""
+        sampled = self.engine.sample(
+            [state.row for state in states],
             counts,
-            [one.request.sampling for one in active],
-            [one.seed for one in active],
-            [one.step_limit for one in active],
+            [state.request.sampling for state in states],
+            [state.seed for state in states],
+            [state.step_limit for state in states],
             [self._chat.end_id],
-            TextStop(self._vocabulary, [self._rule(one) for one in active]),
+            TextStop(self._vocabulary, [self._rule(state) for state in states]),
         )
-        return candidates, self._offered(active, candidates)
+        return sampled, self._candidates(states, sampled)
 
-    def _offered(self, active: list[RequestState], candidates: Candidates) -> list[list[StepCandidate]]:
-        """What was sampled for these requests, with scores."""
-        offered = [
+    def _candidates(self, states: list[RequestState], sampled: Candidates) -> list[list[StepCandidate]]:
+        """What was sampled for these requests, as text."""
+        return [
             [
-                StepCandidate(self._text_after(one, ids), ids, reason, {}, None)
-                for ids, reason in zip(own, reasons, strict=True)
+                StepCandidate(self._text_after(state, ids, reason)[0], ids, reason, {}, None)
+                for ids, reason in zip(token_ids, reasons, strict=True)
             ]
-            for one, own, reasons in zip(active, candidates.token_ids, candidates.reasons, strict=True)
+            for state, token_ids, reasons in zip(states, sampled.token_ids, sampled.reasons, strict=True)
         ]
-        return self._scored(active, offered)
+
+    def _text_after(
+        self, state: RequestState, ids: Sequence[int], reason: StopReason
+    ) -> tuple[str, TextTail]:
+        """The text these tokens add to the answer, without special tokens."""
+        return state.tail.read(ids, self._chat.decode, state.ending(reason, len(ids)) is not None)
 
     def admit(self) -> list[RequestState]:
         """Let waiting requests in while there is room for their branches: those that join now, read by the
         models."""
-        busy = sum(one.request.candidates_per_step for one in self._active)
+        busy = sum(state.request.candidates_per_step for state in self._active)
         joining = []
         while self._waiting and busy + self._waiting[0].request.candidates_per_step <= self._max_branches:
             joining.append(self._waiting.popleft())
             busy += joining[-1].request.candidates_per_step
         if not joining:
             return []
-        rows = self.engine.add(len(joining), [one.request.weights for one in joining])
-        for one, row in zip(joining, rows, strict=True):
-            one.row = row
-            one.policy_tokens = len(one.prompt_ids)
         self._active += joining
-        self.engine.append(rows, [one.prompt_ids for one in joining])
-        guided = [one for one in joining if one.request.is_guided]
-        if self.guides is not None and guided:
-            opened = self.guides.open([one.prompt for one in guided])
-            for one, row in zip(guided, opened, strict=True):
-                one.guide_row = row
-        return joining
+        for state in joining:
+            state.policy_tokens = len(state.prompt_ids)
+        self._read(joining)
+        return [state for state in joining if state.error is None]
 
-    def _rule(self, one: RequestState) -> StopRule:
-        """How this request's next candidates may end. Whole responses are not cut at steps."""
-        whole = one.request.strategy == "best_of_n"
-        before = self._vocabulary.decode(one.open_step) if one.open_step else ""
-        return StopRule(
-            AnswerOnly(self._boundary) if whole else self._boundary,
-            one.request.stop,
-            one.text,
-            before,
-            len(one.open_step),
+    def _read(self, states: list[RequestState]) -> None:
+        """Give these requests rows and let the models read what there is of them. One that needs more memory
+        than there is fails alone."""
+        rows = self.engine.add(len(states), [state.request.weights for state in states])
+        for state, row in zip(states, rows, strict=True):
+            state.row = row
+        guided = [state for state in states if state.request.is_guided]
+        opened = self.scorers.open([state.prompt for state in guided])
+        for state, row in zip(guided, opened, strict=True):
+            state.scorer_row = row
+            for step in state.steps:
+                self.scorers.accept([row], [step.accepted])
+        texts = [state.prompt_ids + state.token_ids for state in states]
+        try:
+            self.engine.append(rows, texts)
+        except torch.OutOfMemoryError:
+            for state in states:
+                try:
+                    self.engine.append([state.row], [[]])  # its own text alone
+                except torch.OutOfMemoryError:
+                    self._fail(state)
+
+    def _recover(self) -> None:
+        """A forward needed more memory than there is: the largest request fails, and the others begin their
+        steps again in a fresh batch. Draws depend on their positions, so their answers stay the same."""
+        self._fail(max(self._active, key=lambda state: state.size))
+        old, self._done, self._held = self.engine, [], 0
+        self.engine = Engine(old.policy, old.max_context)
+        self.engine.tokens_forwarded, self.engine.peak_bytes = old.tokens_forwarded, old.peak_bytes
+        self.in_flight = InFlight(self.engine, [self._chat.end_id], self._vocabulary)
+        self.scorers = self.models.follow()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self._read(list(self._active))
+        self._start(list(self._active))
+
+    def _fail(self, state: RequestState) -> None:
+        state.error = ValueError(
+            "the request needs more memory than there is: ask for fewer candidates or a shorter text"
         )
+        self._remove(state)
 
-    def _scored(
-        self, active: list[RequestState], offered: list[list[StepCandidate]]
-    ) -> list[list[StepCandidate]]:
-        """The candidates with scores and totals, for requests that have something to choose from."""
-        guided = [
-            i
-            for i, one in enumerate(active)
-            if one.request.is_guided and all(c.token_ids for c in offered[i])
-        ]
-        if not guided:
-            return offered
-        assert self.guides is not None
-        scores, encoded = self.guides.score(
-            [active[i].guide_row for i in guided],
-            [offered[i] for i in guided],
-            [active[i].request.strategy == "best_of_n" for i in guided],
-        )
-        result = list(offered)
-        for at, i in enumerate(guided):
-            active[i].reward_tokens += encoded[at]
-            own = scores[at, : len(offered[i])]
-            if not own.isnan().any():
-                result[i] = with_totals(offered[i], own, active[i].request, self.guides.scale)
-        return result
+    def _rule(self, state: RequestState) -> StopRule:
+        """How this request's next candidates may end. Whole answers are not cut at steps."""
+        boundary = AnswerOnly(self._boundary) if state.request.takes_whole_answers else self._boundary
+        begun = self._vocabulary.decode(state.open_step) if state.open_step else ""
+        return StopRule(boundary, state.request.stop, state.text, begun, len(state.open_step))
 
-    def _take(self, one: RequestState, own: list[StepCandidate], chosen: int) -> None:
-        """Make the chosen candidate part of the response, and finish the request if that ends it."""
-        if chosen == NONE_TAKEN:
-            one.policy_tokens += sum(len(candidate.token_ids) for candidate in own)
-            one.stop_reason = StopReason.CONTEXT
-        else:
-            self.extend(one, own, chosen)
-        if one.stop_reason is not None:
-            self._leave(one)
-        elif self.guides is not None and one.request.is_guided:
-            self.guides.accept([one.guide_row], [own[chosen]])
+    def extend(self, state: RequestState, step: Step) -> None:
+        """Write the chosen candidate into the answer."""
+        accepted = step.accepted
+        state.extend(step, *self._text_after(state, accepted.token_ids, accepted.reason))
 
-    def extend(self, one: RequestState, own: list[StepCandidate], chosen: int) -> None:
-        """Write the chosen candidate into the response."""
-        accepted = own[chosen]
-        one.policy_tokens += sum(len(candidate.token_ids) for candidate in own)
-        one.token_ids += accepted.token_ids
-        one.text = self._chat.decode(one.token_ids)
-        if accepted.token_ids:
-            one.steps.append(Step(own, chosen))
-        one.stop_reason = one.ending(accepted.reason)
-        if one.token_by_token:
-            one.open_step = [] if accepted.reason is StopReason.STEP else one.open_step + accepted.token_ids
-
-    def _leave(self, one: RequestState) -> None:
-        one.cache_bytes = self.peak_bytes
-        self._active.remove(one)
-        if one in self._done:
-            self._done.remove(one)
-        self.in_flight.abort([one.row])
-        self.engine.drop([one.row])
-        if self.guides is not None and one.request.is_guided:
-            self.guides.drop([one.guide_row])
-
-    def _text_after(self, one: RequestState, ids: list[int]) -> str:
-        """The text these tokens add to the response, without special tokens."""
-        whole = self._chat.decode(one.token_ids + ids)
-        return whole[len(one.text) :] if whole.startswith(one.text) else self._chat.decode(ids)
+    def _remove(self, state: RequestState) -> None:
+        state.cache_bytes = self.peak_bytes
+        self._active.remove(state)
+        if state in self._done:
+            self._done.remove(state)
+        self.in_flight.abort([state.row])
+        self.engine.drop([state.row])
+        if state.request.is_guided:
+            self.scorers.drop([state.scorer_row])

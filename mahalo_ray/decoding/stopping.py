@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar, Protocol
@@ -351,15 +351,45 @@ class TokenTexts:
         return self._tables[key]
 
 
+_WINDOW = 16  # tokens: what their decoding depends on lies within so many before them
+
+
+@dataclass(frozen=True)
+class TextTail:
+    """The end of an answer's tokens, to decode what follows them without decoding the whole again. `shown`:
+    its text so far, without a character of which tokens are still to come."""
+
+    token_ids: tuple[int, ...] = ()
+    shown: str = ""
+
+    def read(
+        self, token_ids: Sequence[int], decode: Callable[[Sequence[int]], str], is_last: bool
+    ) -> tuple[str, TextTail]:
+        """The text that these tokens add, and the tail behind them. An incomplete character is held back
+        until it is complete or, with `is_last`, nothing follows."""
+        ids = (*self.token_ids, *token_ids)
+        text = _complete(decode(ids), is_last)
+        added = text[len(self.shown) :] if text.startswith(self.shown) else decode(token_ids)
+        window = ids[-_WINDOW:]
+        return added, TextTail(window, _complete(decode(window), is_last))
+
+
+def _complete(text: str, is_last: bool) -> str:
+    """Without the replacement characters at its end, which stand for what is incomplete."""
+    return text if is_last else text.rstrip("\ufffd")
+
+
 def step_starts(token_ids: Sequence[int], boundary: Boundary, vocabulary: TokenTexts) -> list[int]:
     """Where the steps of a response sampled as a whole begin: at 0 and behind its inner boundaries."""
     triggers = vocabulary.table(StopRule(boundary))
-    starts = [0]
+    starts, num_read, text, tail = [0], 0, "", TextTail()
     for at in range(len(token_ids) - 1):
         if token_ids[at] < len(triggers) and triggers[token_ids[at]]:
-            text = vocabulary.decode(token_ids[starts[-1] : at + 1])
+            added, tail = tail.read(token_ids[num_read : at + 1], vocabulary.decode, is_last=False)
+            text, num_read = text + added, at + 1
             if boundary.verdict(text, at + 1 - starts[-1]) is StopReason.STEP:
                 starts.append(at + 1)
+                text = ""
     return starts
 
 

@@ -333,7 +333,13 @@ class ProcessRewardModel(BackboneModel, TraceScorer):
         chunk_size: int = DEFAULT_CHUNK_SIZE,
     ) -> Tensor:
         """Raw scores [B, S, H] of all steps of right-padded traces; see `step_scores`."""
-        return self.heads(self.features(input_ids, attention_mask, step_starts, step_ends, chunk_size))
+        hidden, logps = self._read(input_ids, attention_mask, step_starts, step_ends, chunk_size)
+        features = self.step_features(hidden, logps, step_starts, step_ends)
+        answers = None
+        if self.heads.reads_answers and step_ends.shape[1] > 1:
+            begins = step_starts[:, :1].expand_as(step_starts)
+            answers = self.step_features(hidden, logps, begins, step_ends)
+        return self.heads(features, answers)
 
     def features(
         self,
@@ -344,6 +350,19 @@ class ProcessRewardModel(BackboneModel, TraceScorer):
         chunk_size: int = DEFAULT_CHUNK_SIZE,
     ) -> Tensor:
         """Head inputs [B, S, F] of all steps: all that a frozen backbone has to compute, once for ever."""
+        hidden, logps = self._read(input_ids, attention_mask, step_starts, step_ends, chunk_size)
+        return self.step_features(hidden, logps, step_starts, step_ends)
+
+    def _read(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        step_starts: Tensor,
+        step_ends: Tensor,
+        chunk_size: int,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The states [B, T, D], and the reference's log-probs [B, T] of the steps' tokens if heads read
+        those."""
         hidden = self.hidden_states(input_ids, attention_mask)
         logps = None
         if self.reference is not None:
@@ -355,7 +374,7 @@ class ProcessRewardModel(BackboneModel, TraceScorer):
             logps[rows, positions] = self.reference_logps(
                 states[rows, positions - 1], input_ids[rows, positions], chunk_size
             )
-        return self.step_features(hidden, logps, step_starts, step_ends)
+        return hidden, logps
 
     def step_scores(
         self, input_ids: Tensor, attention_mask: Tensor | None, step_starts: Tensor, step_ends: Tensor
@@ -364,7 +383,8 @@ class ProcessRewardModel(BackboneModel, TraceScorer):
 
         input_ids, attention_mask [B, T], right-padded; step_starts, step_ends [B, S]: first and last token of
         every step, ends -1 where there is no step (its scores mean nothing). Raw: values, logits or Bradley-
-        Terry scores; `activate` gives the scores people read.
+        Terry scores; `activate` gives the scores people read. A `preference` objective learned from whole
+        answers: its score of a step is that of the answer from its first step to this one.
         """
         return self(input_ids, attention_mask, step_starts, step_ends)
 

@@ -63,18 +63,30 @@ def step_features(
     tokens: hidden [K, L, D], starts 0, ends L-1, and gets what a full pass would give.
     """
     inside = step_tokens(starts, ends, hidden.shape[1])
-    parts = []
+    last = pooled = logps = None
     if "last" in inputs:
         at = ends.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1])
-        parts.append(_normalised(hidden.gather(1, at)))
+        last = hidden.gather(1, at)
     if "pooled" in inputs:
         shares = inside.to(hidden.dtype) / inside.sum(-1, keepdim=True).clamp(min=1)
-        parts.append(_normalised(shares @ hidden))
+        pooled = shares @ hidden
     if "reference_logps" in inputs:
         if token_logps is None:
             raise ValueError("this model's heads read reference log-probs: pass token_logps [B, T]")
-        parts.append(_logp_features(token_logps, inside).to(hidden.dtype))
-    return torch.cat(parts, dim=-1) * (ends >= 0)[..., None]
+        logps = _logp_statistics(token_logps, inside)
+    return span_features(last, pooled, logps) * (ends >= 0)[..., None]
+
+
+def span_features(last: Tensor | None, pooled: Tensor | None, logps: Tensor | None) -> Tensor:
+    """Features [..., F] of spans of tokens from what the heads read of them: the last token's state and the
+    mean state [..., D], and the log-probs' mean, minimum and sum [..., 3]; None where they do not read it.
+    """
+    parts = [_normalised(states) for states in (last, pooled) if states is not None]
+    if logps is not None:
+        # log-probs reach into the hundreds, features must not
+        squashed = -torch.log1p(-logps.clamp(max=0))
+        parts.append(squashed.to(parts[0].dtype) if parts else squashed)
+    return torch.cat(parts, dim=-1)
 
 
 def _normalised(states: Tensor) -> Tensor:
@@ -82,14 +94,12 @@ def _normalised(states: Tensor) -> Tensor:
     return F.layer_norm(states, states.shape[-1:])
 
 
-def _logp_features(token_logps: Tensor, inside: Tensor) -> Tensor:
-    """-log(1 - x) of the mean, minimum and sum [B, S, 3]: log-probs reach into the hundreds, features must
-    not.
-    """
+def _logp_statistics(token_logps: Tensor, inside: Tensor) -> Tensor:
+    """Mean, minimum and sum [B, S, 3] of the log-probs of each span's tokens."""
     values = token_logps[:, None, :].masked_fill(~inside, 0.0)
     total = values.sum(-1)
     mean = total / inside.sum(-1).clamp(min=1)
-    return -torch.log1p(-torch.stack([mean, values.amin(-1), total], dim=-1).clamp(max=0))
+    return torch.stack([mean, values.amin(-1), total], dim=-1)
 
 
 class ScoreHead(nn.Module):
@@ -117,11 +127,26 @@ class ScoreHeads(nn.ModuleDict):
             if kind not in OUTPUT_KINDS:
                 raise ValueError(unknown_name("output kind", kind, OUTPUT_KINDS))
         super().__init__()
+        self.kinds = dict(objectives)
         for name in objectives:
             with torch.random.fork_rng(devices=[]), sharded_creation():
                 torch.manual_seed(head_seed(seed, name))
                 self[name] = ScoreHead(features, hidden_size)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Features [..., F] -> raw scores [..., H], fp32, in the order of the objectives."""
-        return torch.stack([cast(ScoreHead, head)(features).float() for head in self.values()], dim=-1)
+    @property
+    def reads_answers(self) -> bool:
+        """Whether an objective is a preference between whole answers: it is scored from their beginnings."""
+        return "preference" in self.kinds.values()
+
+    def forward(self, features: Tensor, answers: Tensor | None = None) -> Tensor:
+        """Features [..., F] of the steps -> raw scores [..., H], fp32, in the order of the objectives.
+
+        `answers` [..., F]: features of the answers up to and with each step, which `preference` objectives
+        read, since they learned from whole answers (None: the steps are whole answers). Every head is called
+        once, whatever the batch holds: under ZeRO-3 a call is a collective.
+        """
+        raw = [
+            cast(ScoreHead, head)(answers if answers is not None and kind == "preference" else features)
+            for head, kind in zip(self.values(), self.kinds.values(), strict=True)
+        ]
+        return torch.stack([scores.float() for scores in raw], dim=-1)

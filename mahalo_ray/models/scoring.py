@@ -55,6 +55,22 @@ class StepEncoder:
             ends.append(len(ids) - 1)
         return TokenTrace(ids, starts, ends)
 
+    def encode_answer(self, prompt: Messages, steps: Sequence[str], closed: bool) -> TokenTrace:
+        """An answer in the making, of any number of steps. The last one is `closed` by the separator (or the
+        end token) unless more of it is to come; where a step is a whole turn, earlier ones go on without an
+        end. ValueError for no steps or an empty one.
+        """
+        check_steps(steps)
+        ids = self.format.prompt_ids([Message.model_validate(message) for message in prompt])
+        starts, ends = [], []
+        for number, step in enumerate(steps):
+            is_last = number == len(steps) - 1
+            is_open = not closed if is_last else self.separator is None
+            starts.append(len(ids))
+            ids += self.format.encode_reply(step)[:-1] if is_open else self.step_ids(step)
+            ends.append(len(ids) - 1)
+        return TokenTrace(ids, starts, ends)
+
     def step_ids(self, step: str) -> list[int]:
         """Token ids of one step, separator (or end token) included."""
         if self.separator is None:

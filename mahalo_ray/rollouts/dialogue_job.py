@@ -32,9 +32,9 @@ from mahalo_ray.config import (
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import CandidateSet, Dialogue
 from mahalo_ray.data.templating import ChatFormat
+from mahalo_ray.decoding.cached_scorer import CLOSING_ROOM
 from mahalo_ray.decoding.engine import Engine
 from mahalo_ray.decoding.policy import DeviceConfig, Policy, load_policy, load_reward_model
-from mahalo_ray.decoding.scorers import CLOSING_ROOM
 from mahalo_ray.domains.tutoring.moves import consistency
 from mahalo_ray.domains.tutoring.personas import POST_TEST, AnswerKey, Case, PersonaSampler
 from mahalo_ray.domains.tutoring.student import Episode

@@ -7,8 +7,8 @@ from typing import Protocol
 
 import torch
 
+from mahalo_ray.decoding.cached_scorer import RewardConversations
 from mahalo_ray.decoding.cpu_matmul import OneDNNRewardModel
-from mahalo_ray.decoding.scorers import RewardConversations
 from mahalo_ray.models.reward import ProcessRewardModel
 from mahalo_ray.models.scoring import standardised
 from mahalo_ray.objectives import Weights

@@ -71,7 +71,9 @@ class _Answer:
             step = Step(self._trimmer.feed(accepted.text), accepted.chosen, candidates)
             self.steps.append(step)
             self.job.step(step)
-        if self.running.stop_reason is not None:
+        if self.running.error is not None:
+            self.job.fail(ApiError(400, str(self.running.error), "messages", "invalid_value"))
+        elif self.running.stop_reason is not None:
             self.job.finish(self._reply(self.running.stop_reason))
 
     def _reply(self, reason: StopReason) -> Reply:
