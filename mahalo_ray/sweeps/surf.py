@@ -1,0 +1,272 @@
+"""SURF: weight vectors whose results lie evenly along the Pareto front of two objectives (arXiv 2605.20619).
+
+Equal steps of the weight are not equal steps along the front: where the front turns, a small change of the
+weight moves the result far. SURF evaluates weights, measures how far apart their results lie, and asks next
+for the weights that would be evenly spaced if the front were as measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.interpolate import PchipInterpolator
+
+from mahalo_ray.metrics import FloatArray, finite_array
+from mahalo_ray.objectives import Weights
+
+_GRID = np.linspace(0.0, 1.0, 2001)
+_MAX_DEGREE = 8  # of the curve fitted to noisy results
+_PATIENCE = 3  # rounds without progress before the sampler stops
+_PROGRESS = 0.98  # a round makes progress if its unevenness is at most this share of the best before
+
+
+class SurfSampler:
+    """Asks for `n` weight vectors, is told their results, and asks again until the results are evenly spaced.
+
+    Args:
+        objectives: names of two objectives (three and more span a surface).
+        n: points along the front, the two ends included; at least 3.
+        relaxation: weight `a` of a round's estimate in Phi <- a Phi_new + (1 - a) Phi, in (0, 1]. It is
+        that of
+            the first round; as estimates use the results of all rounds, later ones count more
+            (a_t = 1 - (1 - a)^t).
+        tolerance: stop once no segment differs from their mean by more than this share of it.
+        margin: smallest weight; 0 for weighted sums, 1e-3 for Chebyshev scalarisation, whose ends are not
+            Pareto-optimal.
+        max_rounds: stop after so many rounds in any case.
+
+    The front is measured in the units of `values`: scale the objectives first where these differ.
+
+    Example:
+        >>> import numpy as np
+        >>> sampler = SurfSampler(["accuracy", "engagement"], n=5)
+        >>> while not sampler.finished:
+        ...     asked = sampler.ask()
+        ...     w = np.array([weights["accuracy"] for weights in asked])
+        ...     norm = np.hypot(w, 1 - w)  # a quarter of a circle
+        ...     sampler.tell(asked, np.stack([w / norm, (1 - w) / norm], axis=1))
+        >>> [round(weights["accuracy"], 3) for weights in sampler.ask()]
+        [0.0, 0.293, 0.5, 0.707, 1.0]
+    """
+
+    def __init__(
+        self,
+        objectives: Sequence[str],
+        n: int,
+        relaxation: float = 0.3,
+        *,
+        tolerance: float = 1e-3,
+        margin: float = 0.0,
+        max_rounds: int = 30,
+    ) -> None:
+        if len(objectives) != 2 or len(set(objectives)) != 2:
+            raise ValueError(
+                f"SURF spaces points along a curve and needs 2 objectives, got {len(objectives)} "
+                f"({', '.join(objectives)}); three and more span a surface"
+            )
+        if n < 3:
+            raise ValueError(f"n is {n}: at least 3 points are needed")
+        if not 0 < relaxation <= 1:
+            raise ValueError(f"relaxation is {relaxation}: it must be above 0 and at most 1")
+        if not 0 <= margin < 0.5:
+            raise ValueError(f"margin is {margin}: it must be at least 0 and below 0.5")
+        self.objectives = tuple(objectives)
+        self.n, self.relaxation, self.tolerance, self.margin = n, relaxation, tolerance, margin
+        self.max_rounds = max_rounds
+        self.rounds = 0
+        self.unevenness = math.inf  # largest |segment - mean segment| / mean segment of the last round
+        self._phi = _GRID.copy()  # share of the front's length up to each weight of the grid
+        self._results = _Results(self.objectives)
+        self._best: tuple[float, FloatArray] | None = None
+        self._without_progress = 0
+        self._within_noise = self._noisy = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether asking again would not make the points more even: they are within the tolerance or the
+        noise, three rounds brought no progress (a gap that no weight fills), or `max_rounds` are over."""
+        return (
+            self._within_noise
+            or self.unevenness <= self.tolerance
+            or self._without_progress >= _PATIENCE
+            or self.rounds >= self.max_rounds
+        )
+
+    def ask(self) -> list[Weights]:
+        """The next `n` weight vectors, in order along the front (the first objective's weight rising). Once
+        finished, the most evenly spaced ones that were told."""
+        if self.finished and self._best is not None and not self._noisy:
+            return self._weights(self._best[1])
+        return self._weights(np.interp(np.linspace(0, 1, self.n), self._phi, _GRID))
+
+    def tell(
+        self, weights: Sequence[Weights], values: ArrayLike, standard_errors: ArrayLike | None = None
+    ) -> None:
+        """Results of one round.
+
+        `values` [n, 2] are maximised; a row of NaN is a trial that failed, and is left out. With
+        `standard_errors` [n, 2] the noise is taken out of the distances, and the sampler stops when the
+        unevenness is within it. ValueError for shapes that do not match, infinities, or fewer than 2 results.
+        """
+        asked, points, errors = self._results.add(weights, values, standard_errors)
+        self.rounds += 1
+        self._noisy |= bool(errors.any())
+        if self._noisy:
+            estimate = self._regressed()
+        else:
+            shares = (asked[:, 0] - self.margin) / (1 - 2 * self.margin)
+            order = np.argsort(shares, kind="stable")
+            self._judge(shares[order], points[order])
+            estimate = self._interpolated()
+        weight = 1 - (1 - self.relaxation) ** self.rounds
+        self._phi = weight * estimate + (1 - weight) * self._phi
+        self._phi = (self._phi - self._phi[0]) / (self._phi[-1] - self._phi[0])
+
+    def _weights(self, shares: FloatArray) -> list[Weights]:
+        first = self.margin + (1 - 2 * self.margin) * shares
+        return [Weights(dict(zip(self.objectives, (w, 1 - w), strict=True))) for w in first.tolist()]
+
+    def _judge(self, shares: FloatArray, points: FloatArray) -> None:
+        """How uneven the segments of this round are, and whether that is any progress."""
+        segments = np.linalg.norm(np.diff(points, axis=0), axis=1)
+        mean = segments.mean()
+        self.unevenness = float(np.abs(segments - mean).max() / mean) if mean > 0 else 0.0
+        best = math.inf if self._best is None else self._best[0]
+        self._without_progress = 0 if self.unevenness < _PROGRESS * best else self._without_progress + 1
+        if self.unevenness < best:
+            self._best = (self.unevenness, shares)
+
+    def _merged(self) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Results of all rounds in order along the front: (shares of the first objective's weight [m], points
+        [m, 2], their standard errors [m, 2])."""
+        weights, points, errors = self._results.merged()
+        shares = (weights[:, 0] - self.margin) / (1 - 2 * self.margin)
+        order = np.argsort(shares, kind="stable")
+        return shares[order], points[order], errors[order]
+
+    def _interpolated(self) -> FloatArray:
+        """Phi on the grid from exact results: the polygon through all of them, interpolated monotonically.
+        The identity where all results are equal."""
+        shares, points, _ = self._merged()
+        lengths = np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(points, axis=0), axis=1))])
+        if lengths[-1] == 0:
+            return _GRID.copy()
+        phi = PchipInterpolator(shares, lengths / lengths[-1])(np.clip(_GRID, shares[0], shares[-1]))
+        return _rising(phi)
+
+    def _regressed(self) -> FloatArray:
+        """Phi on the grid from noisy results.
+
+        A polygon through noisy points is longer than the front, the more so the closer the points. In the
+        coordinate u = Phi(w) the front has nearly constant speed, and a polynomial of low degree fits it:
+        it is fitted to all results (least squares weighted by precision, its degree chosen by AIC), and the
+        length of the fitted curve replaces that of the polygon. Also tells the noise of its segments: the
+        unevenness left.
+        """
+        shares, points, errors = self._merged()
+        u = np.interp(shares, _GRID, self._phi)
+        curve, noise = _fitted_curve(u, points, errors, self.n)
+        dense = np.linspace(0, 1, len(_GRID))
+        lengths = np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(curve(dense), axis=0), axis=1))])
+        if lengths[-1] == 0:
+            return self._phi
+        segments = np.diff(np.interp(np.linspace(0, 1, self.n), dense, lengths))
+        mean = segments.mean()
+        self.unevenness = float(np.abs(segments - mean).max() / mean)
+        self._within_noise = self.rounds > 1 and self.unevenness * mean <= noise
+        return _rising(np.interp(self._phi, dense, lengths / lengths[-1]))
+
+
+class _Results:
+    """Results of all rounds, one row per distinct weight vector."""
+
+    def __init__(self, objectives: Sequence[str]) -> None:
+        self.objectives = tuple(objectives)
+        self._weights: list[FloatArray] = []
+        self._points: list[FloatArray] = []
+        self._errors: list[FloatArray] = []
+
+    def add(
+        self, weights: Sequence[Weights], values: ArrayLike, standard_errors: ArrayLike | None
+    ) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Check and keep one round; returns its (weights, values, standard errors) [m, objectives] without
+        failed trials."""
+        asked = np.array([vector.over(self.objectives) for vector in weights], dtype=np.float64)
+        points = np.asarray(values, dtype=np.float64)
+        expected = (len(weights), len(self.objectives))
+        if points.shape != expected:
+            raise ValueError(
+                f"values have shape {points.shape}: {expected} (weights, objectives) was asked for"
+            )
+        errors = (
+            np.zeros(expected) if standard_errors is None else np.asarray(standard_errors, dtype=np.float64)
+        )
+        if errors.shape != expected:
+            raise ValueError(f"standard errors have shape {errors.shape}, values {expected}")
+        came = ~np.isnan(points).any(axis=1)
+        points = finite_array(points[came], "values", dimensions=2)
+        errors = finite_array(errors[came], "standard errors", dimensions=2)
+        if (errors < 0).any():
+            raise ValueError("standard errors must not be negative")
+        if len(points) < 2:
+            raise ValueError(f"{len(points)} of {len(weights)} trials have a result: at least 2 are needed")
+        self._weights.append(asked[came])
+        self._points.append(points)
+        self._errors.append(errors)
+        return asked[came], points, errors
+
+    def merged(self) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """All rounds; results of equal weights are averaged (by the inverse of their variance)."""
+        weights = np.round(np.concatenate(self._weights), 12)
+        points, errors = np.concatenate(self._points), np.concatenate(self._errors)
+        distinct, member = np.unique(weights, axis=0, return_inverse=True)
+        member = member.reshape(-1)
+        precision = 1 / np.maximum(np.square(errors), 1e-24)
+        totals = _sum_by(member, precision)
+        merged_errors = np.where(totals < 1e23, 1 / np.sqrt(totals), 0.0).astype(np.float64)
+        return distinct.astype(np.float64), _sum_by(member, precision * points) / totals, merged_errors
+
+
+def _sum_by(member: np.ndarray, rows: FloatArray) -> FloatArray:
+    sums = np.zeros((int(member.max()) + 1, rows.shape[1]))
+    np.add.at(sums, member, rows)
+    return sums
+
+
+def _rising(phi: FloatArray) -> FloatArray:
+    """Strictly rising, so that every length has one weight."""
+    return np.maximum.accumulate(np.clip(phi, 0, 1)) * (1 - 1e-9) + 1e-9 * _GRID
+
+
+def _fitted_curve(
+    u: FloatArray, points: FloatArray, errors: FloatArray, n: int
+) -> tuple[Callable[[FloatArray], FloatArray], float]:
+    """The polynomial curve u -> [., 2] through points [m, 2], and the largest standard error of its segments
+    between n evenly spaced u."""
+    best: tuple[float, list[FloatArray], FloatArray] | None = None
+    spaced = np.linspace(-1, 1, n)
+    for degree in range(1, min(_MAX_DEGREE, len(np.unique(u)) - 1) + 1):
+        basis = np.polynomial.legendre.legvander(2 * u - 1, degree)
+        steps = np.diff(np.polynomial.legendre.legvander(spaced, degree), axis=0)
+        coefficients, criterion, variances = [], 0.0, np.zeros(n - 1)
+        for values, error in zip(points.T, errors.T, strict=True):
+            scale = 1 / np.maximum(error, 1e-12)
+            solved = np.linalg.lstsq(basis * scale[:, None], values * scale, rcond=None)[0]
+            residuals = (basis @ solved - values) * scale
+            criterion += float(residuals @ residuals) + 2 * (degree + 1)
+            covariance = np.linalg.pinv((basis * scale[:, None]).T @ (basis * scale[:, None]))
+            variances += np.einsum("ni,ij,nj->n", steps, covariance, steps)
+            coefficients.append(solved)
+        if best is None or criterion < best[0]:
+            best = (criterion, coefficients, variances)
+    assert best is not None
+    _, coefficients, variances = best
+
+    def curve(where: FloatArray) -> FloatArray:
+        columns = [np.polynomial.legendre.legval(2 * where - 1, solved) for solved in coefficients]
+        return np.stack(columns, axis=1)
+
+    return curve, float(np.sqrt(variances.max() / 2))  # along the curve: half of the variance of both
