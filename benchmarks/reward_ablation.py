@@ -36,7 +36,7 @@ from mahalo_ray.metrics import best_against_worst_accuracy, within_group_rank_co
 from mahalo_ray.training.batches import accumulation_steps, split_batch
 from mahalo_ray.training.deepspeed_config import optimizer_and_schedule
 from mahalo_ray.training.reward import RewardRecipe
-from mahalo_ray.training.reward_evaluation import step_values
+from mahalo_ray.training.settings import RewardSettings
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart.yaml"
 INPUTS = (("last",), ("last", "pooled"), ("last", "reference_logps"), ("last", "pooled", "reference_logps"))
@@ -104,7 +104,15 @@ def measure(folder: Path, variant: Variant, epochs: float, held_out: float) -> d
     traces, model = folder / "reward_rollouts" / "traces", ModelConfig(base="the run's own", max_length=512)
     seed = int(yaml.safe_load((folder / "config.yaml").read_text())["seed"])
     recipe = RewardRecipe(
-        str(traces), None, str(folder / "sft" / "model"), config.objectives, reward, model, None, seed
+        RewardSettings(
+            model_url=str(folder / "sft" / "model"),
+            output_url="not written",
+            model=model,
+            seed=seed,
+            traces_url=str(traces),
+            objectives=config.objectives,
+            reward=reward,
+        )
     )
     return held_out_figures(recipe, train(recipe, training, seed), StepTrace.load(str(traces)), training)
 
@@ -141,7 +149,7 @@ def held_out_figures(
 
     units, data = recipe.held_out, recipe.data
     column = next(i for i, o in enumerate(recipe.objectives) if o.name == OBJECTIVE)
-    scored = step_values(recipe, units, recipe.scores, training.micro_batch_size_per_device, infer, 0, 1)
+    scored = recipe.evaluator(infer).values(units, recipe.scores)
     by_id = {trace.id: trace for trace in traces}
     found: dict[str, list[float]] = {name: [] for name in FIGURES}
     candidates: dict[str, list[int]] = {}  # without ranking every candidate is a unit of its own

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from mahalo_ray.losses import IGNORE_INDEX, dpo_loss, shift_labels
 from mahalo_ray.models import ChunkedCausalLM, MultiHeadCausalLM
 from mahalo_ray.models.heads import HeadKind
-from mahalo_ray.training.pairs import TokenPairs, pair_inputs
+from mahalo_ray.training.pairs import PackedPairs, TokenPairs, TokenRows, pair_inputs
 
 BETA = 0.1
 # The reference and the policy have different random weights, so that the losses compared are not all log 2.
@@ -85,11 +85,11 @@ class Pairs:
         columns = (self.prompts, self.chosen, self.rejected)
         return Pairs(self.objective, *([ids[:tokens] for ids in column] for column in columns))
 
-    def encoded(self, packed: bool) -> TokenPairs:
+    def packed(self) -> PackedPairs:
         """As training has them."""
         ids, ones = [str(number) for number in range(len(self))], np.ones(len(self))
-        columns = (self.prompts, self.chosen, self.rejected)
-        return TokenPairs(ids, self.objective.numpy(), *columns, ones, 0 * ones, 0, packed)
+        columns = (TokenRows(rows) for rows in (self.prompts, self.chosen, self.rejected))
+        return PackedPairs(TokenPairs(ids, self.objective.numpy(), *columns, ones, 0 * ones, 0))
 
     def batch(self, setting: Setting) -> dict[str, Tensor]:
         """input_ids, attention_mask, labels [2 * pairs, T], chosen rows above rejected rows, right-padded.
@@ -160,7 +160,7 @@ def ours(setting: Setting, num_heads: int, kind: HeadKind, recomputed: bool = Fa
         policy.gradient_checkpointing_enable()
 
     def loss(pairs: Pairs, reference: Tensor) -> Tensor:
-        tensors = pairs.encoded(packed=True).tensors(np.arange(len(pairs)), pad_id=0)
+        tensors = pairs.packed().tensors(np.arange(len(pairs)))
         logps = policy(
             **pair_inputs({name: tensor.to(setting.device) for name, tensor in tensors.items()}),
             head_index=pairs.objective.to(setting.device).repeat(2),

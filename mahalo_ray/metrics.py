@@ -98,11 +98,20 @@ def within_group_rank_correlation(
     return _mean_over_groups(correlation, scores, truth, groups)
 
 
-def within_group_pair_accuracy(scores: ArrayLike, truth: ArrayLike, groups: Groups) -> float:
-    """How often the truly better of two samples of a group scores higher, ties half; mean over all pairs."""
+def pair_accuracy(better: ArrayLike, worse: ArrayLike) -> float:
+    """How often the better one of a pair scores higher, ties half."""
+    high, low = _pair(better, worse)
+    return float(_wins(high, low).mean())
+
+
+def within_group_pair_accuracy(
+    scores: ArrayLike, truth: ArrayLike, groups: Groups, min_gap: float = 0.0
+) -> float:
+    """How often the truly better of two samples of a group scores higher, ties half; mean over all pairs
+    whose truths differ by more than `min_gap`."""
     won = compared = 0.0
     for score, true in _informative_groups(scores, truth, groups):
-        better = true[:, None] > true[None, :]
+        better = true[:, None] - true[None, :] > min_gap
         compared += better.sum()
         won += _wins(score[:, None], score[None, :])[better].sum()
     return float(won / compared) if compared else float("nan")

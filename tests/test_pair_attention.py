@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from mahalo_ray.models import ChunkedCausalLM, LoraSettings, MultiHeadCausalLM
 from mahalo_ray.models.pair_attention import why_not_packed
-from mahalo_ray.training.pairs import TokenPairs, pair_inputs
+from mahalo_ray.training.pairs import PackedPairs, PaddedPairs, PairInputs, TokenPairs, TokenRows, pair_inputs
 
 # Dropout in training and a window of 4 tokens: the two that must be refused, by name.
 REFUSED = {"gpt2": "attention dropout", "mistral": "sliding window of 4"}
@@ -28,19 +27,22 @@ def pairs(sizes: list[tuple[int, int, int]], seed: int = 0) -> TokenPairs:
     """Random pairs with (prompt, chosen, rejected) tokens."""
     g = np.random.default_rng(seed)
     ids = [[g.integers(3, V, n).tolist() for n in lengths] for lengths in sizes]
-    columns = [list(column) for column in zip(*ids, strict=True)]
+    columns = [TokenRows(column) for column in zip(*ids, strict=True)]
     names = [str(number) for number in range(len(sizes))]
     ones = np.ones(len(sizes))
     return TokenPairs(names, np.arange(len(sizes)) % 3, *columns, ones, ones, 0)
 
 
-def logps(model: torch.nn.Module, data: TokenPairs, **options: Any) -> Tensor:
-    rows = np.arange(len(data))
-    return model(**pair_inputs(data.tensors(rows, pad_id=0)), **options)
+def padded(sizes: list[tuple[int, int, int]]) -> PaddedPairs:
+    return PaddedPairs(pairs(sizes), pad_id=0)
 
 
-def heads_of(data: TokenPairs) -> Tensor:
-    return torch.from_numpy(data.objective).repeat(2)
+def logps(model: torch.nn.Module, data: PairInputs, **options: Any) -> Tensor:
+    return model(**pair_inputs(data.tensors(np.arange(len(data.pairs)))), **options)
+
+
+def heads_of(data: PairInputs) -> Tensor:
+    return torch.from_numpy(data.pairs.objective).repeat(2)
 
 
 SIZES = [(5, 3, 6), (1, 2, 1), (9, 4, 4)]
@@ -53,13 +55,13 @@ def test_every_family_computes_the_same_or_is_refused(family: str) -> None:
         assert reason is not None and REFUSED[family] in reason
         return
     assert reason is None
-    model, data = policy(family), pairs(SIZES)
+    model, data = policy(family), padded(SIZES)
     expected = logps(model, data, head_index=heads_of(data))
     expected.sum().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     model.read_packed_pairs()
-    found = logps(model, replace(data, packed=True), head_index=heads_of(data))
+    found = logps(model, PackedPairs(data.pairs), head_index=heads_of(data))
     found.sum().backward()
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
     for name, parameter in model.named_parameters():
@@ -74,18 +76,18 @@ def test_every_family_computes_the_same_or_is_refused(family: str) -> None:
     chunk=st.integers(1, 9),
 )
 def test_any_lengths(sizes: list[tuple[int, int, int]], average: bool, chunk: int) -> None:
-    model, data = policy("qwen3"), pairs(sizes, seed=len(sizes))
+    model, data = policy("qwen3"), PaddedPairs(pairs(sizes, seed=len(sizes)), pad_id=0)
     options = {"head_index": heads_of(data), "average": average, "chunk_size": chunk}
     expected = logps(model, data, **options)
     model.read_packed_pairs()
     torch.testing.assert_close(
-        logps(model, replace(data, packed=True), **options), expected, atol=1e-4, rtol=1e-5
+        logps(model, PackedPairs(data.pairs), **options), expected, atol=1e-4, rtol=1e-5
     )
 
 
 def test_a_pair_costs_its_prompt_once_and_no_padding() -> None:
-    data = replace(pairs([(5, 3, 6), (9, 4, 1)]), packed=True)
-    tensors = data.tensors(np.arange(2), pad_id=0)
+    data = PackedPairs(pairs([(5, 3, 6), (9, 4, 1)]))
+    tensors = data.tensors(np.arange(2))
     # An answer's last token predicts nothing that counts, and a copy of the prompt's last its first.
     assert tensors["input_ids"].shape == (1, (4 + 3 + 6) + (8 + 4 + 1))
     assert data.row_groups.tokens.tolist() == [13, 13]
@@ -93,27 +95,27 @@ def test_a_pair_costs_its_prompt_once_and_no_padding() -> None:
 
 
 def test_the_chosen_halves_alone() -> None:
-    model, data = policy("llama"), pairs(SIZES)
-    rows = np.arange(len(data))
-    first = heads_of(data)[: len(data)]
-    expected = model(**pair_inputs(data.chosen_tensors(rows, 0)), head_index=first)
+    model, data = policy("llama"), padded(SIZES)
+    count = len(data.pairs)
+    rows, first = np.arange(count), heads_of(data)[:count]
+    expected = model(**pair_inputs(data.chosen_tensors(rows)), head_index=first)
     model.read_packed_pairs()
-    packed = pair_inputs(replace(data, packed=True).chosen_tensors(rows, 0))
+    packed = pair_inputs(PackedPairs(data.pairs).chosen_tensors(rows))
     found = model(**packed, head_index=heads_of(data))
-    torch.testing.assert_close(found[: len(data)], expected, atol=1e-4, rtol=1e-5)
-    assert found[len(data) :].tolist() == [0.0] * len(data)
+    torch.testing.assert_close(found[:count], expected, atol=1e-4, rtol=1e-5)
+    assert found[count:].tolist() == [0.0] * count
 
 
 @pytest.mark.parametrize("family", ["qwen2-tied", "gemma2-softcap"])
 def test_an_ordinary_causal_lm_reads_packed_pairs(family: str) -> None:
-    model, data = ChunkedCausalLM(tiny(family)), pairs(SIZES)
+    model, data = ChunkedCausalLM(tiny(family)), padded(SIZES)
     expected = logps(model, data)
     model.read_packed_pairs()
-    torch.testing.assert_close(logps(model, replace(data, packed=True)), expected, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(logps(model, PackedPairs(data.pairs)), expected, atol=1e-4, rtol=1e-5)
 
 
 def test_with_an_adapter_and_recomputed_activations() -> None:
-    data = pairs(SIZES)
+    data = padded(SIZES)
     found = []
     for recompute in (False, True):
         torch.manual_seed(3)
@@ -123,7 +125,7 @@ def test_with_an_adapter_and_recomputed_activations() -> None:
         if recompute:
             model.gradient_checkpointing_enable()
         model.train()
-        logps(model, replace(data, packed=True), head_index=heads_of(data)).sum().backward()
+        logps(model, PackedPairs(data.pairs), head_index=heads_of(data)).sum().backward()
         found.append([p.grad for p in model.backbone_parameters()])
     assert any(gradient.abs().sum() > 0 for gradient in found[0])
     for plain, recomputed in zip(*found, strict=True):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mahalo_ray.config import ConfigError, ObjectiveConfig, RewardConfig, TrainingConfig
 from mahalo_ray.data import storage
-from mahalo_ray.training import reward_features
+from mahalo_ray.training import reward_evaluation
 from mahalo_ray.training.reward import RewardRecipe
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -41,15 +41,14 @@ def make_recipe(
         for number, pair in enumerate(world.make_pairs((12,), ("safety",)))
     ]
     return RewardRecipe(
-        world.save_traces(folder / "traces", traces),
-        world.save_pairs(folder / "pairs", pairs),
-        base,
-        objectives,
-        RewardConfig(training=TRAINING, held_out_fraction=0.2, **settings),
-        world.MODEL,
-        "\n\n",
-        5,
-        features,
+        world.reward_settings(
+            world.save_traces(folder / "traces", traces),
+            world.save_pairs(folder / "pairs", pairs),
+            base,
+            RewardConfig(training=TRAINING, held_out_fraction=0.2, **settings),
+            objectives,
+            features,
+        )
     )
 
 
@@ -101,17 +100,9 @@ def test_weights_and_margins_of_pairs_by_hand(base: str, tmp_path: Path) -> None
     assert figures["safety/loss"] == pytest.approx(total / weights, rel=1e-4)
     assert figures["safety/accuracy"] == pytest.approx(right / weights, rel=1e-4)
     other = [pair.model_copy(update={"weight": 7.0}) for pair in world.make_pairs((12,), ("safety",))]
-    changed = RewardRecipe(
-        None,
-        world.save_pairs(tmp_path / "other", other),
-        base,
-        world.SUPERVISION[2:],
-        RewardConfig(training=TRAINING),
-        world.MODEL,
-        "\n\n",
-        5,
-    )
-    assert changed.fingerprint() != recipe.fingerprint()
+    url = world.save_pairs(tmp_path / "other", other)
+    changed = world.reward_settings(None, url, base, RewardConfig(training=TRAINING), world.SUPERVISION[2:])
+    assert changed.identity() != recipe._settings.identity()
 
 
 def test_all_kinds_of_supervision_train_together(base: str, tmp_path: Path) -> None:
@@ -150,7 +141,7 @@ def test_kept_features_give_the_same_loss_gradient_and_scores(base: str, tmp_pat
 def test_features_are_stored_part_by_part_and_told(
     base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reward_features, "_PART_TOKENS", 100)
+    monkeypatch.setattr(reward_evaluation, "_PART_TOKENS", 100)
     store = tmp_path / "features"
     recipe = make_recipe(base, tmp_path, features=str(store), backbone="frozen")
     _, infer = build(recipe)
@@ -215,4 +206,4 @@ def test_objectives_without_labels_are_named(base: str, tmp_path: Path) -> None:
     pairs = world.save_pairs(tmp_path / "one", world.make_pairs((1,), ("safety",)))
     settings = RewardConfig(training=TRAINING, held_out_fraction=0.2)
     with pytest.raises(ValueError, match=r"'safety' has no labels \(or pairs\)"):
-        RewardRecipe(str(tmp_path / "traces"), pairs, base, MIXED, settings, world.MODEL, "\n\n", 5)
+        RewardRecipe(world.reward_settings(str(tmp_path / "traces"), pairs, base, settings, MIXED))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from torch import nn
@@ -61,3 +63,12 @@ def test_groups_have_their_own_rates_and_vectors_do_not_decay() -> None:
     optimizer.step()
     schedule.step()
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.09, 0.09, 0.54])
+
+
+@pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")
+def test_a_tracker_that_is_not_installed_is_named_with_its_extra() -> None:
+    message = r"'wandb' needs the package wandb, .*: pip install 'mahalo_ray\[wandb\]'"
+    with pytest.raises(ValueError, match=message):
+        TrainingConfig(report_to=["tensorboard", "wandb"])
+    with pytest.raises(ValueError, match="'tensorboard', 'mlflow', 'trackio' or 'wandb'"):
+        TrainingConfig(report_to=["comet"])  # type: ignore[list-item]

@@ -14,15 +14,16 @@ import torch
 import training_world as world
 from safetensors.torch import load_file
 
-from mahalo_ray.config import ClusterConfig, PolicyConfig, RewardConfig, SftConfig, TrainingConfig
+from mahalo_ray.config import ClusterConfig, PolicyConfig, RewardConfig, TrainingConfig
 from mahalo_ray.training.deepspeed_config import optimizer_and_schedule
 from mahalo_ray.training.loop import NonFiniteError
 from mahalo_ray.training.policy import PolicyRecipe
-from mahalo_ray.training.ray_train import TrainingResult, train_policy, train_reward, train_sft
+from mahalo_ray.training.ray_train import TrainingResult, run_stage
 from mahalo_ray.training.recipe import Recipe
 from mahalo_ray.training.reference import read_store, write_store
 from mahalo_ray.training.reward import RewardRecipe
 from mahalo_ray.training.sft import SftRecipe
+from mahalo_ray.training.trainer import PolicyTrainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_process")]
 
@@ -86,10 +87,8 @@ def check_same(result: TrainingResult, losses: list[float]) -> None:
 
 def run_policy(base: str, folder: Path, progress: Any = None) -> TrainingResult:
     pairs = world.save_pairs(folder / "pairs", world.make_pairs())
-    out, run = f"{folder}/model", f"{folder}/run"
-    return train_policy(
-        pairs, out, base, world.OBJECTIVES, POLICY, world.MODEL, CLUSTER, 0.2, SEED, run, progress
-    )
+    settings = world.policy_settings(pairs, base, POLICY, output=f"{folder}/model")
+    return run_stage(settings, cluster=CLUSTER, run_dir=f"{folder}/run", progress=progress)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +102,7 @@ def unbroken(
 def test_policy_with_zero_3_equals_plain_torch(unbroken: tuple[TrainingResult, Path], base: str) -> None:
     result, folder = unbroken
     losses, state = plain_losses(
-        lambda: PolicyRecipe(f"{folder}/pairs", base, world.OBJECTIVES, POLICY, world.MODEL, 0.2, SEED),
+        lambda: PolicyRecipe(world.policy_settings(f"{folder}/pairs", base, POLICY, 0.2, world.MODEL)),
         POLICY.training,
     )
     check_same(result, losses)
@@ -116,23 +115,35 @@ def test_policy_with_zero_3_equals_plain_torch(unbroken: tuple[TrainingResult, P
     assert not list((folder / "run").iterdir())  # checkpoints are for unfinished runs
 
 
+def test_the_trainer_without_ray_makes_the_same_policy(
+    unbroken: tuple[TrainingResult, Path], base: str, tmp_path: Path
+) -> None:
+    result, folder = unbroken
+    options: dict[str, Any] = {"objectives": world.OBJECTIVES, "max_length": 64, "held_out_fraction": 0.2}
+    trainer = PolicyTrainer(base, world.make_pairs(), POLICY, seed=SEED, **options)
+    metrics = trainer.train()
+    check_same(result, [entry["loss"] for entry in trainer.history])
+    trainer.save_pretrained(tmp_path)
+    expected = load_file(folder / "model" / "heads.safetensors")
+    for name, weight in load_file(tmp_path / "heads.safetensors").items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-5)
+    held_out = {name: value for name, value in metrics.items() if name.startswith("held_out/")}
+    assert held_out == pytest.approx({name: result.metrics[name] for name in held_out}, abs=1e-4)
+
+
 def test_sft_from_scratch_with_zero_2_equals_plain_torch(cluster: None, tmp_path: Path) -> None:
     base = world.make_base(tmp_path / "base", weights=False)
     examples = world.make_examples(tmp_path / "examples")
     training = TrainingConfig(**COMMON, zero_stage=2)
     seen: list[tuple[int, int]] = []
-    result = train_sft(
-        examples,
-        f"{tmp_path}/model",
-        base,
-        SftConfig(training=training),
-        world.MODEL,
-        CLUSTER,
-        SEED,
-        f"{tmp_path}/run",
-        lambda step, total, unit, metrics: seen.append((step, total)),
+    settings = world.sft_settings(examples, base, training, world.SCRATCH, f"{tmp_path}/model")
+    result = run_stage(
+        settings,
+        cluster=CLUSTER,
+        run_dir=f"{tmp_path}/run",
+        progress=lambda step, total, unit, metrics: seen.append((step, total)),
     )
-    losses, state = plain_losses(lambda: SftRecipe(examples, base, world.MODEL, training, SEED), training)
+    losses, state = plain_losses(lambda: SftRecipe(settings), training)
     check_same(result, losses)
     assert seen == [(step, len(losses)) for step in range(1, len(losses) + 1)]
     saved = load_file(tmp_path / "model" / "model.safetensors")
@@ -146,14 +157,9 @@ def test_reward_with_zero_2_equals_plain_torch(cluster: None, base: str, tmp_pat
     pairs = world.save_pairs(tmp_path / "pairs", world.make_pairs((12,), ("safety",)))
     training = TrainingConfig(**{**COMMON, "micro_batch_size_per_device": 3}, zero_stage=2)
     reward = RewardConfig(training=training, held_out_fraction=0.3, head_learning_rate=1e-2)
-    out, run = f"{tmp_path}/model", f"{tmp_path}/run"
-    result = train_reward(
-        traces, pairs, out, base, world.SUPERVISION, reward, world.MODEL, CLUSTER, "\n\n", SEED, run
-    )
-    losses, _ = plain_losses(
-        lambda: RewardRecipe(traces, pairs, base, world.SUPERVISION, reward, world.MODEL, "\n\n", SEED),
-        training,
-    )
+    settings = world.reward_settings(traces, pairs, base, reward, output=f"{tmp_path}/model")
+    result = run_stage(settings, cluster=CLUSTER, run_dir=f"{tmp_path}/run")
+    losses, _ = plain_losses(lambda: RewardRecipe(settings), training)
     check_same(result, losses)
     assert {"held_out/accuracy/ranking_accuracy", "held_out/safety/accuracy"} < set(result.metrics)
 
@@ -200,7 +206,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_once(
 ) -> None:
     (store,) = (unbroken[1] / "pairs" / "reference").glob("*.parquet")
     known = read_store(str(store))
-    known["e3"] = (known["e3"][0], float("nan"), known["e3"][2])
+    recipe = PolicyRecipe(world.policy_settings(f"{unbroken[1]}/pairs", base, POLICY))
+    row_hash = recipe._pairs.row_hash(recipe._pairs.ids.index("e3"))
+    known[row_hash] = (float("nan"), known[row_hash][1])
     write_store(f"{tmp_path}/pairs/reference/{store.name}", known)
     reports: list[int] = []
     message = r"the loss is not finite .* for engagement pair e3; nothing was"

@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("deepspeed_alone")]
 class RootRecipe:
     """loss = sum of sqrt(w x): finite at x = 0, where its gradient is not."""
 
-    units = RowGroups(*(np.ones(2, dtype=np.int64),) * 3)
+    row_groups = RowGroups(*(np.ones(2, dtype=np.int64),) * 3)
     batches = [np.arange(2)] * 4
     metric_names = ()
 

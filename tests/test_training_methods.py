@@ -19,7 +19,7 @@ from mahalo_ray.models import MultiHeadCausalLM
 from mahalo_ray.models.soup import average_models
 from mahalo_ray.objectives import Weights
 from mahalo_ray.pipeline.evaluating import check_heads
-from mahalo_ray.training.methods import method_margins
+from mahalo_ray.training.methods import modpo_margins
 from mahalo_ray.training.pairs import pair_inputs
 from mahalo_ray.training.policy import PolicyRecipe
 
@@ -65,7 +65,7 @@ def make_recipe(method: str, base: str, folder: Path, pairs: list[PreferencePair
     settings = {"head_noise": 0.3, "head_learning_rate": 2e-2, "training": TRAINING, **METHODS[method]}
     policy = PolicyConfig(method=method, **settings)  # type: ignore[arg-type]
     url = world.save_pairs(folder, pairs)
-    return PolicyRecipe(url, base, world.OBJECTIVES, policy, world.MODEL, 0.2, 5)
+    return PolicyRecipe(world.policy_settings(url, base, policy, 0.2, world.MODEL))
 
 
 def engagement_gap(pair: PreferencePair) -> float:
@@ -160,7 +160,7 @@ def test_modpo_margins_do_not_depend_on_the_rewards_unit() -> None:
             pair.model_copy(update={"chosen_scores": {"engagement": c}, "rejected_scores": {"engagement": r}})
             for pair, (c, r) in zip(world.make_pairs((4,), ("accuracy",)), scores.tolist(), strict=True)
         ]
-        return method_margins(policy, pairs).tolist()
+        return modpo_margins(policy, pairs).tolist()
 
     # Differences -2, 0, 2, 0: variance of a reward (4 + 4) / 4 / 2 = 1. Margin: 0.75 / 0.25 of a difference.
     assert margins(1.0) == pytest.approx([-6.0, 0.0, 6.0, 0.0])
@@ -189,7 +189,7 @@ def test_every_method_trains_and_saves_its_heads(base: str, tmp_path: Path, meth
         recipe.loss(model, **recipe.collate(batch, recipe.loss_denominators(batch), True))[0].backward()
         optimizer.step()
     assert recipe.loss(model, **tensors)[0].item() < 0.8 * before
-    recipe._figures = {}
+    recipe._metrics = {}
     recipe.save(model, model.state_dict(), tmp_path / "model")
     assert MultiHeadCausalLM.from_pretrained(tmp_path / "model").objectives == HEADS[method]
 

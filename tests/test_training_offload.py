@@ -33,7 +33,7 @@ def test_the_same_steps_as_plain_torch(name: str, tmp_path: Path) -> None:
     policy = PolicyConfig(head_learning_rate=2e-2, training=training)
 
     def make() -> PolicyRecipe:
-        return PolicyRecipe(pairs, base, world.OBJECTIVES, policy, world.MODEL, 0.2, SEED)
+        return PolicyRecipe(world.policy_settings(pairs, base, policy, 0.2, world.MODEL))
 
     expected, state = plain_losses(make, training)
     recipe = make()

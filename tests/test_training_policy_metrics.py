@@ -38,7 +38,7 @@ def make_recipe(base: str, folder: Path, stage: int = 2, **settings: Any) -> Pol
         **settings,
     )
     pairs = world.save_pairs(folder, world.make_pairs())
-    return PolicyRecipe(pairs, base, world.OBJECTIVES, policy, world.MODEL, 0.3, 5)
+    return PolicyRecipe(world.policy_settings(pairs, base, policy, 0.3, world.MODEL))
 
 
 def one_sequence(length: int) -> Tensor:
@@ -78,7 +78,7 @@ def test_kl_equals_the_textbook(base: str, tmp_path: Path, kind: str) -> None:
         for parameter in (*model.backbone_parameters(), *model.head_parameters()):
             parameter += 0.05 * torch.randn_like(parameter)
         expected = textbook_kl(model, base, recipe)
-    found = recipe.probe.figures(infer, model)
+    found = recipe.probe.metrics(infer, model)
     assert min(expected.values()) > 1e-3
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4)
 
@@ -97,7 +97,7 @@ def test_the_cosine_is_that_of_the_objectives_own_gradients(base: str, tmp_path:
         model.zero_grad()
     expected = torch.cosine_similarity(*gradients, dim=0).item()
     assert sum(len(part["objective"]) for part in conflict._parts) == 7
-    assert conflict.figures(model) == pytest.approx(
+    assert conflict.metrics(model) == pytest.approx(
         {"gradient_cosine/accuracy/engagement": expected}, rel=1e-4
     )
     assert all(parameter.grad is None for parameter in model.parameters()) and model.training
@@ -115,13 +115,13 @@ def test_without_held_out_pairs_the_figures_are_refused(base: str, tmp_path: Pat
     pairs = world.save_pairs(tmp_path, world.make_pairs())
     policy = PolicyConfig(metrics_every_steps=1)
     with pytest.raises(ValueError, match="needs held-out pairs"):
-        PolicyRecipe(pairs, base, world.OBJECTIVES, policy, world.MODEL, 0.0, 5)
+        PolicyRecipe(world.policy_settings(pairs, base, policy, 0.0, world.MODEL))
 
 
 def test_the_saved_model_has_no_extra_head(base: str, tmp_path: Path) -> None:
     recipe = make_recipe(base, tmp_path / "pairs")
     model: Any = recipe.build_model()
-    recipe._figures = {}
+    recipe._metrics = {}
     recipe.save(model, model.state_dict(), tmp_path / "model")
     again = type(model).from_pretrained(tmp_path / "model")
     assert again.base_head is None and tuple(again.heads) == world.OBJECTIVES
@@ -145,7 +145,7 @@ def test_figures_under_deepspeed(base: str, tmp_path: Path, stage: int) -> None:
             loss = engine(**recipe.collate(batch, recipe.loss_denominators(batch), True))[0]
             engine.backward(loss)
             assert optimizer_step(engine) is not None
-            figures = probe.figures(ask, engine.module.model) if measured else {}
+            figures = probe.metrics(ask, engine.module.model) if measured else {}
             losses.append({"loss": loss.item(), **figures})
         runs.append(losses)
         if measured and stage < 3:
@@ -163,5 +163,5 @@ def test_figures_under_deepspeed(base: str, tmp_path: Path, stage: int) -> None:
     ask = lambda function, tensors: infer(engine, function, tensors)  # noqa: E731
     resumed.probe.prepare(ask)
     engine.load_checkpoint(str(tmp_path / "checkpoint"), "now")
-    assert resumed.probe.figures(ask, engine.module.model) == pytest.approx(expected, rel=1e-5)
+    assert resumed.probe.metrics(ask, engine.module.model) == pytest.approx(expected, rel=1e-5)
     assert expected["accuracy/kl"] > 0

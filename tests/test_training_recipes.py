@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM
 
 from mahalo_ray.config import PolicyConfig, RewardConfig, TrainingConfig
 from mahalo_ray.training.batches import split_batch
-from mahalo_ray.training.checkpoints import RunIdentity
+from mahalo_ray.training.checkpoints import WorkerSplit
 from mahalo_ray.training.loop import NonFiniteError, stop_unless_finite
 from mahalo_ray.training.pairs import pair_inputs, split_key
 from mahalo_ray.training.policy import PolicyRecipe
 from mahalo_ray.training.recipe import Recipe
-from mahalo_ray.training.reference import read_store, select, write_store
+from mahalo_ray.training.reference import read_store, write_store
 from mahalo_ray.training.reward import RewardRecipe
 from mahalo_ray.training.reward_data import LabelledTraces, add_traces
 from mahalo_ray.training.sft import SftRecipe
@@ -41,15 +41,15 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def make_recipe(kind: str, base: str, folder: Path) -> Any:
     if kind == "sft":
-        return SftRecipe(world.make_examples(folder), base, world.MODEL, TRAINING, 5)
+        return SftRecipe(world.sft_settings(world.make_examples(folder), base, TRAINING))
     if kind == "policy":
         pairs = world.save_pairs(folder, world.make_pairs())
         policy = PolicyConfig(alpha={"engagement": 2.0}, head_noise=0.5, training=TRAINING)
-        return PolicyRecipe(pairs, base, world.OBJECTIVES, policy, world.MODEL, 0.2, 5)
+        return PolicyRecipe(world.policy_settings(pairs, base, policy, 0.2, world.MODEL))
     traces = world.save_traces(folder / "traces", world.make_traces())
     pairs = world.save_pairs(folder / "pairs", world.make_pairs((12,), ("safety",)))
     reward = RewardConfig(training=TRAINING, held_out_fraction=0.2)
-    return RewardRecipe(traces, pairs, base, world.SUPERVISION, reward, world.MODEL, "\n\n", 5)
+    return RewardRecipe(world.reward_settings(traces, pairs, base, reward))
 
 
 @pytest.fixture(scope="module", params=["sft", "policy", "reward"])
@@ -118,9 +118,9 @@ def test_policy_loss_with_weights_margins_and_a_beta_per_objective(base: str, tm
     policy = PolicyConfig(alpha={"engagement": 2.0}, beta=beta, head_noise=0.5, training=TRAINING)
     plain = make_recipe("policy", base, tmp_path / "plain")
     recipe = PolicyRecipe(
-        world.save_pairs(tmp_path, pairs), base, world.OBJECTIVES, policy, world.MODEL, 0.2, 5
+        world.policy_settings(world.save_pairs(tmp_path, pairs), base, policy, 0.2, world.MODEL)
     )
-    assert recipe.fingerprint() != plain.fingerprint()
+    assert recipe._settings.identity() != plain._settings.identity()
     model, batch = built(recipe), recipe.batches[0]
     tensors = recipe.collate(batch, recipe.loss_denominators(batch), True)
     heads = tensors["objective"].repeat(2)
@@ -250,20 +250,16 @@ def test_reference_log_probs_are_computed_once_and_checked_row_by_row(base: str,
     # make_recipe wrote the same pairs again; their log-probs were found.
     assert file.stat().st_mtime_ns == written
     known = read_store(str(file))
-    select(known, pairs.ids, pairs.row_hashes(), "store")
-    stale = {**known, "a3": ("of other tokens", -1.0, -1.0)}
-    with pytest.raises(ValueError, match=r"pair 'a3' .* stale"):
-        select(stale, pairs.ids, pairs.row_hashes(), "store")
-    del known["e1"]
-    with pytest.raises(ValueError, match="pair 'e1' has no reference"):
-        select(known, pairs.ids, pairs.row_hashes(), "store")
-    # A row of the store that fits no more is computed again, the others stay.
-    write_store(str(file), {**stale, "a4": (*stale["a4"][:1], -7.0, -8.0)})
+    number = {name: row for row, name in enumerate(pairs.ids)}
+    stored = {name: known[pairs.row_hash(number[name])] for name in ("a3", "a4")}
+    assert stored["a3"] == pytest.approx(recipe._reference[number["a3"]].tolist())
+    # A row that the store lacks is computed again, the others stay as they are there.
+    del known[pairs.row_hash(number["a3"])]
+    write_store(str(file), {**known, pairs.row_hash(number["a4"]): (-7.0, -8.0)})
     again = make_recipe("policy", base, tmp_path)
-    assert (
-        again._reference[pairs.ids.index("a3")].tolist() == recipe._reference[pairs.ids.index("a3")].tolist()
-    )
-    assert again._reference[pairs.ids.index("a4")].tolist() == [-7.0, -8.0]
+    assert again._reference[number["a3"]].tolist() == recipe._reference[number["a3"]].tolist()
+    assert again._reference[number["a4"]].tolist() == [-7.0, -8.0]
+    assert read_store(str(file))[pairs.row_hash(number["a3"])] == pytest.approx(stored["a3"])
 
 
 def test_bad_pairs_are_named(base: str, tmp_path: Path) -> None:
@@ -278,16 +274,16 @@ def test_bad_pairs_are_named(base: str, tmp_path: Path) -> None:
         folder = tmp_path / wrong.id / wrong.objective
         url = world.save_pairs(folder, [*pairs[:3], wrong, *pairs[5:]])
         with pytest.raises(ValueError, match=message):
-            PolicyRecipe(url, base, world.OBJECTIVES, PolicyConfig(), world.MODEL, 0.0, 5)
+            PolicyRecipe(world.policy_settings(url, base, PolicyConfig(), 0.0, world.MODEL))
     url = world.save_pairs(tmp_path / "one", [pair for pair in pairs if pair.objective == "accuracy"])
     with pytest.raises(ValueError, match="'engagement' has no preference pairs"):
-        PolicyRecipe(url, base, world.OBJECTIVES, PolicyConfig(training=TRAINING), world.MODEL, 0.0, 5)
+        PolicyRecipe(world.policy_settings(url, base, PolicyConfig(training=TRAINING), 0.0, world.MODEL))
 
 
 def test_too_long_pairs_are_cut_and_counted(base: str, tmp_path: Path) -> None:
     url = world.save_pairs(tmp_path, world.make_pairs())
     short = world.MODEL.model_copy(update={"max_length": 14})
-    recipe = PolicyRecipe(url, base, world.OBJECTIVES, PolicyConfig(training=TRAINING), short, 0.0, 5)
+    recipe = PolicyRecipe(world.policy_settings(url, base, PolicyConfig(training=TRAINING), 0.0, short))
     pairs = recipe._pairs
     answers = [max(len(c), len(r)) for c, r in zip(pairs.chosen, pairs.rejected, strict=True)]
     assert max(len(p) + a for p, a in zip(pairs.prompts, answers, strict=True)) == 14
@@ -298,7 +294,7 @@ def test_sharing_prompts_changes_the_tokens_read_and_not_the_loss(base: str, tmp
     url, found = world.save_pairs(tmp_path, world.make_pairs()), []
     for share in ("always", "never"):
         policy = PolicyConfig(share_prompts=share, training=TRAINING)
-        recipe = PolicyRecipe(url, base, world.OBJECTIVES, policy, world.MODEL, 0.2, 5)
+        recipe = PolicyRecipe(world.policy_settings(url, base, policy, 0.2, world.MODEL))
         batch = recipe.batches[0]
         found.append((step(recipe, built(recipe), batch, 1, 64, 1), recipe.row_groups.tokens[batch].sum()))
     (shared, few), (padded, many) = found
@@ -312,9 +308,9 @@ def test_prompts_that_cannot_be_shared_are_refused_on_demand(base: str, tmp_path
     eager = world.MODEL.model_copy(update={"attn_implementation": "eager"})
     policy = PolicyConfig(share_prompts="always", training=TRAINING)
     with pytest.raises(ValueError, match=r"share_prompts: always.*'eager', not 'sdpa'"):
-        PolicyRecipe(url, base, world.OBJECTIVES, policy, eager, 0.2, 5)
+        PolicyRecipe(world.policy_settings(url, base, policy, 0.2, eager))
     policy = PolicyConfig(training=TRAINING)
-    recipe = PolicyRecipe(url, base, world.OBJECTIVES, policy, eager, 0.2, 5)
+    recipe = PolicyRecipe(world.policy_settings(url, base, policy, 0.2, eager))
     assert "attention_mask" in recipe.collate(np.arange(2), {"accuracy": 1.0, "engagement": 1.0}, True)
 
 
@@ -338,10 +334,27 @@ def test_traces_are_cut_at_steps_and_bad_labels_named() -> None:
             add_traces(LabelledTraces(), [wrong], world.SUPERVISION, None, 15, by_group=True)  # type: ignore[arg-type]
 
 
-def test_checkpoints_of_another_run_are_refused() -> None:
-    saved = {"workers": 2, "accumulation": 1, "data": "abc"}
-    RunIdentity(2, 1, "abc").check(saved, "there")
+def test_checkpoints_of_another_split_are_refused() -> None:
+    saved = {"workers": 2, "accumulation": 1}
+    WorkerSplit(2, 1).check(saved, "there")
     with pytest.raises(ValueError, match=r"written by 2 workers, this run has 3.*train_workers to 2"):
-        RunIdentity(3, 1, "abc").check(saved, "there")
-    with pytest.raises(ValueError, match="other data"):
-        RunIdentity(2, 1, "xyz").check(saved, "there")
+        WorkerSplit(3, 1).check(saved, "there")
+    with pytest.raises(ValueError, match=r"1 micro-batches per step .* this run has 4"):
+        WorkerSplit(2, 4).check(saved, "there")
+
+
+def test_a_run_is_known_by_its_settings_and_data(base: str, tmp_path: Path) -> None:
+    """Checkpoints lie under this name: other data, settings or seeds never meet them."""
+    url = world.save_pairs(tmp_path / "pairs", world.make_pairs())
+    policy = PolicyConfig(training=TRAINING)
+    same = world.policy_settings(url, base, policy).identity()
+    assert world.policy_settings(url, base, PolicyConfig(training=TRAINING)).identity() == same
+    tracked = PolicyConfig(training=TRAINING.model_copy(update={"report_to": ["tensorboard"]}))
+    assert world.policy_settings(url, base, tracked).identity() == same  # changes no result
+    others = [
+        world.policy_settings(url, base, PolicyConfig(training=TRAINING, beta=0.2)),
+        world.policy_settings(url, base, policy, seed=6),
+        world.policy_settings(url, base, policy, held_out=0.3),
+        world.policy_settings(world.save_pairs(tmp_path / "fewer", world.make_pairs()[:5]), base, policy),
+    ]
+    assert len({same, *(other.identity() for other in others)}) == 5

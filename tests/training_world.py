@@ -12,14 +12,24 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from mahalo_ray.config import ModelConfig, ObjectiveConfig
+from mahalo_ray.config import (
+    ModelConfig,
+    ObjectiveConfig,
+    PolicyConfig,
+    RewardConfig,
+    ScratchModelConfig,
+    SftConfig,
+    TrainingConfig,
+)
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import EXAMPLE_SCHEMA, Message, PreferencePair, StepTrace
 from mahalo_ray.models import MultiHeadCausalLM
 from mahalo_ray.models.pair_attention import IMPLEMENTATION
+from mahalo_ray.training.settings import PolicySettings, RewardSettings, SftSettings
 
 OBJECTIVES = ("accuracy", "engagement")
 MODEL = ModelConfig(base="unused", max_length=64)
+SCRATCH = ModelConfig(scratch=ScratchModelConfig(), max_length=64)
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 VOCABULARY = 32
 TEMPLATE = (
@@ -137,6 +147,72 @@ def save_traces(folder: Path, traces: Sequence[StepTrace]) -> str:
     """As a folder of Parquet files."""
     StepTrace.save(list(traces), f"{folder}/part.parquet")
     return str(folder)
+
+
+def policy_settings(
+    pairs: str,
+    base: str,
+    policy: PolicyConfig,
+    held_out: float = 0.2,
+    model: ModelConfig = MODEL,
+    output: str = "unused",
+    seed: int = 5,
+) -> PolicySettings:
+    """A policy stage of both objectives."""
+    return PolicySettings(
+        model_url=base,
+        output_url=output,
+        model=model,
+        seed=seed,
+        pairs_url=pairs,
+        objectives=OBJECTIVES,
+        policy=policy,
+        held_out_fraction=held_out,
+    )
+
+
+def sft_settings(
+    examples: str,
+    base: str,
+    training: TrainingConfig,
+    model: ModelConfig = MODEL,
+    output: str = "unused",
+    seed: int = 5,
+) -> SftSettings:
+    """An SFT stage."""
+    return SftSettings(
+        model_url=base,
+        output_url=output,
+        model=model,
+        seed=seed,
+        examples_url=examples,
+        sft=SftConfig(training=training),
+    )
+
+
+def reward_settings(
+    traces: str | None,
+    pairs: str | None,
+    base: str,
+    reward: RewardConfig,
+    objectives: Sequence[ObjectiveConfig] = SUPERVISION,
+    features: str | None = None,
+    output: str = "unused",
+    seed: int = 5,
+) -> RewardSettings:
+    """A stage that trains a reward model."""
+    return RewardSettings(
+        model_url=base,
+        output_url=output,
+        model=MODEL,
+        seed=seed,
+        traces_url=traces,
+        pairs_url=pairs,
+        objectives=objectives,
+        reward=reward,
+        step_separator="\n\n",
+        features_url=features,
+    )
 
 
 @contextlib.contextmanager

@@ -31,6 +31,9 @@ PerObjective = Annotated[
     Discriminator(lambda value: "by_objective" if isinstance(value, dict) else "number"),
 ]
 
+# `json_schema_extra` of a field that says where progress is reported, not what is computed.
+NOT_SHAPING: dict[str, Any] = {"shapes_result": False}
+
 
 class ConfigError(ValueError):
     """The run's configuration cannot be used; the message says which key, where, and what to do."""
@@ -51,6 +54,21 @@ class Section(BaseModel):
             if isinstance(info.default, Section) and isinstance(data.get(name), dict):
                 data = {**data, name: info.default.model_dump(exclude_unset=True) | data[name]}
         return data
+
+    def shaping(self) -> dict[str, Any]:
+        """JSON values of everything that shapes a result: without the fields marked by `NOT_SHAPING`, which
+        may change without making what was computed before invalid."""
+        return self.model_dump(mode="json", exclude=self._not_shaping())
+
+    def _not_shaping(self) -> dict[str, Any]:
+        marked: dict[str, Any] = {}
+        for name, info in type(self).model_fields.items():
+            value = getattr(self, name)
+            if info.json_schema_extra == NOT_SHAPING:
+                marked[name] = True
+            elif isinstance(value, Section) and (inner := value._not_shaping()):
+                marked[name] = inner
+        return marked
 
 
 class SamplingParams(Section):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mahalo_ray.config.section import (
+    NOT_SHAPING,
     Fraction,
     NonNegativeInt,
     PerObjective,
@@ -96,6 +98,15 @@ class ModelConfig(Section):
         return self
 
 
+# The package behind each entry of `report_to`, and how it is installed.
+TRACKER_PACKAGES = {
+    "tensorboard": ("tensorboardX", "pip install 'mahalo_ray[tensorboard]'"),
+    "mlflow": ("mlflow", "pip install 'mahalo_ray[mlflow]'"),
+    "trackio": ("trackio", "pip install 'mahalo_ray[trackio]'"),
+    "wandb": ("wandb", "pip install 'mahalo_ray[wandb]'"),
+}
+
+
 class TrainingConfig(Section):
     """What every training stage shares. `batch_size` is global: how it is split changes nothing."""
 
@@ -117,6 +128,22 @@ class TrainingConfig(Section):
     checkpoint_every_steps: PositiveInt = 50
     keep_checkpoints: PositiveInt = 2
     report_every_steps: PositiveInt = 10
+    report_to: Annotated[
+        list[Literal["tensorboard", "mlflow", "trackio", "wandb"]],
+        Field(
+            description="where training metrics go besides history.json, every report_every_steps steps",
+            json_schema_extra=NOT_SHAPING,
+        ),
+    ] = []
+
+    @field_validator("report_to")
+    @classmethod
+    def _trackers_are_installed(cls, trackers: list[str]) -> list[str]:
+        for name in trackers:
+            package, install = TRACKER_PACKAGES[name]
+            if find_spec(package) is None:
+                raise ValueError(f"'{name}' needs the package {package}, which is not installed: {install}")
+        return trackers
 
     @model_validator(mode="after")
     def _offload_needs_zero(self) -> Self:

@@ -5,7 +5,7 @@ Token ids, where present, are what the policy really read or sampled: they are n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, ClassVar, Literal, Self
 
 import pyarrow as pa
@@ -55,6 +55,12 @@ class Record(BaseModel):
     def load(cls, folder: str) -> list[Self]:
         """Read all Parquet shards of a folder."""
         return cls.from_table(storage.read_table(folder))
+
+    @classmethod
+    def stream(cls, folder: str) -> Iterator[Self]:
+        """The same one after another: only some rows are in memory at a time."""
+        for table in storage.stream_tables(folder):
+            yield from cls.from_table(table)
 
     @classmethod
     def read(cls, url: str) -> list[Self]:

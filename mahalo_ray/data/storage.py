@@ -11,6 +11,7 @@ import json
 import posixpath
 import tempfile
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,21 @@ def read_table(folder: str) -> pa.Table:
         raise FileNotFoundError(f"no Parquet files in '{folder}'")
     # One thread: arrow 26 now and then aborts the interpreter at exit after a threaded read.
     return pa.concat_tables([_read_parquet(file) for file in files])
+
+
+def stream_tables(folder: str, rows: int = 1024) -> Iterator[pa.Table]:
+    """The same as tables of at most `rows` rows: of a file on a disk no more than that is in memory.
+
+    Raises FileNotFoundError when there are no files.
+    """
+    files = list_files(folder, ".parquet")
+    if not files:
+        raise FileNotFoundError(f"no Parquet files in '{folder}'")
+    for file in files:
+        source = filesystem(file)[1] if is_local(file) else pa.BufferReader(read_bytes(file))
+        with pq.ParquetFile(source, memory_map=is_local(file)) as parquet:
+            for batch in parquet.iter_batches(rows, use_threads=False):
+                yield pa.Table.from_batches([batch])
 
 
 def upload_folder(local: str | Path, url: str) -> None:

@@ -162,7 +162,7 @@ def _training_stage(name: str, settings: PolicyConfig) -> Stage[RunConfig]:
     def config_of(config: RunConfig) -> dict[str, Any]:
         rest = sections("pairs.held_out_fraction", "objective_names", "model")(config)
         # The comparison never had MODPO's first version.
-        return {**rest, "policy": settings.model_dump(mode="json"), **method_version(settings, since=2)}
+        return {**rest, "policy": settings.shaping(), **method_version(settings, since=2)}
 
     title = f"Train {name.removeprefix('compare/')}"
     return Stage(name, title, train, config_of, needs=("sft", "pairs"), resumes=True)

@@ -21,12 +21,13 @@ from mahalo_ray.models.folder import model_folder
 from mahalo_ray.models.reward_heads import OUTPUT_KIND_OF
 from mahalo_ray.models.scoring import StepEncoder
 from mahalo_ray.pipeline.artifacts import place_model
-from mahalo_ray.pipeline.run import START_MODEL, method_version, train_heads, trained
+from mahalo_ray.pipeline.run import START_MODEL, leave_model, method_version, train_heads, train_in_folder
 from mahalo_ray.pipeline.stages import Context, Pipeline, Stage, StageResult
 from mahalo_ray.training.batches import hash_split
 from mahalo_ray.training.pairs import split_key
-from mahalo_ray.training.ray_train import TrainingResult, train_reward
+from mahalo_ray.training.ray_train import TrainingResult
 from mahalo_ray.training.reward_data import refuse_long
+from mahalo_ray.training.settings import RewardSettings
 
 R = TypeVar("R", PreferencePair, StepTrace)
 
@@ -160,7 +161,7 @@ FEATURES = "features"
 
 def reward(context: Context[RunConfig]) -> StageResult:
     """One reward model of all objectives."""
-    return trained(context, _train_reward(context, context.config.objectives, context.folder))
+    return leave_model(context, _train_reward(context, context.config.objectives, context.folder))
 
 
 def dedicated(context: Context[RunConfig]) -> StageResult:
@@ -182,21 +183,19 @@ def _train_reward(
     traces_url = urls.get("traces")
     if traces_url is not None and len(objectives) < len(config.objectives):
         traces_url = _only(traces_url, [o.name for o in objectives], storage.join(folder, "traces"))
-    return train_reward(
-        traces_url,
-        urls.get("pairs") if any(o.supervision == "pairwise" for o in objectives) else None,
-        storage.join(folder, "model"),
-        _base_url(context),
-        objectives,
-        config.reward,
-        config.model,
-        config.cluster,
-        config.data.step_separator,
-        config.seed,
-        storage.join(folder, "checkpoints"),
-        context.progress.training,
-        storage.join(config.output, FEATURES),
+    settings = RewardSettings(
+        model_url=_base_url(context),
+        output_url=storage.join(folder, "model"),
+        model=config.model,
+        seed=config.seed,
+        traces_url=traces_url,
+        pairs_url=urls.get("pairs") if any(o.supervision == "pairwise" for o in objectives) else None,
+        objectives=objectives,
+        reward=config.reward,
+        step_separator=config.data.step_separator,
+        features_url=storage.join(config.output, FEATURES),
     )
+    return train_in_folder(context, settings, folder)
 
 
 def _only(traces_url: str, names: Sequence[str], url: str) -> str | None:
@@ -238,7 +237,7 @@ def _base_url(context: Context[RunConfig]) -> str:
 
 def _policy_settings(config: RunConfig) -> dict[str, Any]:
     return {
-        "policy": config.policy.model_dump(mode="json"),
+        "policy": config.policy.shaping(),
         "held_out_fraction": config.pairs.held_out_fraction,
         **method_version(config.policy),
         **model_settings(config),
@@ -248,7 +247,7 @@ def _policy_settings(config: RunConfig) -> dict[str, Any]:
 def _reward_settings(config: RunConfig) -> dict[str, Any]:
     assert config.data is not None
     return {
-        "reward": config.reward.model_dump(mode="json", exclude={"dedicated"}),
+        "reward": {k: v for k, v in config.reward.shaping().items() if k != "dedicated"},
         "step_separator": config.data.step_separator,
         **model_settings(config),
     }

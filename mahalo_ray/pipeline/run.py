@@ -10,7 +10,6 @@ from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
-from pydantic import BaseModel
 from transformers import PreTrainedTokenizerFast, Qwen2Config
 
 from mahalo_ray.config import (
@@ -22,6 +21,7 @@ from mahalo_ray.config import (
     RunConfig,
     ScratchModelConfig,
 )
+from mahalo_ray.config.section import Section
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import EXAMPLE_SCHEMA, CandidateSet, Dialogue, PreferencePair, StepTrace
 from mahalo_ray.data.templating import ChatFormat
@@ -36,7 +36,8 @@ from mahalo_ray.pipeline.stages import Context, Pipeline, Stage, StageResult
 from mahalo_ray.rollouts.dialogue_job import CANDIDATES, DialogueChunks, RolloutSpec, run_rollouts
 from mahalo_ray.rollouts.pairs import build_pairs, labelled_traces
 from mahalo_ray.training.methods import METHOD_VERSIONS
-from mahalo_ray.training.ray_train import TrainingResult, train_policy, train_reward, train_sft
+from mahalo_ray.training.ray_train import TrainingResult, run_stage
+from mahalo_ray.training.settings import PolicySettings, RewardSettings, SftSettings, StageSettings
 
 # Enough text to learn the vocabulary from; the miniature has few words.
 TOKENIZER_DIALOGUES = 2000
@@ -121,20 +122,17 @@ def scratch_config(
 def train_heads(context: Context[RunConfig], base_url: str) -> StageResult:
     """MAH-DPO (or a baseline) on the pairs of stage `pairs`; the base is the reference too."""
     config = context.config
-    result = train_policy(
-        context.input("pairs", "pairs"),
-        context.path("model"),
-        base_url,
-        config.objective_names,
-        config.policy,
-        config.model,
-        config.cluster,
-        config.pairs.held_out_fraction,
-        config.seed,
-        context.path("checkpoints"),
-        context.progress.training,
+    settings = PolicySettings(
+        model_url=base_url,
+        output_url=context.path("model"),
+        model=config.model,
+        seed=config.seed,
+        pairs_url=context.input("pairs", "pairs"),
+        objectives=config.objective_names,
+        policy=config.policy,
+        held_out_fraction=config.pairs.held_out_fraction,
     )
-    return trained(context, result)
+    return train(context, settings)
 
 
 def method_version(policy: PolicyConfig, since: int = 1) -> dict[str, int]:
@@ -144,27 +142,39 @@ def method_version(policy: PolicyConfig, since: int = 1) -> dict[str, int]:
     return {"method_version": version} if version > since else {}
 
 
-def trained(context: Context[RunConfig], result: TrainingResult) -> StageResult:
-    """What every training stage leaves: the model's folder, and its curves."""
+def train(context: Context[RunConfig], settings: StageSettings) -> StageResult:
+    """Run a training stage in the stage's own folder."""
+    return leave_model(context, train_in_folder(context, settings, context.folder))
+
+
+def leave_model(context: Context[RunConfig], result: TrainingResult) -> StageResult:
+    """The outputs of a finished training stage: the model's folder, and its curves."""
     storage.write_json(context.path("history.json"), result.history)
     return StageResult(dict(result.metrics), {"model": "model", "history": "history.json"})
+
+
+def train_in_folder(context: Context[RunConfig], settings: StageSettings, folder: str) -> TrainingResult:
+    """Train with the run's cluster; unfinished work is kept in `folder`."""
+    return run_stage(
+        settings,
+        cluster=context.config.cluster,
+        run_dir=storage.join(folder, "checkpoints"),
+        progress=context.progress.training,
+    )
 
 
 def sft(context: Context[RunConfig]) -> StageResult:
     """Supervised fine-tuning on the tutors' turns."""
     config = context.config
-    result = train_sft(
-        context.input("sft_data", "examples"),
-        context.path("model"),
-        start_model_url(config, context.upstream["sft_data"][0]),
-        config.sft,
-        config.model,
-        config.cluster,
-        config.seed,
-        context.path("checkpoints"),
-        context.progress.training,
+    settings = SftSettings(
+        model_url=start_model_url(config, context.upstream["sft_data"][0]),
+        output_url=context.path("model"),
+        model=config.model,
+        seed=config.seed,
+        examples_url=context.input("sft_data", "examples"),
+        sft=config.sft,
     )
-    return trained(context, result)
+    return train(context, settings)
 
 
 def reward_rollouts(context: Context[RunConfig]) -> StageResult:
@@ -180,21 +190,16 @@ def reward_rollouts(context: Context[RunConfig]) -> StageResult:
 def reward(context: Context[RunConfig]) -> StageResult:
     """The process reward model, with its figures and calibration on held-out prompts."""
     config = context.config
-    result = train_reward(
-        context.input("reward_rollouts", "traces"),
-        None,
-        context.path("model"),
-        context.input("sft", "model"),
-        config.objectives,
-        config.reward,
-        config.model,
-        config.cluster,
-        None,
-        config.seed,
-        context.path("checkpoints"),
-        context.progress.training,
+    settings = RewardSettings(
+        model_url=context.input("sft", "model"),
+        output_url=context.path("model"),
+        model=config.model,
+        seed=config.seed,
+        traces_url=context.input("reward_rollouts", "traces"),
+        objectives=config.objectives,
+        reward=config.reward,
     )
-    return trained(context, result)
+    return train(context, settings)
 
 
 def pair_rollouts(context: Context[RunConfig]) -> StageResult:
@@ -283,8 +288,8 @@ def sections(*names: str) -> Callable[[RunConfig], Any]:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
+    if isinstance(value, Section):
+        return value.shaping()
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 

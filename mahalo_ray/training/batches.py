@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -144,10 +144,22 @@ def shard(
     return filled[rank::workers]
 
 
-def hash_split(keys: Sequence[str], fraction: float, seed: int) -> npt.NDArray[np.bool_]:
-    """Which rows are held out: all rows of one key or none, whatever other rows there are."""
-    chosen = {key: random.Random(f"{seed}:{key}").random() < fraction for key in set(keys)}
-    return np.array([chosen[key] for key in keys], dtype=bool)
+class HashSplit:
+    """A random share of keys that depends on nothing but the key and the seed: `key in split`."""
+
+    def __init__(self, fraction: float, seed: int) -> None:
+        self._fraction, self._seed = fraction, seed
+
+    def __contains__(self, key: str) -> bool:
+        return random.Random(f"{self._seed}:{key}").random() < self._fraction
+
+
+def hash_split(keys: Iterable[str], fraction: float, seed: int) -> npt.NDArray[np.bool_]:
+    """Which rows belong to a random share: all rows of one key or none, whatever other rows there are."""
+    split = HashSplit(fraction, seed)
+    keys = list(keys)
+    drawn = {key: key in split for key in set(keys)}
+    return np.array([drawn[key] for key in keys], dtype=bool)
 
 
 def _by_length(batch: Indices, row_groups: RowGroups) -> Indices:

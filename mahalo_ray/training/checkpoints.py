@@ -1,21 +1,21 @@
 """Exact resume: model, optimizer, schedule, step, history and random states, every worker its own part.
 
-A checkpoint counts from the moment Ray Train has recorded it, which happens after every worker has stored its
-part; until then the previous one stays the latest, and a half-written one is never read.
+Where checkpoints are kept is the session's affair (`loop.Session`). With Ray Train one counts from the moment
+it was recorded, which happens after every worker has stored its part; until then the previous one stays the
+latest, and a half-written one is never read. Checkpoints lie under their run's identity
+(`StageSettings.identity`), so they never meet other data; only the split among workers is left to check.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import ray.train
 import torch
 
 TAG = "engine"
@@ -30,12 +30,11 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class RunIdentity:
-    """What must not change between a checkpoint and the run that resumes it."""
+class WorkerSplit:
+    """How a batch is shared: what must not change between a checkpoint and the run that resumes it."""
 
     workers: int
     accumulation: int
-    data: str
 
     def check(self, saved: dict[str, Any], where: str) -> None:
         """Raise ValueError that says what changed."""
@@ -45,43 +44,43 @@ class RunIdentity:
                 f"{self.workers}: its optimizer state is split by worker. Set cluster.train_workers to "
                 f"{saved['workers']}, or delete the checkpoints to start again"
             )
-        if saved != asdict(self):
+        if saved["accumulation"] != self.accumulation:
             raise ValueError(
-                f"the checkpoint in {where} belongs to other data or other batches than this run's: "
-                "delete the checkpoints to start again"
+                f"the checkpoint in {where} was written with {saved['accumulation']} micro-batches per step "
+                f"and worker, this run has {self.accumulation}: delete the checkpoints to start again"
             )
 
 
 @contextmanager
-def saved_checkpoint(engine: Any, identity: RunIdentity, progress: Progress) -> Iterator[dict[str, Any]]:
-    """Write this worker's part into a temporary folder; yields the arguments for `ray.train.report`."""
+def written_checkpoint(engine: Any, split: WorkerSplit, progress: Progress) -> Iterator[Path]:
+    """This worker's part of a checkpoint in a temporary folder, which is gone after the block."""
     rank = torch.distributed.get_rank()
-    with tempfile.TemporaryDirectory(prefix="mahalo-checkpoint-") as folder:
+    with tempfile.TemporaryDirectory(prefix="mahalo-checkpoint-") as name:
+        folder = Path(name)
         # DeepSpeed has rank 0 make the tag's folder; here every rank has a folder of its own.
-        (Path(folder) / TAG).mkdir()
-        engine.save_checkpoint(folder, tag=TAG, save_latest=False)
-        torch.save(_random_states(), Path(folder) / f"random_{rank}.pt")
+        (folder / TAG).mkdir()
+        engine.save_checkpoint(name, tag=TAG, save_latest=False)
+        torch.save(_random_states(), folder / f"random_{rank}.pt")
         if rank == 0:
-            state = {"identity": asdict(identity), "step": progress.step, "history": progress.history}
-            (Path(folder) / "progress.json").write_text(json.dumps(state), encoding="utf-8")
-        # A name of its own for every attempt: what an interrupted one left behind is never mixed in.
-        name = f"step_{progress.step:06d}_{uuid.uuid4().hex[:8]}"
-        checkpoint = ray.train.Checkpoint.from_directory(folder)
-        yield {"checkpoint": checkpoint, "checkpoint_dir_name": name}
+            state = {
+                "workers": split.workers,
+                "accumulation": split.accumulation,
+                "step": progress.step,
+                "history": progress.history,
+            }
+            (folder / "progress.json").write_text(json.dumps(state), encoding="utf-8")
+        yield folder
 
 
-def resume(engine: Any, identity: RunIdentity) -> Progress:
-    """Load the run's latest checkpoint into the engine, if there is one. ValueError if it does not fit."""
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return Progress()
-    with checkpoint.as_directory() as folder:
-        state = json.loads((Path(folder) / "progress.json").read_text(encoding="utf-8"))
-        identity.check(state["identity"], checkpoint.path)
-        loaded, _ = engine.load_checkpoint(folder, tag=TAG)
-        if loaded is None:
-            raise ValueError(f"DeepSpeed could not read the checkpoint in {checkpoint.path}: delete it")
-        _restore_random_states(Path(folder) / f"random_{torch.distributed.get_rank()}.pt")
+def resume(engine: Any, split: WorkerSplit, folder: Path, where: str) -> Progress:
+    """Load the checkpoint in `folder` into the engine. ValueError, naming `where` it is, if it does not
+    fit."""
+    state = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+    split.check(state, where)
+    loaded, _ = engine.load_checkpoint(str(folder), tag=TAG)
+    if loaded is None:
+        raise ValueError(f"DeepSpeed could not read the checkpoint in {where}: delete it")
+    _restore_random_states(folder / f"random_{torch.distributed.get_rank()}.pt")
     return Progress(state["step"], state["history"])
 
 
@@ -93,7 +92,8 @@ def _random_states() -> dict[str, torch.Tensor]:
 
 
 def _restore_random_states(file: Path) -> None:
+    """A run of CPUs may go on on GPUs and the other way round; the other device's numbers then begin anew."""
     states = torch.load(file, weights_only=True)
     torch.set_rng_state(states["cpu"])
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])

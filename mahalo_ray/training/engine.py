@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
@@ -23,6 +23,8 @@ from mahalo_ray.config import TrainingConfig
 from mahalo_ray.models.sharding import gathered, is_sharded
 from mahalo_ray.training.deepspeed_config import deepspeed_config, optimizer_and_schedule
 from mahalo_ray.training.recipe import LossModule, Recipe, Tensors
+
+Loaded = TypeVar("Loaded", bound=nn.Module)
 
 # DeepSpeed would compile this CPU extension at first use: about a minute, and it needs a compiler. gloo does
 # without.
@@ -39,7 +41,10 @@ def build_engine(
     config = deepspeed_config(training, dtype, accumulation)
     torch.manual_seed(seed)
     with sharded_loading(config):
-        model = recipe.build_model()
+        if training.zero_stage < 3:
+            model = loaded_in_turn(recipe.build_model, training_device())
+        else:
+            model = recipe.build_model()
     if training.gradient_checkpointing:
         recipe.enable_gradient_checkpointing(model)
     groups = recipe.parameter_groups(model)
@@ -50,6 +55,22 @@ def build_engine(
     engine.train()
     torch.manual_seed(seed + dist.get_rank())
     return engine
+
+
+def loaded_in_turn(load: Callable[[], Loaded], device: torch.device) -> Loaded:
+    """The model that `load` makes, on the device. Workers of a node that move it to a GPU do so one after the
+    other, so that the node's memory holds one model at a time; on CPUs it stays in that memory anyway."""
+    if device.type == "cpu":
+        return load()
+    local_rank, model = int(os.environ["LOCAL_RANK"]), None
+    of_node = torch.tensor(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), device=device)
+    dist.all_reduce(of_node, op=dist.ReduceOp.MAX)
+    for turn in range(int(of_node)):
+        if turn == local_rank:
+            model = load().to(device)
+        dist.barrier()
+    assert model is not None
+    return model
 
 
 @contextmanager

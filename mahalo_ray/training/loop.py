@@ -1,23 +1,21 @@
-"""The training loop: one for all recipes, run by every Ray Train worker."""
+"""The training loop: one for all recipes, run by every Ray Train worker and by `PolicyTrainer`."""
 
 from __future__ import annotations
 
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import ray.train
 import torch
 import torch.distributed as dist
 
-from mahalo_ray.config import TrainingConfig
 from mahalo_ray.data import storage
 from mahalo_ray.training.batches import Indices, accumulation_steps, split_batch
-from mahalo_ray.training.checkpoints import Progress, RunIdentity, resume, saved_checkpoint
+from mahalo_ray.training.checkpoints import Progress, WorkerSplit, resume, written_checkpoint
 from mahalo_ray.training.engine import (
     build_engine,
     infer,
@@ -27,8 +25,20 @@ from mahalo_ray.training.engine import (
     whole_state_dict,
 )
 from mahalo_ray.training.recipe import Output, Recipe
+from mahalo_ray.training.settings import StageSettings
+from mahalo_ray.training.tracking import Tracker, open_trackers
 
 _SHOWN = 20
+
+
+class Session(Protocol):
+    """Where a run reports its progress and keeps its checkpoints: Ray Train, or this process alone."""
+
+    def report(self, news: dict[str, Any], checkpoint: Path | None = None) -> None:
+        """Pass news on; store this worker's part of a checkpoint. Every worker calls it equally often."""
+
+    def latest_checkpoint(self) -> AbstractContextManager[tuple[Path, str] | None]:
+        """The latest checkpoint as a local folder, and where it is kept; None if there is none."""
 
 
 class NonFiniteError(ValueError):
@@ -70,58 +80,51 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
-@dataclass(frozen=True)
-class LoopSettings:
-    """What the loop needs besides a recipe. `output_url`: folder for the finished model."""
+def train(make_recipe: Callable[[], Recipe], settings: StageSettings, session: Session) -> dict[str, Any]:
+    """Train, evaluate, save. Returns {"metrics": final metrics, "history": one entry per report}.
 
-    training: TrainingConfig
-    dtype: torch.dtype
-    seed: int
-    output_url: str
-
-
-def train(make_recipe: Callable[[], Recipe], settings: LoopSettings) -> dict[str, Any]:
-    """Train, evaluate, save. Returns {"metrics": final figures, "history": one entry per report}."""
+    `make_recipe` is called once the worker's device is chosen: a recipe may compute when it is made.
+    """
     if training_device().type == "cuda":
         torch.cuda.set_device(training_device())
     recipe, training = make_recipe(), settings.training
     rank, workers, micro_rows = dist.get_rank(), dist.get_world_size(), training.micro_batch_size_per_device
     accumulation = accumulation_steps(recipe.batches, recipe.row_groups, micro_rows, workers)
-    engine = build_engine(recipe, training, settings.dtype, settings.seed, accumulation)
-    recipe.prepare(partial(infer, engine), rank, workers, _tell_preparing)
-    reporter = Reporter(recipe, engine, training, RunIdentity(workers, accumulation, recipe.fingerprint()))
+    engine = build_engine(recipe, training, getattr(torch, settings.model.dtype), settings.seed, accumulation)
+    recipe.prepare(partial(infer, engine), rank, workers, partial(_report_preparing, session))
+    with Reporter(recipe, engine, settings, WorkerSplit(workers, accumulation), session) as reporter:
+        for step in range(reporter.progress.step, len(recipe.batches)):
+            batch = recipe.batches[step]
+            denominators = recipe.loss_denominators(batch)
+            outputs: list[tuple[Indices, Output]] = []
+            micro_batches = split_batch(batch, recipe.row_groups, micro_rows, workers, accumulation)
+            for number, of_workers in enumerate(micro_batches):
+                if number > 0:
+                    engine.step()  # between micro-batches this only counts
+                counted = len(of_workers[rank]) > 0
+                groups = of_workers[rank] if counted else batch[:1]
+                tensors = to_device(recipe.collate(groups, denominators, counted), engine.device)
+                output: Output = engine(**tensors)
+                # DeepSpeed averages over workers and micro-batches; the rows' weights sum to the whole
+                # already.
+                engine.backward(output[0] * (workers * accumulation))
+                outputs.append((groups, output))
+            stop_unless_finite(recipe, outputs, step)
+            learning_rates = {group["name"]: float(group["lr"]) for group in engine.optimizer.param_groups}
+            gradient_norm = optimizer_step(engine)
+            if gradient_norm is None:
+                raise NonFiniteError.of_gradient(recipe, batch, step)
+            reporter.step_done(batch, outputs, gradient_norm, learning_rates)
 
-    for step in range(reporter.progress.step, len(recipe.batches)):
-        batch = recipe.batches[step]
-        loss_denominators = recipe.loss_denominators(batch)
-        outputs: list[tuple[Indices, Output]] = []
-        for number, shares in enumerate(
-            split_batch(batch, recipe.row_groups, micro_rows, workers, accumulation)
-        ):
-            if number > 0:
-                engine.step()  # between micro-batches this only counts
-            counted = len(shares[rank]) > 0
-            groups = shares[rank] if counted else batch[:1]
-            tensors = to_device(recipe.collate(groups, loss_denominators, counted), engine.device)
-            output: Output = engine(**tensors)
-            # DeepSpeed averages over workers and micro-batches; the rows' weights already sum to the whole.
-            engine.backward(output[0] * (workers * accumulation))
-            outputs.append((groups, output))
-        stop_unless_finite(recipe, outputs, step)
-        learning_rates = {group["name"]: float(group["lr"]) for group in engine.optimizer.param_groups}
-        gradient_norm = optimizer_step(engine)
-        if gradient_norm is None:
-            raise NonFiniteError.of_gradient(recipe, batch, step)
-        reporter.step_done(batch, outputs, gradient_norm, learning_rates)
-
-    figures = recipe.finish(partial(infer, engine), rank, workers)
+        final = recipe.finish(partial(infer, engine), rank, workers)
+        reporter.finished(final)
     save_model(recipe, engine, settings.output_url)
     history = reporter.progress.history
-    return {"metrics": {**history[-1], **figures}, "history": history}
+    return {"metrics": {**history[-1], **final}, "history": history}
 
 
-def _tell_preparing(done: int, of: int) -> None:
-    ray.train.report({"done": done, "of": of, "unit": "tokens read"})
+def _report_preparing(session: Session, done: int, of: int) -> None:
+    session.report({"done": done, "of": of, "unit": "tokens read"})
 
 
 def save_model(recipe: Recipe, engine: Any, output_url: str) -> None:
@@ -136,15 +139,31 @@ def save_model(recipe: Recipe, engine: Any, output_url: str) -> None:
 
 
 class Reporter:
-    """Where the run stands: sums figures up, tells Ray Train (and so the driver), keeps history and
-    checkpoints."""
+    """Where the run stands: sums metrics up, tells the session (and so the driver) and the trackers, keeps
+    history and checkpoints."""
 
-    def __init__(self, recipe: Recipe, engine: Any, training: TrainingConfig, identity: RunIdentity) -> None:
+    def __init__(
+        self, recipe: Recipe, engine: Any, settings: StageSettings, split: WorkerSplit, session: Session
+    ) -> None:
         """Resumes from the run's latest checkpoint, if there is one."""
-        self.recipe, self.engine, self.training, self.identity = recipe, engine, training, identity
+        self.recipe, self.engine, self.split, self.session = recipe, engine, split, session
+        self.training, self._settings = settings.training, settings
         self.total_steps = len(recipe.batches)
-        self.progress: Progress = resume(engine, identity)
+        self.progress = Progress()
+        with session.latest_checkpoint() as latest:
+            if latest is not None:
+                self.progress = resume(engine, split, *latest)
+        self._trackers: list[Tracker] = []
         self._clear()
+
+    def __enter__(self) -> Reporter:
+        if dist.get_rank() == 0:
+            self._trackers = open_trackers(self._settings, self.progress.step)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for tracker in self._trackers:
+            tracker.close()
 
     def step_done(
         self,
@@ -169,24 +188,33 @@ class Reporter:
         metrics = {"step": step, **self._flush(), "grad_norm": gradient_norm}
         metrics |= {f"learning_rate/{name}": value for name, value in learning_rates.items()}
         if probe is not None and probe_due:
-            metrics |= probe.figures(partial(infer, self.engine), self.engine.module.model)
+            metrics |= probe.metrics(partial(infer, self.engine), self.engine.module.model)
         self.progress.history.append(metrics)
+        self._track(step, metrics)
         news = {"done": step, "of": self.total_steps, "unit": "steps", "metrics": metrics}
         if checkpoint_due:
-            with saved_checkpoint(self.engine, self.identity, self.progress) as checkpoint:
-                ray.train.report(news, **checkpoint)
+            with written_checkpoint(self.engine, self.split, self.progress) as folder:
+                self.session.report(news, folder)
         else:
-            ray.train.report(news)
+            self.session.report(news)
         self._clear()
 
+    def finished(self, metrics: dict[str, float]) -> None:
+        """The final metrics, at the last step."""
+        self._track(self.total_steps, metrics)
+
+    def _track(self, step: int, metrics: dict[str, float]) -> None:
+        for tracker in self._trackers:
+            tracker.log(step, metrics)
+
     def _flush(self) -> dict[str, float]:
-        """Figures over all workers since the last report; `loss` is the mean over its steps."""
+        """Metrics over all workers since the last report; `loss` is the mean over its steps."""
         seconds = time.perf_counter() - self._since
         dist.all_reduce(self._sums)
         loss, *sums = self._sums.tolist()
         named = dict(zip(self.recipe.metric_names, sums, strict=True))
-        figures = {"loss": loss / self._steps, "tokens_per_second": self._tokens / seconds}
-        return figures | self.recipe.summarise(named)
+        metrics = {"loss": loss / self._steps, "tokens_per_second": self._tokens / seconds}
+        return metrics | self.recipe.summarise(named)
 
     def _clear(self) -> None:
         self._sums = torch.zeros(

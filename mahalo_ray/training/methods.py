@@ -5,7 +5,8 @@ MAH-DPO (MAHALO, arXiv 2510.01167) and its baselines run through one recipe; all
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,9 +60,9 @@ def plan_method(policy: PolicyConfig, objectives: Sequence[str]) -> MethodPlan:
 METHOD_VERSIONS = {"mah_dpo": 1, "dpo": 1, "scalarised": 1, "modpo": 2}
 
 
-def method_margins(policy: PolicyConfig, pairs: Sequence[PreferencePair]) -> npt.NDArray[np.float64]:
-    """What the method adds to the pairs' own margins [N]: for MODPO (Zhou et al. 2024, arXiv 2310.03708) the
-    weighted differences of the other objectives' standardised rewards, else 0.
+def modpo_margins(policy: PolicyConfig, pairs: Iterable[PreferencePair]) -> npt.NDArray[np.float64]:
+    """What MODPO (Zhou et al. 2024, arXiv 2310.03708) adds to the pairs' own margins [N]: the weighted
+    differences of the other objectives' standardised rewards.
 
     MODPO's rewards are Bradley-Terry rewards: their unit is the log-odds of a preference, as is the unit of
     what the pairs themselves say. Scores of a reward model have whatever unit their objective has (a chance
@@ -69,14 +70,16 @@ def method_margins(policy: PolicyConfig, pairs: Sequence[PreferencePair]) -> npt
 
     Raises ValueError naming a pair without the rewards, or an objective whose rewards never differ.
     """
-    if policy.method != "modpo" or not pairs:
-        return np.zeros(len(pairs))
     weights = {name: value for name, value in Weights(policy.mixture).items() if value > 0}
     names = list(weights)
     own = names.index(policy.objective or "")
-    chosen = [_rewards(pair, pair.chosen_scores, names, own) for pair in pairs]
-    rejected = [_rewards(pair, pair.rejected_scores, names, own) for pair in pairs]
-    scores = torch.tensor([chosen, rejected], dtype=torch.float64)
+    chosen, rejected = array("d"), array("d")
+    for pair in pairs:
+        chosen.extend(_rewards(pair, pair.chosen_scores, names, own))
+        rejected.extend(_rewards(pair, pair.rejected_scores, names, own))
+    if not chosen:
+        return np.zeros(0)
+    scores = torch.tensor([chosen, rejected], dtype=torch.float64).reshape(2, -1, len(names))
     scores /= _within_prompt_spread(scores, names, own)
     return modpo_margin(scores[0], scores[1], list(weights.values()), own).numpy()
 

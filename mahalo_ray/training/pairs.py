@@ -3,105 +3,174 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import AutoConfig
 
-from mahalo_ray.config import ModelConfig, PolicyConfig
 from mahalo_ray.data.records import PreferencePair
 from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.logprobs import IGNORE_INDEX
 from mahalo_ray.losses import shift_labels
-from mahalo_ray.models.pair_attention import why_not_packed
 from mahalo_ray.objectives import unknown_name
 from mahalo_ray.training.batches import Indices, RowGroups
 from mahalo_ray.training.recipe import Tensors, pad
 
 Ids = list[int]
-Floats = npt.NDArray[np.float64]
+
+
+class TokenRows(Sequence[Ids]):
+    """Token ids of many sequences in one array: 4 bytes a token, where a list of Python integers takes 36."""
+
+    def __init__(self, rows: Iterable[Iterable[int]] = ()) -> None:
+        self._ids, self._bounds = array("i"), array("q", [0])
+        for ids in rows:
+            self.append(ids)
+
+    def append(self, ids: Iterable[int]) -> None:
+        """Add one sequence."""
+        self._ids.extend(ids)
+        self._bounds.append(len(self._ids))
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    @overload
+    def __getitem__(self, row: int) -> Ids: ...
+
+    @overload
+    def __getitem__(self, row: slice) -> list[Ids]: ...
+
+    def __getitem__(self, row: int | slice) -> Ids | list[Ids]:
+        if isinstance(row, slice):
+            return [self[number] for number in range(*row.indices(len(self)))]
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        return self._ids[self._bounds[row] : self._bounds[row + 1]].tolist()
+
+    @property
+    def lengths(self) -> Indices:
+        """Tokens of every sequence [N]."""
+        bounds = np.array(self._bounds, dtype=np.int64)
+        return bounds[1:] - bounds[:-1]
 
 
 @dataclass(frozen=True)
 class TokenPairs:
-    """Pairs cut to a maximal length. One entry per pair; `objective` numbers the objectives; `weights` and
-    `margins` are the pairs' own (see `PreferencePair`); `cut` counts those that lost tokens; `packed`: the
-    form that `tensors` gives."""
+    """Pairs cut to a maximal length, one entry per pair. `objective` numbers the objectives; `weights` and
+    `margins` are the pairs' own (see `PreferencePair`); `cut` counts those that lost tokens."""
 
     ids: list[str]
     objective: Indices
-    prompts: list[Ids]
-    chosen: list[Ids]
-    rejected: list[Ids]
-    weights: Floats
-    margins: Floats
+    prompts: TokenRows
+    chosen: TokenRows
+    rejected: TokenRows
+    weights: npt.NDArray[np.float64]
+    margins: npt.NDArray[np.float64]
     cut: int
-    packed: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    def row_hash(self, row: int) -> str:
+        """What a stored log-prob of a pair depends on, besides the model: its token ids."""
+        parts = (self.prompts[row], self.chosen[row], self.rejected[row])
+        return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+    def completion_tokens(self) -> npt.NDArray[np.int64]:
+        """Counted tokens [N, 2] of chosen and rejected."""
+        return np.stack([self.chosen.lengths, self.rejected.lengths], axis=1)
+
+
+class PairInputs(ABC):
+    """Pairs in the form that a model reads them in."""
+
+    def __init__(self, pairs: TokenPairs) -> None:
+        self.pairs = pairs
+
+    @property
+    @abstractmethod
+    def row_groups(self) -> RowGroups:
+        """One group per pair."""
+
+    @abstractmethod
+    def tensors(self, rows: Indices) -> Tensors:
+        """What a model reads of R pairs, for log-probs [2R]: first all chosen, then all rejected sequences.
+
+        Labels are shifted; only the completions' tokens count.
+        """
+
+    @abstractmethod
+    def chosen_tensors(self, rows: Indices) -> Tensors:
+        """The same of the chosen sequences alone."""
+
+
+class PaddedPairs(PairInputs):
+    """Two padded rows per pair: input_ids, labels and attention_mask [2R, T]."""
+
+    def __init__(self, pairs: TokenPairs, pad_id: int) -> None:
+        super().__init__(pairs)
+        self._pad_id = pad_id
+
     @property
     def row_groups(self) -> RowGroups:
-        """One group per pair; its length is that of the longer sequence, or of the packed pair."""
+        """A pair's length is that of the longer of its two sequences."""
         prompts, chosen, rejected = (
-            np.array([len(ids) for ids in column], dtype=np.int64)
-            for column in (self.prompts, self.chosen, self.rejected)
+            rows.lengths for rows in (self.pairs.prompts, self.pairs.chosen, self.pairs.rejected)
         )
-        if self.packed:
-            tokens = prompts - 1 + chosen + rejected
-            return RowGroups(np.ones_like(tokens), tokens, tokens)
         lengths = prompts + np.maximum(chosen, rejected)
         return RowGroups(np.ones_like(lengths), lengths, 2 * prompts + chosen + rejected)
 
-    def row_hashes(self) -> list[str]:
-        """What a stored log-prob of a row depends on, besides the model: its token ids."""
-        return [
-            hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
-            for parts in zip(self.prompts, self.chosen, self.rejected, strict=True)
-        ]
+    def tensors(self, rows: Indices) -> Tensors:
+        pairs = self.pairs
+        chosen = [(pairs.prompts[row], pairs.chosen[row]) for row in rows]
+        return self._padded(chosen + [(pairs.prompts[row], pairs.rejected[row]) for row in rows])
 
-    def tensors(self, rows: Indices, pad_id: int) -> Tensors:
-        """What a model reads of R pairs, for log-probs [2R]: first all chosen, then all rejected sequences.
+    def chosen_tensors(self, rows: Indices) -> Tensors:
+        return self._padded([(self.pairs.prompts[row], self.pairs.chosen[row]) for row in rows])
 
-        input_ids, labels and attention_mask [2R, T] in padded rows; packed, input_ids and labels [1, N] and
-        pair_lengths [R, 3] (see `models/pair_attention.py`). Labels are shifted; only the completions' tokens
-        count.
-        """
-        if self.packed:
-            return _packed([(self.prompts[row], self.chosen[row], self.rejected[row]) for row in rows])
-        halves = [(self.prompts[row], self.chosen[row]) for row in rows]
-        return _padded(halves + [(self.prompts[row], self.rejected[row]) for row in rows], pad_id)
-
-    def chosen_tensors(self, rows: Indices, pad_id: int) -> Tensors:
-        """The same of the chosen sequences alone; packed, their pairs have an empty rejected answer."""
-        halves = [(self.prompts[row], self.chosen[row]) for row in rows]
-        if self.packed:
-            return _packed([(prompt, chosen, []) for prompt, chosen in halves])
-        return _padded(halves, pad_id)
-
-    def completion_tokens(self) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
-        """Counted tokens [N, 2] of chosen and rejected."""
-        counts = [[len(c), len(r)] for c, r in zip(self.chosen, self.rejected, strict=True)]
-        return np.array(counts, dtype=np.int64).reshape(-1, 2)
+    def _padded(self, sequences: Sequence[tuple[Ids, Ids]]) -> Tensors:
+        """(prompt, completion) of every row."""
+        labels = [[IGNORE_INDEX] * len(prompt) + completion for prompt, completion in sequences]
+        return {
+            "input_ids": pad([prompt + completion for prompt, completion in sequences], self._pad_id),
+            "attention_mask": pad([[1] * len(row) for row in labels], 0),
+            "labels": shift_labels(pad(labels, IGNORE_INDEX)),
+        }
 
 
-def _padded(sequences: Sequence[tuple[Ids, Ids]], pad_id: int) -> Tensors:
-    """(prompt, completion) of every row, right-padded."""
-    labels = [[IGNORE_INDEX] * len(prompt) + completion for prompt, completion in sequences]
-    return {
-        "input_ids": pad([prompt + completion for prompt, completion in sequences], pad_id),
-        "attention_mask": pad([[1] * len(row) for row in labels], 0),
-        "labels": shift_labels(pad(labels, IGNORE_INDEX)),
-    }
+class PackedPairs(PairInputs):
+    """All pairs behind each other, every prompt once: input_ids and labels [1, N] and pair_lengths [R, 3]
+    (see `models/pair_attention.py`)."""
+
+    @property
+    def row_groups(self) -> RowGroups:
+        """A pair's length is that of its packed sequence."""
+        pairs = self.pairs
+        tokens = pairs.prompts.lengths - 1 + pairs.chosen.lengths + pairs.rejected.lengths
+        return RowGroups(np.ones_like(tokens), tokens, tokens)
+
+    def tensors(self, rows: Indices) -> Tensors:
+        pairs = self.pairs
+        return _packed([(pairs.prompts[row], pairs.chosen[row], pairs.rejected[row]) for row in rows])
+
+    def chosen_tensors(self, rows: Indices) -> Tensors:
+        """Pairs with an empty rejected answer."""
+        return _packed([(self.pairs.prompts[row], self.pairs.chosen[row], []) for row in rows])
 
 
 def _packed(pairs: Sequence[tuple[Ids, Ids, Ids]]) -> Tensors:
-    """(prompt, chosen, rejected) of every pair; an answer's span begins with the prompt's last token."""
+    """(prompt, chosen, rejected) of every pair.
+
+    The prompt's last token predicts the first token of both answers, so it opens each answer's span and is
+    left out of the prompt's; the last token of an answer predicts nothing that counts and is left out. Every
+    position then predicts exactly one token, and labels need no further shift.
+    """
     ids: Ids = []
     labels: Ids = []
     lengths = []
@@ -119,62 +188,78 @@ def _packed(pairs: Sequence[tuple[Ids, Ids, Ids]]) -> Tensors:
     }
 
 
-def encode_pairs(
-    pairs: Sequence[PreferencePair], objectives: Sequence[str], chat: ChatFormat, max_length: int
-) -> TokenPairs:
-    """Token ids of all pairs: the stored ones where a pair has them, else made from its text by the chat
-    template.
+class PairEncoder:
+    """Collects pairs as token ids: the stored ones where a pair has them, else made from its text by the chat
+    template."""
 
-    Too long pairs keep the end of the prompt and the start of the completions. Raises ValueError naming the
-    pair whose objective is unknown, whose id is not unique, or that has an empty or identical completion.
-    """
-    seen: set[str] = set()
-    numbers = np.zeros(len(pairs), dtype=np.int64)
-    weights = np.array([pair.weight for pair in pairs], dtype=np.float64)
-    margins = np.array([pair.margin for pair in pairs], dtype=np.float64)
-    result = TokenPairs([], numbers, [], [], [], weights, margins, 0)
-    cut = 0
-    for number, pair in enumerate(pairs):
-        if pair.objective not in objectives:
-            raise ValueError(f"pair '{pair.id}': {unknown_name('objective', pair.objective, objectives)}")
-        if pair.id in seen:
-            raise ValueError(f"pair id '{pair.id}' occurs twice: reference log-probs are kept by id")
-        seen.add(pair.id)
-        prompt, chosen, rejected = _token_ids(pair, chat)
+    def __init__(self, objectives: Sequence[str], chat: ChatFormat, max_length: int) -> None:
+        self._objectives, self._chat, self._max_length = tuple(objectives), chat, max_length
+        self._numbers = {name: number for number, name in enumerate(objectives)}
+        self._seen: set[str] = set()
+        self._ids: list[str] = []
+        self._objective, self._weights, self._margins = array("q"), array("d"), array("d")
+        self._prompts, self._chosen, self._rejected = TokenRows(), TokenRows(), TokenRows()
+        self._cut = 0
+
+    def add(self, pair: PreferencePair) -> None:
+        """Add a pair. A too long one keeps the end of the prompt and the start of the completions.
+
+        Raises ValueError naming a pair whose objective is unknown, whose id is not unique, or that has an
+        empty or identical completion.
+        """
+        if pair.objective not in self._numbers:
+            raise ValueError(
+                f"pair '{pair.id}': {unknown_name('objective', pair.objective, self._objectives)}"
+            )
+        if pair.id in self._seen:
+            raise ValueError(f"pair id '{pair.id}' occurs twice: messages and reports name pairs by it")
+        self._seen.add(pair.id)
+        prompt, chosen, rejected = pair_token_ids(pair, self._chat)
         if not prompt or not chosen or not rejected:
             raise ValueError(f"pair '{pair.id}': the prompt or a completion has no tokens")
         if chosen == rejected:
             raise ValueError(f"pair '{pair.id}': chosen and rejected are the same")
-        room = max_length - 1
-        whole = len(prompt) + max(len(chosen), len(rejected))
-        cut += whole > max_length
-        chosen, rejected = chosen[:room], rejected[:room]
-        prompt = prompt[-(max_length - max(len(chosen), len(rejected))) :]
-        result.objective[number] = list(objectives).index(pair.objective)
-        result.ids.append(pair.id)
-        result.prompts.append(prompt)
-        result.chosen.append(chosen)
-        result.rejected.append(rejected)
-    return replace(result, cut=cut)
+        self._cut += len(prompt) + max(len(chosen), len(rejected)) > self._max_length
+        chosen, rejected = chosen[: self._max_length - 1], rejected[: self._max_length - 1]
+        self._ids.append(pair.id)
+        self._objective.append(self._numbers[pair.objective])
+        self._weights.append(pair.weight)
+        self._margins.append(pair.margin)
+        self._prompts.append(prompt[-(self._max_length - max(len(chosen), len(rejected))) :])
+        self._chosen.append(chosen)
+        self._rejected.append(rejected)
+
+    def pairs(self) -> TokenPairs:
+        """All pairs that were added."""
+        return TokenPairs(
+            self._ids,
+            np.array(self._objective, dtype=np.int64),
+            self._prompts,
+            self._chosen,
+            self._rejected,
+            np.array(self._weights, dtype=np.float64),
+            np.array(self._margins, dtype=np.float64),
+            self._cut,
+        )
 
 
-def shares_prompts(policy: PolicyConfig, model: ModelConfig, folder: Path) -> bool:
-    """Whether pairs are packed, their prompts read once; ValueError if that is demanded and cannot be."""
-    if policy.share_prompts == "never":
-        return False
-    config = AutoConfig.from_pretrained(folder)
-    reason = why_not_packed(config, model.attn_implementation, model.max_length)
-    if reason is not None and policy.share_prompts == "always":
-        raise ValueError(f"'policy.share_prompts: always' is not possible with this model: {reason}")
-    return reason is None
+def encode_pairs(
+    pairs: Iterable[PreferencePair], objectives: Sequence[str], chat: ChatFormat, max_length: int
+) -> TokenPairs:
+    """Token ids of all pairs; see `PairEncoder.add`."""
+    encoder = PairEncoder(objectives, chat, max_length)
+    for pair in pairs:
+        encoder.add(pair)
+    return encoder.pairs()
 
 
 def split_key(pair: PreferencePair) -> str:
-    """The same for all pairs that a split keeps together: its own say, else their dialogue or prompt."""
+    """The same for all pairs that a split keeps together: its own `split`, else its dialogue or prompt."""
     return pair.split or pair.dialogue or repr([(message.role, message.content) for message in pair.prompt])
 
 
-def _token_ids(pair: PreferencePair, chat: ChatFormat) -> tuple[Ids, Ids, Ids]:
+def pair_token_ids(pair: PreferencePair, chat: ChatFormat) -> tuple[Ids, Ids, Ids]:
+    """Token ids of prompt, chosen and rejected."""
     if pair.prompt_ids is not None and pair.chosen_ids is not None and pair.rejected_ids is not None:
         return pair.prompt_ids, pair.chosen_ids, pair.rejected_ids
     return (
@@ -185,11 +270,12 @@ def _token_ids(pair: PreferencePair, chat: ChatFormat) -> tuple[Ids, Ids, Ids]:
 
 
 def pair_inputs(tensors: Tensors) -> dict[str, torch.Tensor | None]:
-    """Those of a micro-batch's tensors that the model reads, whichever form they have."""
+    """Those of a micro-batch's tensors that `completion_logps` reads: a mask with padded rows, `pair_lengths`
+    with packed pairs."""
     return {name: tensors.get(name) for name in ("input_ids", "attention_mask", "labels", "pair_lengths")}
 
 
 def pair_logps(logps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[2R] as `TokenPairs.tensors` orders it -> (chosen [R], rejected [R])."""
+    """[2R] as `PairInputs.tensors` orders it -> (chosen [R], rejected [R])."""
     chosen, rejected = logps.chunk(2)
     return chosen, rejected

@@ -7,89 +7,154 @@ loss with beta_i under head i. The baselines have one head; see `mahalo_ray.trai
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from array import array
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from mahalo_ray.config import ModelConfig, PolicyConfig
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import PreferencePair
 from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.losses import dpo_loss
 from mahalo_ray.models import LoraSettings, MultiHeadCausalLM
 from mahalo_ray.models.folder import keeps_backbone, model_folder
-from mahalo_ray.training.batches import Indices, hash_split, plan_balanced_batches, shard
+from mahalo_ray.models.pair_attention import why_not_packed
+from mahalo_ray.training.batches import HashSplit, Indices, plan_balanced_batches, shard
 from mahalo_ray.training.deepspeed_config import parameter_group
 from mahalo_ray.training.engine import training_device
-from mahalo_ray.training.methods import method_margins, plan_method
-from mahalo_ray.training.pairs import encode_pairs, pair_inputs, pair_logps, shares_prompts, split_key
+from mahalo_ray.training.methods import modpo_margins, plan_method
+from mahalo_ray.training.pairs import (
+    PackedPairs,
+    PaddedPairs,
+    PairEncoder,
+    TokenPairs,
+    pair_inputs,
+    pair_logps,
+    split_key,
+)
 from mahalo_ray.training.policy_metrics import GradientConflict, HeldOutKl, PolicyProbe
-from mahalo_ray.training.recipe import Inference, Output, Probe, Tell, Tensors
-from mahalo_ray.training.reference import reference_logps
+from mahalo_ray.training.recipe import Inference, Output, PreparationProgress, Probe, Tensors
+from mahalo_ray.training.reference import (
+    BaseHeadLogps,
+    compute_logps,
+    load_reference,
+    reference_key,
+    reference_logps,
+)
+from mahalo_ray.training.settings import PolicySettings
 
-# Sums over pairs: of what the figures are divided by, of weight x loss, and of the other figures.
+# Sums over pairs: of what the metrics are divided by, of weight x loss, and of the other metrics.
 _SUMS = ("count", "weight", "loss", "reward_accuracy", "margin", "chosen_logps", "rejected_logps")
 
 
 class PolicyRecipe:
-    """Figures per objective: loss (mean weighted by the pairs' weights), reward accuracy (share of pairs
+    """Metrics per objective: loss (mean weighted by the pairs' weights), reward accuracy (share of pairs
     whose chosen answer gained more over the reference), margin (mean beta-scaled difference of these gains),
     mean log-probs of chosen and rejected answers."""
 
     def __init__(
         self,
-        pairs_url: str,
-        model_url: str,
-        objectives: Sequence[str],
-        policy: PolicyConfig,
-        model: ModelConfig,
-        held_out_fraction: float,
-        seed: int,
+        settings: PolicySettings,
+        start: MultiHeadCausalLM | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        """Reads the pairs, and computes reference log-probs that are not stored yet; every worker takes
-        part."""
-        self._plan = plan_method(policy, objectives)
-        self._objectives, self._policy, self._model, self._seed = self._plan.objectives, policy, model, seed
-        self._training = policy.training
-        self._url, self._folder = model_url, model_folder(model_url)
-        self._tokenizer = AutoTokenizer.from_pretrained(self._folder)
-        # Pairs of an objective that does not exist are kept: they are an error, and named, below.
-        unused = set(objectives) - set(self._objectives)
-        records = [pair for pair in PreferencePair.load(pairs_url) if pair.objective not in unused]
-        pairs = encode_pairs(records, self._objectives, ChatFormat(self._tokenizer), model.max_length)
-        self._pairs = replace(pairs, packed=shares_prompts(policy, model, self._folder))
-        self._margins = self._pairs.margins + method_margins(policy, records)
-        self.row_groups = self._pairs.row_groups
-        aside = hash_split([split_key(record) for record in records], held_out_fraction, seed)
+        """Reads the pairs, and computes reference log-probs that are not stored yet; every worker takes part.
+
+        `start`: train this model instead of one made from `model_url`; its reference is the model itself as
+        it is now, with its base head.
+        """
+        self._settings, self._start = settings, start
+        self._policy, self._model, self._seed = settings.policy, settings.model, settings.seed
+        self._plan = plan_method(settings.policy, settings.objectives)
+        self._objectives, self._training = self._plan.objectives, settings.training
+        self._folder = None if start is not None else model_folder(settings.model_url)
+        self._tokenizer = tokenizer or AutoTokenizer.from_pretrained(self._folder)
+        self._pairs, self._margins, aside = self._read_pairs()
+        pad_id = self._tokenizer.pad_token_id or 0
+        self.packed = self._shares_prompts()
+        self._inputs = PackedPairs(self._pairs) if self.packed else PaddedPairs(self._pairs, pad_id)
+        self.row_groups = self._inputs.row_groups
         self._held_out, self._trained = np.flatnonzero(aside), ~aside
         self.batches = self._balanced(
             self._training.batch_size, self._training.epochs, self._training.max_steps
         )
-        self._reference = self._reference_of_used(storage.join(pairs_url, "reference"))
-        self.metric_names = tuple(f"{name}/{figure}" for name in self._objectives for figure in _SUMS)
-        self.probe: Probe | None = self._make_probe() if policy.metrics_every_steps else None
+        self._reference = self._reference_of_used()
+        self.metric_names = tuple(f"{name}/{metric}" for name in self._objectives for metric in _SUMS)
+        self.probe: Probe | None = self._make_probe() if settings.policy.metrics_every_steps else None
+
+    def _read_pairs(self) -> tuple[TokenPairs, npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+        """The pairs, their margins, and which of them are held out [N]. One record is in memory at a time."""
+        settings, model = self._settings, self._model
+        # Pairs of an objective that does not exist are kept: the encoder names them in its error.
+        unused = set(settings.objectives) - set(self._objectives)
+        encoder = PairEncoder(self._objectives, ChatFormat(self._tokenizer), model.max_length)
+        held_out, aside = HashSplit(settings.held_out_fraction, self._seed), array("b")
+        for pair in self._records(unused):
+            encoder.add(pair)
+            aside.append(split_key(pair) in held_out)
+        pairs = encoder.pairs()
+        margins = pairs.margins
+        if self._policy.method == "modpo":
+            margins = margins + modpo_margins(self._policy, self._records(unused))
+        return pairs, margins, np.array(aside, dtype=bool)
+
+    def _records(self, unused: set[str]) -> Iterator[PreferencePair]:
+        records = PreferencePair.stream(self._settings.pairs_url)
+        return (pair for pair in records if pair.objective not in unused)
+
+    def _shares_prompts(self) -> bool:
+        """Whether pairs are packed, their prompts read once; ValueError if that is demanded and cannot be."""
+        if self._policy.share_prompts == "never":
+            return False
+        config = AutoConfig.from_pretrained(self._folder) if self._start is None else self._start.config
+        reason = why_not_packed(config, self._model.attn_implementation, self._model.max_length)
+        if reason is not None and self._policy.share_prompts == "always":
+            raise ValueError(f"'policy.share_prompts: always' is not possible with this model: {reason}")
+        return reason is None
 
     def _balanced(self, batch_size: int, epochs: float, max_steps: int | None) -> list[Indices]:
         groups = [self._rows_of(number, self._trained) for number in range(len(self._objectives))]
         return plan_balanced_batches(groups, batch_size, epochs, max_steps, self._seed)
 
-    def _reference_of_used(self, store: str) -> Tensor:
-        """Reference log-probs [N, 2], of the pairs that some step or figure uses; NaN elsewhere."""
-        used = np.concatenate([*self.batches, self._held_out, *self._conflict_batch()])
-        sums = reference_logps(
-            self._pairs, np.unique(used), store, self._folder, self._model, self._training, training_device()
-        )
+    def _reference_of_used(self) -> Tensor:
+        """Reference log-probs [N, 2], of the pairs that some step or metric uses; NaN elsewhere."""
+        rows = np.unique(np.concatenate([*self.batches, self._held_out, *self._conflict_batch()]))
+        device = training_device()
+        if self._start is not None:
+            sums = self._reference_of_start(self._start, rows)
+        else:
+            assert self._folder is not None
+            folder, model, training = self._folder, self._model, self._training
+            sums = reference_logps(
+                self._inputs,
+                rows,
+                storage.join(self._settings.pairs_url, "reference"),
+                load=lambda: load_reference(folder, model, training, device, self._inputs),
+                key=lambda: reference_key(folder, model),
+                training=training,
+                device=device,
+            )
         per_token = self._pairs.completion_tokens() if self._policy.average_log_probs else 1
         return torch.from_numpy(sums / per_token).float()
+
+    def _reference_of_start(self, start: MultiHeadCausalLM, rows: Indices) -> npt.NDArray[np.float64]:
+        """Summed log-probs [N, 2] under the given model with its base head, its adapter off."""
+        start.to(training_device())
+        if self.packed:
+            start.read_packed_pairs()
+        sums = np.full((len(self._pairs), 2), np.nan)
+        computed = compute_logps(self._inputs, rows, BaseHeadLogps(start), self._training, start.device)
+        for row, both in computed.items():
+            sums[row] = both
+        return sums
 
     def _conflict_batch(self) -> list[Indices]:
         """The one batch that the gradient cosine is measured on, if it is."""
@@ -102,14 +167,14 @@ class PolicyRecipe:
         micro_rows = training.micro_batch_size_per_device
         # The rows come objective by objective; shuffled, a few of them stand for all.
         rows = np.random.default_rng(self._seed).permutation(self._held_out)[: settings.metrics_rows]
-        kl = HeldOutKl(self._pairs, rows, self._plan.heads, micro_rows, training.logit_chunk_size)
+        kl = HeldOutKl(self._inputs, rows, self._plan.heads, micro_rows, training.logit_chunk_size)
         conflict = None
         for batch in self._conflict_batch():
             loss_denominators = self.loss_denominators(batch)
             parts = shard(batch, self.row_groups, micro_rows, dist.get_rank(), dist.get_world_size())
             tensors = [self.collate(part, loss_denominators, counted) for part, counted in parts]
             conflict = GradientConflict(self._objectives, tensors, self._objective_losses)
-        pairs = partial(self._held_out_figures, rows=rows)
+        pairs = partial(self._held_out_metrics, rows=rows)
         return PolicyProbe(settings.metrics_every_steps, kl, conflict, pairs)
 
     def _objective_losses(self, model: nn.Module, tensors: Tensors) -> Tensor:
@@ -126,27 +191,31 @@ class PolicyRecipe:
         return rows
 
     def build_model(self) -> nn.Module:
+        policy = self._policy
+        if self._start is not None:
+            return self._start
+        assert self._folder is not None
         model = MultiHeadCausalLM.from_base(
             self._folder,
             self._plan.heads,
-            noise=self._policy.head_noise,
+            noise=policy.head_noise,
             seed=self._seed,
-            head_kind=self._policy.head_kind,
-            rank=self._policy.head_rank,
+            head_kind=policy.head_kind,
+            rank=policy.head_rank,
             dtype=getattr(torch, self._model.dtype),
             attn_implementation=self._model.attn_implementation,
             keep_base_head=self.probe is not None,
         )
-        if self._pairs.packed:
+        if self.packed:
             model.read_packed_pairs()
-        if self._policy.lora is not None:
-            model.add_lora(LoraSettings(**self._policy.lora.model_dump()))
+        if policy.lora is not None:
+            model.add_lora(LoraSettings(**policy.lora.model_dump()))
         return model
 
     def enable_gradient_checkpointing(self, model: nn.Module) -> None:
         cast(MultiHeadCausalLM, model).gradient_checkpointing_enable()
 
-    def prepare(self, infer: Inference, rank: int, workers: int, tell: Tell) -> None:
+    def prepare(self, infer: Inference, rank: int, workers: int, progress: PreparationProgress) -> None:
         if self.probe is not None:
             self.probe.prepare(infer)
 
@@ -170,7 +239,7 @@ class PolicyRecipe:
         weight = torch.from_numpy(self._pairs.weights[groups]).float()
         present = torch.full((len(groups),), float(counted))
         return {
-            **self._pairs.tensors(groups, self._tokenizer.pad_token_id or 0),
+            **self._inputs.tensors(groups),
             "reference": self._reference[groups],
             "objective": objective,
             "head": self._plan.head_of[objective],
@@ -186,7 +255,7 @@ class PolicyRecipe:
         return (losses * tensors["loss_weight"]).sum(), losses.detach(), sums.flatten()
 
     def _losses(self, model: nn.Module, **tensors: Tensor) -> tuple[Tensor, Tensor]:
-        """DPO loss [R] of every pair under its own head, and sums [H, figures] over counted pairs."""
+        """DPO loss [R] of every pair under its own head, and sums [H, metrics] over counted pairs."""
         objective, reference = tensors["objective"], tensors["reference"]
         logps = model(
             **pair_inputs(tensors),
@@ -209,18 +278,18 @@ class PolicyRecipe:
         with torch.no_grad():
             gain = (chosen - reference[:, 0]) - (rejected - reference[:, 1])
             right, one = (gain > 0).float(), torch.ones_like(gain)
-            figures = (one, weight, weight * losses, right, beta * gain, chosen, rejected)
-            counted = torch.stack(figures, dim=1) * tensors["present"][:, None]
+            metrics = (one, weight, weight * losses, right, beta * gain, chosen, rejected)
+            counted = torch.stack(metrics, dim=1) * tensors["present"][:, None]
             sums = counted.new_zeros(len(self._objectives), len(_SUMS)).index_add(0, objective, counted)
         return losses, sums
 
     def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
-        figures: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         for name in self._objectives:
             if sums[f"{name}/count"] > 0:
-                figures[f"{name}/loss"] = sums[f"{name}/loss"] / sums[f"{name}/weight"]
-                figures |= {f"{name}/{f}": sums[f"{name}/{f}"] / sums[f"{name}/count"] for f in _SUMS[3:]}
-        return figures
+                metrics[f"{name}/loss"] = sums[f"{name}/loss"] / sums[f"{name}/weight"]
+                metrics |= {f"{name}/{f}": sums[f"{name}/{f}"] / sums[f"{name}/count"] for f in _SUMS[3:]}
+        return metrics
 
     def row_names(self, groups: Indices) -> list[str]:
         return [
@@ -229,15 +298,15 @@ class PolicyRecipe:
         ]
 
     def finish(self, infer: Inference, rank: int, workers: int) -> dict[str, float]:
-        """The same figures on the held-out pairs, and how many pairs there were of each kind."""
-        figures = {"pairs": float(len(self._pairs)), "pairs_cut": float(self._pairs.cut)}
-        figures["prompts_shared"] = float(self._pairs.packed)
-        figures["held_out/pairs"] = float(len(self._held_out))
-        self._figures = figures | self._held_out_figures(infer, self._held_out)
-        return self._figures
+        """The same metrics on the held-out pairs, and how many pairs there were of each kind."""
+        metrics = {"pairs": float(len(self._pairs)), "pairs_cut": float(self._pairs.cut)}
+        metrics["prompts_shared"] = float(self.packed)
+        metrics["held_out/pairs"] = float(len(self._held_out))
+        self._metrics = metrics | self._held_out_metrics(infer, self._held_out)
+        return self._metrics
 
-    def _held_out_figures(self, infer: Inference, rows: Indices) -> dict[str, float]:
-        """The training figures on held-out rows, prefixed `held_out/`; every worker takes part."""
+    def _held_out_metrics(self, infer: Inference, rows: Indices) -> dict[str, float]:
+        """The training metrics on held-out rows, prefixed `held_out/`; every worker takes part."""
         nothing = dict.fromkeys(self._objectives, 1.0)
         sums = torch.zeros(len(self.metric_names), dtype=torch.float64, device=training_device())
         micro_rows = self._training.micro_batch_size_per_device
@@ -253,12 +322,6 @@ class PolicyRecipe:
     def save(self, model: nn.Module, state_dict: Mapping[str, Tensor], folder: Path) -> None:
         policy = cast(MultiHeadCausalLM, model)
         if policy.head_kind == "full":
-            policy.base_head = None  # it served the probe only
-        backbone = keeps_backbone(self._url) if policy.has_lora else None
-        policy.save_pretrained(folder, self._tokenizer, self._figures, state_dict, backbone)
-
-    def fingerprint(self) -> str:
-        pairs = self._pairs
-        numbers = np.stack([pairs.weights, self._margins]).tobytes()
-        text = "\n".join([*pairs.ids, *pairs.row_hashes()])
-        return hashlib.sha256(text.encode() + numbers).hexdigest()
+            policy.base_head = None  # it served the probe, or the reference, only
+        backbone = keeps_backbone(self._settings.model_url) if policy.has_lora else None
+        policy.save_pretrained(folder, self._tokenizer, self._metrics, state_dict, backbone)

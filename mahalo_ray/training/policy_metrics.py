@@ -1,4 +1,4 @@
-"""Figures of the policy's training that cost more than a step: taken every few steps, on fixed rows.
+"""Metrics of the policy's training that cost more than a step: taken every few steps, on fixed rows.
 
 `{head}/kl`: KL(head || reference) on held-out prompts, exact over the vocabulary at the positions of the
 held-out chosen answers, mean over tokens in nats. `gradient_cosine/{a}/{b}`: the cosine between the gradients
@@ -23,10 +23,10 @@ from mahalo_ray.models.heads import Head
 from mahalo_ray.models.pair_attention import packed_arguments
 from mahalo_ray.training.batches import Indices, shard
 from mahalo_ray.training.engine import to_device, training_device
-from mahalo_ray.training.pairs import TokenPairs, pair_inputs
+from mahalo_ray.training.pairs import PairInputs, pair_inputs
 from mahalo_ray.training.recipe import Inference, Tensors
 
-PairFigures = Callable[[Inference], dict[str, float]]
+PairMetrics = Callable[[Inference], dict[str, float]]
 ObjectiveLosses = Callable[[nn.Module, Tensors], Tensor]
 
 
@@ -34,7 +34,7 @@ class PolicyProbe:
     """What the training loop asks every `every_steps` steps; every worker takes part."""
 
     def __init__(
-        self, every_steps: int, kl: HeldOutKl, conflict: GradientConflict | None, pairs: PairFigures
+        self, every_steps: int, kl: HeldOutKl, conflict: GradientConflict | None, pairs: PairMetrics
     ) -> None:
         self.every_steps, self._kl, self._conflict, self._pairs = every_steps, kl, conflict, pairs
 
@@ -42,10 +42,10 @@ class PolicyProbe:
         """Called once with the model as it was built, before a checkpoint is loaded."""
         self._kl.prepare(infer)
 
-    def figures(self, infer: Inference, model: nn.Module) -> dict[str, float]:
-        """All figures, the same on every worker."""
-        found = self._kl.figures(infer) | self._pairs(infer)
-        return found if self._conflict is None else found | self._conflict.figures(model)
+    def metrics(self, infer: Inference, model: nn.Module) -> dict[str, float]:
+        """All metrics, the same on every worker."""
+        found = self._kl.metrics(infer) | self._pairs(infer)
+        return found if self._conflict is None else found | self._conflict.metrics(model)
 
 
 class HeldOutKl:
@@ -57,7 +57,7 @@ class HeldOutKl:
     """
 
     def __init__(
-        self, pairs: TokenPairs, rows: Indices, heads: Sequence[str], micro_rows: int, chunk_size: int
+        self, inputs: PairInputs, rows: Indices, heads: Sequence[str], micro_rows: int, chunk_size: int
     ) -> None:
         if len(rows) == 0:
             raise ValueError(
@@ -65,9 +65,9 @@ class HeldOutKl:
                 "'pairs.held_out_fraction' (higher), or 'policy.metrics_every_steps' to 0"
             )
         self._heads, self._chunk_size = tuple(heads), chunk_size
-        parts = shard(rows, pairs.row_groups, micro_rows, dist.get_rank(), dist.get_world_size())
+        parts = shard(rows, inputs.row_groups, micro_rows, dist.get_rank(), dist.get_world_size())
         self._counted = [counted for _, counted in parts]
-        self._parts = [pairs.chosen_tensors(part, 0) for part, _ in parts]
+        self._parts = [inputs.chosen_tensors(part) for part, _ in parts]
         tokens = [int((part["labels"] != IGNORE_INDEX).sum()) for part in self._parts]
         # Under ZeRO-3 a call of a head is a collective operation: every worker makes as many calls.
         chunks = torch.tensor([-(-count // chunk_size) for count in tokens], device=training_device())
@@ -79,7 +79,7 @@ class HeldOutKl:
         """Keep the reference's states at the counted positions."""
         self._reference = [infer(_answer_states, part).cpu() for part in self._parts]
 
-    def figures(self, infer: Inference) -> dict[str, float]:
+    def metrics(self, infer: Inference) -> dict[str, float]:
         """`{head}/kl` of every head."""
         sums = torch.zeros(len(self._heads) + 1, dtype=torch.float64, device=training_device())
         for part, reference, chunks, counted in zip(
@@ -93,7 +93,7 @@ class HeldOutKl:
 
 
 def _answer_states(model: nn.Module, **tensors: Tensor) -> Tensor:
-    """States [N, D] that predict the answers' tokens, of what `TokenPairs.chosen_tensors` gives."""
+    """States [N, D] that predict the answers' tokens, of what `PairInputs.chosen_tensors` gives."""
     inputs = pair_inputs(tensors)
     labels, packed = tensors["labels"], packed_arguments(inputs["pair_lengths"])
     hidden = cast(MultiHeadCausalLM, model).hidden_states(
@@ -106,7 +106,7 @@ def _kl_sums(model: nn.Module, reference: Tensor, chunks: int, chunk_size: int, 
     """Sums [H + 1] over tokens: KL of every head, and 1."""
     policy = cast(MultiHeadCausalLM, model)
     base_head = policy.base_head
-    assert base_head is not None, "the recipe keeps the base head for these figures"
+    assert base_head is not None, "the recipe keeps the base head for these metrics"
     states = _answer_states(model, **inputs)
     sums = torch.zeros(len(policy.heads) + 1, dtype=torch.float64, device=states.device)
     for number in range(chunks):
@@ -129,7 +129,7 @@ class GradientConflict:
         contributions to every objective's loss."""
         self._objectives, self._parts, self._losses = tuple(objectives), list(parts), losses
 
-    def figures(self, model: nn.Module) -> dict[str, float]:
+    def metrics(self, model: nn.Module) -> dict[str, float]:
         """A cosine per pair of objectives; one whose gradient is zero has none."""
         was_training = model.training
         model.eval()

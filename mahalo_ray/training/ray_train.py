@@ -1,20 +1,20 @@
-"""One training stage on Ray Train, from the driver: start it, watch it, hand back its figures."""
+"""One training stage on Ray Train, from the driver: start it, watch it, hand back its metrics."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow.fs
 import ray.exceptions
@@ -22,24 +22,10 @@ import ray.train
 import ray.train.torch
 from ray.train import Checkpoint, UserCallback
 
-from mahalo_ray.config import (
-    ClusterConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    PolicyConfig,
-    RewardConfig,
-    SftConfig,
-    TrainingConfig,
-)
+from mahalo_ray.config import ClusterConfig
 from mahalo_ray.data import storage
 from mahalo_ray.errors import StageError
-
-if TYPE_CHECKING:
-    from mahalo_ray.training.recipe import Recipe
-
-
-# (done, in all, of what: "steps", or what comes before the first; metrics of the last report)
-ProgressFunction = Callable[[int, int, str, dict[str, float]], None]
+from mahalo_ray.training.settings import ProgressFunction, StageSettings
 
 # What would come again on every retry: wrong input or a programming error. A lost process, a broken
 # connection, a hiccup of the storage or of the device are RuntimeErrors, OSErrors or Ray's own.
@@ -132,81 +118,72 @@ _RAY_TRAIN_ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """`metrics`: final figures, held-out ones included. `history`: one entry per report, in order of
+    """`metrics`: final metrics, held-out ones included. `history`: one entry per report, in order of
     steps."""
 
     metrics: dict[str, float]
     history: list[dict[str, float]]
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One training stage as it is sent to the workers: which recipe, its arguments, and where the model
-    goes."""
+class RaySession:
+    """`loop.Session` of a Ray Train worker."""
 
-    recipe: str
-    training: TrainingConfig
-    model: ModelConfig
-    cluster: ClusterConfig
-    seed: int
-    output_url: str
-    arguments: tuple[Any, ...]
+    def report(self, news: dict[str, Any], checkpoint: Path | None = None) -> None:
+        """`ray.train.report`: a barrier of all workers."""
+        if checkpoint is None:
+            ray.train.report(news)
+            return
+        # A name of its own for every attempt: what an interrupted one left behind is never mixed in. (Ray
+        # Train takes rank 0's for all.)
+        name = f"step_{news['done']:06d}_{uuid.uuid4().hex[:8]}"
+        ray.train.report(
+            news, checkpoint=Checkpoint.from_directory(str(checkpoint)), checkpoint_dir_name=name
+        )
 
-    def identity(self, inputs: Sequence[str]) -> str:
-        """A short hash of everything that shapes the result; checkpoints are kept under it."""
-        parts = [self.recipe, str(self.seed), self.output_url]
-        parts += [
-            part.model_dump_json() if hasattr(part, "model_dump_json") else repr(part)
-            for part in self.arguments
-        ]
-        parts += [storage.fingerprint(file) for url in inputs for file in storage.list_files(url)]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+    @contextmanager
+    def latest_checkpoint(self) -> Iterator[tuple[Path, str] | None]:
+        """What Ray Train recorded last, fetched to this node."""
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            yield None
+            return
+        with checkpoint.as_directory() as folder:
+            yield Path(folder), checkpoint.path
 
 
-def worker(stage: Stage) -> dict[str, Any]:
+def worker(settings: StageSettings) -> dict[str, Any]:
     """What every Ray Train worker runs. Imports are here: they take seconds and only workers need them."""
     # Ray Train logs every report at INFO under a name its own log level does not reach.
     logging.getLogger().setLevel(logging.WARNING)
-    import torch
+    from mahalo_ray.training.loop import train
 
-    from mahalo_ray.training.loop import LoopSettings, train
-
-    settings = LoopSettings(stage.training, getattr(torch, stage.model.dtype), stage.seed, stage.output_url)
-    return train(partial(recipe_class(stage.recipe), *stage.arguments), settings)
-
-
-def recipe_class(name: str) -> Callable[..., Recipe]:
-    """The recipe of that name."""
-    if name == "sft":
-        from mahalo_ray.training.sft import SftRecipe
-
-        return SftRecipe
-    if name == "policy":
-        from mahalo_ray.training.policy import PolicyRecipe
-
-        return PolicyRecipe
-    from mahalo_ray.training.reward import RewardRecipe
-
-    assert name == "reward"
-    return RewardRecipe
+    return train(settings.build, settings, RaySession())
 
 
 def run_stage(
-    stage: Stage, run_dir: str, inputs: Sequence[str], progress: ProgressFunction | None
+    settings: StageSettings,
+    *,
+    cluster: ClusterConfig,
+    run_dir: str,
+    progress: ProgressFunction | None = None,
 ) -> TrainingResult:
-    """Run a stage with Ray Train; checkpoints are deleted once the finished model is stored.
+    """Train with Ray Train: `SftSettings`, `RewardSettings` or `PolicySettings`; the model's folder results.
+
+    `run_dir`: folder or URL for checkpoints; calling again with the same settings after an interruption goes
+    on from the latest. They are deleted once the finished model is stored.
 
     Raises ValueError (what the user can mend, among it a loss that is not finite) or StageError (workers
     failed more often than cluster.max_failures). KeyboardInterrupt passes through; the actors end with the
     Ray job.
     """
-    for name, value in _RAY_TRAIN_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    name = f"{stage.recipe}-{stage.identity(inputs)}"
+    for variable, value in _RAY_TRAIN_ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    settings = settings.absolute()
+    name = f"{settings.name}-{settings.identity()}"
     with tempfile.TemporaryDirectory(prefix="mahalo-progress-") as folder:
         news = Path(folder) / "news.jsonl"
-        trainer = make_trainer(stage, storage.absolute(run_dir), name, news)
-        result = fit(trainer, ProgressReader(news, stage.recipe, progress))
+        trainer = make_trainer(settings, cluster, storage.absolute(run_dir), name, news)
+        result = fit(trainer, ProgressReader(news, settings.name, progress))
     storage.remove(storage.join(run_dir, name))
     return TrainingResult(**result.return_value)
 
@@ -225,15 +202,16 @@ class QuickTrainer(ray.train.torch.TorchTrainer):
         return [callback for callback in callbacks if type(callback).__name__ not in _UNUSED_CALLBACKS]
 
 
-def make_trainer(stage: Stage, run_dir: str, name: str, news: Path) -> QuickTrainer:
+def make_trainer(
+    settings: StageSettings, cluster: ClusterConfig, run_dir: str, name: str, news: Path
+) -> QuickTrainer:
     """Ray Train's trainer for a stage."""
-    cluster = stage.cluster
     resources = {"CPU": cluster.cpus_per_train_worker, **({"GPU": 1} if cluster.use_gpu else {})}
     fs, path = storage.filesystem(run_dir)
     remote = storage.absolute(run_dir) != path
     return QuickTrainer(
         worker,
-        train_loop_config=stage,
+        train_loop_config=settings,
         torch_config=ray.train.torch.TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.train_workers, use_gpu=cluster.use_gpu, resources_per_worker=resources
@@ -243,7 +221,7 @@ def make_trainer(stage: Stage, run_dir: str, name: str, news: Path) -> QuickTrai
             storage_path=path,
             storage_filesystem=pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs)) if remote else None,
             failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=stage.training.keep_checkpoints),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=settings.training.keep_checkpoints),
             callbacks=[ProgressFile(news)],
             worker_runtime_env={"env_vars": worker_environment(cluster)},
             logging_config=ray.train.LoggingConfig(log_level="CRITICAL"),
@@ -288,90 +266,3 @@ def fit(trainer: ray.train.torch.TorchTrainer, reader: ProgressReader) -> ray.tr
     if isinstance(cause, FINAL_ERRORS):
         raise cause from None
     raise StageError(f"training failed for good: {cause}") from error
-
-
-def train_sft(
-    examples_url: str,
-    output_url: str,
-    model_url: str,
-    sft: SftConfig,
-    model: ModelConfig,
-    cluster: ClusterConfig,
-    seed: int,
-    run_dir: str,
-    progress: ProgressFunction | None = None,
-) -> TrainingResult:
-    """Fine-tune (or train from scratch) on Parquet examples (id, input_ids, loss_mask); a transformers folder
-    results.
-
-    `model_url`: folder with config and tokenizer; without weights the model starts from scratch. `run_dir`:
-    folder or URL for checkpoints; calling again with the same arguments after an interruption goes on from
-    the latest.
-    """
-    arguments = (storage.absolute(examples_url), storage.absolute(model_url), model, sft.training, seed)
-    stage = Stage("sft", sft.training, model, cluster, seed, storage.absolute(output_url), arguments)
-    return run_stage(stage, run_dir, [examples_url, model_url], progress)
-
-
-def train_reward(
-    traces_url: str | None,
-    pairs_url: str | None,
-    output_url: str,
-    model_url: str,
-    objectives: Sequence[ObjectiveConfig],
-    reward: RewardConfig,
-    model: ModelConfig,
-    cluster: ClusterConfig,
-    step_separator: str | None,
-    seed: int,
-    run_dir: str,
-    progress: ProgressFunction | None = None,
-    features_url: str | None = None,
-) -> TrainingResult:
-    """A process reward model from StepTrace records and, for objectives supervised by pairs, PreferencePair
-    records.
-
-    `step_separator` ends every step of a trace that carries no token ids (None: a step is a whole assistant
-    turn).
-    `reward.held_out_fraction` of the prompts is kept for figures and calibration. `features_url`: folder for
-    the head inputs of a frozen backbone, shared by all runs that name it.
-    """
-    urls = [url for url in (traces_url, pairs_url) if url is not None]
-    arguments = (
-        traces_url and storage.absolute(traces_url),
-        pairs_url and storage.absolute(pairs_url),
-        storage.absolute(model_url),
-        tuple(objectives),
-        reward,
-        model,
-        step_separator,
-        seed,
-        features_url and storage.absolute(features_url),
-    )
-    stage = Stage("reward", reward.training, model, cluster, seed, storage.absolute(output_url), arguments)
-    return run_stage(stage, run_dir, [*urls, model_url], progress)
-
-
-def train_policy(
-    pairs_url: str,
-    output_url: str,
-    model_url: str,
-    objectives: Sequence[str],
-    policy: PolicyConfig,
-    model: ModelConfig,
-    cluster: ClusterConfig,
-    held_out_fraction: float,
-    seed: int,
-    run_dir: str,
-    progress: ProgressFunction | None = None,
-) -> TrainingResult:
-    """The method `policy.method` (MAH-DPO: one head per objective) on a folder of PreferencePair records; a
-    MultiHeadCausalLM folder results.
-
-    `model_url` is both start and reference; its log-probs are stored in `pairs_url`/reference.
-    `held_out_fraction` of the prompts is kept for the final figures.
-    """
-    url, start = storage.absolute(pairs_url), storage.absolute(model_url)
-    arguments = (url, start, tuple(objectives), policy, model, held_out_fraction, seed)
-    stage = Stage("policy", policy.training, model, cluster, seed, storage.absolute(output_url), arguments)
-    return run_stage(stage, run_dir, [pairs_url, model_url], progress)

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from mahalo_ray.training.batches import Indices, RowGroups
 
@@ -19,19 +20,19 @@ Tensors = dict[str, Tensor]
 Output = tuple[Tensor, Tensor, Tensor]
 # One forward pass of a function of (model, tensors) under the engine, without gradients.
 Inference = Callable[[Callable[..., Tensor], Tensors], Tensor]
-# (done, of): how far something slow has come. Every worker must call it equally often.
-Tell = Callable[[int, int], None]
+# Progress callback (done, of) of a slow preparation. Every worker must call it equally often.
+PreparationProgress = Callable[[int, int], None]
 
 
 class Probe(Protocol):
-    """Figures too dear for every step."""
+    """Metrics too expensive to compute every step."""
 
     every_steps: int
 
     def prepare(self, infer: Inference) -> None:
         """Called by the recipe's own `prepare`."""
 
-    def figures(self, infer: Inference, model: nn.Module) -> dict[str, float]:
+    def metrics(self, infer: Inference, model: nn.Module) -> dict[str, float]:
         """Called after every `every_steps` steps on every worker; `model` is the engine's own."""
 
 
@@ -53,9 +54,9 @@ class Recipe(Protocol):
     def enable_gradient_checkpointing(self, model: nn.Module) -> None:
         """Recompute activations in backward instead of keeping them."""
 
-    def prepare(self, infer: Inference, rank: int, workers: int, tell: Tell) -> None:
-        """Called once on every worker with the model as it was built, before a checkpoint is loaded. `tell`
-        counts tokens read."""
+    def prepare(self, infer: Inference, rank: int, workers: int, progress: PreparationProgress) -> None:
+        """Called once on every worker with the model as it was built, before a checkpoint is loaded.
+        `progress` counts tokens read."""
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """AdamW groups: name, params, lr, weight_decay."""
@@ -83,9 +84,6 @@ class Recipe(Protocol):
     def save(self, model: nn.Module, state_dict: Mapping[str, Tensor], folder: Path) -> None:
         """Write the finished model; called on one worker with the whole state dict."""
 
-    def fingerprint(self) -> str:
-        """Changes when the data or their order change: a checkpoint of other data must not be resumed."""
-
 
 class LossModule(nn.Module):
     """The model and its loss as one module, so that a recipe's whole computation runs inside the engine's
@@ -101,12 +99,7 @@ class LossModule(nn.Module):
         return (function or self._loss)(self.model, **tensors)
 
 
-def pad(
-    sequences: Sequence[Sequence[int] | npt.NDArray[np.int64]], value: int, width: int | None = None
-) -> Tensor:
-    """Sequences of integers as one int64 tensor [B, width], filled up on the right with `value`."""
-    width = width or max(len(sequence) for sequence in sequences)
-    padded = np.full((len(sequences), width), value, dtype=np.int64)
-    for row, sequence in zip(padded, sequences, strict=True):
-        row[: len(sequence)] = sequence
-    return torch.from_numpy(padded)
+def pad(sequences: Sequence[Sequence[int] | npt.NDArray[np.integer[Any]]], value: int) -> Tensor:
+    """Sequences of integers as one int64 tensor [B, longest], filled up on the right with `value`."""
+    tensors = [torch.from_numpy(np.asarray(sequence, dtype=np.int64)) for sequence in sequences]
+    return pad_sequence(tensors, batch_first=True, padding_value=value)

@@ -1,16 +1,16 @@
-"""Reference log-probs of preference pairs: computed once by all workers, stored beside the data, checked row
-by row.
+"""Reference log-probs of preference pairs: computed once by all workers and stored beside the data.
 
-The store is keyed by the reference itself (a hash over its folder: weights, config, tokenizer, template) and
-by row id; every row carries a hash of its token ids. The reference of a policy with LoRA is its base with the
-adapter off, which is this same model.
+The store is addressed by content: a file per reference (a hash over its folder: weights, config, tokenizer,
+template), a row per sequence of token ids. A row that fits is the right one, so nothing in it can be stale.
+The reference of a policy with LoRA is its base with the adapter off, which is this same model.
 """
 
 from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,18 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from mahalo_ray.config import ModelConfig, TrainingConfig
 from mahalo_ray.data import storage
-from mahalo_ray.models import ChunkedCausalLM
+from mahalo_ray.logprobs import IGNORE_INDEX, sum_rows
+from mahalo_ray.models import ChunkedCausalLM, MultiHeadCausalLM
 from mahalo_ray.models.backbone import load_causal_lm
+from mahalo_ray.models.pair_attention import packed_arguments, sequence_numbers
 from mahalo_ray.training.batches import Indices, shard
 from mahalo_ray.training.deepspeed_config import deepspeed_config
-from mahalo_ray.training.engine import sharded_loading, to_device
-from mahalo_ray.training.pairs import TokenPairs, pair_inputs, pair_logps
+from mahalo_ray.training.engine import loaded_in_turn, sharded_loading, to_device
+from mahalo_ray.training.pairs import PackedPairs, PairInputs, pair_inputs, pair_logps
 
 SCHEMA = pa.schema(
     [("id", pa.string()), ("row_hash", pa.string()), ("chosen", pa.float64()), ("rejected", pa.float64())]
@@ -38,51 +40,47 @@ Logps = npt.NDArray[np.float64]
 
 
 def reference_logps(
-    pairs: TokenPairs,
+    inputs: PairInputs,
     rows: Indices,
     store_url: str,
-    folder: Path,
-    model: ModelConfig,
+    load: Callable[[], nn.Module],
+    key: Callable[[], str],
     training: TrainingConfig,
     device: torch.device,
 ) -> Logps:
-    """Summed completion log-probs [N, 2] (chosen, rejected) under the model in `folder`, from the store: of
-    the pairs numbered by `rows`, NaN for all others.
+    """Summed completion log-probs [N, 2] (chosen, rejected) under the reference: of the pairs numbered by
+    `rows`, NaN for all others.
 
-    Rows the store lacks are computed first, shared among the workers; every worker must call this. Raises
-    ValueError naming a row that is missing or stale in the store.
+    Rows that the store lacks are computed, shared among the workers, by the module that `load` makes; `key`
+    names the reference. Every worker must call this. Rank 0 alone reads the store and says what it holds:
+    workers that looked for themselves while another run writes could disagree.
     """
-    key = [reference_key(folder, model)] if dist.get_rank() == 0 else [""]
-    dist.broadcast_object_list(key)
-    file = storage.join(store_url, f"{key[0]}.parquet")
-    known = read_store(file) if storage.exists(file) else {}
-    hashes = pairs.row_hashes()
-    lacking = [row for row in rows if known.get(pairs.ids[row], ("",))[0] != hashes[row]]
-    if lacking:
-        computed = compute_logps(pairs, np.array(lacking), folder, model, training, device)
-        if dist.get_rank() == 0:
-            known |= {pairs.ids[row]: (hashes[row], *logps) for row, logps in computed.items()}
-            write_store(file, known)
-        dist.barrier()
-        known = read_store(file)
-    logps = np.full((len(pairs), 2), np.nan)
-    logps[rows] = select(known, [pairs.ids[row] for row in rows], [hashes[row] for row in rows], file)
+    pairs, logps = inputs.pairs, np.full((len(inputs.pairs), 2), np.nan)
+    file, known = "", {}
+    found: list[Any] = [None]
+    if dist.get_rank() == 0:
+        file = storage.join(store_url, f"{key()}.parquet")
+        known = read_store(file) if storage.exists(file) else {}
+        hashes = {int(row): pairs.row_hash(row) for row in rows}
+        held = [row for row in hashes if hashes[row] in known]
+        found = [(held, [known[hashes[row]] for row in held])]
+    dist.broadcast_object_list(found)
+    held, values = found[0]
+    logps[held] = np.array(values, dtype=np.float64).reshape(-1, 2)
+    lacking = np.setdiff1d(rows, held)
+    if len(lacking) == 0:
+        return logps
+    computed = compute_logps(inputs, lacking, load(), training, device)
+    for row, both in computed.items():
+        logps[row] = both
+    if dist.get_rank() == 0:
+        names = dict.fromkeys(known, "") | {hashes[row]: pairs.ids[row] for row in hashes}
+        known |= {hashes[row]: both for row, both in computed.items()}
+        write_store(file, known, names)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     return logps
-
-
-def select(
-    known: Mapping[str, tuple[str, float, float]], ids: list[str], hashes: list[str], file: str
-) -> Logps:
-    """The rows' log-probs [N, 2]; ValueError naming one that is missing or belongs to other tokens."""
-    for name, row_hash in zip(ids, hashes, strict=True):
-        if name not in known:
-            raise ValueError(f"pair '{name}' has no reference log-probs in '{file}': delete the file")
-        if known[name][0] != row_hash:
-            raise ValueError(
-                f"the reference log-probs of pair '{name}' in '{file}' are stale: they belong to other "
-                "tokens. Delete the file"
-            )
-    return np.array([known[name][1:] for name in ids], dtype=np.float64).reshape(-1, 2)
 
 
 def reference_key(folder: Path, model: ModelConfig) -> str:
@@ -96,62 +94,92 @@ def reference_key(folder: Path, model: ModelConfig) -> str:
 
 
 def compute_logps(
-    pairs: TokenPairs,
-    rows: npt.NDArray[np.int64],
-    folder: Path,
-    model: ModelConfig,
-    training: TrainingConfig,
-    device: torch.device,
+    inputs: PairInputs, rows: Indices, reference: nn.Module, training: TrainingConfig, device: torch.device
 ) -> dict[int, tuple[float, float]]:
-    """Log-probs of the given rows by row number, on every worker; each worker computes a share of them."""
-    reference = _load(folder, model, training, device, pairs.packed)
-    own: dict[int, tuple[float, float]] = {}
+    """Log-probs of the given rows by row number, on every worker; each worker computes a part of them."""
+    by_row: dict[int, tuple[float, float]] = {}
     micro_rows = training.micro_batch_size_per_device
-    for part, counted in shard(rows, pairs.row_groups, micro_rows, dist.get_rank(), dist.get_world_size()):
-        tensors = to_device(pairs.tensors(part, pad_id=0), device)
+    for part, counted in shard(rows, inputs.row_groups, micro_rows, dist.get_rank(), dist.get_world_size()):
+        tensors = to_device(inputs.tensors(part), device)
         with torch.no_grad():
             logps: Tensor = reference(**pair_inputs(tensors), chunk_size=training.logit_chunk_size)
         chosen, rejected = (half.tolist() for half in pair_logps(logps))
         if counted:
-            own |= dict(zip(part.tolist(), zip(chosen, rejected, strict=True), strict=True))
-    shares: list[dict[int, tuple[float, float]]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(shares, own)
-    del reference
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return {row: logps for share in shares for row, logps in share.items()}
+            by_row |= dict(zip(part.tolist(), zip(chosen, rejected, strict=True), strict=True))
+    of_workers: list[dict[int, tuple[float, float]]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(of_workers, by_row)
+    return {row: logps for part in of_workers for row, logps in part.items()}
 
 
-def _load(
-    folder: Path, model: ModelConfig, training: TrainingConfig, device: torch.device, packed: bool
+def load_reference(
+    folder: Path, model: ModelConfig, training: TrainingConfig, device: torch.device, inputs: PairInputs
 ) -> Any:
-    """The reference, whole on every worker or, with ZeRO-3, sharded."""
+    """The causal LM in a folder, frozen: whole on every worker or, with ZeRO-3, sharded."""
     dtype = getattr(torch, model.dtype)
     config = deepspeed_config(training, dtype, accumulation=1)
-    with sharded_loading(config):
-        module = ChunkedCausalLM(load_causal_lm(folder, dtype, model.attn_implementation))
-    if packed:
-        module.read_packed_pairs()
-    module.requires_grad_(False).eval()
+
+    def load() -> ChunkedCausalLM:
+        with sharded_loading(config):
+            module = ChunkedCausalLM(load_causal_lm(folder, dtype, model.attn_implementation))
+        if isinstance(inputs, PackedPairs):
+            module.read_packed_pairs()
+        return module.requires_grad_(False).eval()
+
     if training.zero_stage < 3:
-        return module.to(device)
-    engine = deepspeed.initialize(model=module, config=config)[0]
+        return loaded_in_turn(load, device)
+    engine = deepspeed.initialize(model=load(), config=config)[0]
     engine.eval()
     return engine
 
 
-def read_store(file: str) -> dict[str, tuple[str, float, float]]:
-    """Rows of a stored file by id: (row hash, chosen, rejected)."""
+class BaseHeadLogps(nn.Module):
+    """A policy read as the model it was made from: adapter off, base head. ValueError without a base head."""
+
+    def __init__(self, policy: MultiHeadCausalLM) -> None:
+        super().__init__()
+        if policy.base_head is None:
+            raise ValueError(
+                "the reference of a model in memory is its base head, and this one has none: make it by "
+                "`MultiHeadCausalLM.from_base(..., keep_base_head=True)`, or pass the folder of the base"
+            )
+        self._policy, self._head = policy.eval(), policy.base_head
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor,
+        pair_lengths: Tensor | None,
+        chunk_size: int,
+    ) -> Tensor:
+        """Summed log-probs of every sequence, as `MultiHeadCausalLM.completion_logps` takes them."""
+        rows, count = sequence_numbers(labels, pair_lengths), labels.shape[0]
+        if pair_lengths is not None:
+            count = 2 * len(pair_lengths)
+        with self._policy.disable_adapter() if self._policy.has_lora else nullcontext():
+            hidden = self._policy.hidden_states(input_ids, attention_mask, **packed_arguments(pair_lengths))
+        counted = labels != IGNORE_INDEX
+        return sum_rows(self._head(hidden[counted], labels[counted], chunk_size), rows[counted], count, False)
+
+
+def read_store(file: str) -> dict[str, tuple[float, float]]:
+    """(chosen, rejected) by row hash of a stored file."""
     columns = storage.read_file(file).cast(SCHEMA).to_pydict()
+    names = ("row_hash", "chosen", "rejected")
     return {
-        name: (row_hash, chosen, rejected)
-        for name, row_hash, chosen, rejected in zip(*(columns[n] for n in SCHEMA.names), strict=True)
+        row_hash: (chosen, rejected)
+        for row_hash, chosen, rejected in zip(*(columns[name] for name in names), strict=True)
     }
 
 
-def write_store(file: str, rows: Mapping[str, tuple[str, float, float]]) -> None:
-    """Write all rows as one Parquet file."""
-    columns = list(zip(*((name, *row) for name, row in rows.items()), strict=True))
-    arrays = [pa.array(column, type=field.type) for column, field in zip(columns, SCHEMA, strict=True)]
-    storage.write_table(file, pa.Table.from_arrays(arrays, schema=SCHEMA))
+def write_store(
+    file: str, rows: Mapping[str, tuple[float, float]], names: Mapping[str, str] | None = None
+) -> None:
+    """Write all rows as one Parquet file. `names`: pair ids by row hash, for people who read the file."""
+    columns = {
+        "id": [(names or {}).get(row_hash, "") for row_hash in rows],
+        "row_hash": list(rows),
+        "chosen": [chosen for chosen, _ in rows.values()],
+        "rejected": [rejected for _, rejected in rows.values()],
+    }
+    storage.write_table(file, pa.table(columns, schema=SCHEMA))

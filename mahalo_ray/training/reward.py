@@ -10,7 +10,7 @@ objectives of any scale weigh alike.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from mahalo_ray.config import ModelConfig, ObjectiveConfig, RewardConfig
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import (
     HELD_OUT_PAIRS,
@@ -33,65 +32,55 @@ from mahalo_ray.losses import bradley_terry, labelled, step_bce, value_mse, with
 from mahalo_ray.models import LoraSettings, ProcessRewardModel
 from mahalo_ray.models.folder import keeps_backbone, model_folder
 from mahalo_ray.models.reward_heads import OUTPUT_KIND_OF
-from mahalo_ray.models.scoring import StepEncoder, pad_traces
+from mahalo_ray.models.scoring import StepEncoder
 from mahalo_ray.training.batches import Indices, hash_split, plan_batches
 from mahalo_ray.training.deepspeed_config import parameter_group
-from mahalo_ray.training.pairs import encode_pairs, split_key
-from mahalo_ray.training.recipe import Inference, Output, Probe, Tell, Tensors
+from mahalo_ray.training.pairs import PairEncoder, split_key
+from mahalo_ray.training.recipe import Inference, Output, PreparationProgress, Probe, Tensors
 from mahalo_ray.training.reference import reference_key
 from mahalo_ray.training.reward_data import (
+    MODEL_INPUTS,
     LabelledTraces,
+    StepValues,
     add_pairs,
     add_traces,
     as_steps,
     check_labels,
     count_labels,
+    padded_labels,
     value_scale,
 )
 from mahalo_ray.training.reward_evaluation import (
-    StepValues,
-    calibrate,
-    held_out_figures,
+    StepEvaluator,
+    cached_features,
+    calibrate_model,
+    held_out_metrics,
     scored_rows,
-    step_values,
 )
-from mahalo_ray.training.reward_features import cached_features, padded_features
+from mahalo_ray.training.settings import RewardSettings
 
-_MODEL_INPUTS = ("input_ids", "attention_mask", "step_starts", "step_ends")
-_FIGURES = ("count", "loss", "correct", "ranked", "ranking_loss", "ranked_right")
+_METRICS = ("count", "loss", "correct", "ranked", "ranking_loss", "ranked_right")
 
 
 class RewardRecipe:
-    """Figures per objective: loss (pointwise or Bradley-Terry), accuracy (of judgements or pairs), ranking
+    """Metrics per objective: loss (pointwise or Bradley-Terry), accuracy (of judgements or pairs), ranking
     loss and ranking accuracy (share of within-prompt pairs in the right order)."""
 
     probe: Probe | None = None
 
-    def __init__(
-        self,
-        traces_url: str | None,
-        pairs_url: str | None,
-        model_url: str,
-        objectives: Sequence[ObjectiveConfig],
-        reward: RewardConfig,
-        model: ModelConfig,
-        step_separator: str | None,
-        seed: int,
-        features_url: str | None = None,
-    ) -> None:
-        """Reads StepTrace and PreferencePair records; an objective without any is an error. `features_url`:
-        folder for the head inputs of a frozen backbone, shared by all runs; None keeps them in memory."""
-        self.objectives, self._reward, self._model, self._seed = list(objectives), reward, model, seed
-        self._names = [objective.name for objective in objectives]
-        self._training, self._separator = reward.training, step_separator
-        self._url, self._folder = model_url, model_folder(model_url)
+    def __init__(self, settings: RewardSettings) -> None:
+        """Reads StepTrace and PreferencePair records; an objective without any is an error."""
+        self._settings, self._reward, self._model = settings, settings.reward, settings.model
+        self.objectives = list(settings.objectives)
+        self._names = [objective.name for objective in self.objectives]
+        self._training, self._folder = settings.training, model_folder(settings.model_url)
         self._tokenizer = AutoTokenizer.from_pretrained(self._folder)
-        self.data = self._read(traces_url, pairs_url)
+        self._pad_id = self._tokenizer.pad_token_id or 0
+        self.data = self._read()
         self.row_groups = self.data.row_groups
-        aside = hash_split(self.data.split_keys, reward.held_out_fraction, seed)
-        self.held_out = np.flatnonzero(aside)
-        trained = np.flatnonzero(~aside)
-        gap = reward.ranking_min_gap if reward.ranking_weight > 0 else None
+        aside = hash_split(self.data.split_keys, self._reward.held_out_fraction, settings.seed)
+        self.held_out, trained = np.flatnonzero(aside), np.flatnonzero(~aside)
+        gap = self._reward.ranking_min_gap if self._reward.ranking_weight > 0 else None
         self._labels, self._ranked = count_labels(self.data, len(self._names), gap)
         check_labels(self._labels[trained], self._names, "to train the reward model on")
         if len(self.held_out):
@@ -99,31 +88,27 @@ class RewardRecipe:
                 self._labels[self.held_out], self._names, "held out: raise 'reward.held_out_fraction'"
             )
         self._variance, self._spread = value_scale(self.data, trained, self.objectives)
-        self.batches = [
-            trained[batch]
-            for batch in plan_batches(
-                self.row_groups.rows[trained],
-                self._training.batch_size,
-                self._training.epochs,
-                self._training.max_steps,
-                seed,
-            )
-        ]
-        self._features_url, self._features = features_url, cast(StepValues, {})
-        self.metric_names = tuple(f"{name}/{figure}" for name in self._names for figure in _FIGURES)
+        rows, size, steps = self.row_groups.rows[trained], self._training.batch_size, self._training.max_steps
+        batches = plan_batches(rows, size, self._training.epochs, steps, settings.seed)
+        self.batches = [trained[batch] for batch in batches]
+        self._features: StepValues = {}
+        self.metric_names = tuple(f"{name}/{metric}" for name in self._names for metric in _METRICS)
 
-    def _read(self, traces_url: str | None, pairs_url: str | None) -> LabelledTraces:
-        data, length = LabelledTraces(), self._model.max_length
-        encoder = StepEncoder(self._tokenizer, self._separator)
-        if traces_url is not None:
-            records, ranked = StepTrace.load(traces_url), self._reward.ranking_weight > 0
-            add_traces(data, records, self.objectives, encoder, length, by_group=ranked)
-        if pairs_url is not None:
-            by_pairs = [o.name for o in self.objectives if o.supervision == "pairwise"]
-            pairs = [pair for pair in PreferencePair.load(pairs_url) if pair.objective in by_pairs]
-            pairs = [as_steps(pair, encoder) for pair in pairs]
-            tokens = encode_pairs(pairs, self._names, encoder.format, length)
-            add_pairs(data, tokens, [split_key(pair) for pair in pairs], len(self._names))
+    def _read(self) -> LabelledTraces:
+        settings, length = self._settings, self._model.max_length
+        data, encoder = LabelledTraces(), StepEncoder(self._tokenizer, settings.step_separator)
+        if settings.traces_url is not None:
+            ranked = self._reward.ranking_weight > 0
+            traces = StepTrace.stream(settings.traces_url)
+            add_traces(data, traces, self.objectives, encoder, length, by_group=ranked)
+        if settings.pairs_url is not None:
+            by_pairs = {o.name for o in self.objectives if o.supervision == "pairwise"}
+            token_pairs, split_keys = PairEncoder(self._names, encoder.format, length), list[str]()
+            for pair in PreferencePair.stream(settings.pairs_url):
+                if pair.objective in by_pairs:
+                    token_pairs.add(as_steps(pair, encoder))
+                    split_keys.append(split_key(pair))
+            add_pairs(data, token_pairs.pairs(), split_keys, len(self._names))
         return data
 
     def build_model(self) -> nn.Module:
@@ -136,8 +121,8 @@ class RewardRecipe:
             tuning=self._reward.backbone,
             lora_settings=None if lora is None else LoraSettings(**lora.model_dump()),
             tokenizer=self._tokenizer,
-            step_separator=self._separator,
-            seed=self._seed,
+            step_separator=self._settings.step_separator,
+            seed=self._settings.seed,
             dtype=getattr(torch, self._model.dtype),
             attn_implementation=self._model.attn_implementation,
         )
@@ -162,33 +147,27 @@ class RewardRecipe:
         ranked = zip(self._names, self._ranked[batch].sum(axis=0), strict=True)
         return counts | {f"{name}/ranked": count for name, count in ranked}
 
-    def prepare(self, infer: Inference, rank: int, workers: int, tell: Tell) -> None:
+    def prepare(self, infer: Inference, rank: int, workers: int, progress: PreparationProgress) -> None:
         """A frozen backbone reads every sequence here, once; after that only its head inputs are used."""
         if self._reward.backbone != "frozen" or not self._reward.cache_features:
             return
-        url = self._features_url
+        url = self._settings.features_url
         if url is not None:
-            url = storage.join(
-                url, f"{reference_key(self._folder, self._model)}-{'-'.join(self._reward.inputs)}"
-            )
+            key = f"{reference_key(self._folder, self._model)}-{'-'.join(self._reward.inputs)}"
+            url = storage.join(url, key)
+        self._features = cached_features(self.evaluator(infer), url, progress)
+
+    def evaluator(self, infer: Inference) -> StepEvaluator:
+        """Values of all steps of some groups, under the model behind `infer`."""
         micro_rows = self._training.micro_batch_size_per_device
-        self._features = cached_features(self, url, micro_rows, infer, rank, workers, tell)
+        return StepEvaluator(self.data, self.row_groups, self._pad_id, micro_rows, infer)
 
     def scoring_batch(self, groups: Indices) -> tuple[list[int], Tensors]:
         """The sequences of the groups, and the tensors `scores` reads: token ids, or kept head inputs."""
-        rows = [row for group in groups for row in self.data.members[group]]
-        if self._features:
-            return rows, {"features": padded_features([self._features[row] for row in rows])}
-        traces = [self.data.tokens[row] for row in rows]
-        tensors = pad_traces(traces, self._tokenizer.pad_token_id or 0)
-        return rows, dict(zip(_MODEL_INPUTS, tensors, strict=True))
+        return self.data.batch(groups, self._pad_id, self._features)
 
     def collate(self, groups: Indices, loss_denominators: Mapping[str, float], counted: bool) -> Tensors:
         rows, tensors = self.scoring_batch(groups)
-        steps = max(len(self.data.labels[row]) for row in rows)
-        labels = torch.full((len(rows), steps, len(self._names)), torch.nan)
-        for target, row in zip(labels, rows, strict=True):
-            target[: len(self.data.labels[row])] = torch.from_numpy(self.data.labels[row])
         number = np.repeat(np.arange(len(groups)), self.row_groups.rows[groups])
         of_pairs = [
             (self.data.pair_objective[group], self.data.weights[group], self.data.margins[group])
@@ -201,12 +180,12 @@ class RewardRecipe:
         ]
         return {
             **tensors,
-            "labels": labels,
+            "labels": padded_labels([self.data.labels[row] for row in rows]),
             "group": torch.from_numpy(number),
             "pair_objective": torch.from_numpy(pair.astype(np.int64)),
             "pair_weight": torch.from_numpy(weight.astype(np.float32)),
             "pair_margin": torch.from_numpy(margin.astype(np.float32)),
-            "weights": torch.tensor(scale, dtype=torch.float32),
+            "loss_weight": torch.tensor(scale, dtype=torch.float32),
             "present": torch.tensor(float(counted)),
         }
 
@@ -215,7 +194,7 @@ class RewardRecipe:
         if "features" in tensors:
             return cast(ProcessRewardModel, model).heads(tensors["features"])
         result: Tensor = model(
-            *(tensors[name] for name in _MODEL_INPUTS), chunk_size=self._training.logit_chunk_size
+            *(tensors[name] for name in MODEL_INPUTS), chunk_size=self._training.logit_chunk_size
         )
         return result
 
@@ -224,16 +203,16 @@ class RewardRecipe:
         total, rows, sums = scores.sum() * 0.0, [], []
         for column, objective in enumerate(self.objectives):
             if objective.supervision == "pairwise":
-                pointwise, figures = self._pair_loss(scores[..., column], column, tensors)
+                pointwise, metrics = self._pair_loss(scores[..., column], column, tensors)
                 ranking = scores.new_zeros(0)
             else:
-                pointwise, figures = self._step_loss(scores[..., column], column, tensors)
+                pointwise, metrics = self._step_loss(scores[..., column], column, tensors)
                 ranking = self._ranking_loss(scores[..., column], column, tensors)
-            by_label, by_pair = tensors["weights"][:, column]
+            by_label, by_pair = tensors["loss_weight"][:, column]
             total = total + pointwise.sum() * by_label + self._reward.ranking_weight * ranking.sum() * by_pair
             rows.append(pointwise.detach())
             right = (ranking.detach() < np.log(2.0)).sum()
-            sums += [*figures, ranking.new_tensor(len(ranking)), ranking.detach().sum(), right]
+            sums += [*metrics, ranking.new_tensor(len(ranking)), ranking.detach().sum(), right]
         return total, torch.cat(rows), torch.stack([value.float() for value in sums]) * tensors["present"]
 
     def _step_loss(self, scores: Tensor, column: int, tensors: Tensors) -> tuple[Tensor, list[Tensor]]:
@@ -267,46 +246,41 @@ class RewardRecipe:
         return within_prompt_ranking(scores / self._spread[column], targets, prompt_and_step, gap)
 
     def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
-        figures = {}
+        metrics = {}
         for objective in self.objectives:
             name = objective.name
             count, ranked = sums[f"{name}/count"], sums[f"{name}/ranked"]
             if count > 0:
-                figures[f"{name}/loss"] = sums[f"{name}/loss"] / count
+                metrics[f"{name}/loss"] = sums[f"{name}/loss"] / count
                 if objective.supervision != "rollout_value":
-                    figures[f"{name}/accuracy"] = sums[f"{name}/correct"] / count
+                    metrics[f"{name}/accuracy"] = sums[f"{name}/correct"] / count
             if ranked > 0:
-                figures[f"{name}/ranking_loss"] = sums[f"{name}/ranking_loss"] / ranked
-                figures[f"{name}/ranking_accuracy"] = sums[f"{name}/ranked_right"] / ranked
-        return figures
+                metrics[f"{name}/ranking_loss"] = sums[f"{name}/ranking_loss"] / ranked
+                metrics[f"{name}/ranking_accuracy"] = sums[f"{name}/ranked_right"] / ranked
+        return metrics
 
     def row_names(self, groups: Indices) -> list[str]:
         rows = [row for group in groups for row in self.data.members[group]]
         return [f"{name} trace {self.data.names[row]}" for name in self._names for row in rows]
 
     def finish(self, infer: Inference, rank: int, workers: int) -> dict[str, float]:
-        """Held-out figures, and the calibration stored with the model (on training rows if none are held
+        """Held-out metrics, and the calibration stored with the model (on training rows if none are held
         out)."""
-        chosen = self.held_out if len(self.held_out) else np.arange(len(self.row_groups))
-        micro_rows = self._training.micro_batch_size_per_device
-        scored = step_values(self, chosen, self.scores, micro_rows, infer, rank, workers)
-        self._scores = scored
-        self._figures = {"held_out/rows": float(self.row_groups.rows[self.held_out].sum())}
-        self._figures |= {"rows": float(self.row_groups.rows.sum()), "rows_cut": float(self.data.cut)}
-        where = "held_out" if len(self.held_out) else "training"
-        found = held_out_figures(self.data, chosen, scored, self.objectives, self._reward.ranking_min_gap)
-        self._figures |= {f"{where}/{name}": value for name, value in found.items()}
-        self._calibrated = chosen
-        return self._figures
+        groups = self.held_out if len(self.held_out) else np.arange(len(self.row_groups))
+        self._scores = self.evaluator(infer).values(groups, self.scores, self._features)
+        counts = {"held_out/rows": float(self.row_groups.rows[self.held_out].sum())}
+        counts |= {"rows": float(self.row_groups.rows.sum()), "rows_cut": float(self.data.cut)}
+        where, gap = "held_out" if len(self.held_out) else "training", self._reward.ranking_min_gap
+        measured = held_out_metrics(self.data, groups, self._scores, self.objectives, gap)
+        self._metrics = counts | {f"{where}/{name}": value for name, value in measured.items()}
+        self._calibrated = groups
+        return self._metrics
 
     def save(self, model: nn.Module, state_dict: Mapping[str, Tensor], folder: Path) -> None:
-        """The model's folder, and what it said of the held-out rows."""
+        """The model's folder, and its scores of the held-out rows."""
         reward = cast(ProcessRewardModel, model)
-        calibrate(reward, self.data, self._calibrated, self._scores)
-        reward.save_pretrained(folder, self._figures, state_dict, keeps_backbone(self._url))
+        calibrate_model(reward, self.data, self._calibrated, self._scores)
+        reward.save_pretrained(folder, self._metrics, state_dict, keeps_backbone(self._settings.model_url))
         traces, pairs = scored_rows(reward, self.data, self.held_out, self._scores)
         ScoredTrace.save(traces, str(folder / HELD_OUT_TRACES))
         ScoredPair.save(pairs, str(folder / HELD_OUT_PAIRS))
-
-    def fingerprint(self) -> str:
-        return self.data.fingerprint()

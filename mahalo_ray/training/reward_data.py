@@ -1,26 +1,46 @@
-"""Step traces and whole-response pairs as token ids with labels: what a process reward model is trained
-on."""
+"""Step traces and whole-response pairs as token ids with labels, and the store of a frozen backbone's head
+inputs for them: what a process reward model is trained on.
+
+A frozen backbone gives the same states in every epoch, so every sequence goes through it once. The store is a
+folder of Parquet parts; its rows are keyed by token ids and step positions, so that an interrupted run, and
+every other reward model on the same backbone and data, finds them again.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import uuid
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from mahalo_ray.config import ObjectiveConfig
+from mahalo_ray.data import storage
 from mahalo_ray.data.records import PreferencePair, StepTrace
 from mahalo_ray.data.rows import BadRow
 from mahalo_ray.data.step_readers import ReadTraces
-from mahalo_ray.models.scoring import StepEncoder, TokenTrace, TraceEncoder
+from mahalo_ray.metrics import FloatArray
+from mahalo_ray.models.scoring import StepEncoder, TokenTrace, TraceEncoder, pad_traces
 from mahalo_ray.objectives import unknown_name
 from mahalo_ray.training.batches import Indices, RowGroups
 from mahalo_ray.training.pairs import TokenPairs
+from mahalo_ray.training.recipe import Tensors
 
 Labels = npt.NDArray[np.float32]
+# Raw scores [steps, objectives] (or other values of steps) by sequence number.
+StepValues = dict[int, npt.NDArray[np.float32]]
+MODEL_INPUTS = ("input_ids", "attention_mask", "step_starts", "step_ends")
+FEATURE_SCHEMA = pa.schema(
+    [("trace", pa.string()), ("steps", pa.int32()), ("features", pa.list_(pa.float32()))]
+)
 
 
 @dataclass
@@ -56,6 +76,18 @@ class LabelledTraces:
             np.array([sum(row) for row in lengths], dtype=np.int64),
         )
 
+    def batch(
+        self, groups: Indices, pad_id: int, features: StepValues | None = None
+    ) -> tuple[list[int], Tensors]:
+        """The sequences of the groups, and the tensors a reward model reads: token ids and step positions, or
+        the head inputs [B, S, F] kept in `features`."""
+        rows = [row for group in groups for row in self.members[group]]
+        if features:
+            kept = [torch.from_numpy(features[row]) for row in rows]
+            return rows, {"features": pad_sequence(kept, batch_first=True)}
+        tensors = pad_traces([self.tokens[row] for row in rows], pad_id)
+        return rows, dict(zip(MODEL_INPUTS, tensors, strict=True))
+
     def add_group(
         self,
         names: Sequence[str],
@@ -79,18 +111,10 @@ class LabelledTraces:
         self.prompt_keys.append(prompt_key)
         self.split_keys.append(split_key)
 
-    def fingerprint(self) -> str:
-        """Changes with ids, tokens, labels, or weights and margins of pairs."""
-        digest = hashlib.sha256("\n".join(self.names).encode())
-        for trace, labels in zip(self.tokens, self.labels, strict=True):
-            digest.update(np.asarray(trace.input_ids, dtype=np.int64).tobytes() + labels.tobytes())
-        digest.update(np.array([self.weights, self.margins], dtype=np.float64).tobytes())
-        return digest.hexdigest()
-
 
 def add_traces(
     data: LabelledTraces,
-    traces: Sequence[StepTrace],
+    traces: Iterable[StepTrace],
     objectives: Sequence[ObjectiveConfig],
     encoder: StepEncoder,
     max_length: int,
@@ -106,7 +130,8 @@ def add_traces(
     for number, trace in enumerate(traces):
         labels, tokens = _label_matrix(trace, objectives), token_trace(trace, encoder)
         kept = sum(end < max_length for end in tokens.ends)
-        short = TokenTrace(tokens.input_ids[:max_length], tokens.starts[:kept], tokens.ends[:kept])
+        ids = array("i", tokens.input_ids[:max_length])  # 4 bytes a token
+        short = TokenTrace(ids, tokens.starts[:kept], tokens.ends[:kept])
         labelled = not np.isnan(labels[:kept]).all()
         data.cut += kept < len(tokens.ends) or not labelled
         if labelled:
@@ -151,7 +176,7 @@ def add_pairs(data: LabelledTraces, pairs: TokenPairs, keys: Sequence[str], obje
     for row, name in enumerate(pairs.ids):
         prompt = pairs.prompts[row]
         tokens = [
-            TokenTrace(prompt + answer, [len(prompt)], [len(prompt) + len(answer) - 1])
+            TokenTrace(array("i", prompt + answer), [len(prompt)], [len(prompt) + len(answer) - 1])
             for answer in (pairs.chosen[row], pairs.rejected[row])
         ]
         loss = (int(pairs.objective[row]), float(pairs.weights[row]), float(pairs.margins[row]))
@@ -159,12 +184,15 @@ def add_pairs(data: LabelledTraces, pairs: TokenPairs, keys: Sequence[str], obje
     data.cut += pairs.cut
 
 
+def padded_labels(labels: Sequence[Labels]) -> Tensor:
+    """Labels [B, S, H] of sequences, NaN where one has fewer steps."""
+    rows = [torch.from_numpy(values) for values in labels]
+    return pad_sequence(rows, batch_first=True, padding_value=torch.nan)
+
+
 def ordered_pairs(labels: Sequence[Labels], gap: float) -> npt.NDArray[np.int64]:
     """Per objective [H]: pairs of sequences whose labels of the same step differ by more than `gap`."""
-    steps = max(len(rows) for rows in labels)
-    table = np.full((len(labels), steps, labels[0].shape[1]), np.nan, dtype=np.float32)
-    for row, values in zip(table, labels, strict=True):
-        row[: len(values)] = values
+    table = padded_labels(labels).numpy()
     return np.sum(table[:, None] - table[None, :] > np.float32(gap), axis=(0, 1, 2))
 
 
@@ -204,10 +232,9 @@ def token_trace(trace: StepTrace, encoder: TraceEncoder) -> TokenTrace:
     return TokenTrace(trace.token_ids, trace.step_starts, trace.step_ends)
 
 
-Floats = npt.NDArray[np.float64]
-
-
-def count_labels(data: LabelledTraces, objectives: int, ranking_gap: float | None) -> tuple[Floats, Floats]:
+def count_labels(
+    data: LabelledTraces, objectives: int, ranking_gap: float | None
+) -> tuple[FloatArray, FloatArray]:
     """Per group and objective, both [groups, objectives]: labels (of a pair, its weight), and pairs of
     candidates to be ranked (none without `ranking_gap`)."""
     labels, ranked = np.zeros((len(data.members), objectives)), np.zeros((len(data.members), objectives))
@@ -223,7 +250,7 @@ def count_labels(data: LabelledTraces, objectives: int, ranking_gap: float | Non
     return labels, ranked
 
 
-def check_labels(labels: Floats, names: Sequence[str], purpose: str) -> None:
+def check_labels(labels: FloatArray, names: Sequence[str], purpose: str) -> None:
     """ValueError for an objective without any in [groups, objectives], which are needed for a purpose."""
     for name, count in zip(names, labels.sum(axis=0), strict=True):
         if count == 0:
@@ -232,7 +259,7 @@ def check_labels(labels: Floats, names: Sequence[str], purpose: str) -> None:
 
 def value_scale(
     data: LabelledTraces, trained: Indices, objectives: Sequence[ObjectiveConfig]
-) -> tuple[Floats, Floats]:
+) -> tuple[FloatArray, FloatArray]:
     """Per objective: variance of all value labels, and their spread within a prompt; 1 for judgements and
     pairs."""
     variance, spread = np.ones(len(objectives)), np.ones(len(objectives))
@@ -246,3 +273,33 @@ def value_scale(
         variance[column] = np.concatenate(present).var() or 1.0
         spread[column] = (np.concatenate(within).std() if within else 0.0) or 1.0
     return variance, spread
+
+
+def trace_key(tokens: TokenTrace) -> str:
+    """What features depend on besides the model: token ids and step positions."""
+    parts = (list(tokens.input_ids), list(tokens.starts), list(tokens.ends))
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+
+def read_features(files: Sequence[str]) -> dict[str, npt.NDArray[np.float32]]:
+    """Features [S, F] by trace key, of the store's parts."""
+    known = {}
+    for file in files:
+        table = storage.read_file(file).cast(FEATURE_SCHEMA)
+        for number, (key, steps) in enumerate(
+            zip(table["trace"].to_pylist(), table["steps"].to_pylist(), strict=True)
+        ):
+            values = table["features"][number].values.to_numpy()
+            known[key] = values.reshape(steps, -1).copy()
+    return known
+
+
+def write_features(url: str, features: dict[str, npt.NDArray[np.float32]]) -> None:
+    """Add one file to the store."""
+    columns = [
+        pa.array(list(features), pa.string()),
+        pa.array([len(values) for values in features.values()], pa.int32()),
+        pa.array([values.reshape(-1) for values in features.values()], FEATURE_SCHEMA.field("features").type),
+    ]
+    table = pa.Table.from_arrays(columns, schema=FEATURE_SCHEMA)
+    storage.write_table(storage.join(url, f"{uuid.uuid4().hex}.parquet"), table)

@@ -3,7 +3,6 @@ scratch."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from mahalo_ray.config import ModelConfig, TrainingConfig
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import EXAMPLE_SCHEMA
 from mahalo_ray.logprobs import IGNORE_INDEX
@@ -23,9 +21,8 @@ from mahalo_ray.models.backbone import load_causal_lm
 from mahalo_ray.models.folder import model_folder
 from mahalo_ray.training.batches import Indices, RowGroups, plan_batches
 from mahalo_ray.training.deepspeed_config import parameter_group
-from mahalo_ray.training.recipe import Inference, Output, Probe, Tell, Tensors, pad
-
-_WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+from mahalo_ray.training.recipe import Inference, Output, PreparationProgress, Probe, Tensors, pad
+from mahalo_ray.training.settings import SftSettings
 
 
 class SftRecipe:
@@ -37,33 +34,32 @@ class SftRecipe:
     metric_names: tuple[str, ...] = ()
     probe: Probe | None = None
 
-    def __init__(
-        self, examples_url: str, model_url: str, model: ModelConfig, training: TrainingConfig, seed: int
-    ) -> None:
-        """`model_url`: a folder (or hub id) with config and tokenizer; without weights the model starts from
-        scratch. Examples longer than `model.max_length` are cut at the end."""
-        self._model_url, self._model, self._training = model_url, model, training
-        self._ids, self._inputs, self._masks = read_examples(examples_url, model.max_length)
+    def __init__(self, settings: SftSettings) -> None:
+        """Reads the examples; those longer than `model.max_length` are cut at the end."""
+        self._settings, self._training = settings, settings.training
+        self._ids, self._inputs, self._masks = read_examples(settings.examples_url, settings.model.max_length)
         lengths = np.array([len(ids) for ids in self._inputs])
         self._counted = np.array([int(mask[1:].sum()) for mask in self._masks])
         self.row_groups = RowGroups(np.ones_like(lengths), lengths, lengths)
-        size, steps = training.batch_size, training.max_steps
-        self.batches = plan_batches(self.row_groups.rows, size, training.epochs, steps, seed)
+        size, steps = self._training.batch_size, self._training.max_steps
+        self.batches = plan_batches(self.row_groups.rows, size, self._training.epochs, steps, settings.seed)
 
     def build_model(self) -> nn.Module:
-        folder = model_folder(self._model_url)
+        settings = self._settings.model
+        folder = model_folder(self._settings.model_url)
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
-        dtype, attention = getattr(torch, self._model.dtype), self._model.attn_implementation
-        if any((folder / name).exists() for name in _WEIGHT_FILES):
+        dtype, attention = getattr(torch, settings.dtype), settings.attn_implementation
+        if settings.scratch is None:
             return ChunkedCausalLM(load_causal_lm(folder, dtype, attention))
         config = AutoConfig.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-        return ChunkedCausalLM(model)
+        return ChunkedCausalLM(
+            AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        )
 
     def enable_gradient_checkpointing(self, model: nn.Module) -> None:
         cast(PreTrainedModel, model.model).gradient_checkpointing_enable({"use_reentrant": False})
 
-    def prepare(self, infer: Inference, rank: int, workers: int, tell: Tell) -> None:
+    def prepare(self, infer: Inference, rank: int, workers: int, progress: PreparationProgress) -> None:
         """Nothing to prepare."""
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
@@ -105,11 +101,6 @@ class SftRecipe:
         plain.save_pretrained(str(folder), state_dict=state)
         self._tokenizer.save_pretrained(str(folder))
 
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256("\n".join(self._ids).encode())
-        digest.update(self.row_groups.lengths.tobytes())
-        return digest.hexdigest()
-
 
 def read_examples(
     url: str, max_length: int
@@ -120,7 +111,8 @@ def read_examples(
     """
     table = storage.read_table(url).select(EXAMPLE_SCHEMA.names).cast(EXAMPLE_SCHEMA)
     ids: list[str] = table["id"].to_pylist()
-    inputs = [np.asarray(row.values, dtype=np.int64)[:max_length] for row in table["input_ids"]]
+    # Views of Arrow's own memory, 4 bytes a token.
+    inputs = [np.asarray(row.values)[:max_length] for row in table["input_ids"]]
     masks = [np.asarray(row.values, dtype=bool)[:max_length] for row in table["loss_mask"]]
     for name, tokens, mask in zip(ids, inputs, masks, strict=True):
         if len(tokens) != len(mask):

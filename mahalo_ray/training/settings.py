@@ -1,0 +1,165 @@
+"""What one training stage needs, from configuration to worker: one frozen dataclass per recipe.
+
+The pipeline (or a script) fills it in, Ray Train carries it to the workers, and `build` makes the recipe
+there. The imports in `build` come late because the driver makes settings too, and only workers need
+DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from mahalo_ray.config import (
+    ModelConfig,
+    ObjectiveConfig,
+    PolicyConfig,
+    RewardConfig,
+    SftConfig,
+    TrainingConfig,
+)
+from mahalo_ray.config.section import Section
+from mahalo_ray.data import storage
+
+if TYPE_CHECKING:
+    from mahalo_ray.training.recipe import Recipe
+
+# (done, in all, of what: "steps", or what comes before the first; metrics of the last report)
+ProgressFunction = Callable[[int, int, str, dict[str, float]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSettings(ABC):
+    """What every stage has. Fields that end in `_url` are folders or fsspec URLs that all workers reach.
+
+    `model_url`: the model that training starts from. `output_url`: folder of the finished model.
+    """
+
+    model_url: str
+    output_url: str
+    model: ModelConfig
+    seed: int
+    name: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def training(self) -> TrainingConfig:
+        """The section that all recipes share."""
+
+    @abstractmethod
+    def build(self) -> Recipe:
+        """The recipe, on a worker: reads the data."""
+
+    @abstractmethod
+    def inputs(self) -> list[str]:
+        """Folders whose files shape the result."""
+
+    def absolute(self) -> Self:
+        """The same with absolute local paths: workers run in other folders."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        urls: dict[str, Any] = {
+            name: storage.absolute(value)
+            for name, value in given.items()
+            if name.endswith("_url") and value is not None
+        }
+        return replace(self, **urls)
+
+    def identity(self) -> str:
+        """A short hash of everything that shapes the result, input files included. The checkpoints of an
+        unfinished run lie under it, so a checkpoint that is found belongs to these settings and data."""
+        parts = [self.name, *(repr(_plain(getattr(self, field.name))) for field in fields(self))]
+        parts += [storage.fingerprint(file) for url in self.inputs() for file in storage.list_files(url)]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Section):
+        return value.shaping()
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftSettings(StageSettings):
+    """Supervised fine-tuning on Parquet examples (`EXAMPLE_SCHEMA`); a transformers folder results.
+
+    With `model.scratch`, `model_url` holds config and tokenizer only and the model starts from random
+    weights.
+    """
+
+    examples_url: str
+    sft: SftConfig
+    name: ClassVar[str] = "sft"
+
+    @property
+    def training(self) -> TrainingConfig:
+        return self.sft.training
+
+    def build(self) -> Recipe:
+        from mahalo_ray.training.sft import SftRecipe
+
+        return SftRecipe(self)
+
+    def inputs(self) -> list[str]:
+        return [self.examples_url, self.model_url]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardSettings(StageSettings):
+    """A process reward model from StepTrace records and, for objectives supervised by pairs, PreferencePair
+    records; at least one of the two URLs is given.
+
+    `step_separator` ends every step of a trace that carries no token ids (None: a step is a whole assistant
+    turn). `reward.held_out_fraction` of the prompts is kept for metrics and calibration. `features_url`:
+    folder for the head inputs of a frozen backbone, shared by all runs that name it (None: kept in memory).
+    """
+
+    traces_url: str | None = None
+    pairs_url: str | None = None
+    objectives: Sequence[ObjectiveConfig]
+    reward: RewardConfig
+    step_separator: str | None = None
+    features_url: str | None = None
+    name: ClassVar[str] = "reward"
+
+    @property
+    def training(self) -> TrainingConfig:
+        return self.reward.training
+
+    def build(self) -> Recipe:
+        from mahalo_ray.training.reward import RewardRecipe
+
+        return RewardRecipe(self)
+
+    def inputs(self) -> list[str]:
+        return [url for url in (self.traces_url, self.pairs_url, self.model_url) if url is not None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicySettings(StageSettings):
+    """The method `policy.method` (MAH-DPO: one head per objective) on a folder of PreferencePair records; a
+    MultiHeadCausalLM folder results.
+
+    `model_url` is both start and reference; its log-probs are stored in `pairs_url`/reference.
+    `held_out_fraction` of the prompts is kept for the final metrics.
+    """
+
+    pairs_url: str
+    objectives: Sequence[str]
+    policy: PolicyConfig
+    held_out_fraction: float = 0.0
+    name: ClassVar[str] = "policy"
+
+    @property
+    def training(self) -> TrainingConfig:
+        return self.policy.training
+
+    def build(self) -> Recipe:
+        from mahalo_ray.training.policy import PolicyRecipe
+
+        return PolicyRecipe(self)
+
+    def inputs(self) -> list[str]:
+        return [self.pairs_url, self.model_url]

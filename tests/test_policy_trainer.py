@@ -1,0 +1,157 @@
+"""Training from Python: one process, no Ray, the loop of `mahalo run`; and where its metrics go."""
+
+from __future__ import annotations
+
+import doctest
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import training_world as world
+from datasets import Dataset
+from tensorboardX.proto.event_pb2 import Event
+from transformers import AutoTokenizer
+
+from mahalo_ray.config import PolicyConfig, TrainingConfig
+from mahalo_ray.data.records import PreferencePair
+from mahalo_ray.models import MultiHeadCausalLM
+from mahalo_ray.training import trainer as trainer_module
+from mahalo_ray.training.trainer import PolicyTrainer
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("deepspeed_alone")]
+
+TRAINING: dict[str, Any] = {
+    "batch_size": 8,
+    "micro_batch_size_per_device": 4,
+    "max_steps": 3,
+    "report_every_steps": 1,
+    "learning_rate": 1e-2,
+}
+
+
+def config(stage: int = 2, **training: Any) -> PolicyConfig:
+    return PolicyConfig(
+        head_noise=0.3, training=TrainingConfig(**{**TRAINING, "zero_stage": stage, **training})
+    )
+
+
+def rows() -> list[dict[str, Any]]:
+    """What a TRL user has: prompt, chosen, rejected, and which objective a row is of."""
+    return [
+        {
+            "prompt": pair.prompt[0].content,
+            "chosen": pair.chosen,
+            "rejected": pair.rejected,
+            "objective": pair.objective,
+        }
+        for pair in world.make_pairs()
+    ]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return world.make_base(tmp_path_factory.mktemp("base"))
+
+
+def make(model: Any, pairs: Any, settings: PolicyConfig, **options: Any) -> PolicyTrainer:
+    options = {
+        "max_length": 64,
+        "objectives": world.OBJECTIVES,
+        "held_out_fraction": 0.2,
+        "seed": 5,
+        **options,
+    }
+    return PolicyTrainer(model, pairs, settings, **options)
+
+
+def test_the_example_of_the_docstring_runs(base: str, tmp_path: Path) -> None:
+    names = {"base": base, "folder": tmp_path / "model", "TrainingConfig": TrainingConfig}
+    example = doctest.DocTestFinder().find(PolicyTrainer, globs={**vars(trainer_module), **names})[0]
+    assert doctest.DocTestRunner().run(example).failed == 0
+    assert MultiHeadCausalLM.from_pretrained(tmp_path / "model").objectives == ("accuracy", "warmth")
+
+
+def test_rows_files_data_sets_and_records_train_the_same_policy(base: str, tmp_path: Path) -> None:
+    told: list[tuple[int, int, str]] = []
+    trainer = make(base, rows(), config(), output_dir=tmp_path / "first")
+    metrics = trainer.train(lambda done, of, unit, _: told.append((done, of, unit)))
+    assert told == [(1, 3, "steps"), (2, 3, "steps"), (3, 3, "steps")]
+    assert [entry["step"] for entry in trainer.history] == [1, 2, 3]
+    assert metrics["loss"] == trainer.history[-1]["loss"] and metrics["held_out/pairs"] > 0
+    expected = trainer.model.state_dict()
+    records = PreferencePair.load(str(tmp_path / "first" / "pairs"))
+    Dataset.from_list(rows()).to_json(str(tmp_path / "rows.jsonl"))
+    for pairs in (Dataset.from_list(rows()), tmp_path / "rows.jsonl", records):
+        again = make(base, pairs, config())
+        again.train()
+        for name, tensor in again.model.state_dict().items():
+            assert torch.equal(tensor, expected[name])
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_policy_in_memory_is_trained_itself_against_its_base_head(base: str, stage: int) -> None:
+    """Made as the trainer makes one from a folder, it becomes the same policy."""
+    expected = make(base, rows(), config(stage))
+    expected.train()
+    policy = MultiHeadCausalLM.from_base(
+        base, world.OBJECTIVES, noise=0.3, seed=5, dtype=torch.float32, keep_base_head=True
+    )
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    trainer = make(policy, rows(), config(stage), objectives=None, tokenizer=tokenizer)
+    trainer.train()
+    assert [entry["loss"] for entry in trainer.history] == pytest.approx(
+        [entry["loss"] for entry in expected.history], abs=1e-6
+    )
+    for name, tensor in trainer.model.state_dict().items():
+        torch.testing.assert_close(tensor, expected.model.state_dict()[name])
+
+
+def test_what_cannot_be_trained_is_refused_at_once(base: str, tmp_path: Path) -> None:
+    wrong = rows()
+    del wrong[3]["rejected"]
+    other = [{**row, "objective": "speed"} for row in rows()]
+    for arguments, message in (
+        ({"pairs": wrong}, r"1 of 23 rows are no pairs: row 4: .*rejected"),
+        (
+            {"pairs": other},
+            "not among accuracy, engagement: speed",
+        ),
+        ({"objectives": None}, "name the objectives"),
+        ({"model": MultiHeadCausalLM.from_base(base, ["accuracy"])}, "has no tokenizer"),
+        ({"settings": config(report_to=["tensorboard"])}, "pass output_dir"),
+    ):
+        options: dict[str, Any] = {"model": base, "pairs": rows(), "settings": config(), **arguments}
+        with pytest.raises(ValueError, match=message):
+            make(**options)
+    policy = MultiHeadCausalLM.from_base(base, world.OBJECTIVES)
+    with pytest.raises(ValueError, match="keep_base_head=True"):
+        make(policy, rows(), config(), tokenizer=AutoTokenizer.from_pretrained(base)).train()
+    (tmp_path / "model").mkdir()
+    with pytest.raises(ValueError, match="give another output_dir"):
+        make(base, rows(), config(), output_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"call train\(\) first"):
+        make(base, rows(), config()).save_pretrained(tmp_path)
+
+
+def test_metrics_reach_tensorboard(base: str, tmp_path: Path) -> None:
+    trainer = make(base, rows(), config(report_to=["tensorboard"]), output_dir=tmp_path / "demo")
+    metrics = trainer.train()
+    (file,) = (tmp_path / "demo" / "tracking").glob("events.out.tfevents.*")
+    written = read_events(file)
+    assert [written["loss", step] for step in (1, 2, 3)] == pytest.approx(
+        [entry["loss"] for entry in trainer.history]
+    )
+    assert written["held_out/pairs", 3] == metrics["held_out/pairs"]
+    assert written["learning_rate/heads", 1] > 0
+
+
+def read_events(file: Path) -> dict[tuple[str, int], float]:
+    """Scalars by (name, step). A record: length (8 bytes), its checksum (4), the event, its checksum (4)."""
+    data, found, position = file.read_bytes(), {}, 0
+    while position < len(data):
+        length = int.from_bytes(data[position : position + 8], "little")
+        event = Event.FromString(data[position + 12 : position + 12 + length])
+        found |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+        position += 16 + length
+    return found
