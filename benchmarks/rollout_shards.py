@@ -10,7 +10,7 @@ from typing import Any
 
 from mahalo_ray.config import PairsConfig
 from mahalo_ray.data.records import Candidate, CandidateSet, Message
-from mahalo_ray.rollouts.pairs import CandidateShards, build_pairs
+from mahalo_ray.rollouts.pair_building import CandidateShards, build_pairs
 
 _LETTERS = random.Random(0)
 _VOCABULARY = ["".join(_LETTERS.choices("etaoinshrdlu", k=_LETTERS.randint(2, 8))) for _ in range(5000)]

@@ -27,7 +27,7 @@ from mahalo_ray.objectives import Weights
 from mahalo_ray.pipeline.cluster import ray_session
 from mahalo_ray.pipeline.generate import generate
 from mahalo_ray.pipeline.progress import RunProgress
-from mahalo_ray.rollouts.generate import GenerateWorker, Generation, before_stop, cut_into_chunks, request_of
+from mahalo_ray.rollouts.answers import GenerateWorker, Generation, before_stop, cut_into_chunks, request_of
 
 ROWS: list[dict[str, Any]] = [
     {"id": "a", "prompt": "What is 2 + 3?", "answer": "left alone"},

@@ -17,7 +17,7 @@ from mahalo_ray.decoding.policy import as_policy
 from mahalo_ray.decoding.stopping import MathBoundary
 from mahalo_ray.rollouts.continuations import Continuer
 from mahalo_ray.rollouts.judges import Judge, Judged, ProgramJudge, Unjudged
-from mahalo_ray.rollouts.labelling import (
+from mahalo_ray.rollouts.step_labels import (
     Labelled,
     Labeller,
     ObjectiveJudge,

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from mahalo_ray.config import RunConfig, load_config
 from mahalo_ray.data import storage
-from mahalo_ray.pipeline.progress import Estimate, RunProgress, duration
+from mahalo_ray.pipeline.progress import RunProgress, TimeEstimate, duration
 from mahalo_ray.pipeline.stages import (
     LOCK,
     Context,
@@ -266,7 +266,7 @@ def test_in_a_store_only_a_dead_process_of_this_host_loses_its_lock(tmp_path: Pa
 
 def test_the_expected_time_moves_from_last_time_to_the_own_pace() -> None:
     now = 0.0
-    estimate = Estimate(last_time=100.0, clock=lambda: now)
+    estimate = TimeEstimate(last_time=100.0, clock=lambda: now)
     assert estimate.total() == 100.0
     now = 10.0  # ten seconds until the first sign of progress, then 1 % a second
     estimate.observe(0.1)
@@ -276,7 +276,7 @@ def test_the_expected_time_moves_from_last_time_to_the_own_pace() -> None:
     assert estimate.total() == pytest.approx(0.5 * 100 + 0.5 * own)
     now = 1000.0
     assert estimate.total() is None  # longer than expected: nothing is known any more
-    assert Estimate(None).total() is None
+    assert TimeEstimate(None).total() is None
 
 
 def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from tiny_tutor import CHAT
 from mahalo_ray.config import PairsConfig
 from mahalo_ray.data.pair_readers import ReadPairs, read_pairs
 from mahalo_ray.data.records import Candidate, CandidateSet, Message, PreferencePair
-from mahalo_ray.rollouts.pairs import CandidateShards, build_pairs, labelled_traces
+from mahalo_ray.rollouts.pair_building import CandidateShards, build_pairs, labelled_traces
 from mahalo_ray.training.pairs import encode_pairs, split_key
 
 

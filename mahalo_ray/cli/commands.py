@@ -282,7 +282,7 @@ def dialogues(config: DialoguesFile, set_: Overrides = None, debug: Debug = Fals
 
     def work() -> None:
         from mahalo_ray.pipeline.cluster import ray_session
-        from mahalo_ray.pipeline.dialogues import check_sources, make_dialogues
+        from mahalo_ray.pipeline.make_dialogues import check_sources, make_dialogues
 
         loaded = load_document(config, DialoguesConfig, set_)
         check_sources(loaded)

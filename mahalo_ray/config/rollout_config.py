@@ -16,7 +16,7 @@ from mahalo_ray.config.section import (
     Section,
     Temperature,
 )
-from mahalo_ray.config.stage_config import ActorsConfig, PairsConfig, SamplingConfig
+from mahalo_ray.config.stage_config import ActorsConfig, DialogueBatchConfig, PairsConfig
 from mahalo_ray.objectives import Weights
 
 Knowledge = Literal["none", "partial", "solid"]
@@ -149,7 +149,7 @@ class BranchingConfig(Section):
     width: Annotated[int, Field(ge=2)] = 2
 
 
-class PlayConfig(Section):
+class PlayConfig(DialogueBatchConfig):
     """How dialogues are played.
 
     `turns`: tutor turns per dialogue (null: as many as the miniature's problem allows). `candidates` K turns
@@ -158,17 +158,18 @@ class PlayConfig(Section):
     sums of scores standardised among the K. `stop`: a student turn with one of these texts ends the dialogue.
     """
 
-    dialogues: PositiveInt = 64
     turns: PositiveInt | None = None
-    candidates: PositiveInt = 5
     continuation: Literal["best", "sampled", "random"] = "random"
     score_temperature: PositiveFloat = 1.0
     guidance: dict[str, Annotated[float, Field(ge=0)]] = {}
     branching: BranchingConfig | None = None
     max_tokens: PositiveInt | None = None
     stop: list[str] = []
-    batch_size_per_actor: PositiveInt = 32
-    sampling: SamplingConfig = SamplingConfig()
+
+    @classmethod
+    def of(cls, batch: DialogueBatchConfig) -> PlayConfig:
+        """The same dialogues, everything else at its default."""
+        return cls.model_validate({name: getattr(batch, name) for name in DialogueBatchConfig.model_fields})
 
     @model_validator(mode="after")
     def _options_are_used(self) -> Self:

@@ -167,15 +167,23 @@ class SamplingConfig(SamplingParams):
     max_new_tokens: Annotated[PositiveInt, Field(description="most tokens of one turn or response")] = 64
 
 
-class RolloutConfig(Section):
+class DialogueBatchConfig(Section):
+    """How many dialogues are played, and how candidate turns are drawn in them."""
+
+    dialogues: PositiveInt = 64
+    candidates: PositiveInt = 5
+    batch_size_per_actor: PositiveInt = 32
+    sampling: SamplingConfig = SamplingConfig()
+
+
+class RolloutConfig(DialogueBatchConfig):
     """Dialogues played by the policy against simulated students."""
 
     dialogues: PositiveInt = 240
     candidates: PositiveInt = 6
+    batch_size_per_actor: PositiveInt = 64
     continuations: NonNegativeInt = 0
     gamma: Annotated[float, Field(gt=0, le=1, description="discount of the outcome per later turn")] = 1.0
-    batch_size_per_actor: PositiveInt = 64
-    sampling: SamplingConfig = SamplingConfig()
 
     @model_validator(mode="after")
     def _gamma_needs_continuations(self) -> Self:

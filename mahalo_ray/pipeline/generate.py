@@ -12,7 +12,7 @@ from mahalo_ray.data.rows import QUARANTINE, BadRow, data_files, quarantine
 from mahalo_ray.pipeline.artifacts import find_model
 from mahalo_ray.pipeline.progress import RunProgress
 from mahalo_ray.pipeline.stages import Context, Manifest, Pipeline, Session, Stage, StageResult
-from mahalo_ray.rollouts.generate import ANSWERS, REJECTED, answer_prompts
+from mahalo_ray.rollouts.answers import ANSWERS, REJECTED, answer_prompts
 
 
 def generate(config: GenerateConfig, session: Session, progress: RunProgress) -> Manifest:

@@ -28,7 +28,7 @@ from mahalo_ray.errors import StageError
 from mahalo_ray.evaluation.agreement import measure_agreement
 from mahalo_ray.evaluation.statistics import Bootstrap
 from mahalo_ray.rollouts.judges import Judged, JudgeSpec, Score, Unjudged, load_function, rubric_template
-from mahalo_ray.rollouts.labelling import joined
+from mahalo_ray.rollouts.step_labels import joined
 
 
 def judge_spec(name: str, config: JudgeConfig) -> JudgeSpec:

@@ -19,7 +19,8 @@ from mahalo_ray.pipeline.judging import judge_identity, judge_spec
 from mahalo_ray.pipeline.progress import RunProgress
 from mahalo_ray.pipeline.stages import Context, Manifest, Pipeline, Session, Stage, StageResult
 from mahalo_ray.rollouts.judges import JudgeSpec
-from mahalo_ray.rollouts.labelling import (
+from mahalo_ray.rollouts.pool import share_limits
+from mahalo_ray.rollouts.step_labels import (
     TRACES,
     UNJUDGED,
     LabelChunk,
@@ -27,7 +28,6 @@ from mahalo_ray.rollouts.labelling import (
     LabelSpec,
     run_labelling,
 )
-from mahalo_ray.rollouts.pool import share_limits
 
 INPUT = "input"
 CHUNKS = "chunks.json"

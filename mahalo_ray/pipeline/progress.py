@@ -26,7 +26,7 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-class Estimate:
+class TimeEstimate:
     """Expected total seconds of a stage: first what it took last time, then more and more its own pace.
 
     With f the share done, the estimate is (1 - f) * last time + f * (start-up + pace * total); the time
@@ -80,7 +80,7 @@ class StageProgress:
     def __init__(self, title: str, last_time: float | None, console: Console, bars: Progress | None) -> None:
         self.title = title
         self._console, self._bars = console, bars
-        self.estimate = Estimate(last_time)
+        self.estimate = TimeEstimate(last_time)
         self._unit, self._done, self._total = "", 0.0, 0.0
         self._last_line = time.monotonic()
         self._task: TaskID | None = None
@@ -195,7 +195,7 @@ class _Expected(ProgressColumn):
     max_refresh = 0.5
 
     def render(self, task: Task) -> Text:
-        estimate: Estimate = task.fields["estimate"]
+        estimate: TimeEstimate = task.fields["estimate"]
         total = estimate.total()
         expected = "" if total is None else f" of ~{duration(total)}"
         return Text(duration(estimate.elapsed) + expected)

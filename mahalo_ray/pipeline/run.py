@@ -34,7 +34,7 @@ from mahalo_ray.pipeline.seed_blocks import first_seed
 from mahalo_ray.pipeline.serve import try_serving
 from mahalo_ray.pipeline.stages import Context, Pipeline, Stage, StageResult
 from mahalo_ray.rollouts.dialogue_job import CANDIDATES, DialogueChunks, RolloutSpec, run_rollouts
-from mahalo_ray.rollouts.pairs import build_pairs, labelled_traces
+from mahalo_ray.rollouts.pair_building import build_pairs, labelled_traces
 from mahalo_ray.training.methods import METHOD_VERSIONS
 from mahalo_ray.training.ray_train import TrainingResult, run_stage
 from mahalo_ray.training.settings import PolicySettings, RewardSettings, SftSettings, StageSettings
@@ -241,11 +241,7 @@ def _play(
     spec = RolloutSpec(
         tutor=ModelTutorConfig(path=context.input("sft", "model")),
         student=MiniatureStudentConfig(),
-        play=PlayConfig(
-            candidates=settings.candidates,
-            batch_size_per_actor=settings.batch_size_per_actor,
-            sampling=settings.sampling,
-        ),
+        play=PlayConfig.of(settings),
         output_url=context.folder,
         purpose=purpose,
         placement=DeviceConfig(config.cluster.device, config.model.dtype),

@@ -34,7 +34,7 @@ from mahalo_ray.rollouts.dialogue_job import (
     RolloutSpec,
     run_rollouts,
 )
-from mahalo_ray.rollouts.pairs import CandidateShards, build_pairs
+from mahalo_ray.rollouts.pair_building import CandidateShards, build_pairs
 from mahalo_ray.rollouts.pool import share_limits
 
 PAIRS = "pairs"
