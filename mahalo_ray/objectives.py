@@ -34,6 +34,8 @@ class Weights(Mapping[str, float]):
         total = math.fsum(values.values())
         if total <= 0:
             raise ValueError(f"all weights are 0 ({', '.join(values)}): at least one must be above 0")
+        if abs(total - 1) < 1e-12:
+            total = 1.0  # divided before: writing weights out and reading them back changes no digit
         self._items = {name: float(value) / total for name, value in values.items()}
 
     @classmethod

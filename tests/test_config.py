@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from mahalo_ray.config import ConfigError, RunConfig, dump_config, load_config
+from mahalo_ray.objectives import Weights
 
 MINIMAL = """
 name: demo
@@ -32,7 +33,7 @@ def test_minimal_document_loads_with_defaults(file: Path) -> None:
     config = load_config(file)
     assert config.objective_names == ("accuracy", "engagement")
     assert config.policy.training.zero_stage == 3 and config.sft.training.zero_stage == 2
-    assert config.sweep.vectors()[0].label() == "accuracy=0.9,engagement=0.1"
+    assert config.sweep.weights[0].label() == "accuracy=0.9,engagement=0.1"
 
 
 def test_overrides_set_values_sections_and_list_items(file: Path) -> None:
@@ -50,7 +51,7 @@ def test_overrides_set_values_sections_and_list_items(file: Path) -> None:
     )
     assert config.policy.training.learning_rate == 5e-5
     assert config.policy.lora is not None and config.policy.lora.rank == 4
-    assert config.sweep.weights == [{"accuracy": 1}, {"accuracy": 0.4, "engagement": 0.9}]
+    assert config.sweep.weights == [Weights.one("accuracy"), Weights({"accuracy": 0.4, "engagement": 0.9})]
     assert config.objectives[1].supervision == "pairwise"
     assert config.cluster.address == "ray://head:10001"
     assert config.seed == 3

@@ -52,7 +52,7 @@ GRID = GridCases(
     problems=[GridProblem(topic=f"t{n}", problem=f"What is {n} + 98000?", answer=KEY) for n in range(3)],
     misconceptions=["counts from one"],
 )
-STUDENT = ModelStudentConfig(path="", max_new_tokens=10)
+STUDENT = ModelStudentConfig(path="unused", max_new_tokens=10)
 
 
 def persona_students(count: int) -> list[PersonaStudent]:

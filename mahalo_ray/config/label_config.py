@@ -8,15 +8,27 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from mahalo_ray.config.section import (
+    Domain,
+    Dtype,
     EndpointConfig,
     Fraction,
+    FunctionName,
+    LabelRange,
     NonNegativeInt,
+    Number,
+    OpenFraction,
+    PositiveFraction,
     PositiveInt,
+    RunName,
     Section,
+    Seed,
     Temperature,
+    Text,
+    TraceFormat,
+    WeightVector,
 )
 from mahalo_ray.config.stage_config import ActorsConfig, ObjectiveConfig, SamplingConfig
-from mahalo_ray.objectives import Weights, unknown_name
+from mahalo_ray.objectives import unknown_name
 
 ROLLOUT_SUPERVISION = ("rollout_value", "judged_rollouts")
 DEFAULT_THRESHOLD = 0.5
@@ -26,14 +38,19 @@ class CheckerJudgeConfig(Section):
     """The domain's own checker (maths: math-verify), on whole responses against the reference answer."""
 
     kind: Literal["checker"] = "checker"
+    """The domain's own checker."""
 
 
 class _ThresholdJudgeConfig(Section):
     """Scores at or above the threshold count as positive: that of `calibration` (a calibration.json that
     `mahalo calibrate` wrote for this very judge), else `threshold`, else 0.5."""
 
-    threshold: float | None = None
-    calibration: str | None = None
+    threshold: Number | None = None
+    """Scores at or above it count as positive. Null: that of `calibration`, else 0.5."""
+
+    calibration: Text | None = None
+    """A calibration.json that `mahalo calibrate` wrote for this very judge; it holds the threshold. Null:
+    none."""
 
     @model_validator(mode="after")
     def _one_threshold(self) -> Self:
@@ -52,13 +69,28 @@ class EndpointJudgeConfig(_ThresholdJudgeConfig):
     """
 
     kind: Literal["endpoint"] = "endpoint"
+    """A language model asked by a rubric."""
+
     endpoint: EndpointConfig
-    rubric: str
+    """The server. Its limits are those of the whole job: the actors share them."""
+
+    rubric: Text
+    """File with a jinja2 template of the question; docs/labelling.md has its variables."""
+
     score_pattern: str = r"(?i)score\s*[:=]\s*(-?\d+(?:\.\d+)?)"
-    scale: tuple[float, float] = (0.0, 1.0)
+    """Regular expression whose first group is the score; its last match in the reply counts."""
+
+    scale: LabelRange = (0.0, 1.0)
+    """Lowest and highest score, which are mapped to 0..1."""
+
     max_tokens: PositiveInt = 512
+    """Most tokens of a reply."""
+
     temperature: Temperature = 0.0
+    """Temperature of the replies. 0 always takes the likeliest token."""
+
     parse_retries: NonNegativeInt = 2
+    """How often a reply without a score within the scale is asked for again."""
 
     @field_validator("score_pattern")
     @classmethod
@@ -71,22 +103,23 @@ class EndpointJudgeConfig(_ThresholdJudgeConfig):
             raise ValueError("the score is the first group of the pattern, and it has none")
         return value
 
-    @field_validator("scale")
-    @classmethod
-    def _ascending(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if value[0] >= value[1]:
-            raise ValueError("the first must be below the second")
-        return value
-
 
 class ModelJudgeConfig(_ThresholdJudgeConfig):
     """A local reward model: a process reward model of ours (`objective` chooses which of its scores), or a
     sequence or token classifier."""
 
     kind: Literal["model"] = "model"
-    path: str
-    objective: str | None = None
+    """A local reward model or classifier."""
+
+    path: Text
+    """Folder, URL or hub id of the model."""
+
+    objective: Text | None = None
+    """Which of a reward model's scores is used. Null: the objective that is judged, or a classifier's only
+    score."""
+
     batch_size: PositiveInt = 16
+    """Sequences that are scored together."""
 
 
 class ProgramJudgeConfig(_ThresholdJudgeConfig):
@@ -95,7 +128,10 @@ class ProgramJudgeConfig(_ThresholdJudgeConfig):
     programs: nothing in the data can."""
 
     kind: Literal["program"] = "program"
-    function: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
+    """A function of yours."""
+
+    function: FunctionName
+    """`module:function` of (prompt, steps, answer), importable on every node; returns a number or a bool."""
 
 
 JudgeConfig = Annotated[
@@ -107,25 +143,40 @@ JudgeConfig = Annotated[
 class LabelTraces(Section):
     """A file, folder or hub data set of step traces in any of the readers' formats; labels are not read."""
 
-    path: str
-    format: str = "auto"
+    path: Text
+    """File or folder (JSON, JSON Lines, Parquet; also compressed), URL, or
+    `hub:OWNER/NAME[/CONFIG][:SPLIT]`."""
+
+    format: TraceFormat = "auto"
+    """Format of the rows; `auto` tells them apart by their fields. Labels are not read."""
 
 
 class LabelPrompts(Section):
     """Questions with reference answers (`question` and `answer`, `problem` and `solution`, ...): the policy
     answers each `responses` times, and these responses are labelled."""
 
-    path: str
+    path: Text
+    """File or folder (JSON, JSON Lines, Parquet; also compressed), URL, or
+    `hub:OWNER/NAME[/CONFIG][:SPLIT]`."""
+
     responses: PositiveInt = 4
+    """How often the policy answers each question; these answers are labelled."""
 
 
 class LabelInput(Section):
     """What is labelled. `limit`: the first so many traces and prompts together."""
 
     traces: list[LabelTraces] = []
+    """Sources of traces."""
+
     prompts: list[LabelPrompts] = []
+    """Sources of questions, which the policy answers first."""
+
     limit: PositiveInt | None = None
+    """Only the first so many traces and prompts together. Null: all."""
+
     max_bad_fraction: Fraction = 0.01
+    """Largest share of rows that cannot be used; they go to quarantine.parquet. More of them end the job."""
 
     @model_validator(mode="after")
     def _something(self) -> Self:
@@ -140,9 +191,16 @@ class AdaptiveConfig(Section):
     `confidence` is narrower than `max_width`."""
 
     round: PositiveInt = 2
-    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.9
-    threshold: Annotated[float, Field(gt=0, lt=1)] | None = 0.5
-    max_width: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Continuations that are drawn before the next look."""
+
+    confidence: Annotated[Number, Field(gt=0.5, lt=1)] = 0.9
+    """Probability that counts as certain."""
+
+    threshold: OpenFraction | None = 0.5
+    """Sampling ends when the mean is certainly above or below it. Null: not a reason to end."""
+
+    max_width: OpenFraction | None = None
+    """Sampling ends when the central interval of the mean is narrower. Null: not a reason to end."""
 
     @model_validator(mode="after")
     def _a_reason_to_stop(self) -> Self:
@@ -160,19 +218,28 @@ class ContinuationsConfig(Section):
     steps), gives r_t of the last step (default: 0).
     """
 
-    policy: str
-    weights: dict[str, Annotated[float, Field(ge=0)]] | None = None
-    samples: PositiveInt = 8
-    gamma: Annotated[float, Field(gt=0, le=1)] = 0.9
-    adaptive: AdaptiveConfig | None = None
-    sampling: SamplingConfig = SamplingConfig(max_new_tokens=256)
-    step_reward: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
+    policy: Text
+    """Folder, URL or hub id of a multi-head policy of ours (with `weights`), or of any causal language model
+    with a chat template."""
 
-    @model_validator(mode="after")
-    def _on_the_simplex(self) -> Self:
-        if self.weights is not None:
-            Weights(self.weights)
-        return self
+    weights: WeightVector | None = None
+    """Weights over the heads of a multi-head policy, divided by their sum. Null: the model has one head."""
+
+    samples: PositiveInt = 8
+    """Continuations M of every prefix; with `adaptive` the most of them."""
+
+    gamma: PositiveFraction = 0.9
+    """Discount of the verdict per later step, for `rollout_value`. 1 is none."""
+
+    adaptive: AdaptiveConfig | None = None
+    """When to stop early. Null: always `samples` continuations."""
+
+    sampling: SamplingConfig = SamplingConfig(max_new_tokens=256)
+    """How continuations are drawn; `max_new_tokens` is the most of each one."""
+
+    step_reward: FunctionName | None = None
+    """`module:function` of (prompt, steps) that gives the last step's reward r_t, for `rollout_value`. Null:
+    0."""
 
 
 class CalibrationConfig(Section):
@@ -183,15 +250,32 @@ class CalibrationConfig(Section):
     dialogues kept together, with bootstrap intervals over dialogues.
     """
 
-    objective: str
-    ratings: str
-    format: str = "rated"
-    label_range: tuple[float, float] = (0.0, 1.0)
+    objective: Text
+    """The objective whose judge is calibrated."""
+
+    ratings: Text
+    """File, folder, URL or `hub:OWNER/NAME` with rated dialogues."""
+
+    format: TraceFormat = "rated"
+    """Format of the rows; `auto` tells them apart by their fields."""
+
+    label_range: LabelRange = (0.0, 1.0)
+    """Lowest and highest rating, which are mapped to 0..1."""
+
     positive_from: Fraction = 0.5
-    folds: Annotated[int, Field(ge=2)] = 5
+    """Ratings at or above this share of the range count as positive."""
+
+    folds: Annotated[PositiveInt, Field(ge=2)] = 5
+    """Parts of the cross-validation; a dialogue's ratings stay in one part."""
+
     max_bad_fraction: Fraction = 0.01
+    """Largest share of rows that cannot be used. More of them end the job."""
+
     bootstrap_resamples: PositiveInt = 2000
-    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    """Resamples behind every interval."""
+
+    confidence: OpenFraction = 0.95
+    """Confidence of the intervals: 0.95 is 95 %."""
 
 
 class LabelConfig(Section):
@@ -201,20 +285,48 @@ class LabelConfig(Section):
     `max_unjudged_fraction` of labels without a verdict end the job.
     """
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
-    output: str
-    seed: NonNegativeInt = 17
-    domain: Literal["math", "human_values", "tutoring"]
+    name: RunName
+    """Name of the job: letters, digits, dots, dashes and underscores."""
+
+    output: Text
+    """Folder, or any fsspec URL that every node can reach, for everything that is written."""
+
+    seed: Seed = 17
+    """Seed of everything that is drawn."""
+
+    domain: Domain
+    """Where steps end and which checker there is: `math` at blank lines, `human_values` at sentences and
+    paragraphs, `tutoring` at whole turns."""
+
     objectives: Annotated[list[ObjectiveConfig], Field(min_length=1)]
+    """The objectives that are labelled."""
+
     judges: dict[str, JudgeConfig]
+    """The judge of each objective, by its name."""
+
     input: LabelInput | None = None
+    """What is labelled. Null: nothing, for `mahalo calibrate` alone."""
+
     continuations: ContinuationsConfig | None = None
+    """The policy that answers prompts and continues steps. Null: no objective needs one."""
+
     calibration: CalibrationConfig | None = None
+    """Human ratings for `mahalo calibrate`. Null: none."""
+
     step_separator: str | None = "\n\n"
+    """Text between the steps of a response. Null: a step is a whole turn."""
+
     traces_per_chunk: PositiveInt = 16
+    """Traces that one actor labels before it writes them. A killed job loses no more."""
+
     max_unjudged_fraction: Fraction = 0.05
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Largest share of labels that may stay without a verdict; more of them end the job."""
+
+    dtype: Dtype = "float32"
+    """Number format of the policy's weights."""
+
     cluster: ActorsConfig = ActorsConfig()
+    """Where the work runs."""
 
     @property
     def objective_names(self) -> tuple[str, ...]:

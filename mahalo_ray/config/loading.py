@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -100,8 +102,19 @@ def _explain(error: ValidationError, source: str, kind: type[BaseModel]) -> str:
             lines.append(f"  {location}: {unknown_name('key', str(item['loc'][-1]), known)}")
         else:
             given = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
-            lines.append(f"  {location}: {item['msg'].removeprefix('Value error, ')}{given}")
+            hint = (
+                _nearest_choice(item["input"], item["ctx"]["expected"])
+                if item["type"] == "literal_error"
+                else ""
+            )
+            lines.append(f"  {location}: {item['msg'].removeprefix('Value error, ')}{given}{hint}")
     return f"{source} cannot be used:\n" + "\n".join(lines)
+
+
+def _nearest_choice(value: Any, expected: str) -> str:
+    """ " Did you mean 'trl'?" where one of the quoted choices in pydantic's text is close to the value."""
+    close = difflib.get_close_matches(str(value), re.findall(r"'([^']*)'", expected), n=1)
+    return f". Did you mean '{close[0]}'?" if close else ""
 
 
 def _known_keys(location: tuple[int | str, ...], kind: type[BaseModel]) -> list[str]:

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from mahalo_ray.config.section import (
+    MAX_REQUEST_SEED,
+    Domain,
+    Dtype,
     EndpointConfig,
     Fraction,
-    NonNegativeInt,
+    LongText,
+    OptionalWeights,
     PositiveFloat,
     PositiveInt,
+    RunName,
     SamplingParams,
     Section,
+    Seed,
+    Standardisation,
+    Strategy,
     Temperature,
+    Text,
+    WeightVector,
+    refuse_bool,
 )
 from mahalo_ray.config.stage_config import ActorsConfig, DialogueBatchConfig, PairsConfig
-from mahalo_ray.objectives import Weights
 
 Knowledge = Literal["none", "partial", "solid"]
 Level = Literal["low", "medium", "high"]
@@ -30,6 +40,7 @@ class MiniatureStudentConfig(Section):
     unused."""
 
     kind: Literal["miniature"] = "miniature"
+    """A student of the miniature."""
 
 
 class _PersonaStudentConfig(Section):
@@ -37,15 +48,24 @@ class _PersonaStudentConfig(Section):
     solve the task alone, and the answer is compared with what its persona knows (needs answer keys)."""
 
     max_new_tokens: PositiveInt = 96
+    """Most tokens of one reply of the student."""
+
     temperature: Temperature = 0.8
+    """Temperature of the student's replies. 0 always takes the likeliest token."""
+
     post_test: bool = False
+    """Whether the student is asked after the dialogue to solve the task alone, and its answer compared with
+    what its persona knows. Needs cases with answer keys."""
 
 
 class ModelStudentConfig(_PersonaStudentConfig):
     """Any `transformers` causal language model with a chat template: a folder, URL or hub id."""
 
     kind: Literal["model"] = "model"
-    path: str
+    """A transformers causal language model."""
+
+    path: Text
+    """Folder, URL or hub id of the model."""
 
 
 class EndpointStudentConfig(_PersonaStudentConfig):
@@ -53,7 +73,10 @@ class EndpointStudentConfig(_PersonaStudentConfig):
     the actors share them."""
 
     kind: Literal["endpoint"] = "endpoint"
+    """An OpenAI-compatible endpoint."""
+
     endpoint: EndpointConfig
+    """The server. Its limits are those of the whole stage: the actors share them."""
 
 
 StudentConfig = Annotated[
@@ -65,14 +88,16 @@ class PolicyTutorConfig(Section):
     """A multi-head policy of ours, decoded at these weights."""
 
     kind: Literal["policy"] = "policy"
-    path: str
-    weights: Annotated[dict[str, Annotated[float, Field(ge=0)]], Field(min_length=1)]
-    instruction: str | None = None
+    """A multi-head policy of ours."""
 
-    @model_validator(mode="after")
-    def _on_the_simplex(self) -> Self:
-        Weights(self.weights)  # refuses weights that are all zero
-        return self
+    path: Text
+    """Folder or URL of the policy."""
+
+    weights: WeightVector
+    """Weights over its heads, divided by their sum."""
+
+    instruction: str | None = None
+    """System message. Null: none."""
 
 
 class ModelTutorConfig(Section):
@@ -82,16 +107,26 @@ class ModelTutorConfig(Section):
     """
 
     kind: Literal["model"] = "model"
-    path: str
+    """A transformers causal language model."""
+
+    path: Text
+    """Folder, URL or hub id of the model."""
+
     instruction: str | None = None
+    """System message; the task is not repeated in it, since the student's opening has it. Null: none."""
 
 
 class EndpointTutorConfig(Section):
     """An OpenAI-compatible endpoint. Its turns have no token ids: pairs from them are text."""
 
     kind: Literal["endpoint"] = "endpoint"
+    """An OpenAI-compatible endpoint."""
+
     endpoint: EndpointConfig
+    """The server. Its limits are those of the whole stage: the actors share them."""
+
     instruction: str | None = None
+    """System message. Null: none."""
 
 
 TutorConfig = Annotated[
@@ -103,7 +138,10 @@ class MathDialCases(Section):
     """MathDial rows: problem, student profile, confusion and wrong solution; JSON, JSON Lines or Parquet."""
 
     kind: Literal["mathdial"] = "mathdial"
-    path: str
+    """MathDial rows."""
+
+    path: Text
+    """File, folder, URL or `hub:OWNER/NAME` with the rows."""
 
 
 class PrefixCases(Section):
@@ -111,23 +149,36 @@ class PrefixCases(Section):
     student), and perhaps `id` and `topic`."""
 
     kind: Literal["prefixes"] = "prefixes"
-    path: str
+    """Beginnings of dialogues."""
+
+    path: Text
+    """File, folder, URL or `hub:OWNER/NAME` with the rows."""
 
 
 class GridProblem(Section):
     """One problem of a generated grid. `answer` is the key: neither side sees it."""
 
-    topic: str
-    problem: str
+    topic: Text
+    """What the problem is about; pairs can be held out by it."""
+
+    problem: LongText
+    """The task, as both sides read it."""
+
     answer: str | None = None
+    """The answer key, which neither side sees. Null: there is none."""
 
 
 class GridCases(Section):
     """Every problem with every misconception."""
 
     kind: Literal["grid"] = "grid"
+    """Problems and misconceptions, every one with every other."""
+
     problems: Annotated[list[GridProblem], Field(min_length=1)]
-    misconceptions: Annotated[list[str], Field(min_length=1)]
+    """The problems."""
+
+    misconceptions: Annotated[list[LongText], Field(min_length=1)]
+    """What students get wrong, one sentence each."""
 
 
 CasesConfig = Annotated[MathDialCases | PrefixCases | GridCases, Field(discriminator="kind")]
@@ -137,16 +188,26 @@ class PersonasConfig(Section):
     """The values that personas are dealt from: all combinations occur equally often (give or take one)."""
 
     knowledge: Annotated[list[Knowledge], Field(min_length=1)] = ["none", "partial", "solid"]
+    """What a student knows at the start."""
+
     engagement: Annotated[list[Level], Field(min_length=1)] = ["low", "medium", "high"]
+    """How willing a student is."""
+
     tone: Annotated[list[Tone], Field(min_length=1)] = ["friendly", "neutral", "frustrated"]
+    """How a student speaks."""
+
     verbosity: Annotated[list[Verbosity], Field(min_length=1)] = ["terse", "normal", "talkative"]
+    """How much a student says."""
 
 
 class BranchingConfig(Section):
     """At each of the first `depth` tutor turns, `width` candidates go on as dialogues of their own."""
 
     depth: PositiveInt = 1
-    width: Annotated[int, Field(ge=2)] = 2
+    """Number of first tutor turns at which dialogues branch."""
+
+    width: Annotated[PositiveInt, Field(ge=2)] = 2
+    """Candidates of each of these turns that go on as dialogues of their own; at most `candidates`."""
 
 
 class PlayConfig(DialogueBatchConfig):
@@ -159,12 +220,26 @@ class PlayConfig(DialogueBatchConfig):
     """
 
     turns: PositiveInt | None = None
+    """Tutor turns per dialogue. Null: as many as the miniature's problem allows."""
+
     continuation: Literal["best", "sampled", "random"] = "random"
+    """Which candidate goes on: the `best` by the reward model, one `sampled` by softmax of the totals, or a
+    `random` one."""
+
     score_temperature: PositiveFloat = 1.0
-    guidance: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """Divides the totals before the softmax of `continuation: sampled`."""
+
+    guidance: OptionalWeights = None
+    """Weights over the reward model's objectives for the totals, divided by their sum. Empty: all alike."""
+
     branching: BranchingConfig | None = None
+    """Dialogues that branch at their first turns. Null: none do."""
+
     max_tokens: PositiveInt | None = None
-    stop: list[str] = []
+    """Longest dialogue, in tokens; at most the models' contexts. Null: these alone."""
+
+    stop: list[Annotated[str, Field(min_length=1)]] = []
+    """Texts that end the dialogue when a student's reply holds one of them."""
 
     @classmethod
     def of(cls, batch: DialogueBatchConfig) -> PlayConfig:
@@ -181,8 +256,6 @@ class PlayConfig(DialogueBatchConfig):
             raise ValueError(
                 f"'branching.width' is {self.branching.width}, but there are {self.candidates} 'candidates'"
             )
-        if not all(self.stop):
-            raise ValueError("a text in 'stop' is empty: leave it out")
         return self
 
 
@@ -193,19 +266,46 @@ class DialoguesConfig(Section):
     scores and no pairs. More than `max_failed_fraction` of failed dialogues ends the stage with the reason.
     """
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
-    output: str
-    seed: NonNegativeInt = 17
+    name: RunName
+    """Name of the set: letters, digits, dots, dashes and underscores."""
+
+    output: Text
+    """Folder, or any fsspec URL that every node can reach, for everything that is written."""
+
+    seed: Seed = 17
+    """Seed of everything that is drawn."""
+
     tutor: TutorConfig
+    """Who tutors."""
+
     student: StudentConfig
+    """Who learns."""
+
     cases: CasesConfig | None = None
+    """What the dialogues are about. Null, and only null, with the miniature's students, who bring their own
+    problems."""
+
     personas: PersonasConfig = PersonasConfig()
-    reward: str | None = None
+    """The values that personas are dealt from."""
+
+    reward: Text | None = None
+    """Folder or URL of a process reward model of ours that scores every candidate. Null: no scores and no
+    pairs."""
+
     play: PlayConfig = PlayConfig()
+    """How dialogues are played."""
+
     pairs: PairsConfig = PairsConfig()
+    """How pairs are made of scored candidates."""
+
     max_failed_fraction: Fraction = 0.1
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Largest share of dialogues that may fail; more of them end the job with the reason."""
+
+    dtype: Dtype = "float32"
+    """Number format of the models' weights."""
+
     cluster: ActorsConfig = ActorsConfig()
+    """Where the work runs."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
@@ -240,8 +340,12 @@ class RewardSource(Section):
     """A reward model: one of ours, which knows its objectives, or a classifier of another maker, for which
     `objective` says what it scores."""
 
-    model: str
-    objective: str | None = None
+    model: Text
+    """A run's output, or a reward model's folder, URL or hub id."""
+
+    objective: Text | None = None
+    """What a classifier of another maker scores. Null for a reward model of ours, which knows its
+    objectives."""
 
     @classmethod
     def parse(cls, text: str) -> RewardSource:
@@ -255,8 +359,13 @@ class ServerSource(Section):
     `weights` what was merged into its model."""
 
     endpoint: EndpointConfig
-    tokenizer: str
-    weights: dict[str, Annotated[float, Field(ge=0)]] | None = None
+    """The completion server."""
+
+    tokenizer: Text
+    """Folder or hub id of the server's tokenizer."""
+
+    weights: WeightVector | None = None
+    """The weights that were merged into the server's model, for the record. Null: not known."""
 
 
 _GUIDED = ("argmax", "sample", "beam", "dvts", "best_of_n")
@@ -273,24 +382,48 @@ class RequestConfig(SamplingParams):
     """What every prompt is answered with, as the endpoint's requests; rows may have weights, guidance and
     seed of their own. `seed` is mixed with each row's id."""
 
-    weights: dict[str, Annotated[float, Field(ge=0)]] | None = None
-    guidance: dict[str, Annotated[float, Field(ge=0)]] | None = None
+    weights: WeightVector | None = None
+    """Weights over the policy's heads, divided by their sum. Null: a single-head model, or rows that name
+    their own."""
+
+    guidance: WeightVector | None = None
+    """Weights over the reward models' objectives, divided by their sum. Null: all alike."""
+
     num_candidates: PositiveInt = 5
-    strategy: Literal["argmax", "sample", "beam", "dvts", "best_of_n", "none"] = "argmax"
+    """Candidates per step (of `best_of_n`: whole responses)."""
+
+    strategy: Strategy = "argmax"
+    """`argmax` takes each step's best candidate, `sample` draws one by its total, `beam` and `dvts` search,
+    `best_of_n` chooses among whole responses, `none` samples one response without guidance."""
+
     beam_width: PositiveInt = 4
+    """Continuations of each beam of `beam` and `dvts`; at least 2 there, and a divisor of
+    `num_candidates`."""
+
     score_temperature: PositiveFloat = 1.0
-    standardisation: Literal["within_candidates", "calibrated"] = "within_candidates"
-    seed: NonNegativeInt = 0
+    """Divides the totals before the softmax of `strategy: sample`."""
+
+    standardisation: Standardisation = "within_candidates"
+    """What scores are divided by before they are added: their spread `within_candidates`, or the `calibrated`
+    one stored with the reward model."""
+
+    seed: Annotated[int, Field(ge=0, le=MAX_REQUEST_SEED), BeforeValidator(refuse_bool)] = 0
+    """Seed of the answers; mixed with each row's id."""
+
     max_new_tokens: PositiveInt = 512
+    """Most tokens of a whole answer."""
+
     max_step_tokens: PositiveInt = 256
+    """Most tokens of one step."""
+
     max_steps: PositiveInt = 256
+    """Most steps of an answer."""
+
     stop: list[Annotated[str, Field(min_length=1)]] = []
+    """Texts that end an answer; they are not part of it."""
 
     @model_validator(mode="after")
     def _options_are_used(self) -> Self:
-        for values in (self.weights, self.guidance):
-            if values is not None:
-                Weights(values)
         for name, strategies in _USED_BY.items():
             given = getattr(self, name) != type(self).model_fields[name].default
             if given and self.strategy not in strategies:
@@ -307,18 +440,43 @@ class GenerateConfig(Section):
     `chunk_rows` prompts are decoded together: another size is another job, another number of actors is not.
     """
 
-    prompts: str
-    output: str
-    domain: Literal["math", "human_values", "tutoring"] = "tutoring"
-    policy: str | None = None
+    prompts: Text
+    """File or folder (JSON, JSON Lines, Parquet) with the prompts."""
+
+    output: Text
+    """Folder, or any fsspec URL that every node can reach, for the answers."""
+
+    domain: Domain = "tutoring"
+    """Where steps end: `math` at blank lines, `human_values` at sentences and paragraphs, `tutoring` at whole
+    turns."""
+
+    policy: Text | None = None
+    """A run's output, or the folder, URL or hub id of a policy or any causal language model. Either this or
+    `server`."""
+
     server: ServerSource | None = None
+    """A completion server that samples in the policy's place. Either this or `policy`."""
+
     rewards: list[RewardSource] = []
+    """Reward models that guide. Needed by every strategy but `none`."""
+
     request: RequestConfig = RequestConfig()
+    """What every prompt is answered with; rows may have weights, guidance and seed of their own."""
+
     chunk_rows: PositiveInt = 64
+    """Prompts that one actor answers together. Another size is another job."""
+
     max_branches: PositiveInt = 256
+    """Most candidates that one actor decodes at one time, over its prompts. Not used with `server`."""
+
     max_bad_fraction: Fraction = 0.05
+    """Largest share of rows that cannot be used; they go to quarantine.parquet. More of them end the job."""
+
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the models' weights."""
+
     cluster: ActorsConfig = ActorsConfig()
+    """Where the work runs."""
 
     @property
     def seed(self) -> int:

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from mahalo_ray.config.section import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from mahalo_ray.config.section import (
+    BaselineName,
+    EnvironmentVariable,
+    Fraction,
+    LabelRange,
+    NonNegativeInt,
+    Number,
+    OpenFraction,
+    OptionalWeights,
+    OutcomeLabels,
+    PairFormat,
+    PositiveFloat,
+    PositiveFraction,
+    PositiveInt,
+    RunName,
+    Section,
+    Seed,
+    Text,
+    TraceFormat,
+    WeightVector,
+    refuse_bool,
+)
 from mahalo_ray.config.stage_config import (
     ClusterConfig,
     ModelConfig,
@@ -25,28 +46,45 @@ from mahalo_ray.objectives import Weights, unknown_name
 class SweepConfig(Section):
     """Decoding weight vectors tried by Ray Tune; each is played against the same fresh students."""
 
-    weights: list[dict[str, Annotated[float, Field(ge=0)]]] = []
-
-    def vectors(self) -> list[Weights]:
-        """The weight vectors as points on the simplex."""
-        return [Weights(w) for w in self.weights]
+    weights: list[WeightVector] = []
+    """Weight vectors over the policy's heads that are tried, each divided by its sum: `[{accuracy: 0.9,
+    engagement: 0.1}, ...]`."""
 
 
 class GuidedConfig(Section):
     """PRM-guided decoding at fixed decoding weights (heads) and guidance weights (reward objectives)."""
 
     num_candidates: PositiveInt = 5
-    weights: dict[str, Annotated[float, Field(ge=0)]] = {}
-    guidance: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """Candidates per step of guided decoding."""
+
+    weights: OptionalWeights = None
+    """Weights over the policy's heads, divided by their sum. Needed unless the run is on own data."""
+
+    guidance: OptionalWeights = None
+    """Weights over the reward model's objectives, divided by their sum. Needed unless the run is on own
+    data."""
+
+    @property
+    def point(self) -> tuple[Weights, Weights]:
+        """Decoding weights and guidance weights, which every run that plays dialogues has."""
+        assert self.weights is not None and self.guidance is not None
+        return self.weights, self.guidance
 
 
 class EvaluationConfig(Section):
     """Fresh dialogues behind every row of the table."""
 
     dialogues: PositiveInt = 240
+    """Fresh dialogues behind every row of the table."""
+
     sampling: SamplingConfig = SamplingConfig()
+    """How turns are drawn in them."""
+
     bootstrap_resamples: PositiveInt = 2000
-    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    """Resamples behind every interval."""
+
+    confidence: OpenFraction = 0.95
+    """Confidence of the intervals: 0.95 is 95 %."""
 
 
 class ServeConfig(Section):
@@ -57,26 +95,56 @@ class ServeConfig(Section):
     share a batch.
     """
 
-    host: str = "127.0.0.1"
-    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    host: Text = "127.0.0.1"
+    """Network address the endpoint listens on. `127.0.0.1`: this machine only; `0.0.0.0`: all of its
+    networks."""
+
+    port: Annotated[int, Field(ge=0, le=65535), BeforeValidator(refuse_bool)] = 8000
+    """TCP port. 0 takes a free one."""
+
     replicas: PositiveInt = 1
+    """Copies of policy and reward model that answer side by side."""
+
     cpus_per_replica: PositiveFloat = 1
+    """CPU cores reserved for each copy."""
+
     max_ongoing_requests: PositiveInt = 16
+    """Most requests that one replica decodes together."""
+
     max_queued_requests: NonNegativeInt = 64
-    batch_window_s: Annotated[float, Field(ge=0, le=10)] = 0.01
+    """Most requests per replica that wait beyond these; the next one gets 503 with Retry-After."""
+
+    batch_window_s: Annotated[Number, Field(ge=0, le=10)] = 0.01
+    """Seconds within which requests that arrive at an idle replica share a batch."""
+
     max_candidates: PositiveInt = 16
+    """Most candidates that a request may ask for."""
+
     max_new_tokens: PositiveInt = 512
+    """Most tokens of one answer."""
+
     max_messages: PositiveInt = 128
+    """Most messages of a request."""
+
     max_request_bytes: PositiveInt = 1_000_000
+    """Largest body of a request, in bytes."""
+
     request_timeout_s: PositiveFloat = 60.0
-    api_key_env: str | None = None
+    """Seconds that one request may take, waiting included."""
+
+    api_key_env: EnvironmentVariable | None = None
+    """Name of the environment variable that holds the key clients must send. Null: no key is asked for."""
 
 
 class MiniatureConfig(Section):
     """The generated tutoring miniature: how much of it is made for SFT, and its world's seed."""
 
     name: Literal["tutoring_miniature"] = "tutoring_miniature"
+    """The miniature world: generated arithmetic problems, scripted tutors and students with a hidden
+    state."""
+
     sft_dialogues: PositiveInt = 12000
+    """Scripted dialogues that the SFT model learns from."""
 
 
 class PairsSource(Section):
@@ -84,11 +152,21 @@ class PairsSource(Section):
     for: `objective` for all rows, or `objective_field`, the field of each row that names it. `sample`: share
     of the dialogues that is used, whole dialogues."""
 
-    path: str
-    format: Literal["auto", "trl", "mahalo", "records", "truthfulqa"] = "auto"
-    objective: str | None = None
-    objective_field: str | None = None
-    sample: Annotated[float, Field(gt=0, le=1)] = 1.0
+    path: Text
+    """File or folder (JSON, JSON Lines, Parquet; also compressed), URL, or
+    `hub:OWNER/NAME[/CONFIG][:SPLIT]`."""
+
+    format: PairFormat = "auto"
+    """Format of the rows; `auto` tells them apart by their fields."""
+
+    objective: Text | None = None
+    """The objective that all rows are for. Either this or `objective_field`."""
+
+    objective_field: Text | None = None
+    """The field of each row that names its objective. Either this or `objective`."""
+
+    sample: PositiveFraction = 1.0
+    """Share of the dialogues that is used, whole dialogues, chosen by the run's seed."""
 
     @model_validator(mode="after")
     def _one_way_to_the_objective(self) -> Self:
@@ -110,21 +188,35 @@ class TracesSource(Section):
     gamma^(n-t) * outcome every step t of n. `sample`: share of the prompts that is used, whole prompts.
     """
 
-    path: str
-    format: str = "auto"
-    objective: str | None = None
-    objective_field: str | None = None
-    label_range: tuple[float, float] = (0.0, 1.0)
-    outcome_labels: Literal["last", "all"] = "last"
-    gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
-    sample: Annotated[float, Field(gt=0, le=1)] = 1.0
+    path: Text
+    """File or folder (JSON, JSON Lines, Parquet; also compressed), URL, or
+    `hub:OWNER/NAME[/CONFIG][:SPLIT]`."""
+
+    format: TraceFormat = "auto"
+    """Format of the rows; `auto` tells them apart by their fields."""
+
+    objective: Text | None = None
+    """The objective of labels that name none. At most one of this and `objective_field`."""
+
+    objective_field: Text | None = None
+    """The field of each row that names the objective. At most one of this and `objective`."""
+
+    label_range: LabelRange = (0.0, 1.0)
+    """Lowest and highest value of the labels in the data, which are mapped to 0..1."""
+
+    outcome_labels: OutcomeLabels = "last"
+    """Where only the outcome is known: it labels the `last` step, or `all` of them, discounted by `gamma`."""
+
+    gamma: PositiveFraction = 1.0
+    """Discount of the outcome per step before the last. Only with `outcome_labels: all`; 1 is none."""
+
+    sample: PositiveFraction = 1.0
+    """Share of the prompts that is used, whole prompts, chosen by the run's seed."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
         if self.objective is not None and self.objective_field is not None:
             raise ValueError("give at most one of 'objective' and 'objective_field'")
-        if self.label_range[0] >= self.label_range[1]:
-            raise ValueError(f"'label_range' is {list(self.label_range)}: the first must be below the second")
         if self.gamma != 1.0 and self.outcome_labels != "all":
             raise ValueError("'gamma' discounts outcomes over all steps: it goes with 'outcome_labels: all'")
         return self
@@ -140,18 +232,22 @@ class DataConfig(Section):
     """
 
     pairs: list[PairsSource] = []
+    """Sources of preference pairs."""
+
     traces: list[TracesSource] = []
+    """Sources of step traces. With any of them the run trains a reward model and no policy."""
+
     step_separator: str | None = "\n\n"
+    """Text that ends every step where the reward model reads it. Null: a step is a whole turn."""
+
     max_bad_fraction: Fraction = 0.01
+    """Largest share of rows that cannot be used; they go to quarantine.parquet. More of them end the run."""
 
     @model_validator(mode="after")
     def _something_to_read(self) -> Self:
         if not self.pairs and not self.traces:
             raise ValueError("give 'pairs', 'traces' or both: there is nothing to read")
         return self
-
-
-BaselineName = Literal["dpo", "scalarised", "modpo", "soup"]
 
 
 class BaselineConfig(Section):
@@ -163,8 +259,15 @@ class BaselineConfig(Section):
     """
 
     method: BaselineName
-    weights: list[dict[str, Annotated[float, Field(ge=0)]]] = []
-    objective: str | None = None
+    """`dpo` is one policy per objective, `soup` averages their weights; `scalarised` and `modpo` train a
+    policy per weight vector."""
+
+    weights: list[WeightVector] = []
+    """Weight vectors of its policies, each divided by its sum. Empty: those of the sweep. Not used by
+    `dpo`."""
+
+    objective: Text | None = None
+    """The objective whose pairs `modpo` trains on. Null: at every vector the one with the largest weight."""
 
     @model_validator(mode="after")
     def _options_fit_the_method(self) -> Self:
@@ -178,7 +281,7 @@ class BaselineConfig(Section):
         """The weight vectors of its policies, in order."""
         if self.method == "dpo":
             return [Weights.one(name) for name in objectives]
-        return [Weights(vector) for vector in self.weights or sweep.weights]
+        return list(self.weights or sweep.weights)
 
     def pairs_of(self, weights: Weights, objectives: Sequence[str]) -> str:
         """The objective whose pairs MODPO trains on for this vector."""
@@ -192,7 +295,7 @@ class BaselineConfig(Section):
             for name in mentioned:
                 if name not in names:
                     raise ValueError(f"'{key}': {unknown_name('objective', name, names)}")
-        given = [[f"{value:.3g}" for value in Weights(vector).over(names)] for vector in self.weights]
+        given = [[f"{value:.3g}" for value in vector.over(names)] for vector in self.weights]
         if repeated := [vector for vector in given if given.count(vector) > 1]:
             raise ValueError(f"'{where}.weights' has the vector {' / '.join(repeated[0])} twice")
         for vector in [] if self.objective is None else self.vectors(names, sweep):
@@ -212,6 +315,7 @@ class CompareConfig(Section):
         BaselineConfig(method="modpo"),
         BaselineConfig(method="soup"),
     ]
+    """The baselines, each method once."""
 
     @model_validator(mode="after")
     def _each_method_once(self) -> Self:
@@ -237,25 +341,63 @@ _ROLLOUT_SECTIONS = (
 class RunConfig(Section):
     """One run. `output` is a folder or any fsspec URL that every node can reach."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
-    output: str
-    seed: NonNegativeInt = 17
+    name: RunName
+    """Name of the run in its report: letters, digits, dots, dashes and underscores."""
+
+    output: Text
+    """Folder, or any fsspec URL that every node can reach, for everything the run writes."""
+
+    seed: Seed = 17
+    """Seed of everything that is drawn."""
+
     domain: MiniatureConfig = MiniatureConfig()
+    """The world of a run that plays dialogues."""
+
     data: DataConfig | None = None
+    """Own preference pairs and step traces, in place of a domain's rollouts. Null: the run plays
+    dialogues."""
+
     objectives: Annotated[list[ObjectiveConfig], Field(min_length=1)]
+    """What is traded off. The order is that of heads, scores and columns."""
+
     cluster: ClusterConfig = ClusterConfig()
+    """Where the work runs."""
+
     model: ModelConfig
+    """The language model that everything starts from."""
+
     sft: SftConfig = SftConfig()
+    """Supervised fine-tuning."""
+
     reward_rollouts: RolloutConfig = RolloutConfig(continuations=3)
+    """Dialogues whose candidates are labelled for the reward model."""
+
     reward: RewardConfig = RewardConfig()
+    """The process reward model."""
+
     pair_rollouts: RolloutConfig = RolloutConfig()
+    """Dialogues whose candidates are scored for the preference pairs."""
+
     pairs: PairsConfig = PairsConfig()
+    """Preference pairs."""
+
     policy: PolicyConfig = PolicyConfig()
+    """The policy."""
+
     sweep: SweepConfig = SweepConfig()
+    """Weight vectors that are tried in decoding."""
+
     guided: GuidedConfig = GuidedConfig()
+    """Guided decoding in evaluation, and the endpoint's defaults."""
+
     evaluation: EvaluationConfig = EvaluationConfig()
+    """Dialogues behind the figures of the report."""
+
     compare: CompareConfig = CompareConfig()
+    """Baselines of `mahalo compare`."""
+
     serve: ServeConfig = ServeConfig()
+    """The endpoint of `mahalo serve`."""
 
     @property
     def objective_names(self) -> tuple[str, ...]:
@@ -334,7 +476,8 @@ class RunConfig(Section):
                 "'policy.metrics_every_steps' measures on held-out pairs: "
                 "set 'pairs.held_out_fraction' above 0"
             )
-        named = {"guided.weights": self.guided.weights, "guided.guidance": self.guided.guidance}
+        named: dict[str, Mapping[str, float]]
+        named = {"guided.weights": self.guided.weights or {}, "guided.guidance": self.guided.guidance or {}}
         named |= {f"sweep.weights[{i}]": w for i, w in enumerate(self.sweep.weights)}
         for where, values in named.items():
             for name in values:

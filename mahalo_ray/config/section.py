@@ -1,15 +1,107 @@
-"""What every section of a configuration shares: strictness, and the kinds of number."""
+"""What all sections share: strictness, the kinds of number and text, sampling and endpoints.
+
+Every field has a docstring below it: what it is, its unit, and what a special value means. The printed
+configurations (`mahalo config`) and the reference page of the docs are made from these docstrings and the
+ranges that the types state: a field is described in one place.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    GetPydanticSchema,
+    PlainSerializer,
+    Tag,
+    model_validator,
+)
+from pydantic_core import core_schema
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+from mahalo_ray.objectives import Weights
+
+MAX_COUNT = 2**31 - 1
+MAX_SEED = 2**32 - 1  # a run multiplies it by its number of seeds, and the product has to fit into 64 bits
+MAX_REQUEST_SEED = 2**63 - 1
+
+
+def refuse_bool(value: Any) -> Any:
+    """YAML reads `yes`, `on` and `true` as booleans, which Python would count as 1."""
+    if isinstance(value, bool):
+        raise ValueError("give a number, not true or false")
+    return value
+
+
+def _refuse_control_characters(value: str) -> str:
+    if not value.strip():
+        raise ValueError("the text is empty")
+    if any(ord(character) < 32 for character in value):
+        raise ValueError("control characters (line ends, tabs, ...) cannot be part of it")
+    return value
+
+
+_Number = BeforeValidator(refuse_bool)
+PositiveInt = Annotated[int, Field(ge=1, le=MAX_COUNT), _Number]
+NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_COUNT), _Number]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED), _Number]
+Number = Annotated[float, _Number]
+PositiveFloat = Annotated[float, Field(gt=0), _Number]
+NonNegativeFloat = Annotated[float, Field(ge=0), _Number]
+Fraction = Annotated[float, Field(ge=0, le=1), _Number]
+PositiveFraction = Annotated[float, Field(gt=0, le=1), _Number]
+OpenFraction = Annotated[float, Field(gt=0, lt=1), _Number]
+
+
+def _refuse_descending(value: tuple[float, float]) -> tuple[float, float]:
+    if value[0] >= value[1]:
+        raise ValueError(f"the range is {list(value)}: the first must be below the second")
+    return value
+
+
+LabelRange = Annotated[tuple[Number, Number], AfterValidator(_refuse_descending)]
+
+# One line of text that is not empty: folders, URLs, hub ids, names.
+Text = Annotated[str, Field(min_length=1), AfterValidator(_refuse_control_characters)]
+# Text that people read, on as many lines as they like.
+LongText = Annotated[str, Field(min_length=1)]
+RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$", max_length=200)]
+EnvironmentVariable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+# "module:function" of the user's own code; only a configuration names programs, never data.
+FunctionName = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
+
+# The words that a configuration chooses from. The code that acts on them imports them from here.
+Dtype = Literal["float32", "bfloat16"]
+Domain = Literal["math", "human_values", "tutoring"]
+Supervision = Literal["rollout_value", "judged_rollouts", "judged_prefix", "pairwise"]
+PairFormat = Literal["auto", "trl", "mahalo", "records", "truthfulqa"]
+TraceFormat = Literal[
+    "auto",
+    "trl",
+    "mahalo",
+    "processbench",
+    "big_bench_mistake",
+    "model_solutions",
+    "mathdial",
+    "conversation",
+    "rated",
+    "steps",
+]
+OutcomeLabels = Literal["last", "all"]
+Method = Literal["mah_dpo", "dpo", "scalarised", "modpo"]
+BaselineName = Literal["dpo", "scalarised", "modpo", "soup"]
+PreferenceLoss = Literal["sigmoid", "ipo"]  # `losses.DPOKind`: the losses know torch alone
+HeadKind = Literal["full", "low_rank"]
+HeadInput = Literal["last", "pooled", "reference_logps"]
+Tuning = Literal["full", "lora", "frozen"]
+ZeroStage = Literal[0, 1, 2, 3]
+Strategy = Literal["argmax", "sample", "beam", "dvts", "best_of_n", "none"]
+Standardisation = Literal["within_candidates", "calibrated"]
+
 SMALLEST_TEMPERATURE = 1e-6
 
 
@@ -20,11 +112,7 @@ def _check_temperature(value: float) -> float:
     return value
 
 
-Temperature = Annotated[
-    float,
-    Field(ge=0, allow_inf_nan=False, description="divides the logits; 0 always takes the likeliest token"),
-    AfterValidator(_check_temperature),
-]
+Temperature = Annotated[float, Field(ge=0), _Number, AfterValidator(_check_temperature)]
 # Told apart first, so that an error speaks of the form that was written.
 PerObjective = Annotated[
     Annotated[PositiveFloat, Tag("number")] | Annotated[dict[str, PositiveFloat], Tag("by_objective")],
@@ -35,14 +123,38 @@ PerObjective = Annotated[
 NOT_SHAPING: dict[str, Any] = {"shapes_result": False}
 
 
+def _parse_weights(value: Any) -> Any:
+    return Weights.parse(value) if isinstance(value, str) else value
+
+
+def _weights_schema(_source: Any, handler: Any) -> core_schema.CoreSchema:
+    numbers = handler(dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False), _Number]])
+    return core_schema.no_info_before_validator_function(
+        _parse_weights, core_schema.no_info_after_validator_function(Weights, numbers)
+    )
+
+
+# A point on the simplex in YAML: `{accuracy: 0.7, engagement: 0.3}` or "accuracy=0.7,engagement=0.3". The
+# values are divided by their sum.
+WeightVector = Annotated[
+    Weights, GetPydanticSchema(_weights_schema), PlainSerializer(dict, return_type=dict[str, float])
+]
+# As above, where no weights may be given: written, and read, as the empty mapping.
+OptionalWeights = Annotated[
+    Annotated[Weights, GetPydanticSchema(_weights_schema)] | None,
+    BeforeValidator(lambda value: None if value == {} else value),
+    PlainSerializer(lambda value: dict(value or {}), return_type=dict[str, float]),
+]
+
+
 class ConfigError(ValueError):
     """The run's configuration cannot be used; the message says which key, where, and what to do."""
 
 
 class Section(BaseModel):
-    """Base of every section: immutable, and unknown keys are errors."""
+    """Base of every section: immutable, every number finite, and unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -79,37 +191,53 @@ class SamplingParams(Section):
     """
 
     temperature: Temperature = 1.0
-    top_k: Annotated[
-        int, Field(ge=0, lt=2**31, description="keep this many of the likeliest tokens; 0 keeps all")
-    ] = 0
-    top_p: Annotated[
-        float,
-        Field(ge=1e-6, le=1, description="keep the smallest set of tokens of this mass; 1 keeps all"),
-    ] = 1.0
-    min_p: Annotated[
-        float,
-        Field(ge=0, le=1, description="keep tokens of this share of the likeliest one's probability"),
-    ] = 0.0
+    """Divides the logits: below 1 the likely tokens become likelier. 0 always takes the likeliest token; any
+    other value is at least 0.000001."""
+
+    top_k: NonNegativeInt = 0
+    """Only this many of the likeliest tokens can be drawn. 0 keeps all."""
+
+    top_p: Annotated[float, Field(ge=1e-6, le=1), _Number] = 1.0
+    """Only the smallest set of tokens that has this probability mass can be drawn. 1 keeps all."""
+
+    min_p: Fraction = 0.0
+    """Only tokens with at least this share of the likeliest token's probability can be drawn. 0 keeps all."""
 
 
 class EndpointConfig(Section):
-    """Where the server is and how hard it may be asked.
+    """An OpenAI-compatible server, and how hard it may be asked.
 
-    `base_url` ends where `/chat/completions` begins (`http://host:8000/v1`). `api_key_env` names the
-    environment variable that holds the key; the key itself never stands in a configuration. Requests that
-    meet 429, 5xx, a timeout (`timeout_s`, for a whole reply) or a lost connection are tried up to
-    `max_retries` times more. Prices are per million tokens, in any currency: the cost is reported in it.
+    Requests that meet 429, 5xx, a timeout or a lost connection are tried again, later each time.
     """
 
-    base_url: Annotated[str, Field(pattern=r"^https?://")]
-    model: str
-    api_key_env: str | None = None
+    base_url: Annotated[str, Field(pattern=r"^https?://[^\s/]+")]
+    """Address of the server up to where `/chat/completions` begins, for example `http://host:8000/v1`."""
+
+    model: Text
+    """Name of the model, as the server knows it."""
+
+    api_key_env: EnvironmentVariable | None = None
+    """Name of the environment variable that holds the key; the key itself never stands in a configuration.
+    Null: no key is sent."""
+
     concurrency: PositiveInt = 8
+    """Most requests that are open at one time, over the whole job."""
+
     requests_per_minute: PositiveInt | None = None
+    """Most requests per minute, over the whole job. Null: no limit."""
+
     timeout_s: PositiveFloat = 60.0
+    """Seconds that a whole reply may take."""
+
     max_retries: NonNegativeInt = 5
-    input_price: Annotated[float, Field(ge=0)] | None = None
-    output_price: Annotated[float, Field(ge=0)] | None = None
+    """How often a failed request is tried again."""
+
+    input_price: NonNegativeFloat | None = None
+    """Price of a million prompt tokens, in any currency; the cost is reported in it. Null: no cost is
+    reported."""
+
+    output_price: NonNegativeFloat | None = None
+    """Price of a million tokens of replies, in the same currency. Given together with `input_price`."""
 
     @model_validator(mode="after")
     def _both_prices(self) -> Self:

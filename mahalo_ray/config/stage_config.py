@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Annotated, Any, Literal, Self
 
@@ -10,34 +10,68 @@ from pydantic import Field, field_validator, model_validator
 
 from mahalo_ray.config.section import (
     NOT_SHAPING,
+    Dtype,
     Fraction,
+    HeadInput,
+    HeadKind,
+    Method,
+    NonNegativeFloat,
     NonNegativeInt,
+    Number,
+    OptionalWeights,
     PerObjective,
     PositiveFloat,
+    PositiveFraction,
     PositiveInt,
+    PreferenceLoss,
     SamplingParams,
     Section,
+    Supervision,
+    Text,
+    Tuning,
+    ZeroStage,
 )
-from mahalo_ray.objectives import Weights, unknown_name
+from mahalo_ray.objectives import unknown_name
+
+AdamBeta = Annotated[Number, Field(ge=0, lt=1)]
 
 
 class ObjectiveConfig(Section):
     """One objective and how its process reward is supervised (see docs, "Process reward model")."""
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
-    supervision: Literal["rollout_value", "judged_rollouts", "judged_prefix", "pairwise"]
+    """Name used in weights, tables, data and folders: lower-case letters, digits and underscores, beginning
+    with a letter."""
+
+    supervision: Supervision
+    """How its process reward is supervised: `rollout_value` (a number per step, from continuations),
+    `judged_rollouts` (a judgement per step of what followed), `judged_prefix` (a judgement of the
+    conversation so far), `pairwise` (which of two whole responses is better)."""
+
     description: str = ""
+    """One sentence for people, shown in the report."""
 
 
 class ActorsConfig(Section):
     """Where the work of a job that trains nothing runs. `address: null` starts a private local Ray unless
     RAY_ADDRESS is set."""
 
-    address: str | None = None
+    address: Text | None = None
+    """Address of a running Ray cluster (`auto`, `ray://HOST:10001`, `HOST:6379`). Null: that of the
+    environment variable RAY_ADDRESS, else a private Ray on this machine."""
+
     rollout_actors: PositiveInt = 2
+    """Number of Ray actors that decode, score and judge side by side."""
+
     cpus_per_rollout_actor: PositiveFloat = 1
+    """CPU cores reserved for each of these actors; also its number of threads (rounded down, at least 1)."""
+
     use_gpu: bool = False
+    """Whether every worker and actor gets one GPU. False: everything runs on CPUs."""
+
     max_failures: NonNegativeInt = 3
+    """How many workers or actors may be lost in a training stage, or with one chunk of work, before the stage
+    ends with an error."""
 
     @property
     def device(self) -> str:
@@ -58,36 +92,67 @@ class ClusterConfig(ActorsConfig):
     """Where the work of a run with training stages runs."""
 
     train_workers: PositiveInt = 2
+    """Number of training workers (data-parallel ranks). A training stage that was begun goes on with the same
+    number only."""
+
     cpus_per_train_worker: PositiveFloat = 1
+    """CPU cores reserved for each training worker; also its number of threads (rounded down, at least 1)."""
 
 
 class ScratchModelConfig(Section):
     """A small Qwen2 model with its own byte-level BPE tokenizer, trained on the domain's text."""
 
     hidden_size: PositiveInt = 96
+    """Width of the hidden states. A multiple of `num_attention_heads`."""
+
     num_layers: PositiveInt = 3
+    """Number of transformer layers."""
+
     num_attention_heads: PositiveInt = 4
+    """Attention heads per layer."""
+
     intermediate_size: PositiveInt = 256
+    """Width of the feed-forward layers."""
+
     vocab_size: PositiveInt = 512
+    """Most tokens of the tokenizer that is trained (byte-level BPE)."""
 
 
 class LoraConfig(Section):
     """LoRA adapters on the backbone (peft)."""
 
     rank: PositiveInt = 16
+    """Rank of the two matrices that are added to each adapted layer."""
+
     alpha: PositiveFloat = 32
+    """Scale: what an adapter adds is multiplied by `alpha / rank`."""
+
     dropout: Fraction = 0.0
-    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    """Share of an adapter's inputs that is dropped in training. 0 is off."""
+
+    target_modules: Annotated[list[Text], Field(min_length=1)] | Literal["all-linear"] = "all-linear"
+    """Names of the layers that get an adapter, or `all-linear` for every linear layer of the backbone."""
 
 
 class ModelConfig(Section):
     """The language model everything starts from: a `base` folder or hub id, or one made from scratch."""
 
-    base: str | None = None
+    base: Text | None = None
+    """Folder, URL or hub id of a transformers causal language model with a chat template. Either this or
+    `scratch`."""
+
     scratch: ScratchModelConfig | None = None
+    """Sizes of a new small Qwen2 model, which is trained from nothing with a tokenizer of its own. Either
+    this or `base`."""
+
     max_length: PositiveInt = 1024
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Longest sequence that is trained on, in tokens; what is longer is cut."""
+
+    dtype: Dtype = "float32"
+    """Number format of the weights in training and decoding."""
+
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention function of transformers. `flash_attention_2` needs its package and a GPU."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -111,30 +176,69 @@ class TrainingConfig(Section):
     """What every training stage shares. `batch_size` is global: how it is split changes nothing."""
 
     batch_size: PositiveInt = 32
+    """Examples (`sft`), sequences (`reward`) or pairs (`policy`) per optimizer step, over all workers. How it
+    is split over workers and micro-batches changes nothing but rounding."""
+
     micro_batch_size_per_device: PositiveInt = 16
+    """Most of them that one worker computes at one time. For `reward` at least the candidates of one prompt,
+    which stay together."""
+
     epochs: PositiveFloat = 1.0
+    """How often the data is gone through; may be a fraction. Not used when `max_steps` is given."""
+
     max_steps: PositiveInt | None = None
+    """Number of optimizer steps. Null: as many as `epochs` says."""
+
     learning_rate: PositiveFloat = 1e-4
+    """Highest learning rate, reached after the warm-up. Heads may have one of their own
+    (`head_learning_rate`)."""
+
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the learning rate goes on after the warm-up: as it is, or down to 0 in a line or half a cosine."""
+
     warmup_fraction: Fraction = 0.03
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    adam_betas: tuple[float, float] = (0.9, 0.999)
-    gradient_clipping: Annotated[float, Field(ge=0, description="0 = off")] = 1.0
-    zero_stage: Literal[0, 1, 2, 3] = 2
+    """Share of the steps in which the learning rate rises from 0."""
+
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay (AdamW) of the matrices; biases and norms do not decay. 0 is off."""
+
+    adam_betas: tuple[AdamBeta, AdamBeta] = (0.9, 0.999)
+    """Decay of Adam's running means of the gradient and of its square: two numbers from 0 up to, but not
+    with, 1."""
+
+    gradient_clipping: NonNegativeFloat = 1.0
+    """Largest global norm of the gradient; a larger one is scaled down to it. 0 is off."""
+
+    zero_stage: ZeroStage = 2
+    """DeepSpeed ZeRO stage, what is split over the workers: 0 nothing, 1 the optimizer's state, 2 also
+    gradients, 3 also parameters."""
+
     offload_optimizer: bool = False
+    """Whether the optimizer's state is kept in host memory. Needs ZeRO stage 1, 2 or 3."""
+
     offload_parameters: bool = False
+    """Whether parameters are kept in host memory. Needs ZeRO stage 3."""
+
     gradient_checkpointing: bool = False
+    """Whether activations are computed again in the backward pass: less memory, about a third more time."""
+
     logit_chunk_size: PositiveInt = 1024
+    """Most tokens whose logits over the vocabulary exist at one time. Smaller takes less memory; the loss is
+    the same."""
+
     checkpoint_every_steps: PositiveInt = 50
+    """Optimizer steps between two checkpoints. A killed run goes on from the last one."""
+
     keep_checkpoints: PositiveInt = 2
+    """Number of newest checkpoints that are kept."""
+
     report_every_steps: PositiveInt = 10
+    """Optimizer steps between two lines of the training history."""
+
     report_to: Annotated[
-        list[Literal["tensorboard", "mlflow", "trackio", "wandb"]],
-        Field(
-            description="where training metrics go besides history.json, every report_every_steps steps",
-            json_schema_extra=NOT_SHAPING,
-        ),
+        list[Literal["tensorboard", "mlflow", "trackio", "wandb"]], Field(json_schema_extra=NOT_SHAPING)
     ] = []
+    """Trackers that get the training metrics besides history.json, every `report_every_steps` steps."""
 
     @field_validator("report_to")
     @classmethod
@@ -158,32 +262,55 @@ class SftConfig(Section):
     """Supervised fine-tuning on tutor turns (or from scratch, for a scratch model)."""
 
     training: TrainingConfig = TrainingConfig(learning_rate=3e-3, batch_size=64)
+    """How it is trained."""
+
     loss_on: Literal["tutor", "all"] = "tutor"
+    """Whether the loss counts the tutor's turns alone, or the tokens of all turns."""
 
 
 class SamplingConfig(SamplingParams):
     """How candidate turns are drawn, and how long they may be."""
 
-    max_new_tokens: Annotated[PositiveInt, Field(description="most tokens of one turn or response")] = 64
+    max_new_tokens: PositiveInt = 64
+    """Most tokens of one turn or response."""
 
 
 class DialogueBatchConfig(Section):
     """How many dialogues are played, and how candidate turns are drawn in them."""
 
     dialogues: PositiveInt = 64
+    """Number of dialogues that are begun."""
+
     candidates: PositiveInt = 5
+    """Candidate turns K that are drawn at every moment."""
+
     batch_size_per_actor: PositiveInt = 32
+    """Dialogues that one actor plays together. Larger takes more memory; another size gives other chunks of
+    work."""
+
     sampling: SamplingConfig = SamplingConfig()
+    """How candidate turns are drawn."""
 
 
 class RolloutConfig(DialogueBatchConfig):
     """Dialogues played by the policy against simulated students."""
 
     dialogues: PositiveInt = 240
+    """Number of dialogues that are played, each with a student of its own."""
+
     candidates: PositiveInt = 6
+    """Candidate turns K that are drawn at every moment. Comparing needs at least 2."""
+
     batch_size_per_actor: PositiveInt = 64
+    """Dialogues that one actor plays together. Larger takes more memory; another size gives other chunks of
+    work."""
+
     continuations: NonNegativeInt = 0
-    gamma: Annotated[float, Field(gt=0, le=1, description="discount of the outcome per later turn")] = 1.0
+    """Continuations M of every candidate to the dialogue's end, whose outcomes label it. 0: candidates get no
+    labels."""
+
+    gamma: PositiveFraction = 1.0
+    """Discount of the outcome of a continuation per later turn. 1 is none."""
 
     @model_validator(mode="after")
     def _gamma_needs_continuations(self) -> Self:
@@ -195,22 +322,44 @@ class RolloutConfig(DialogueBatchConfig):
 class RewardConfig(Section):
     """The process reward model: backbone, head inputs and losses."""
 
-    backbone: Literal["full", "lora", "frozen"] = "full"
+    backbone: Tuning = "full"
+    """What is trained besides the heads: the `full` backbone, `lora` adapters on it, or nothing (`frozen`,
+    where every trace is read once)."""
+
     lora: LoraConfig | None = None
-    inputs: list[Literal["last", "pooled", "reference_logps"]] = ["last", "pooled", "reference_logps"]
+    """Shape of the adapters. Only with `backbone: lora`, and needed there."""
+
+    inputs: list[HeadInput] = ["last", "pooled", "reference_logps"]
+    """What a head reads of each step: hidden state of its `last` token, mean of its hidden states (`pooled`),
+    its log-probs under the reference model (`reference_logps`)."""
+
     head_hidden_size: NonNegativeInt = 128
-    ranking_weight: Annotated[float, Field(ge=0)] = 1.0
-    ranking_min_gap: Annotated[float, Field(ge=0)] = 0.02
+    """Width of the heads' hidden layer. 0: heads are linear."""
+
+    ranking_weight: NonNegativeFloat = 1.0
+    """Weight of the ranking loss among the candidates of one prompt, beside the loss of each step by itself.
+    0 is off."""
+
+    ranking_min_gap: NonNegativeFloat = 0.02
+    """Smallest difference between two candidates' labels for which the ranking loss asks for an order, in
+    units of the labels."""
+
     held_out_fraction: Fraction = 0.1
+    """Share of the prompts that is not trained on, for the metrics and the score calibration."""
+
     head_learning_rate: PositiveFloat | None = None
-    dedicated: Annotated[
-        list[Annotated[list[str], Field(min_length=1)]],
-        Field(description="groups of objectives that get a reward model of their own too, to compare with"),
-    ] = []
-    cache_features: Annotated[
-        bool, Field(description="a frozen backbone reads every trace once; its head inputs are kept")
-    ] = True
+    """Highest learning rate of the heads. Null: `training.learning_rate`."""
+
+    dedicated: list[Annotated[list[Text], Field(min_length=1)]] = []
+    """Groups of objectives that get one more reward model of their own each, to compare with (runs on own
+    data only)."""
+
+    cache_features: bool = True
+    """Whether a frozen backbone reads every trace once and the head inputs are kept in the output folder.
+    Other backbones change, so for them it must stay true."""
+
     training: TrainingConfig = TrainingConfig(learning_rate=5e-4, batch_size=32)
+    """How it is trained."""
 
     @model_validator(mode="after")
     def _lora_only_with_lora(self) -> Self:
@@ -228,15 +377,21 @@ class RewardConfig(Section):
 class PairsConfig(Section):
     """Preference pairs per objective: best against worst candidate of one prompt by reward-model score."""
 
-    min_gap_std: Annotated[float, Field(ge=0, description="in mean within-prompt standard deviations")] = 1.0
+    min_gap_std: NonNegativeFloat = 1.0
+    """Smallest gap of reward-model scores between chosen and rejected, in mean standard deviations of the
+    scores within a prompt."""
+
     max_pairs_per_objective: PositiveInt | None = None
-    balance_length: Annotated[
-        bool, Field(description="as many pairs with the longer turn chosen as with it rejected")
-    ] = False
-    split_by: Annotated[
-        Literal["dialogue", "topic"], Field(description="what a held-out split keeps together")
-    ] = "dialogue"
+    """Most pairs of one objective; those with the largest gaps are taken. Null: all."""
+
+    balance_length: bool = False
+    """Whether as many pairs are taken with the longer turn chosen as with it rejected."""
+
+    split_by: Literal["dialogue", "topic"] = "dialogue"
+    """What stays together when pairs are held out: all pairs of a dialogue, or of a topic."""
+
     held_out_fraction: Fraction = 0.1
+    """Share of the dialogues (or topics) whose pairs are not trained on, for the metrics."""
 
 
 _METHOD_OPTIONS = {
@@ -262,24 +417,68 @@ class PolicyConfig(Section):
     0 to 2.
     """
 
-    method: Literal["mah_dpo", "dpo", "scalarised", "modpo"] = "mah_dpo"
-    objective: str | None = None
-    mixture: dict[str, Annotated[float, Field(ge=0)]] = {}
-    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    method: Method = "mah_dpo"
+    """`mah_dpo` trains one head per objective over a shared backbone. The others train one head: `dpo` on the
+    pairs of one objective, `scalarised` on those of all objectives with weighted losses, `modpo` on the pairs
+    of one objective with a margin from the other objectives' rewards."""
+
+    objective: Text | None = None
+    """Whose pairs `dpo` and `modpo` train on. The other methods go without it."""
+
+    mixture: OptionalWeights = None
+    """Weight of each objective for `scalarised` and `modpo`; divided by their sum. The other methods go
+    without it."""
+
+    loss: PreferenceLoss = "sigmoid"
+    """`sigmoid` is DPO's loss, `ipo` the squared one of IPO."""
+
     beta: PerObjective = 0.1
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """How closely the policy is held to the reference: larger is closer. One number for all objectives, or
+    one per objective (`{accuracy: 0.1, engagement: 0.3}`); each above 0."""
+
+    label_smoothing: Annotated[Number, Field(ge=0, lt=0.5)] = 0.0
+    """Share of the pairs that is taken to be labelled the wrong way round (conservative DPO)."""
+
     average_log_probs: bool = False
+    """Whether a response's log-probability is divided by its number of tokens."""
+
     share_prompts: Literal["auto", "always", "never"] = "auto"
+    """Whether the prompt of a pair is read once for both responses: where the model allows it, always (an
+    error where it does not), or never."""
+
     alpha: dict[str, PositiveFloat] = {}
-    head_kind: Literal["full", "low_rank"] = "full"
+    """Weight of each objective's loss in `mah_dpo`, above 0; 1 where none is given."""
+
+    head_kind: HeadKind = "full"
+    """`full` heads are whole matrices, `low_rank` ones a difference of rank `head_rank` from the SFT model's
+    head."""
+
     head_rank: PositiveInt = 16
-    head_noise: Annotated[float, Field(ge=0)] = 1e-3
+    """Rank of `low_rank` heads. Not used by `full` ones."""
+
+    head_noise: NonNegativeFloat = 1e-3
+    """Standard deviation of the noise that makes the heads different at the start. 0: all begin as the SFT
+    model's head."""
+
     head_learning_rate: PositiveFloat = 6e-4
+    """Highest learning rate of the heads; `training.learning_rate` is that of the backbone."""
+
     lora: LoraConfig | None = None
+    """Shape of LoRA adapters on the backbone. Null: the whole backbone is trained."""
+
     metrics_every_steps: NonNegativeInt = 0
+    """Optimizer steps between two measurements of every head's KL to the reference, loss and accuracy on
+    held-out pairs. 0: never."""
+
     metrics_rows: PositiveInt = 64
+    """Most held-out pairs (and training pairs, for the cosine) that are measured each time."""
+
     gradient_cosine: bool = False
+    """Whether the cosine between the objectives' gradients on the backbone is measured too. Not with ZeRO
+    stage 3."""
+
     training: TrainingConfig = TrainingConfig(zero_stage=3, learning_rate=1e-4)
+    """How it is trained."""
 
     @model_validator(mode="after")
     def _options_fit_the_method(self) -> Self:
@@ -292,11 +491,10 @@ class PolicyConfig(Section):
                 raise ValueError(f"'method: {self.method}' needs '{option}'")
         if self.head_kind == "full" and self.head_rank != type(self).model_fields["head_rank"].default:
             raise ValueError("'head_rank' is that of 'head_kind: low_rank': leave it out")
-        if self.mixture:
-            Weights(self.mixture)  # refuses weights that are all zero
         if self.method == "modpo" and self.loss != "sigmoid":
             raise ValueError("'method: modpo' is defined for 'loss: sigmoid' only")
-        if self.method == "modpo" and self.mixture.get(self.objective or "", 0.0) == 0:
+        mixture: Mapping[str, float] = self.mixture or {}
+        if self.method == "modpo" and mixture.get(self.objective or "", 0.0) == 0:
             raise ValueError(
                 f"'method: modpo' divides by the weight of '{self.objective}': give it one in 'mixture'"
             )
@@ -330,7 +528,7 @@ class PolicyConfig(Section):
     def check_objectives(self, names: Sequence[str]) -> None:
         """ValueError if the settings name an objective that is not one of `names`, or leave one out."""
         betas = self.beta if isinstance(self.beta, dict) else {}
-        named = {"alpha": self.alpha, "mixture": self.mixture, "beta": betas}
+        named = {"alpha": self.alpha, "mixture": dict(self.mixture or {}), "beta": betas}
         named["objective"] = {} if self.objective is None else {self.objective: 1.0}
         for where, values in named.items():
             for name in values:

@@ -33,7 +33,7 @@ PLAIN_WIDTH = 120  # columns of the table where the output is not a terminal
 
 def sweep_methods(config: RunConfig) -> list[Method]:
     """The policy at every weight vector of the sweep."""
-    return [Method(policy_at(config, w), "weights", weights=w, sweep=True) for w in config.sweep.vectors()]
+    return [Method(policy_at(config, w), "weights", weights=w, sweep=True) for w in config.sweep.weights]
 
 
 def policy_at(config: RunConfig, weights: Weights) -> str:
@@ -49,14 +49,14 @@ def in_order(config: RunConfig, weights: Weights) -> str:
 def other_methods(config: RunConfig) -> list[Method]:
     """SFT, guided SFT, each head alone, the guided policy, and that one unguided if the sweep has it not."""
     guided = config.guided
-    weights, guidance = Weights(guided.weights), Weights(guided.guidance)
+    weights, guidance = guided.point
     methods = [
         Method("SFT", "sft"),
         Method("guided SFT", "guided_sft", guidance=guidance, num_candidates=guided.num_candidates),
         *(Method(f"{name} head", "head", weights=Weights.one(name)) for name in config.objective_names),
         Method("guided policy", "guided", weights, guidance, guided.num_candidates),
     ]
-    if not any(same_vector(config, weights, vector) for vector in config.sweep.vectors()):
+    if not any(same_vector(config, weights, vector) for vector in config.sweep.weights):
         methods.append(Method(policy_at(config, weights), "weights", weights=weights, sweep=False))
     return methods
 

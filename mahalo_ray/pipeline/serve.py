@@ -15,7 +15,6 @@ from mahalo_ray.config import RunConfig, ServeConfig
 from mahalo_ray.data import storage
 from mahalo_ray.decoding.policy import DeviceConfig
 from mahalo_ray.domains.tutoring.student import Episode
-from mahalo_ray.objectives import Weights
 from mahalo_ray.pipeline.artifacts import run_model
 from mahalo_ray.pipeline.seed_blocks import first_seed
 from mahalo_ray.pipeline.stages import Context, Manifest, StageResult
@@ -33,7 +32,7 @@ def try_serving(context: Context[RunConfig]) -> StageResult:
     config = context.config
     context.progress.start(2, "steps", "starting")
     any_port = config.serve.model_copy(update={"port": 0})
-    weightings = [Weights(config.guided.weights), *config.sweep.vectors()]
+    weightings = [config.guided.point[0], *config.sweep.weights]
     question = Episode.from_seed(first_seed(config.seed, "evaluation")).opening
     key = os.environ[config.serve.api_key_env] if config.serve.api_key_env else None
     with _start(
@@ -61,7 +60,7 @@ def serve_in_foreground(config: RunConfig, manifests: dict[str, Manifest], conso
     output = storage.absolute(config.output)
     urls = [storage.join(output, name, manifests[name].outputs["model"]) for name in ("policy", "reward")]
     serving = _start(config, config.serve, *urls)
-    weights = ", ".join(f'"{name}": {value:.3g}' for name, value in Weights(config.guided.weights).items())
+    weights = ", ".join(f'"{name}": {value:.3g}' for name, value in config.guided.point[0].items())
     console.print(
         f"Serving on {serving.url} (model '{serving.model}'); Ctrl-C stops it.", markup=False, soft_wrap=True
     )
@@ -127,9 +126,10 @@ def _start(config: RunConfig, settings: ServeConfig, policy_url: str, reward_url
 
 def _defaults(config: RunConfig) -> Defaults:
     """What the run was evaluated with is what a request gets that does not say otherwise."""
+    weights, guidance = config.guided.point
     return Defaults(
-        objectives=Weights(config.guided.weights),
-        guidance=Weights(config.guided.guidance),
+        objectives=weights,
+        guidance=guidance,
         num_candidates=min(config.guided.num_candidates, config.serve.max_candidates),
         sampling=config.evaluation.sampling,
     )

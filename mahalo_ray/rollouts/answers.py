@@ -27,7 +27,6 @@ from mahalo_ray.decoding.policy import DeviceConfig, load_guide, load_policy
 from mahalo_ray.decoding.remote import CompletionDecoder
 from mahalo_ray.endpoints import Endpoint
 from mahalo_ray.models.backbone import load_tokenizer
-from mahalo_ray.objectives import Weights
 from mahalo_ray.rollouts.pool import (
     ChunkJob,
     ChunkSummary,
@@ -228,7 +227,7 @@ class GenerateWorker:
                 rewards,
                 config.domain,
                 load_tokenizer(storage.local_copy(server.tokenizer)),
-                None if server.weights is None else Weights(server.weights),
+                server.weights,
             )
         else:
             assert config.policy is not None
@@ -288,12 +287,10 @@ def request_of(row: PromptRow, config: GenerateConfig) -> GuidedRequest:
     options = config.request
     served = None if config.server is None else config.server.weights
     common = served if options.weights is None else options.weights
-    weights = row.weights or (None if common is None else Weights(common))
-    guidance = row.guidance or (None if options.guidance is None else Weights(options.guidance))
     return GuidedRequest(
         row.messages,
-        weights=weights,
-        guidance=guidance,
+        weights=row.weights or common,
+        guidance=row.guidance or options.guidance,
         num_candidates=options.num_candidates,
         seed=derived_seed("generate", options.seed, row.id) if row.seed is None else row.seed,
         sampling=options,

@@ -23,7 +23,6 @@ from mahalo_ray.decoding.stopping import (
     step_starts,
 )
 from mahalo_ray.models.scoring import StepEncoder
-from mahalo_ray.objectives import Weights
 from mahalo_ray.seeding import derived_seed
 
 Key = tuple[str, str | None, tuple[str, ...]]  # prompt, reference answer, steps
@@ -80,7 +79,7 @@ class Continuer:
         self._settings, self._seed = settings, seed
         self._vocabulary = TokenTexts(chat.tokenizer)
         self._encoder = StepEncoder(chat.tokenizer, step_separator)
-        self._weights = None if settings.weights is None else Weights(settings.weights)
+        self._weights = settings.weights
         policy.check_weights(self._weights)
         self.counts = SamplingCounts()
 

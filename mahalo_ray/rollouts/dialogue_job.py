@@ -40,7 +40,6 @@ from mahalo_ray.domains.tutoring.personas import POST_TEST, AnswerKey, Case, Per
 from mahalo_ray.domains.tutoring.student import Episode
 from mahalo_ray.endpoints import Endpoint, Failure
 from mahalo_ray.models.folder import model_folder
-from mahalo_ray.objectives import Weights
 from mahalo_ray.rollouts.collect import Collector
 from mahalo_ray.rollouts.dialogues import BRANCH, Continuation, Conversation, DialogueBatch
 from mahalo_ray.rollouts.pool import (
@@ -111,13 +110,13 @@ class RolloutModels:
         if isinstance(spec.tutor, EndpointTutorConfig):
             self._tutor_endpoint = self._endpoint(spec.tutor.endpoint)
         else:
-            self._weights = Weights(spec.tutor.weights) if spec.tutor.kind == "policy" else None
+            self._weights = spec.tutor.weights if spec.tutor.kind == "policy" else None
             self._policy(spec.tutor.path)[0].check_weights(self._weights)
         if isinstance(spec.student, EndpointStudentConfig):
             self._student_endpoint = self._endpoint(spec.student.endpoint)
         elif isinstance(spec.student, ModelStudentConfig):
             self._policy(spec.student.path)[0].check_weights(None)
-        guidance = Weights(spec.play.guidance) if spec.play.guidance else None
+        guidance = spec.play.guidance
         self.continuation = Continuation(spec.play.continuation, guidance, spec.play.score_temperature)
 
     def name(self, number: int) -> str:

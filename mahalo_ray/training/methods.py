@@ -6,7 +6,7 @@ MAH-DPO (MAHALO, arXiv 2510.01167) and its baselines run through one recipe; all
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,6 @@ from torch import Tensor
 from mahalo_ray.config import PolicyConfig
 from mahalo_ray.data.records import PreferencePair
 from mahalo_ray.losses import modpo_margin
-from mahalo_ray.objectives import Weights
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,7 @@ def plan_method(policy: PolicyConfig, objectives: Sequence[str]) -> MethodPlan:
     """The plan of `policy.method` where these are all objectives. The one head of DPO is named after its
     objective, that of scalarised DPO and MODPO after the method."""
     policy.check_objectives(objectives)
+    mixture: Mapping[str, float] = policy.mixture or {}  # scalarised and modpo have one
     trained = policy.trained_objectives(objectives)
     alpha = [1.0] * len(trained)
     beta = [policy.beta_of(name) for name in trained]
@@ -48,9 +48,9 @@ def plan_method(policy: PolicyConfig, objectives: Sequence[str]) -> MethodPlan:
     elif policy.method == "dpo":
         heads = trained
     elif policy.method == "scalarised":
-        alpha = [Weights(policy.mixture)[name] for name in trained]
+        alpha = [mixture[name] for name in trained]
     else:
-        beta = [beta[0] / Weights(policy.mixture)[trained[0]]]
+        beta = [beta[0] / mixture[trained[0]]]
     head_of = torch.arange(len(trained)) if len(heads) > 1 else torch.zeros(len(trained), dtype=torch.int64)
     return MethodPlan(trained, heads, head_of, torch.tensor(alpha), torch.tensor(beta))
 
@@ -70,7 +70,7 @@ def modpo_margins(policy: PolicyConfig, pairs: Iterable[PreferencePair]) -> npt.
 
     Raises ValueError naming a pair without the rewards, or an objective whose rewards never differ.
     """
-    weights = {name: value for name, value in Weights(policy.mixture).items() if value > 0}
+    weights = {name: value for name, value in (policy.mixture or {}).items() if value > 0}
     names = list(weights)
     own = names.index(policy.objective or "")
     chosen, rejected = array("d"), array("d")
