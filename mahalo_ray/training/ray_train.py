@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,8 +157,9 @@ def worker(settings: StageSettings) -> dict[str, Any]:
     # Ray Train logs every report at INFO under a name its own log level does not reach.
     logging.getLogger().setLevel(logging.WARNING)
     from mahalo_ray.training.loop import train
+    from mahalo_ray.training.recipes import build_recipe
 
-    return train(settings.build, settings, RaySession())
+    return train(partial(build_recipe, settings), settings, RaySession())
 
 
 def run_stage(

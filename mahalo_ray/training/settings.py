@@ -1,8 +1,7 @@
 """What one training stage needs, from configuration to worker: one frozen dataclass per recipe.
 
-The pipeline (or a script) fills it in, Ray Train carries it to the workers, and `build` makes the recipe
-there. The imports in `build` come late because the driver makes settings too, and only workers need
-DeepSpeed.
+The pipeline (or a script) fills it in, Ray Train carries it to the workers, and `recipes.build_recipe` makes
+the recipe there. Settings know no recipe: the driver makes settings too, and only workers need DeepSpeed.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from mahalo_ray.config import (
     ModelConfig,
@@ -23,9 +22,6 @@ from mahalo_ray.config import (
 )
 from mahalo_ray.config.section import Section
 from mahalo_ray.data import storage
-
-if TYPE_CHECKING:
-    from mahalo_ray.training.recipe import Recipe
 
 # (done, in all, of what: "steps", or what comes before the first; metrics of the last report)
 ProgressFunction = Callable[[int, int, str, dict[str, float]], None]
@@ -48,10 +44,6 @@ class StageSettings(ABC):
     @abstractmethod
     def training(self) -> TrainingConfig:
         """The section that all recipes share."""
-
-    @abstractmethod
-    def build(self) -> Recipe:
-        """The recipe, on a worker: reads the data."""
 
     @abstractmethod
     def inputs(self) -> list[str]:
@@ -97,11 +89,6 @@ class SftSettings(StageSettings):
     def training(self) -> TrainingConfig:
         return self.sft.training
 
-    def build(self) -> Recipe:
-        from mahalo_ray.training.sft import SftRecipe
-
-        return SftRecipe(self)
-
     def inputs(self) -> list[str]:
         return [self.examples_url, self.model_url]
 
@@ -128,11 +115,6 @@ class RewardSettings(StageSettings):
     def training(self) -> TrainingConfig:
         return self.reward.training
 
-    def build(self) -> Recipe:
-        from mahalo_ray.training.reward import RewardRecipe
-
-        return RewardRecipe(self)
-
     def inputs(self) -> list[str]:
         return [url for url in (self.traces_url, self.pairs_url, self.model_url) if url is not None]
 
@@ -155,11 +137,6 @@ class PolicySettings(StageSettings):
     @property
     def training(self) -> TrainingConfig:
         return self.policy.training
-
-    def build(self) -> Recipe:
-        from mahalo_ray.training.policy import PolicyRecipe
-
-        return PolicyRecipe(self)
 
     def inputs(self) -> list[str]:
         return [self.pairs_url, self.model_url]
