@@ -199,9 +199,9 @@ def _timed_phases(session: GuidedSession, clock: Callable[[], float]) -> dict[st
         return "score_first" if scored == 1 else "score"
 
     timed(session.engine, "append", lambda: "prefill")
-    timed(session.in_flight, "step", lambda: "decode")
-    timed(session.in_flight, "start", lambda: "fork_accept")
-    timed(session.in_flight, "collect", lambda: "fork_accept")
+    timed(session.engine, "step", lambda: "decode")
+    timed(session.engine, "start", lambda: "fork_accept")
+    timed(session.engine, "collect", lambda: "fork_accept")
     timed(session.engine, "accept", lambda: "fork_accept")
     timed(scorers, "score", score_phase)
     timed(scorers, "accept", lambda: "fork_accept")

@@ -76,7 +76,7 @@ def next_logits(engine: Engine, row: int) -> torch.Tensor:
     """Logits the engine would draw the row's next token from."""
     engine._prefill([row])
     assert engine._last_hidden is not None and isinstance(engine.policy, CausalPolicy)
-    return engine.policy.logits(engine._last_hidden[int(engine._rows.slots([row])[0])])
+    return engine.policy.logits(engine._last_hidden[int(engine._slots.slots([row])[0])])
 
 
 tokens = st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=9)
@@ -149,7 +149,7 @@ def test_branches_extended_by_several_tokens_at_once(name):
             torch.testing.assert_close(
                 found[2 * row + k, : len(ids)], expected[len(prefixes[row]) :], atol=1e-4, rtol=1e-4
             )
-    places = [BranchRef(branches.part(), 0, 0), BranchRef(branches.part(), 1, 1)]
+    places = [BranchRef(branches.block(), 0, 0), BranchRef(branches.block(), 1, 1)]
     cache.accept(slots, places, np.array([3, 3]))
     assert cache.lengths.tolist() == [7, 4]
 

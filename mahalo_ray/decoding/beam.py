@@ -10,7 +10,8 @@ from torch import Tensor
 from mahalo_ray.decoding.guidance import GuidedRequest, GuidedResult, Step, StepCandidate, TextOutgrown
 from mahalo_ray.decoding.sampling import draw_keys
 from mahalo_ray.decoding.session import GuidedSession, RequestState, score_steps
-from mahalo_ray.decoding.stopping import Candidates, StopReason
+from mahalo_ray.decoding.stopping import StopReason
+from mahalo_ray.decoding.token_loop import Candidates
 
 
 def subtrees(request: GuidedRequest) -> list[GuidedRequest]:

@@ -18,7 +18,15 @@ from mahalo_ray.data.records import Message
 from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.decoding.cpu_matmul import OneDNNHead
 from mahalo_ray.decoding.guidance import Choice, ChoiceScores, Prompt, StepCandidate, TextOutgrown
-from mahalo_ray.decoding.kv_cache import Branches, BranchRef, KVBlock, RaggedCache, RowTable, by_size, padded
+from mahalo_ray.decoding.kv_cache import (
+    Branches,
+    BranchRef,
+    KVBlock,
+    RaggedCache,
+    SlotTable,
+    pad_right,
+    split_by_size,
+)
 from mahalo_ray.decoding.policy import CachedBackbone
 from mahalo_ray.decoding.stopping import Boundary, TokenTexts, step_starts
 from mahalo_ray.models import lora
@@ -108,7 +116,7 @@ class RewardConversations:
         text = model.config.get_text_config()
         self._fast_head = OneDNNHead(text.hidden_size, text.vocab_size)
         self._budget = forward_tokens
-        self._rows = RowTable()
+        self._rows = SlotTable()
         self._ids: dict[int, list[int]] = {}
         self._pending: dict[int, list[int]] = {}
         self._scored: dict[int, _Scored] = {}
@@ -202,7 +210,7 @@ class RewardConversations:
         found: list[Tensor] = [torch.empty(0)] * len(rows)
         order = self._rows.in_slot_order(rows).tolist()
         widest = [len(distinct[i]) * max(map(len, distinct[i])) for i in order]
-        for piece in by_size(widest, self._budget):
+        for piece in split_by_size(widest, self._budget):
             places = order[piece]
             scores = self._score(
                 [rows[i] for i in places],
@@ -251,7 +259,7 @@ class RewardConversations:
         """
         columns = max(map(len, distinct))
         grid = [list(own) + [()] * (columns - len(own)) for own in distinct]
-        ids, counts = padded([own for line in grid for own in line])
+        ids, counts = pad_right([own for line in grid for own in line])
         width = ids.shape[1]
         ids, slots = ids.to(self.device), self._rows.slots(rows)
         states, parts = [], []
@@ -260,7 +268,7 @@ class RewardConversations:
             states.append(backbone(ids, branches.positions(width, self.device), branches))
             branches.advance(width)
             self.peak_bytes = max(self.peak_bytes, sum(c.nbytes for c in self._caches) + branches.nbytes)
-            parts.append(branches.part())
+            parts.append(branches.block())
         self.tokens_forwarded += int(counts.sum())
         ends = torch.from_numpy(counts - 1).to(self.device)
         logps = None
@@ -332,9 +340,9 @@ class RewardConversations:
     def _prefill(self, rows: Sequence[int]) -> None:
         waiting = [row for row in dict.fromkeys(rows) if self._pending[row]]
         waiting = [waiting[i] for i in self._rows.in_slot_order(waiting)]
-        for piece in by_size([len(self._pending[row]) for row in waiting], self._budget):
+        for piece in split_by_size([len(self._pending[row]) for row in waiting], self._budget):
             now = waiting[piece]
-            ids, counts = padded([self._pending[row] for row in now])
+            ids, counts = pad_right([self._pending[row] for row in now])
             slots, width = self._rows.slots(now), ids.shape[1]
             ids = ids.to(self.device)
             views = [cache.append(slots, counts, width) for cache in self._caches]

@@ -1,8 +1,10 @@
 """Drawing tokens: temperature, top-k, top-p, min-p, with randomness that belongs to the request alone.
 
-Every draw is a pure function of (request seed, candidate, position in the conversation): a
-counter-based generator instead of a stateful one, so the batch a request runs in, its order and its
-neighbours change nothing.
+Every draw is a pure function of (request seed, step, candidate, position in the sequence): a counter-based
+generator instead of a stateful one, so the batch a request runs in, its order and its neighbours change
+nothing. The step counts the choices among several candidates made so far. Without it, the next step would
+draw with the numbers of the candidates rejected before, where those were longer than the accepted one, and
+say the same again.
 """
 
 from __future__ import annotations
@@ -148,10 +150,13 @@ def _wrapped(value: int) -> int:
     return (value + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-def draw_keys(seeds: Sequence[int], num_candidates: int, device: torch.device) -> Tensor:
-    """Keys [N, K]: one per (request seed, candidate)."""
+def draw_keys(
+    seeds: Sequence[int], num_candidates: int, device: torch.device, steps: Sequence[int] | None = None
+) -> Tensor:
+    """Keys [N, K]: one per (request seed, step, candidate). `steps` [N]: 0 for all of them if left out."""
     seed = torch.tensor([_wrapped(int(s)) for s in seeds], dtype=torch.int64, device=device)
-    return mixed(mixed(seed, 0)[:, None], torch.arange(num_candidates, device=device)[None])
+    step = 0 if steps is None else torch.tensor(steps, dtype=torch.int64, device=device)
+    return mixed(mixed(seed, step)[:, None], torch.arange(num_candidates, device=device)[None])
 
 
 def uniforms(keys: Tensor, positions: Tensor) -> Tensor:

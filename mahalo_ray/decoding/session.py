@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mahalo_ray.decoding.engine import Engine, InFlight
+from mahalo_ray.decoding.engine import Engine
 from mahalo_ray.decoding.guidance import (
     Choice,
     GuidedRequest,
@@ -23,7 +23,8 @@ from mahalo_ray.decoding.guidance import (
 )
 from mahalo_ray.decoding.policy import Policy
 from mahalo_ray.decoding.scorers import RewardModels, ScorerGroup
-from mahalo_ray.decoding.stopping import AnswerOnly, Candidates, StopReason, StopRule, TextStop, TextTail
+from mahalo_ray.decoding.stopping import AnswerOnly, StopReason, StopRule, TextStop, TextTail
+from mahalo_ray.decoding.token_loop import Candidates
 
 _STEP_GOES_ON = (StopReason.STEP, StopReason.LENGTH)
 
@@ -203,12 +204,14 @@ class GuidedSession:
         context = policy.max_context if max_context is None else max_context
         if self.scorers.max_context is not None:
             context = min(context, self.scorers.max_context)
-        self.engine = Engine(policy, context)
-        self.in_flight = InFlight(self.engine, [self._chat.end_id], self._vocabulary)
+        self.engine = self._new_engine(policy, context)
         self._waiting: deque[RequestState] = deque()
         self._active: list[RequestState] = []
         self._done: list[RequestState] = []  # whose candidates have ended, not yet scored
         self._held = 0  # tokens since the first of them
+
+    def _new_engine(self, policy: Policy, max_context: int) -> Engine:
+        return Engine(policy, max_context, stop_ids=[self._chat.end_id], texts=self._vocabulary)
 
     @property
     def is_busy(self) -> bool:
@@ -267,7 +270,7 @@ class GuidedSession:
         for _ in range(TOKENS_AT_ONCE):
             if not self._active:
                 return
-            self._done += [by_row[row] for row in self.in_flight.step()]
+            self._done += [by_row[row] for row in self.engine.step()]
             if self._is_time():
                 self._decide()
                 return
@@ -282,13 +285,13 @@ class GuidedSession:
             return False
         self._held += 1
         some = len(self._done) >= _SCORED_TOGETHER * len(self._active)
-        alone = not self.in_flight.is_busy or not all(state.request.is_guided for state in self._done)
+        alone = not self.engine.is_busy or not all(state.request.is_guided for state in self._done)
         return some or alone or self._held > _LONGEST_WAIT
 
     def _decide(self) -> None:
         """Scores, choice and next step of the requests that are done. Finished ones leave."""
         done, self._done, self._held = self._done, [], 0
-        sampled = self.in_flight.collect([state.row for state in done])
+        sampled = self.engine.collect([state.row for state in done])
         steps = decide_steps(done, self._candidates(done, sampled), self.scorers, self.models.scale)
         self.engine.accept(sampled, [-1 if step is None else step.chosen for step in steps])
         for state, step in zip(done, steps, strict=True):
@@ -302,7 +305,7 @@ class GuidedSession:
 
     def _start(self, states: list[RequestState]) -> None:
         """Let the next steps of these requests begin."""
-        self.in_flight.start(
+        self.engine.start(
             [state.row for state in states],
             [state.request.candidates_per_step for state in states],
             [state.request.sampling for state in states],
@@ -362,7 +365,11 @@ class GuidedSession:
     def _read(self, states: list[RequestState]) -> None:
         """Give these requests rows and let the models read what there is of them. One that needs more memory
         than there is fails alone."""
-        rows = self.engine.add(len(states), [state.request.weights for state in states])
+        rows = self.engine.add(
+            len(states),
+            [state.request.weights for state in states],
+            [len(state.steps) if state.request.is_guided else 0 for state in states],
+        )
         for state, row in zip(states, rows, strict=True):
             state.row = row
         guided = [state for state in states if state.request.is_guided]
@@ -383,12 +390,11 @@ class GuidedSession:
 
     def _recover(self) -> None:
         """A forward needed more memory than there is: the largest request fails, and the others begin their
-        steps again in a fresh batch. Draws depend on their positions, so their answers stay the same."""
+        steps again in a fresh batch. Draws depend on step and position, so their answers stay the same."""
         self._fail(max(self._active, key=lambda state: state.size))
         old, self._done, self._held = self.engine, [], 0
-        self.engine = Engine(old.policy, old.max_context)
+        self.engine = self._new_engine(old.policy, old.max_context)
         self.engine.tokens_forwarded, self.engine.peak_bytes = old.tokens_forwarded, old.peak_bytes
-        self.in_flight = InFlight(self.engine, [self._chat.end_id], self._vocabulary)
         self.scorers = self.models.follow()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -417,7 +423,6 @@ class GuidedSession:
         self._active.remove(state)
         if state in self._done:
             self._done.remove(state)
-        self.in_flight.abort([state.row])
         self.engine.drop([state.row])
         if state.request.is_guided:
             self.scorers.drop([state.scorer_row])

@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from mahalo_ray.decoding.kv_cache import BranchRef, KVBlock
 from mahalo_ray.objectives import unknown_name
 
 
@@ -25,71 +24,6 @@ class StopReason(StrEnum):
     ANSWER = "answer"  # the domain's boundary: the response is complete (maths: \boxed{} closed)
     STRING = "stop_string"  # the text contains a stop string
     STEPS = "max_steps"  # guided decoding took as many steps as it may
-
-
-REASONS = tuple(StopReason)
-
-
-@dataclass
-class Candidates:
-    """token_ids[i][k], reasons[i][k] and, if asked for, logps[i][k] (one per token) of the i-th sampled
-    row."""
-
-    rows: list[int]
-    token_ids: list[list[list[int]]]
-    reasons: list[list[StopReason]]
-    logps: list[list[list[float]]] | None
-    base_lengths: list[int]  # tokens of every conversation when it was sampled
-    places: list[list[BranchRef]]  # where the keys and values of every candidate lie
-
-    @classmethod
-    def empty(cls, row: int, num_candidates: int, length: int, with_logps: bool) -> Candidates:
-        """Of a row whose conversation fills the context."""
-        nothing: list[list] = [[] for _ in range(num_candidates)]
-        reasons = [StopReason.CONTEXT] * num_candidates
-        logps = [list(nothing)] if with_logps else None
-        return cls(
-            [row],
-            [nothing],
-            [reasons],
-            logps,
-            [length],
-            [[BranchRef(KVBlock([], []), 0, 0)] * num_candidates],
-        )
-
-    @classmethod
-    def joined(cls, parts: Sequence[Candidates], rows: Sequence[int]) -> Candidates:
-        """Those of several calls together, in the order of `rows`."""
-        at = {row: (part, i) for part in parts for i, row in enumerate(part.rows)}
-        found = [at[row] for row in rows]
-        return cls(
-            list(rows),
-            [part.token_ids[i] for part, i in found],
-            [part.reasons[i] for part, i in found],
-            None
-            if any(part.logps is None for part in parts)
-            else [(part.logps or [])[i] for part, i in found],
-            [part.base_lengths[i] for part, i in found],
-            [part.places[i] for part, i in found],
-        )
-
-    def only(self, which: Sequence[int], rows: Sequence[int] | None = None) -> Candidates:
-        """The candidates of some of the sampled rows, by place; `rows`: duplicates of those rows that take
-        over.
-        """
-        return Candidates(
-            [self.rows[i] for i in which] if rows is None else list(rows),
-            [self.token_ids[i] for i in which],
-            [self.reasons[i] for i in which],
-            None if self.logps is None else [self.logps[i] for i in which],
-            [self.base_lengths[i] for i in which],
-            [self.places[i] for i in which],
-        )
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all candidates together."""
-        return sum(len(ids) for row in self.token_ids for ids in row)
 
 
 class Boundary(Protocol):
@@ -330,7 +264,11 @@ class TokenTexts:
 
     def words(self, token_ids: Sequence[int]) -> str:
         """Text of these tokens without special ones."""
-        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+        return str(
+            self.tokenizer.decode(
+                list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
 
     def decode_many(self, token_ids: Sequence[Sequence[int]]) -> list[str]:
         return self.tokenizer.batch_decode(
@@ -379,13 +317,13 @@ def _complete(text: str, is_last: bool) -> str:
     return text if is_last else text.rstrip("\ufffd")
 
 
-def step_starts(token_ids: Sequence[int], boundary: Boundary, vocabulary: TokenTexts) -> list[int]:
+def step_starts(token_ids: Sequence[int], boundary: Boundary, texts: TokenTexts) -> list[int]:
     """Where the steps of a response sampled as a whole begin: at 0 and behind its inner boundaries."""
-    triggers = vocabulary.table(StopRule(boundary))
+    triggers = texts.table(StopRule(boundary))
     starts, num_read, text, tail = [0], 0, "", TextTail()
     for at in range(len(token_ids) - 1):
         if token_ids[at] < len(triggers) and triggers[token_ids[at]]:
-            added, tail = tail.read(token_ids[num_read : at + 1], vocabulary.decode, is_last=False)
+            added, tail = tail.read(token_ids[num_read : at + 1], texts.decode, is_last=False)
             text, num_read = text + added, at + 1
             if boundary.verdict(text, at + 1 - starts[-1]) is StopReason.STEP:
                 starts.append(at + 1)
@@ -396,22 +334,22 @@ def step_starts(token_ids: Sequence[int], boundary: Boundary, vocabulary: TokenT
 class TextStop:
     """The stop rules of the rows of one `sample` call, in its order (None: no text rule for that row)."""
 
-    def __init__(self, vocabulary: TokenTexts, rules: Sequence[StopRule | None]) -> None:
-        self.vocabulary, self.rules = vocabulary, list(rules)
+    def __init__(self, texts: TokenTexts, rules: Sequence[StopRule | None]) -> None:
+        self.texts, self.rules = texts, list(rules)
 
     def trigger_table(self, vocab_size: int) -> Tensor:
         """[vocab_size] bool, the union over rows; the model's vocabulary may be padded beyond the
         tokenizer's."""
         table = torch.zeros(vocab_size, dtype=torch.bool)
         for rule in {rule.key: rule for rule in self.rules if rule is not None}.values():
-            known = self.vocabulary.table(rule)[:vocab_size]
+            known = self.texts.table(rule)[:vocab_size]
             table[: len(known)] |= known
         return table
 
     def verdicts(self, rows: Sequence[int], token_ids: Sequence[Sequence[int]]) -> list[StopReason | None]:
         """For the step so far of each suspect candidate of row rows[i]: why it ends here, or None."""
         verdicts: list[StopReason | None] = []
-        for row, ids, text in zip(rows, token_ids, self.vocabulary.decode_many(token_ids), strict=True):
+        for row, ids, text in zip(rows, token_ids, self.texts.decode_many(token_ids), strict=True):
             rule = self.rules[row]
             verdicts.append(None if rule is None else rule.verdict(text, len(ids)))
         return verdicts

@@ -1,4 +1,7 @@
-"""The token loop: all branches in flight, one token per forward, with almost no Python per token."""
+"""The token loop: all branches in flight, one token per forward, with almost no Python per token.
+
+The words (sequence, branch, slot, grid) are explained in engine.py.
+"""
 
 from __future__ import annotations
 
@@ -10,114 +13,181 @@ import torch
 from torch import Tensor
 
 from mahalo_ray.decoding.kv_cache import (
-    NO_LINES,
+    NO_ROWS,
     Branches,
     BranchRef,
     KVBlock,
     RaggedCache,
-    RowTable,
+    SlotTable,
     resized,
 )
 from mahalo_ray.decoding.policy import LogitFunction, Policy
 from mahalo_ray.decoding.sampling import SamplingBatch, SamplingParams, draw, draw_keys, uniforms
-from mahalo_ray.decoding.stopping import REASONS, Candidates, StopReason, StopRule, TextStop, TokenTexts
+from mahalo_ray.decoding.stopping import StopReason, StopRule, TextStop, TokenTexts
 from mahalo_ray.objectives import Weights
 
+REASONS = tuple(StopReason)
 CODE = {reason: code for code, reason in enumerate(REASONS)}
+
+_COMPACT_BELOW = 0.5  # lay the grid out again when at most this share of it is alive
+_WORTHWHILE = 0.75  # and the new grid has at most this share of the old one's places
+_SPREAD = 1.25  # a prefix may be copied to stand in several rows, while rows grow by at most this factor
 
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """`num_candidates` continuations of a row's conversation of `length` tokens.
+    """`num_candidates` continuations of a sequence of `length` tokens: one step of it.
 
-    They may have `cap` tokens, at which the context `is_full` or a limit is reached. `last` is the hidden
-    state [D] behind the conversation, or its last token if the model has not read that.
+    `step` counts the choices made in the sequence before: draws are keyed by it. A candidate ends after
+    `max_tokens`, because the context is full (`fills_context`) or a limit is reached. `last` is the hidden
+    state [D] behind the sequence, or its last token if the model has not read that.
     """
 
-    row: int
+    sequence: int
     num_candidates: int
     params: SamplingParams
     seed: int
-    cap: int
-    is_full: bool
+    step: int
+    max_tokens: int
+    fills_context: bool
     weights: Weights | None
     rule: StopRule | None
     length: int
     last: Tensor | int
 
 
-class RequestTable:
-    """The forks of a grid, line by line."""
+@dataclass
+class Candidates:
+    """What was sampled: token_ids[i][k], reasons[i][k] and, if asked for, logps[i][k] (one per token) of
+    candidate k of the i-th sequence."""
 
-    def __init__(self, policy: Policy, vocabulary: TokenTexts | None) -> None:
-        self._policy, self._vocabulary = policy, vocabulary
-        self._lines: list[SampleRequest] = []
+    sequences: list[int]
+    token_ids: list[list[list[int]]]
+    reasons: list[list[StopReason]]
+    logps: list[list[list[float]]] | None
+    base_lengths: list[int]  # tokens of every sequence when it was sampled
+    branches: list[list[BranchRef]]  # where the keys and values of every candidate lie
+
+    @classmethod
+    def empty(cls, request: SampleRequest, with_logps: bool) -> Candidates:
+        """Those of a sequence that fills the context: they have no tokens."""
+        count = request.num_candidates
+        return cls(
+            [request.sequence],
+            [[[] for _ in range(count)]],
+            [[StopReason.CONTEXT] * count],
+            [[[] for _ in range(count)]] if with_logps else None,
+            [request.length],
+            [[BranchRef(KVBlock([], []), 0, 0)] * count],
+        )
+
+    @classmethod
+    def join(cls, parts: Sequence[Candidates], sequences: Sequence[int]) -> Candidates:
+        """Those of several calls together, in the order of `sequences`."""
+        index = {sequence: (part, i) for part in parts for i, sequence in enumerate(part.sequences)}
+        sources = [index[sequence] for sequence in sequences]
+        logps: list[list[list[float]]] | None = None
+        if all(part.logps is not None for part in parts):
+            logps = [(part.logps or [])[i] for part, i in sources]
+        return cls(
+            list(sequences),
+            [part.token_ids[i] for part, i in sources],
+            [part.reasons[i] for part, i in sources],
+            logps,
+            [part.base_lengths[i] for part, i in sources],
+            [part.branches[i] for part, i in sources],
+        )
+
+    def only(self, which: Sequence[int], sequences: Sequence[int] | None = None) -> Candidates:
+        """The candidates of the which[i]-th sampled sequences. `sequences`: duplicates of those that take
+        over."""
+        return Candidates(
+            [self.sequences[i] for i in which] if sequences is None else list(sequences),
+            [self.token_ids[i] for i in which],
+            [self.reasons[i] for i in which],
+            None if self.logps is None else [self.logps[i] for i in which],
+            [self.base_lengths[i] for i in which],
+            [self.branches[i] for i in which],
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all candidates together."""
+        return sum(len(ids) for candidates in self.token_ids for ids in candidates)
+
+
+class RequestTable:
+    """The settings of the requests in flight as tensors, one row per request."""
+
+    def __init__(self, policy: Policy, texts: TokenTexts | None) -> None:
+        self._policy, self._texts = policy, texts
+        self._requests: list[SampleRequest] = []
         self._settings: list[tuple[Weights | None, SamplingParams, Hashable]] = []
         self.stop: TextStop | None = None
         self.triggers: Tensor | None = None  # [V], tokens after which the text must be read
         self.params: SamplingBatch
         self.head: LogitFunction
-        self.caps: Tensor  # per line, as the next two
+        self.max_tokens: Tensor  # per row, as the next two
         self.lengths: Tensor
-        self.cut_codes: Tensor  # why a branch ends at its cap
+        self.limit_codes: Tensor  # why a branch ends with its max_tokens-th token
 
     def __len__(self) -> int:
-        return len(self._lines)
+        return len(self._requests)
 
-    def __getitem__(self, line: int) -> SampleRequest:
-        return self._lines[line]
+    def __getitem__(self, row: int) -> SampleRequest:
+        return self._requests[row]
 
     @property
     def columns(self) -> int:
-        """Candidates of the line that wants most."""
-        return max((fork.num_candidates for fork in self._lines), default=1)
+        """Candidates of the request that has most."""
+        return max((request.num_candidates for request in self._requests), default=1)
 
-    def slots(self, table: RowTable) -> np.ndarray:
-        """Where the lines' rows lie now."""
-        return table.slots([fork.row for fork in self._lines])
+    def slots(self, table: SlotTable) -> np.ndarray:
+        """Where the requests' sequences lie now."""
+        return table.slots([request.sequence for request in self._requests])
 
-    def lines_of(self, rows: Collection[int]) -> np.ndarray:
-        """The lines of these rows."""
-        line = {fork.row: at for at, fork in enumerate(self._lines)}
-        return np.array([line[row] for row in rows], dtype=np.int64)
+    def rows_of(self, sequences: Collection[int]) -> np.ndarray:
+        """The rows of these sequences."""
+        row_of = {request.sequence: row for row, request in enumerate(self._requests)}
+        return np.array([row_of[sequence] for sequence in sequences], dtype=np.int64)
 
     def replace(
-        self, joining: Mapping[int, SampleRequest], left: Collection[int], table: RowTable
+        self, joining: Mapping[int, SampleRequest], leaving: Collection[int], table: SlotTable
     ) -> np.ndarray:
-        """Let rows leave and join, lines in the order of the rows' slots. A row that is there already begins
-        again. Returns which line each line was, -1 for a new one."""
-        stay = [at for at, fork in enumerate(self._lines) if fork.row not in left]
-        forks = [joining.get(self._lines[at].row, self._lines[at]) for at in stay]
-        known = {fork.row for fork in forks}
-        forks += [fork for row, fork in joining.items() if row not in known]
-        source = np.array(stay + [-1] * (len(forks) - len(stay)), dtype=np.int64)
-        order = np.argsort(table.slots([fork.row for fork in forks]))
-        self._lines = [forks[at] for at in order]
+        """Let requests leave and join, rows in the order of their sequences' slots. A sequence that is there
+        already begins its next request. Returns which row each row was, -1 for a new one."""
+        staying = [row for row, request in enumerate(self._requests) if request.sequence not in leaving]
+        requests = [joining.get(self._requests[row].sequence, self._requests[row]) for row in staying]
+        known = {request.sequence for request in requests}
+        requests += [request for sequence, request in joining.items() if sequence not in known]
+        source = np.array(staying + [-1] * (len(requests) - len(staying)), dtype=np.int64)
+        order = np.argsort(table.slots([request.sequence for request in requests]))
+        self._requests = [requests[number] for number in order]
         self._tabulate()
         return source[order]
 
     def _tabulate(self) -> None:
-        device, lines = self._policy.device, self._lines
-        self.caps = torch.tensor([fork.cap for fork in lines], device=device)
-        self.lengths = torch.tensor([fork.length for fork in lines], device=device)
-        cut = [CODE[StopReason.CONTEXT if fork.is_full else StopReason.LENGTH] for fork in lines]
-        self.cut_codes = torch.tensor(cut, device=device)
-        rules: Sequence[StopRule | None] = [fork.rule for fork in lines]
-        self.stop = None if self._vocabulary is None else TextStop(self._vocabulary, rules)
+        device, requests = self._policy.device, self._requests
+        self.max_tokens = torch.tensor([request.max_tokens for request in requests], device=device)
+        self.lengths = torch.tensor([request.length for request in requests], device=device)
+        codes = [CODE[StopReason.CONTEXT if r.fills_context else StopReason.LENGTH] for r in requests]
+        self.limit_codes = torch.tensor(codes, device=device)
+        rules: Sequence[StopRule | None] = [request.rule for request in requests]
+        self.stop = None if self._texts is None else TextStop(self._texts, rules)
         settings: list[tuple[Weights | None, SamplingParams, Hashable]]
-        settings = [(f.weights, f.params, None if f.rule is None else f.rule.key) for f in lines]
-        if settings == self._settings or not lines:
+        settings = [(r.weights, r.params, None if r.rule is None else r.rule.key) for r in requests]
+        if settings == self._settings or not requests:
             return  # the usual case: the next step of the same requests
         self._settings = settings
-        self.head = self._policy.head([fork.weights for fork in lines])
-        self.params = SamplingBatch.of([fork.params for fork in lines], device)
+        self.head = self._policy.head([request.weights for request in requests])
+        self.params = SamplingBatch.of([request.params for request in requests], device)
         if self.stop is not None:
             self.triggers = self.stop.trigger_table(self._policy.vocab_size).to(device)
 
 
 class SampleBuffers:
-    """Tables over the flat places of a grid [lines * K]: tokens [.., T], their log-probs, uniform numbers
-    [.., T], how many tokens each branch ended with and why."""
+    """What every branch has drawn: tokens [N * K, T], their log-probs, uniform numbers [N * K, T] to draw
+    with, how many tokens each branch ended with and why. A branch is row * K + column of the requests."""
 
     def __init__(self, device: torch.device, with_logps: bool) -> None:
         self.columns, self.length = 0, 0
@@ -128,388 +198,427 @@ class SampleBuffers:
         self.reasons = torch.zeros(0, dtype=torch.long, device=device)
 
     def regrid(self, source: np.ndarray, columns: int) -> None:
-        """Lines source[i] of the old grid (-1: a new one), with another number of columns."""
+        """Row i was row source[i] (-1: a new one), in a grid with another number of columns."""
         kept = source >= 0
         common = np.arange(min(columns, self.columns))
         new = (np.flatnonzero(kept)[:, None] * columns + common).reshape(-1)
         old = (source[kept][:, None] * self.columns + common).reshape(-1)
         self.columns = columns
-        places = (torch.from_numpy(new), torch.from_numpy(old), len(source) * columns)
-        self.tokens, self.uniforms = self._moved(self.tokens, *places), self._moved(self.uniforms, *places)
-        self.counts, self.reasons = self._moved(self.counts, *places), self._moved(self.reasons, *places)
+        if len(source) == 0:
+            self.length = 0  # nobody is left: the next requests may be shorter
+        moves = (torch.from_numpy(new), torch.from_numpy(old), len(source) * columns)
+        self.tokens, self.uniforms = self._moved(self.tokens, *moves), self._moved(self.uniforms, *moves)
+        self.counts, self.reasons = self._moved(self.counts, *moves), self._moved(self.reasons, *moves)
         if self.logps is not None:
-            self.logps = self._moved(self.logps, *places)
+            self.logps = self._moved(self.logps, *moves)
 
-    def start(self, lines: np.ndarray, seeds: list[int], positions: np.ndarray, length: int) -> None:
-        """Random numbers of `length` tokens for lines whose conversations have these lengths. All at once:
-        hashing is many small operations."""
+    def start(self, rows: np.ndarray, requests: Sequence[SampleRequest]) -> None:
+        """Random numbers for all tokens of these rows' requests. All at once: hashing is many small
+        operations."""
+        length = max(request.max_tokens for request in requests)
         if length > self.length:
             self.length, shape = length, (len(self.tokens), length)
             self.tokens, self.uniforms = resized(self.tokens, shape), resized(self.uniforms, shape)
             if self.logps is not None:
                 self.logps = resized(self.logps, shape)
         device = self.tokens.device
-        keys = draw_keys(seeds, self.columns, device)  # [lines, K]
-        first = torch.from_numpy(positions).to(device)
-        drawn = uniforms(keys[..., None], first[:, None, None] + torch.arange(length, device=device))
-        self.uniforms.view(-1, self.columns, self.length)[torch.from_numpy(lines), :, :length] = drawn
+        keys = draw_keys(
+            [request.seed for request in requests],
+            self.columns,
+            device,
+            [request.step for request in requests],
+        )  # [rows, K]
+        first = torch.tensor([request.length for request in requests], device=device)
+        numbers = uniforms(keys[..., None], first[:, None, None] + torch.arange(length, device=device))
+        self.uniforms.view(-1, self.columns, self.length)[torch.from_numpy(rows), :, :length] = numbers
 
-    def write(self, cells: Tensor, times: Tensor, tokens: Tensor, logps: Tensor | None) -> None:
-        """The tokens [n] drawn for these cells as their times-th."""
-        self.tokens[cells, times] = tokens
+    def write(self, branches: Tensor, positions: Tensor, tokens: Tensor, logps: Tensor | None) -> None:
+        """The tokens [n] drawn for these branches at these positions of their own."""
+        self.tokens[branches, positions] = tokens
         if self.logps is not None and logps is not None:
-            self.logps[cells, times] = logps
+            self.logps[branches, positions] = logps
 
-    def end(self, cells: Tensor, counts: Tensor, reasons: Tensor) -> None:
-        """These cells have ended with so many tokens, for these reasons (codes)."""
-        self.counts[cells], self.reasons[cells] = counts, reasons
+    def end(self, branches: Tensor, counts: Tensor, reasons: Tensor) -> None:
+        """These branches have ended with so many tokens, for these reasons (codes)."""
+        self.counts[branches], self.reasons[branches] = counts, reasons
 
     def lists(
-        self, lines: np.ndarray, wanted: list[int]
+        self, rows: np.ndarray, num_candidates: Sequence[int]
     ) -> tuple[list[list[list[int]]], list[list[StopReason]], list[list[list[float]]] | None]:
-        """Tokens, reasons and log-probs of the first wanted[i] branches of every line."""
-        index = torch.from_numpy(lines)
+        """Tokens, reasons and log-probs of the first num_candidates[i] branches of every row."""
+        index = torch.from_numpy(rows)
         counts = self.counts.view(-1, self.columns)[index]
         longest = int(counts.max())
 
         def cut(table: Tensor) -> list[list[list]]:
             grid = table.view(-1, self.columns, self.length)[index, :, :longest].tolist()
             return [
-                [values[:n] for values, n in zip(line[:k], line_counts, strict=False)]
-                for line, line_counts, k in zip(grid, counts.tolist(), wanted, strict=True)
+                [values[:n] for values, n in zip(row[:k], row_counts, strict=False)]
+                for row, row_counts, k in zip(grid, counts.tolist(), num_candidates, strict=True)
             ]
 
         codes = self.reasons.view(-1, self.columns)[index].tolist()
-        reasons = [[REASONS[c] for c in line[:k]] for line, k in zip(codes, wanted, strict=True)]
+        reasons = [[REASONS[c] for c in row[:k]] for row, k in zip(codes, num_candidates, strict=True)]
         return cut(self.tokens), reasons, None if self.logps is None else cut(self.logps)
 
-    def _moved(self, table: Tensor, new: Tensor, old: Tensor, places: int) -> Tensor:
-        moved = table.new_zeros(places, *table.shape[1:])
+    def _moved(self, table: Tensor, new: Tensor, old: Tensor, size: int) -> Tensor:
+        if size == 0:
+            return table.new_zeros((0, self.length) if table.dim() == 2 else 0)
+        moved = table.new_zeros(size, *table.shape[1:])
         moved[new] = table[old]
         return moved
 
 
 class BranchDecoder:
-    """Decodes forks of rows token by token; forks may begin, and rows leave, between any two tokens.
+    """Decodes requests token by token; requests may start, and sequences leave, between any two tokens.
 
-    A fork is a line of a grid [lines, K], and a `cell` is a flat place line * K + branch of it. Only cells
-    that still decode go through the model's layers; its attention alone works on the whole grid. A line whose
-    branches have ended keeps them until its row begins again or leaves.
+    A request is a row of a grid [N, K], its candidates are branches row * K + column. Only branches that
+    still decode go through the model's layers; its attention alone works on the whole grid. A row whose
+    branches have ended keeps them until its sequence starts its next request or leaves.
+
+    The cache and the slot table are the engine's. It says so (`slots_moved`) when sequences have moved.
     """
 
     def __init__(
         self,
         policy: Policy,
         cache: RaggedCache,
-        rows: RowTable,
+        slot_table: SlotTable,
         stop_ids: Collection[int],
-        vocabulary: TokenTexts | None,
+        texts: TokenTexts | None,
         with_logps: bool = False,
     ) -> None:
-        """`vocabulary` reads the text that forks' rules need; None if they have none."""
-        self.policy, self.device, self._rows = policy, policy.device, rows
-        self.branches = Branches(cache, np.zeros(0, dtype=np.int64), 1)
-        self._tables = SampleBuffers(self.device, with_logps)
-        self._forks = RequestTable(policy, vocabulary)
+        """`texts` reads what the requests' rules need; None if they have none."""
+        self.policy, self.device, self._slot_table = policy, policy.device, slot_table
+        self.grid = Branches(cache, np.zeros(0, dtype=np.int64), 1)
+        self._buffers = SampleBuffers(self.device, with_logps)
+        self._requests = RequestTable(policy, texts)
         self._stop_table = torch.zeros(policy.vocab_size, dtype=torch.bool, device=self.device)
         self._stop_table[torch.tensor(sorted(stop_ids), dtype=torch.long, device=self.device)] = True
         self.tokens_forwarded = 0
-        self.read: list[tuple[int, Tensor]] = []  # rows whose last token the last step read, states [D]
+        self.read: list[tuple[int, Tensor]] = []  # sequences whose last token the last step read, states [D]
         self._joining: dict[int, SampleRequest] = {}
-        self._left: set[int] = set()
-        self._empty: dict[int, SampleRequest] = {}  # no room for a token: their candidates are empty
+        self._leaving: set[int] = set()
+        self._without_room: dict[int, SampleRequest] = {}  # their candidates are empty
         self._unreported: list[int] = []
-        self._moves = 0
+        self._moved = False
         self._sampled = torch.zeros(0, dtype=torch.long, device=self.device)  # last tokens, not yet read
-        self._cell = self._place = self._sampled  # what decodes, in ascending order, and where in the grid
-        self._grid_lines, self._is_new = NO_LINES, True
+        # Branches that decode, in ascending order, and where they lie in the grid: at the index of the same
+        # number, unless the grid was compacted.
+        self._live = self._live_index = self._sampled
+        self._live_rows, self._is_new = NO_ROWS, True
 
     @property
     def is_busy(self) -> bool:
         """Whether any branch is still to be decoded."""
-        return bool(len(self._cell) or self._joining or self._unreported)
+        return bool(len(self._live) or self._joining or self._unreported)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the branches' keys and values, those of finished branches included."""
-        return self.branches.nbytes
+        return self.grid.nbytes
 
-    def start(self, forks: Sequence[SampleRequest]) -> None:
-        """Decode these from the next token on; a row's earlier fork is forgotten."""
-        for fork in forks:
-            if fork.cap > 0:
-                self._joining[fork.row] = fork
+    def start(self, requests: Sequence[SampleRequest]) -> None:
+        """Decode these from the next token on; a sequence's earlier request is forgotten."""
+        for request in requests:
+            if request.max_tokens > 0:
+                self._joining[request.sequence] = request
             else:
-                self._empty[fork.row] = fork
-                self._unreported.append(fork.row)
+                self._without_room[request.sequence] = request
+                self._unreported.append(request.sequence)
 
-    def abort(self, rows: Collection[int]) -> None:
-        """Forget these rows, finished or not."""
-        self._left.update(rows)
-        self._unreported = [row for row in self._unreported if row not in self._left]
-        for row in rows:
-            self._joining.pop(row, None)
-            self._empty.pop(row, None)
+    def abort(self, sequences: Collection[int]) -> None:
+        """Forget the requests of these sequences, finished or not. The memory of the last ones is freed."""
+        self._leaving.update(sequences)
+        self._unreported = [sequence for sequence in self._unreported if sequence not in self._leaving]
+        for sequence in sequences:
+            self._joining.pop(sequence, None)
+            self._without_room.pop(sequence, None)
+        if not self._joining and all(
+            self._requests[row].sequence in self._leaving for row in range(len(self._requests))
+        ):
+            self._arrange()
+
+    def slots_moved(self) -> None:
+        """Sequences lie at other slots now."""
+        self._moved = True
 
     @torch.no_grad()
     def step(self) -> list[int]:
-        """One more token of every branch. Returns the rows whose branches have now all ended."""
+        """One more token of every branch. Returns the sequences whose branches have now all ended."""
         done, self._unreported, self.read = self._unreported, [], []
-        begun = self._arranged()
-        if len(self._cell) or len(begun):
-            done += self._ended(self._drawn(self._forward(begun)))
+        started = self._arrange()
+        if len(self._live) or len(started):
+            done += self._end_branches(self._draw(self._forward(started)))
         return done
 
-    def collect(self, rows: Sequence[int]) -> Candidates:
-        """The candidates of finished rows. Their keys and values stay where they are, good until the row
-        begins again."""
-        empty = [self._empty.pop(row) for row in rows if row in self._empty]
-        with_logps = self._tables.logps is not None
-        parts = [Candidates.empty(f.row, f.num_candidates, f.length, with_logps) for f in empty]
-        known = {fork.row for fork in empty}
-        lines = self._forks.lines_of([row for row in rows if row not in known])
-        if len(lines):
-            part, columns = self.branches.part(), self._tables.columns
-            forks = [self._forks[line] for line in lines]
-            cells = [
-                range(line * columns, line * columns + f.num_candidates)
-                for line, f in zip(lines.tolist(), forks, strict=True)
+    def collect(self, sequences: Sequence[int]) -> Candidates:
+        """The candidates of finished sequences. Their keys and values stay where they are, good until the
+        sequence starts its next request."""
+        empty = [self._without_room.pop(s) for s in sequences if s in self._without_room]
+        with_logps = self._buffers.logps is not None
+        parts = [Candidates.empty(request, with_logps) for request in empty]
+        known = {request.sequence for request in empty}
+        rows = self._requests.rows_of([s for s in sequences if s not in known])
+        if len(rows):
+            block, columns = self.grid.block(), self._buffers.columns
+            requests = [self._requests[row] for row in rows]
+            branches = [
+                range(row * columns, row * columns + request.num_candidates)
+                for row, request in zip(rows.tolist(), requests, strict=True)
             ]
             parts.append(
                 Candidates(
-                    [fork.row for fork in forks],
-                    *self._tables.lists(lines, [fork.num_candidates for fork in forks]),
-                    [fork.length for fork in forks],
-                    [[self._kept(part, cell) for cell in own] for own in cells],
+                    [request.sequence for request in requests],
+                    *self._buffers.lists(rows, [request.num_candidates for request in requests]),
+                    [request.length for request in requests],
+                    [[self._ref(block, branch) for branch in of_request] for of_request in branches],
                 )
             )
-        return Candidates.joined(parts, rows)
+        return Candidates.join(parts, sequences)
 
-    def _arranged(self) -> np.ndarray:
-        """Lay the lines out for who joins and who left, in the order of the rows' slots: the prefixes of all
-        live rows then lie side by side. Returns the lines that begin."""
-        if not self._joining and not self._left and self._moves == self._rows.moves:
-            return NO_LINES
-        self._moves = self._rows.moves
-        source = self._forks.replace(self._joining, self._left, self._rows)
-        self._regrid(source, self._forks.slots(self._rows))
-        begun = self._forks.lines_of(list(self._joining))
-        self._joining, self._left = {}, set()
-        if len(begun):
-            forks = [self._forks[line] for line in begun]
-            lengths = np.array([fork.length for fork in forks])
-            self.branches.restart(begun, lengths)
-            self._tables.start(begun, [f.seed for f in forks], lengths, max(f.cap for f in forks))
-        self._live(self._cell)
-        return begun
+    def _arrange(self) -> np.ndarray:
+        """Lay the rows out for the requests that join and leave, in the order of their sequences' slots: the
+        prefixes of all sequences then lie side by side. Returns the rows that start."""
+        if not self._joining and not self._leaving and not self._moved:
+            return NO_ROWS
+        self._moved = False
+        source = self._requests.replace(self._joining, self._leaving, self._slot_table)
+        self._regrid(source, self._requests.slots(self._slot_table))
+        started = self._requests.rows_of(list(self._joining))
+        self._joining, self._leaving = {}, set()
+        if len(started):
+            requests = [self._requests[row] for row in started]
+            self.grid.restart(started, np.array([request.length for request in requests]))
+            self._buffers.start(started, requests)
+        self._set_live(self._live)
+        return started
 
     def _regrid(self, source: np.ndarray, slots: np.ndarray) -> None:
-        """A grid whose line i is the old line source[i] (-1: a new one); what decodes moves along."""
-        lines, columns, old_columns = len(self.branches.slots), self._forks.columns, self.branches.branches
-        if columns == old_columns and np.array_equal(source, np.arange(lines)):
-            self.branches.move(slots)
+        """Lay the grid out again: its row i is the old row source[i] (-1: a new one).
+
+        A branch is known by row * K + column in three places: the tokens drawn so far, the keys and values in
+        the grid, and the list of live branches. When rows come, go or change places, or K changes, all three
+        are renumbered alike: the first two by copying, the third by looking the old numbers up in a table of
+        the new ones, where -1 says that the branch is gone.
+        """
+        rows, columns = len(self.grid.slots), self._requests.columns
+        old_columns = self.grid.columns
+        if columns == old_columns and np.array_equal(source, np.arange(rows)):
+            self.grid.move(slots)
             return
         column = np.arange(columns)
         is_old = (source[:, None] >= 0) & (column < old_columns)
-        grid = np.where(is_old, source[:, None] * old_columns + column, -1)
-        self.branches.regrid(source, grid, slots)
-        self._tables.regrid(source, columns)
-        cell_now = np.full(lines * old_columns + 1, -1)  # the last one is for what was nowhere
-        cell_now[grid] = np.arange(grid.size).reshape(grid.shape)
-        cell = torch.from_numpy(cell_now[:-1]).to(self.device)[self._cell]
-        order = cell.argsort()[int((cell < 0).sum()) :]
-        self._sampled, self._cell = self._sampled[order], cell[order]
+        source_branches = np.where(is_old, source[:, None] * old_columns + column, -1)
+        self.grid.regrid(source, source_branches, slots)
+        self._buffers.regrid(source, columns)
+        renumbered = np.full(rows * old_columns + 1, -1)  # the last entry collects the -1 of new branches
+        renumbered[source_branches] = np.arange(source_branches.size).reshape(source_branches.shape)
+        live = torch.from_numpy(renumbered[:-1]).to(self.device)[self._live]
+        order = live.argsort()[int((live < 0).sum()) :]
+        self._sampled, self._live = self._sampled[order], live[order]
 
-    def _live(self, cell: Tensor) -> None:
-        """These cells decode now, in ascending order: what the token loop needs of each."""
-        self._cell, self._place = cell, self._places(cell)
-        grid_line = self._place // self.branches.branches
-        self._grid_lines = np.unique(grid_line.cpu().numpy())
+    def _set_live(self, live: Tensor) -> None:
+        """These branches decode now, in ascending order: prepare what the token loop needs of each."""
+        self._live, self._live_index = live, self._index_of(live)
+        grid_row = self._live_index // self.grid.columns
+        self._live_rows = np.unique(grid_row.cpu().numpy())
         self._is_new = True
-        if len(cell):
-            self._line = cell // self._tables.columns
-            # As many tokens drawn as the model has read since the fork.
-            self._time = torch.from_numpy(self.branches.lengths).to(self.device)[grid_line]
-            self._caps, self._starts = self._forks.caps[self._line], self._forks.lengths[self._line]
-            self._params = self._forks.params.take(self._line)
+        if len(live):
+            self._row = live // self._buffers.columns
+            # As many tokens drawn as the model has read since the request started.
+            self._count = torch.from_numpy(self.grid.lengths).to(self.device)[grid_row]
+            self._max_tokens = self._requests.max_tokens[self._row]
+            self._lengths = self._requests.lengths[self._row]
+            self._params = self._requests.params.take(self._row)
 
-    def _places(self, cell: Tensor) -> Tensor:
-        """Where cells lie in the grid: at the place of the same number, here."""
-        return cell
+    def _index_of(self, branches: Tensor) -> Tensor:
+        """The grid indices of branches: their own numbers, here."""
+        return branches
 
-    def _kept(self, part: KVBlock, cell: int) -> BranchRef:
-        """Where a cell's keys and values lie, if the grid's are `part`."""
-        return BranchRef(part, cell // self.branches.branches, cell % self.branches.branches)
+    def _ref(self, block: KVBlock, branch: int) -> BranchRef:
+        """Where a branch's keys and values lie, if the grid's are `block`."""
+        return BranchRef(block, branch // self.grid.columns, branch % self.grid.columns)
 
-    def _forward(self, begun: np.ndarray) -> Tensor:
-        """What the next token of every cell is drawn from, [cells, D]: one forward over the cells' last
-        tokens and over those with which rows begin. Begun lines become cells."""
-        if len(begun) == 0:
-            return self._read(begun)
-        is_unread = np.array([isinstance(self._forks[line].last, int) for line in begun])
-        opening, ready = begun[is_unread], begun[~is_unread]
-        count = len(self._cell)
+    def _forward(self, started: np.ndarray) -> Tensor:
+        """Hidden states [branches, D] that the next tokens are drawn from: one forward over the branches'
+        last tokens and over those with which requests start. Branches of started rows become live."""
+        if len(started) == 0:
+            return self._read(started)
+        is_unread = np.array([isinstance(self._requests[row].last, int) for row in started])
+        opening, ready = started[is_unread], started[~is_unread]
+        count = len(self._live)
         states = [self._read(opening)] if count or len(opening) else []
-        fresh = [self._forks[line].last for line in ready]
-        states += [torch.stack([last for last in fresh if isinstance(last, Tensor)])] if fresh else []
-        lines = [*opening.tolist(), *ready.tolist()]
-        wanted = [self._forks[line].num_candidates for line in lines]
-        columns = self.branches.branches
-        cells = [line * columns + k for line, n in zip(lines, wanted, strict=True) for k in range(n)]
-        cell = torch.cat([self._cell, torch.tensor(cells, device=self.device)])
-        repeats = torch.tensor([1] * count + wanted, device=self.device)
-        order = cell.argsort()
+        known = [self._requests[row].last for row in ready]
+        states += [torch.stack([last for last in known if isinstance(last, Tensor)])] if known else []
+        rows = [*opening.tolist(), *ready.tolist()]
+        num_candidates = [self._requests[row].num_candidates for row in rows]
+        columns = self.grid.columns
+        new = [row * columns + k for row, n in zip(rows, num_candidates, strict=True) for k in range(n)]
+        live = torch.cat([self._live, torch.tensor(new, device=self.device)])
+        repeats = torch.tensor([1] * count + num_candidates, device=self.device)
+        order = live.argsort()
         hidden = torch.cat(states).repeat_interleave(repeats, dim=0)[order]
-        self._live(cell[order])
+        self._set_live(live[order])
         return hidden
 
     def _read(self, opening: np.ndarray) -> Tensor:
-        """Hidden states [cells + opening lines, D] behind the tokens that the model has not read."""
-        count, forks = len(self._cell), [self._forks[line] for line in opening]
-        ids, positions = self._sampled, self._starts + self._time if count else self._sampled
-        if forks:
-            ids = torch.cat([ids, torch.tensor([fork.last for fork in forks], device=self.device)])
-            ends = torch.tensor([fork.length - 1 for fork in forks], device=self.device)
+        """Hidden states [branches + opening rows, D] behind the tokens that the model has not read."""
+        count, requests = len(self._live), [self._requests[row] for row in opening]
+        ids, positions = self._sampled, self._lengths + self._count if count else self._sampled
+        if requests:
+            ids = torch.cat([ids, torch.tensor([request.last for request in requests], device=self.device)])
+            ends = torch.tensor([request.length - 1 for request in requests], device=self.device)
             positions = torch.cat([positions, ends])
-        if forks or self._is_new:
-            self.branches.take_part(self._place, self._grid_lines, opening)
-            self._is_new = bool(forks)
-        hidden = self.policy.hidden_states(ids[:, None], positions[:, None], self.branches)[:, 0]
-        self.branches.advance(1)
+        if requests or self._is_new:
+            self.grid.select(self._live_index, self._live_rows, opening)
+            self._is_new = bool(requests)
+        hidden = self.policy.hidden_states(ids[:, None], positions[:, None], self.grid)[:, 0]
+        self.grid.advance(1)
         if count:
-            self._time = self._time + 1
+            self._count = self._count + 1
         self.tokens_forwarded += len(ids)
-        if forks:
-            self.read = [(fork.row, state) for fork, state in zip(forks, hidden[count:], strict=True)]
+        if requests:
+            states = hidden[count:]
+            self.read = [(request.sequence, state) for request, state in zip(requests, states, strict=True)]
         return hidden
 
-    def _drawn(self, hidden: Tensor) -> Tensor:
-        """A token [cells] for every cell, written into the tables."""
-        uniform = self._tables.uniforms[self._cell, self._time]
-        logits = self._forks.head(hidden, self._line)
-        tokens, logps = draw(logits, self._params, uniform, self._tables.logps is not None)
-        self._tables.write(self._cell, self._time, tokens, logps)
+    def _draw(self, hidden: Tensor) -> Tensor:
+        """A token for every branch [branches], written into the buffers."""
+        uniform = self._buffers.uniforms[self._live, self._count]
+        logits = self._requests.head(hidden, self._row)
+        tokens, logps = draw(logits, self._params, uniform, self._buffers.logps is not None)
+        self._buffers.write(self._live, self._count, tokens, logps)
         return tokens
 
-    def _ended(self, sampled: Tensor) -> list[int]:
-        """Take out the cells that end with the token just drawn. Returns the rows without any left."""
+    def _end_branches(self, sampled: Tensor) -> list[int]:
+        """Take out the branches that end with the token just drawn. Returns the sequences without any left.
+
+        The host waits for the device once per token, to learn whether any branch ends or must be read.
+        """
         stopped = self._stop_table[sampled]
-        ended = stopped | (self._caps <= self._time + 1)
-        by_text: tuple[Tensor, Tensor] | None = None
-        if self._forks.triggers is not None:
-            suspects = self._forks.triggers[sampled] & ~stopped
-            if suspects.any():
-                by_text = self._ended_by_text(suspects.nonzero()[:, 0])
-        if by_text is not None:
-            ended[by_text[0]] = True
+        ended = stopped | (self._max_tokens <= self._count + 1)
         self._sampled = sampled
-        if not ended.any():
+        by_text: tuple[Tensor, Tensor] | None = None
+        if self._requests.triggers is None:
+            any_ended = bool(ended.any())
+        else:
+            suspects = self._requests.triggers[sampled] & ~stopped
+            any_ended, any_suspect = torch.stack([ended.any(), suspects.any()]).tolist()
+            if any_suspect:
+                by_text = self._read_texts(suspects.nonzero()[:, 0])
+            if by_text is not None:
+                ended[by_text[0]] = True
+                any_ended = True
+        if not any_ended:
             return []
-        reason = torch.where(stopped, CODE[StopReason.TOKEN], self._forks.cut_codes[self._line])
+        reason = torch.where(stopped, CODE[StopReason.TOKEN], self._requests.limit_codes[self._row])
         if by_text is not None:
             reason[by_text[0]] = by_text[1]
-        self._tables.end(self._cell[ended], self._time[ended] + 1, reason[ended])
-        lines, left = self._line[ended], self._line[~ended]
+        self._buffers.end(self._live[ended], self._count[ended] + 1, reason[ended])
+        ended_rows, left_rows = self._row[ended], self._row[~ended]
         self._sampled = sampled[~ended]
-        self._live(self._cell[~ended])
-        return [self._forks[line].row for line in sorted({*lines.tolist()} - {*left.tolist()})]
+        self._set_live(self._live[~ended])
+        finished = sorted({*ended_rows.tolist()} - {*left_rows.tolist()})
+        return [self._requests[row].sequence for row in finished]
 
-    def _ended_by_text(self, which: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Which of these live cells end with what they say, and why (codes). Only tokens that can end a step
-        or a stop string come here: their candidates are read as text."""
-        assert self._forks.stop is not None
-        counts = (self._time[which] + 1).tolist()
-        said = self._tables.tokens[self._cell[which], : max(counts)].tolist()
-        verdicts = self._forks.stop.verdicts(
-            self._line[which].tolist(), [ids[:n] for ids, n in zip(said, counts, strict=True)]
+    def _read_texts(self, which: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Which of these live branches end with their text, and why (codes). Only tokens that can end a step
+        or a stop string come here."""
+        assert self._requests.stop is not None
+        counts = (self._count[which] + 1).tolist()
+        tokens = self._buffers.tokens[self._live[which], : max(counts)].tolist()
+        verdicts = self._requests.stop.verdicts(
+            self._row[which].tolist(), [ids[:n] for ids, n in zip(tokens, counts, strict=True)]
         )
-        hits = [(at, CODE[verdict]) for at, verdict in enumerate(verdicts) if verdict is not None]
+        hits = [(number, CODE[verdict]) for number, verdict in enumerate(verdicts) if verdict is not None]
         if not hits:
             return None
-        where, codes = torch.tensor(hits, device=self.device).unbind(1)
-        return which[where], codes
-
-
-_COMPACT_BELOW = 0.5  # regrid when at most this share of the grid is alive
-_WORTHWHILE = 0.75  # and the new grid has at most this share of the old one's places
-_SPREAD = 1.25  # a row may be laid out twice (its prefix copied) while rows grow by at most this factor
+        numbers, codes = torch.tensor(hits, device=self.device).unbind(1)
+        return which[numbers], codes
 
 
 class CompactingDecoder(BranchDecoder):
-    """Decodes forks to their ends. Nobody joins, so that attention need not work on a grid of which most has
-    ended: what is left of it is laid out again now and then, and what has ended is put aside."""
+    """Decodes requests to their ends. No others join, so that attention need not work on a grid of which most
+    has ended: what is left of it is laid out again now and then, and what has ended is put aside."""
 
-    def run(self, forks: Sequence[SampleRequest]) -> Candidates:
-        """The candidates of these forks' rows."""
-        self._aside: dict[int, BranchRef] = {}  # by cell
+    def run(self, requests: Sequence[SampleRequest]) -> Candidates:
+        """The candidates of these requests' sequences."""
+        self._aside: dict[int, BranchRef] = {}  # by branch
         self._aside_bytes = 0
-        # The cell at every place, -1 for none, and the other way round. None: all are where they began.
-        self._cell_at: np.ndarray | None = None
-        self._place_of: Tensor | None = None
-        self.start(forks)
+        # The branch at every grid index, -1 for none, and the other way round. None: all are where they
+        # began.
+        self._branch_at: np.ndarray | None = None
+        self._index: Tensor | None = None
+        self.start(requests)
         while self.is_busy:
             self.step()
-        return self.collect([fork.row for fork in forks])
+        return self.collect([request.sequence for request in requests])
 
     @property
     def nbytes(self) -> int:
         return super().nbytes + self._aside_bytes
 
-    def _forward(self, begun: np.ndarray) -> Tensor:
-        places = len(self.branches.slots) * self.branches.branches
-        if 0 < len(self._cell) <= _COMPACT_BELOW * places:
-            self._compact(places)
-        return super()._forward(begun)
+    def _forward(self, started: np.ndarray) -> Tensor:
+        if 0 < len(self._live) <= _COMPACT_BELOW * self.grid.size:
+            self._compact(self.grid.size)
+        return super()._forward(started)
 
-    def _compact(self, places: int) -> None:
-        """Lay the live cells out in the smallest grid."""
-        alive = np.zeros(places, dtype=bool)
-        alive[self._place.cpu().numpy()] = True
-        source, grid = smallest_grid(alive, self.branches.branches, len(self._forks))
-        if grid.size > _WORTHWHILE * places:
+    def _compact(self, size: int) -> None:
+        """Lay the live branches out in the smallest grid."""
+        alive = np.zeros(size, dtype=bool)
+        alive[self._live_index.cpu().numpy()] = True
+        source_rows, source = smallest_grid(alive, self.grid.columns, len(self._requests))
+        if source.size > _WORTHWHILE * size:
             return
-        cell_at = np.arange(places) if self._cell_at is None else self._cell_at
-        ended = np.flatnonzero(~alive & (cell_at >= 0))
-        part = self.branches.copied(ended)
-        self._aside.update({int(cell): BranchRef(part, at, 0) for at, cell in enumerate(cell_at[ended])})
-        self._aside_bytes += part.nbytes
-        self._cell_at = np.where(grid >= 0, cell_at[np.maximum(grid, 0)], -1).reshape(-1)
-        held = np.flatnonzero(self._cell_at >= 0)
-        place_of = np.zeros(len(self._forks) * self._tables.columns, dtype=np.int64)
-        place_of[self._cell_at[held]] = held
-        self._place_of = torch.from_numpy(place_of).to(self.device)
-        self.branches.regrid(source, grid, self.branches.slots[source])
-        self._live(self._cell)
+        branch_at = np.arange(size) if self._branch_at is None else self._branch_at
+        ended = np.flatnonzero(~alive & (branch_at >= 0))
+        block = self.grid.copied(ended)
+        self._aside.update(
+            {int(branch): BranchRef(block, row, 0) for row, branch in enumerate(branch_at[ended])}
+        )
+        self._aside_bytes += block.nbytes
+        self._branch_at = np.where(source >= 0, branch_at[np.maximum(source, 0)], -1).reshape(-1)
+        occupied = np.flatnonzero(self._branch_at >= 0)
+        index = np.zeros(len(self._requests) * self._buffers.columns, dtype=np.int64)
+        index[self._branch_at[occupied]] = occupied
+        self._index = torch.from_numpy(index).to(self.device)
+        self.grid.regrid(source_rows, source, self.grid.slots[source_rows])
+        self._set_live(self._live)
 
-    def _places(self, cell: Tensor) -> Tensor:
-        return cell if self._place_of is None else self._place_of[cell]
+    def _index_of(self, branches: Tensor) -> Tensor:
+        return branches if self._index is None else self._index[branches]
 
-    def _kept(self, part: KVBlock, cell: int) -> BranchRef:
-        if cell in self._aside:
-            return self._aside[cell]
-        place = cell if self._place_of is None else int(self._place_of[cell])
-        return BranchRef(part, place // self.branches.branches, place % self.branches.branches)
+    def _ref(self, block: KVBlock, branch: int) -> BranchRef:
+        if branch in self._aside:
+            return self._aside[branch]
+        index = branch if self._index is None else int(self._index[branch])
+        return BranchRef(block, index // self.grid.columns, index % self.grid.columns)
 
 
-def smallest_grid(alive: np.ndarray, branches: int, most_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """The live places of a grid [N, K] laid out again: rows [N'] (the old row each new row belongs to) and
-    grid [N', K'] of old flat places, -1 for padding.
+def smallest_grid(alive: np.ndarray, columns: int, num_requests: int) -> tuple[np.ndarray, np.ndarray]:
+    """The live places of a grid laid out again in as few places as possible.
 
-    A row with more live branches than K' is laid out several times, at the price of a copy of its prefix;
-    rows in all stay within 1.25 times the fork's, so prefix memory is bounded too.
+    alive [N * K]. Returns rows [N'], the old row of each new one, and grid [N', K'] of old grid indices, -1
+    for padding. A row with more live branches than K' is laid out several times, at the price of a copy of
+    its prefix; rows in all stay within 1.25 times the requests, so that memory for prefixes is bounded too.
     """
+    # Attention costs rows * columns, and branches end unevenly: one request may have five left, the others
+    # one. A grid as wide as the fullest row is then mostly padding, one of a single column copies a prefix
+    # five times. So every width is tried and the one with the fewest places taken; the widths are few, and
+    # only counts are needed: a row with c live branches needs ceil(c / width) rows.
     old = np.nonzero(alive)[0]
-    live_per_row = np.bincount(old // branches, minlength=len(alive) // branches)
-    best, best_places = 0, 0
+    live_per_row = np.bincount(old // columns, minlength=len(alive) // columns)
+    best, best_size = 0, 0
     for width in range(1, int(live_per_row.max()) + 1):
-        rows = int(np.ceil(live_per_row / width).sum())
-        if rows <= _SPREAD * most_rows and (best == 0 or rows * width < best_places):
-            best, best_places = width, rows * width
-    rows_of = np.repeat(np.arange(len(live_per_row)), np.ceil(live_per_row / best).astype(np.int64))
-    grid = np.full((len(rows_of), best), -1, dtype=np.int64)
-    # rank of every live place among its row's live places, then its line and column in the new grid
+        num_rows = int(np.ceil(live_per_row / width).sum())
+        if num_rows <= _SPREAD * num_requests and (best == 0 or num_rows * width < best_size):
+            best, best_size = width, num_rows * width
+    rows = np.repeat(np.arange(len(live_per_row)), np.ceil(live_per_row / best).astype(np.int64))
+    grid = np.full((len(rows), best), -1, dtype=np.int64)
+    # The rank of every live place among its row's live places says its row and column in the new grid.
     first_live = np.concatenate([[0], np.cumsum(live_per_row)[:-1]])
-    rank = np.arange(len(old)) - first_live[old // branches]
-    first_line = np.searchsorted(rows_of, np.arange(len(live_per_row)))
-    grid[first_line[old // branches] + rank // best, rank % best] = old
-    return rows_of, grid
+    rank = np.arange(len(old)) - first_live[old // columns]
+    first_row = np.searchsorted(rows, np.arange(len(live_per_row)))
+    grid[first_row[old // columns] + rank // best, rank % best] = old
+    return rows, grid

@@ -15,13 +15,13 @@ from mahalo_ray.decoding.policy import Policy
 from mahalo_ray.decoding.stopping import (
     AnswerOnly,
     Boundary,
-    Candidates,
     StopReason,
     StopRule,
     TextStop,
     TokenTexts,
     step_starts,
 )
+from mahalo_ray.decoding.token_loop import Candidates
 from mahalo_ray.models.scoring import StepEncoder
 from mahalo_ray.seeding import derived_seed
 

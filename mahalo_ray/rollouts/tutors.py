@@ -10,7 +10,7 @@ from mahalo_ray.config import SamplingConfig
 from mahalo_ray.data.records import Message
 from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.decoding.engine import Engine
-from mahalo_ray.decoding.stopping import Candidates
+from mahalo_ray.decoding.token_loop import Candidates
 from mahalo_ray.domains.tutoring.moves import is_malformed
 from mahalo_ray.endpoints import ChatCall, Endpoint, EndpointReply, Failure
 from mahalo_ray.objectives import Weights
