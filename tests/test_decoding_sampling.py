@@ -150,6 +150,33 @@ def test_one_token_at_a_time_draws_the_same_as_all_at_once():
     assert batch.token_ids(whole) == batch.token_ids(single)
 
 
+def test_a_step_does_not_say_again_what_was_rejected_in_the_step_before():
+    """One token is accepted of candidates of twelve: the next step stands where eleven of each were drawn.
+
+    A flat distribution makes the tokens a picture of the random numbers.
+    """
+    flat = engine()
+    with torch.no_grad():
+        flat.policy._head.weight.zero_()
+    sequences = flat.add(40)
+    flat.append(sequences, [[1, 2, 3]] * 40)
+    seeds = list(range(40))
+    long = flat.sample(sequences, 3, SamplingParams(), seeds, 12, [])
+    short = flat.sample(sequences, 3, SamplingParams(), seeds, 1, [])
+    assert [[ids[:1] for ids in row] for row in long.token_ids] == short.token_ids
+    flat.accept(short, [0] * 40)
+    following = flat.sample(sequences, 3, SamplingParams(), seeds, 11, [])
+    pairs = [
+        (before, after)
+        for rejected, row in zip(long.token_ids, following.token_ids, strict=True)
+        for ids, next_ids in zip(rejected, row, strict=True)
+        for before, after in zip(ids[1:], next_ids, strict=True)
+    ]
+    assert len(pairs) == 40 * 3 * 11
+    repeated = sum(before == after for before, after in pairs) / len(pairs)
+    assert repeated < 0.05  # by chance 1/40; all of them with draws keyed by the position alone
+
+
 def test_rows_may_want_different_numbers_of_candidates():
     batch = engine()
     rows = batch.add(3)

@@ -125,6 +125,17 @@ def test_labels_are_means_over_continuations_and_equal_turns_share_them() -> Non
         assert one.prompt_ids[start : start + len(said)] == said
 
 
+def test_labels_do_not_depend_on_the_dialogues_played_beside() -> None:
+    def labels(seeds: list[int]) -> list[list[dict[str, float] | None]]:
+        batch, conversations = opened(seeds)
+        sets = Collector(batch, num_candidates=3, continuations=2).run()
+        last = [one for one in sets if one.dialogue == conversations[-1].id]
+        return [[candidate.labels for candidate in one.candidates] for one in last]
+
+    alone, last_of_three = labels([2]), labels([0, 1, 2])
+    assert alone == last_of_three and len(alone) > 1
+
+
 def test_values_are_discounted_by_the_turns_that_follow() -> None:
     def values(gamma: float) -> list[tuple[CandidateSet, list[float]]]:
         batch, _ = opened(range(3))

@@ -148,16 +148,27 @@ class DialogueBatch:
         The originals stay as they are. Returns [i][k][copy]; play on with `play_out`. A turn's tokens are
         encoded once for all its copies.
         """
-        origins = [conversation for conversation, own in zip(waiting, turns, strict=True) for _ in own]
+        branched = [
+            (conversation, candidate)
+            for conversation, own in zip(waiting, turns, strict=True)
+            for candidate in range(len(own))
+        ]
+        origins = [conversation for conversation, _ in branched]
         said = [turn for own in turns for turn in own]
         rows = self.tutor.fork([origin.row for origin in origins], said, copies)
         # Copies are numbered from 1: copy 0 is the noise of the dialogue itself.
         flat = [
             [
-                self._fork(origin, origin.id, derived_seed(origin.seed, number, copy), copy + 1, row)
+                self._fork(
+                    origin,
+                    origin.id,
+                    derived_seed("continue", origin.seed, origin.tutor_turns, candidate, copy),
+                    copy + 1,
+                    row,
+                )
                 for copy, row in enumerate(own)
             ]
-            for number, (origin, own) in enumerate(zip(origins, rows, strict=True))
+            for (origin, candidate), own in zip(branched, rows, strict=True)
         ]
         continued = [conversation for group in flat for conversation in group]
         self._students_reply(continued, [turn for turn in said for _ in range(copies)])
