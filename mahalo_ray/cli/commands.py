@@ -197,7 +197,10 @@ def evaluate_reward(
     def work() -> None:
         from mahalo_ray.evaluation.reward_report import evaluate_scorer, print_report
         from mahalo_ray.models.classifiers import is_own_model, load_scorer
+        from mahalo_ray.pipeline.outputs import check_output, sign_output
 
+        check_output(output)
+        sign_output(output)
         scorer = load_scorer(model, None if is_own_model(model) else objective, device=device)
         evaluate_scorer(
             scorer, data, objective, format_, threshold_from or [], output, batch_size, max_bad_fraction

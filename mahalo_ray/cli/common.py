@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -26,6 +27,19 @@ Overrides = Annotated[
     typer.Option("--set", metavar="a.b=c", help="Override one key; may be given many times."),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+_RIGHTS = "Give the rights to write there, or name another folder"
+_WHAT_TO_DO = {
+    **dict.fromkeys(
+        (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room and run the same command again: it goes on"
+    ),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _RIGHTS),
+    **dict.fromkeys(
+        (errno.ENOTDIR, errno.EEXIST, errno.EISDIR), "Name a folder that no file is in the way of"
+    ),
+    errno.ENAMETOOLONG: "Choose a shorter name",
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "Raise the limit of open files (`ulimit -n 65536`)"),
+}
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -70,12 +84,25 @@ def guarded(work: Callable[[], None], debug: bool) -> None:
             traceback.print_exception(error)
         err.print(f"[bold red]failed:[/] {escape(str(error))}")
         raise SystemExit(1) from None
+    except OSError as error:
+        if error.errno not in _WHAT_TO_DO:
+            raise
+        if debug:
+            traceback.print_exception(error)
+        err.print(f"[bold red]error:[/] {escape(_explain_os_error(error))}")
+        raise SystemExit(2) from None
     except ValueError as error:
         if debug:
             traceback.print_exception(error)
         notes = "".join(f"\n({note})" for note in getattr(error, "__notes__", ()))
         err.print(f"[bold red]error:[/] {escape(_message(error))}{escape(notes)}")
         raise SystemExit(2) from None
+
+
+def _explain_os_error(error: OSError) -> str:
+    """What the system refused, where, and what to do about it; errors of no known kind are defects."""
+    where = f": '{error.filename}'" if error.filename else ""
+    return f"{error.strerror}{where}. {_WHAT_TO_DO[error.errno or 0]}"
 
 
 def say(message: str) -> None:

@@ -13,6 +13,7 @@ from mahalo_ray.models import MultiHeadCausalLM
 from mahalo_ray.models.backbone import load_tokenizer
 from mahalo_ray.models.folder import METADATA_FILE, local_folder
 from mahalo_ray.objectives import Weights
+from mahalo_ray.pipeline.outputs import check_new
 from mahalo_ray.pipeline.stages import MANIFEST, Manifest
 
 
@@ -61,8 +62,7 @@ def export(source: str, output: str, weights: Weights, dtype: torch.dtype | None
     LoRA is folded in; dtype None keeps the stored one. `output` must not exist or be empty. ValueError for an
     objective the policy lacks, a run without a finished policy, or an output that would be overwritten.
     """
-    if storage.exists(output) and (storage.list_files(output) or not _is_folder(output)):
-        raise ValueError(f"'{output}' exists already: give a new folder")
+    check_new(output)
     folder = Path(storage.local_copy(_policy_folder(source)))
     policy = MultiHeadCausalLM.from_pretrained(folder, dtype=dtype)
     model = policy.merge(weights, copied=False)
@@ -79,8 +79,3 @@ def _policy_folder(source: str) -> str:
     if not storage.exists(storage.join(folder, METADATA_FILE)):
         raise ValueError(f"'{source}' is neither a run's output folder nor a policy's model folder")
     return folder
-
-
-def _is_folder(url: str) -> bool:
-    fs, path = storage.filesystem(url)
-    return bool(fs.isdir(path))

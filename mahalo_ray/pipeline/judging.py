@@ -27,6 +27,7 @@ from mahalo_ray.decoding.policy import DeviceConfig
 from mahalo_ray.errors import StageError
 from mahalo_ray.evaluation.agreement import measure_agreement
 from mahalo_ray.evaluation.statistics import Bootstrap
+from mahalo_ray.pipeline.outputs import check_output, sign_output
 from mahalo_ray.rollouts.judges import Judged, JudgeSpec, Score, Unjudged, load_function, rubric_template
 from mahalo_ray.rollouts.step_labels import joined
 
@@ -108,6 +109,8 @@ def calibrate_judge(config: LabelConfig) -> tuple[str, dict[str, Any]]:
     judge = config.judges[settings.objective]
     if isinstance(judge, CheckerJudgeConfig):
         raise ConfigError(f"the judge of '{settings.objective}' is a checker: it needs no calibration")
+    check_output(config.output)
+    sign_output(config.output)
     spec = judge_spec(settings.objective, judge.model_copy(update={"calibration": None}))
     traces, ratings = _rated(config, settings)
     scores, asked = _scores(config, spec, traces)

@@ -168,7 +168,8 @@ def _spec(context: Context[DialoguesConfig]) -> RolloutSpec:
 def _write_pairs(context: Context[DialoguesConfig]) -> dict[str, Any]:
     """Pairs of every objective the reward model scores, and what became of the candidates."""
     config, folder = context.config, context.path(PAIRS)
-    storage.remove(folder)
+    for shard in storage.list_files(folder, ".parquet"):
+        storage.remove(shard)
     if config.reward is None:
         return {}
     sets = CandidateShards(context.path(CANDIDATES))

@@ -21,6 +21,7 @@ from fsspec.implementations.local import LocalFileSystem
 from mahalo_ray.config import Section, dump_config
 from mahalo_ray.data import storage
 from mahalo_ray.objectives import unknown_name
+from mahalo_ray.pipeline.outputs import check_inputs, check_output, sign_output
 from mahalo_ray.pipeline.progress import RunProgress, StageProgress, duration
 
 MANIFEST = "manifest.json"
@@ -309,14 +310,18 @@ class Pipeline(Generic[ConfigT]):
         """Bring the targets (default: all stages) up to date; returns the manifests of all that they need.
 
         `session` opens Ray; it is entered before the first stage that uses Ray and has to run. Raises
-        RunLocked when another run works in the same output, ValueError when the output holds what other
-        settings made and that is kept, RunInterrupted when stopped from outside; errors of a stage come
+        RunLocked when another run works in the same output, ConfigError when the output holds files that
+        mahalo did not make, or something that is read (see `check_output`), ValueError when it holds what
+        other settings made and that is kept, RunInterrupted when stopped from outside; errors of a stage come
         through with a note that names it.
         """
         todo = self.needed_for(self.stages if targets is None else targets)
+        check_output(config.output, [stage.name for stage in self.stages.values() if not stage.in_output])
+        check_inputs(cast("Section", config), config.output)
         output = storage.absolute(config.output)
         with run_lock(output), progress or RunProgress() as display, contextlib.ExitStack() as ray:
             runner = StageRunner(self, config, output, display, session, ray)
+            sign_output(output)
             if self.holds is not None:
                 claim_output(output, runner.fingerprints[list(self.stages)[-1]], self.holds)
             resolved = dump_config(cast("Section", config))

@@ -1,0 +1,126 @@
+"""Folders that mahalo did not make are never written or cleared, whatever the verb."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from mahalo_ray.cli import app
+from mahalo_ray.pipeline.outputs import SIGN, check_output, sign_output
+
+PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
+
+
+def own_pairs(folder: Path, output: str) -> dict[str, Any]:
+    (folder / "pairs").mkdir(parents=True)
+    (folder / "pairs" / "mine.jsonl").write_text(json.dumps(PAIR))
+    return {
+        "name": "own",
+        "output": output,
+        "objectives": [{"name": "accuracy", "supervision": "pairwise"}],
+        "data": {"pairs": [{"path": "pairs", "objective": "accuracy"}]},
+        "model": {"base": "nowhere"},
+    }
+
+
+def dialogues(folder: Path, output: str) -> dict[str, Any]:
+    return {
+        "name": "d",
+        "output": output,
+        "tutor": {"kind": "model", "path": str(folder)},
+        "student": {"kind": "miniature"},
+    }
+
+
+def labels(folder: Path, output: str) -> dict[str, Any]:
+    (folder / "traces.jsonl").write_text(json.dumps({"question": "?", "steps": ["a"]}))
+    return {
+        "name": "l",
+        "output": output,
+        "domain": "math",
+        "objectives": [{"name": "kind", "supervision": "judged_prefix"}],
+        "judges": {"kind": {"kind": "program", "function": "math:floor"}},
+        "input": {"traces": [{"path": str(folder / "traces.jsonl")}]},
+    }
+
+
+DOCUMENTS = {"policy": own_pairs, "dialogues": dialogues, "label": labels, "calibrate": labels}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (file for file in folder.rglob("*") if file.is_file())
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+@pytest.mark.parametrize("output", [".", "", "file", "file/below", "http://x/y", "n" * 300])
+@pytest.mark.parametrize("verb", list(DOCUMENTS))
+def test_a_users_folder_stays_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, output: str
+) -> None:
+    """The folder they work in, and names that no folder can have."""
+    monkeypatch.chdir(tmp_path)
+    document = DOCUMENTS[verb](tmp_path, output)
+    if verb == "calibrate":
+        document |= {"calibration": {"objective": "kind", "ratings": str(tmp_path / "traces.jsonl")}}
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(document))
+    before = contents(tmp_path)
+    result = CliRunner().invoke(app, [verb, "config.yaml"])
+    assert result.exit_code == 2 and "output" in result.output and "Traceback" not in result.output
+    assert contents(tmp_path) == before
+
+
+def test_generate_and_evaluate_and_export_keep_to_it_too(tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "?"}))
+    (tmp_path / "model").mkdir()
+    before = contents(tmp_path)
+    for arguments in (
+        ["generate", f"{tmp_path}/prompts.jsonl", "-o", str(tmp_path), "--policy", f"{tmp_path}/model"],
+        ["evaluate", "reward", f"{tmp_path}/model", f"{tmp_path}/prompts.jsonl", "--output", str(tmp_path)],
+        ["export", f"{tmp_path}/model", str(tmp_path), "--weights", "accuracy=1"],
+        ["export", f"{tmp_path}/model", "", "--weights", "accuracy=1"],
+        ["export", f"{tmp_path}/model", "n" * 300, "--weights", "accuracy=1"],
+    ):
+        more = ["--strategy", "none"] if arguments[0] == "generate" else []
+        result = CliRunner().invoke(app, [*arguments, *more])
+        assert result.exit_code == 2 and any(word in result.output for word in ("new", "too long")), (
+            result.output
+        )
+    assert contents(tmp_path) == before
+
+
+def test_an_output_that_holds_an_input_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also through a link, and also in a folder that carries the sign."""
+    monkeypatch.chdir(tmp_path)
+    document = own_pairs(tmp_path / "out", "link")
+    document["data"]["pairs"][0]["path"] = "out/pairs"
+    (tmp_path / "link").symlink_to("out")
+    sign_output("out")
+    (tmp_path / "out" / "pairs" / "started.json").write_text('{"fingerprint": "x"}')
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(document))
+    before = contents(tmp_path)
+    result = CliRunner().invoke(app, ["policy", "run.yaml"])
+    text = result.output.replace("\n", " ")
+    assert result.exit_code == 2 and "'data.pairs.0.path': 'out/pairs' lies in the output folder" in text
+    assert contents(tmp_path) == before
+
+
+def test_what_counts_as_mahalos_own(tmp_path: Path) -> None:
+    output = str(tmp_path / "out")
+    check_output(output)
+    sign_output(output)
+    check_output(output, ["pairs"])
+    assert json.loads((tmp_path / "out" / SIGN).read_text())["made_by"] == "mahalo"
+    (tmp_path / "out" / "pairs").mkdir()
+    (tmp_path / "out" / "pairs" / "mine.jsonl").touch()  # put there by someone else: would be cleared
+    with pytest.raises(ValueError, match=r"out/pairs' holds files that mahalo did not make \(mine.jsonl\)"):
+        check_output(output, ["pairs"])
+    (tmp_path / "out" / "pairs" / "manifest.json").write_text('{"fingerprint": "x"}')
+    check_output(output, ["pairs"])
+    (tmp_path / "out" / SIGN).unlink()  # of a run before there was a sign
+    check_output(output, ["pairs"])
