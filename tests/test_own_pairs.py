@@ -9,10 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 import training_world as world
 import yaml
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from mahalo_ray.cli import app
 from mahalo_ray.config import ActorsConfig, ClusterConfig, ConfigError, RunConfig, dump_config, load_config
+from mahalo_ray.data.records import PreferencePair
 from mahalo_ray.models import MultiHeadCausalLM
 from mahalo_ray.pipeline.cluster import needs_of
 from mahalo_ray.pipeline.datasets import pipeline
@@ -118,6 +120,29 @@ def test_bad_data_is_said_before_training(override: str, message: str, tmp_path:
     result = CliRunner().invoke(app, ["pairs", str(document(tmp_path)), "--set", override])
     assert result.exit_code == 2 and message in result.output
     assert "Traceback" not in result.output
+
+
+def test_a_row_that_the_chat_template_refuses_is_left_out_with_its_place(tmp_path: Path) -> None:
+    file = document(tmp_path)
+    strict = "{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    tokenizer.chat_template = world.TEMPLATE.replace("<{{ m.role }}>", strict + "<{{ m.role }}>")
+    tokenizer.save_pretrained(tmp_path / "base")
+    prompt = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}]
+    with (tmp_path / "accuracy.jsonl").open("a") as lines:
+        lines.write("\n" + json.dumps({"prompt": prompt, "chosen": "yes", "rejected": "no"}))
+    result = CliRunner().invoke(app, ["pairs", str(file)])
+    assert result.exit_code == 0, result.output
+    refused = pq.read_table(tmp_path / "out" / "pairs" / "quarantine.parquet").to_pylist()[0]
+    assert refused["file"] == str(tmp_path / "accuracy.jsonl") and refused["line"] == 13
+    assert refused["reason"] == "the chat template refuses the roles system, user: no system role"
+    pairs = PreferencePair.load(str(tmp_path / "out" / "pairs" / "pairs"))
+    assert len(pairs) == 24 and all(pair.prompt[0].role == "user" for pair in pairs)
+    # A base with another template may take what this one refuses.
+    before = pipeline(load(file)).fingerprints(load(file))["pairs"]
+    tokenizer.chat_template = world.TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "base")
+    assert pipeline(load(file)).fingerprints(load(file))["pairs"] != before
 
 
 def test_an_objective_without_pairs_is_said(tmp_path: Path) -> None:

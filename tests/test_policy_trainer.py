@@ -107,6 +107,15 @@ def test_a_policy_in_memory_is_trained_itself_against_its_base_head(base: str, s
         torch.testing.assert_close(tensor, expected.model.state_dict()[name])
 
 
+def test_nothing_held_out_is_said(base: str, caplog: pytest.LogCaptureFixture) -> None:
+    """All pairs share one prompt, which is on one side of the split as a whole."""
+    make(base, [{**row, "prompt": "abc"} for row in rows()], config()).train()
+    assert "nothing was held out although 'pairs.held_out_fraction' is 0.2" in caplog.text
+    caplog.clear()
+    make(base, rows(), config(), held_out_fraction=0.0).train()
+    assert "held out" not in caplog.text
+
+
 def test_what_cannot_be_trained_is_refused_at_once(base: str, tmp_path: Path) -> None:
     wrong = rows()
     del wrong[3]["rejected"]

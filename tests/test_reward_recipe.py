@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from mahalo_ray.config import ConfigError, ObjectiveConfig, RewardConfig, TrainingConfig
 from mahalo_ray.data import storage
+from mahalo_ray.evaluation.reward_report import score_rows
+from mahalo_ray.models.scoring import StepEncoder
 from mahalo_ray.training import reward_evaluation
 from mahalo_ray.training.reward import RewardRecipe
 
@@ -196,6 +199,34 @@ def test_a_backbone_that_changes_is_never_kept(base: str, tmp_path: Path) -> Non
     assert "input_ids" in recipe.scoring_batch(np.array([0]))[1]
     with pytest.raises((ConfigError, ValueError), match="'cache_features' is for 'backbone: frozen'"):
         RewardConfig(cache_features=False)
+
+
+def test_long_answers_are_read_alike_in_training_and_evaluation(base: str, tmp_path: Path) -> None:
+    """The beginning of both answers, and the end of the prompt."""
+    pair = world.make_pairs((1,), ("safety",))[0]
+    long = pair.model_copy(update={"id": "long", "chosen": "ab" * 90, "rejected": "ba" * 40})
+    pairs = [long, pair]
+    settings = world.reward_settings(
+        None,
+        world.save_pairs(tmp_path, pairs),
+        base,
+        RewardConfig(training=TRAINING, held_out_fraction=0.0),
+        world.SUPERVISION[2:],
+    )
+    length = 128  # the context of the model
+    recipe = RewardRecipe(replace(settings, model=world.MODEL.model_copy(update={"max_length": length})))
+    assert recipe.data.cut == 1
+    model: Any = recipe.build_model()
+    scored = score_rows(model, [], pairs)
+    assert scored.cut == 1
+    for row, (name, text) in enumerate((("chosen", long.chosen), ("rejected", long.rejected))):
+        tokens = recipe.data.tokens[row]
+        encoder = StepEncoder(recipe._tokenizer, "\n\n")
+        assert len(tokens.input_ids) <= length and len(tokens.starts) == 1
+        answer = list(tokens.input_ids[tokens.starts[0] :])
+        assert answer == encoder.step_ids(text)[: len(answer)]
+        (score,) = model.score_traces([tokens])
+        assert getattr(scored.pairs[0], name) == pytest.approx(float(score[0, 0]), abs=1e-6)
 
 
 def test_objectives_without_labels_are_named(base: str, tmp_path: Path) -> None:

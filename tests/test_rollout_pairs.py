@@ -142,4 +142,5 @@ def test_written_pairs_are_read_back_whole(tmp_path: Path) -> None:
     assert found.bad == []
     assert found.pairs == made
     tokens = encode_pairs(found.pairs, ["accuracy"], CHAT, max_length=64)  # what the policy is trained on
-    assert (tokens.prompts, tokens.chosen, tokens.rejected) == ([[7]], [[11, 11]], [[10]])
+    rows = (tokens.prompts, tokens.chosen, tokens.rejected)
+    assert [list(column) for column in rows] == [[[7]], [[11, 11]], [[10]]]

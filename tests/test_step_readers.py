@@ -17,7 +17,7 @@ from mahalo_ray.data.records import Message, StepTrace
 from mahalo_ray.data.rows import BadRow, data_files, read_rows
 from mahalo_ray.data.step_readers import FORMATS, ReadTraces, read_prompts, read_traces
 from mahalo_ray.models.scoring import StepEncoder
-from mahalo_ray.training.reward_data import refuse_long
+from mahalo_ray.training.reward_data import check_readable
 
 SHARED = Path(os.environ.get("MAHALO_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 needs_shared_data = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data is not there")
@@ -210,9 +210,15 @@ def test_one_bad_trace_of_a_row_leaves_the_others(tmp_path: Path) -> None:
 def test_a_step_that_alone_exceeds_the_context(tmp_path: Path) -> None:
     """Nothing can be cut at a step boundary: the row is refused, with file and line."""
     file = lines(tmp_path / "a.jsonl", TRL, {**TRL, "completions": ["x" * 200, "b", "c"]})
-    found = read(file)
-    refuse_long(found, 0, StepEncoder(TOKENIZER, "\n\n"), 100)
-    assert [trace.id for trace in found.traces] == ["0/a.jsonl:1"]
+    encoder, usable = StepEncoder(TOKENIZER, "\n\n"), list[StepTrace]()
+
+    def take(trace: StepTrace) -> None:
+        check_readable(trace, encoder, 100)
+        usable.append(trace)
+
+    found = ReadTraces(take=take)
+    read_traces(str(file), "auto", ["math"], "math", None, "0", found)
+    assert [trace.id for trace in usable] == ["0/a.jsonl:1"]
     (bad,) = found.bad
     assert (bad.file, bad.line) == (str(file), 2)
     assert bad.reason.startswith("prompt and first step have 2") and "is 100" in bad.reason

@@ -107,6 +107,24 @@ def test_sft_loss_is_the_mean_over_all_counted_tokens(base: str, tmp_path: Path)
     torch.testing.assert_close(loss, (total / count).detach())
 
 
+def test_sft_loads_the_weights_of_a_base_without_safetensors(tmp_path: Path) -> None:
+    base = Path(world.make_base(tmp_path / "base"))
+    settings = world.sft_settings(world.make_examples(tmp_path / "examples"), str(base), TRAINING)
+    expected = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    (base / "model.safetensors").unlink()
+    # Nothing to load: never random weights, unless they are asked for.
+    with pytest.raises(ValueError, match=rf"the base model in '{base}' cannot be loaded.*'model\.scratch'"):
+        SftRecipe(settings).build_model()
+    torch.save(expected, base / "pytorch_model.bin")
+    loaded: Any = SftRecipe(settings).build_model()
+    for name, tensor in loaded.model.state_dict().items():
+        assert torch.equal(tensor, expected[name])
+    scratch = world.sft_settings(settings.examples_url, str(base), TRAINING, world.SCRATCH)
+    made: Any = SftRecipe(scratch).build_model()
+    weight = "model.embed_tokens.weight"
+    assert not torch.equal(made.model.state_dict()[weight], expected[weight])
+
+
 def test_policy_loss_with_weights_margins_and_a_beta_per_objective(base: str, tmp_path: Path) -> None:
     """Per objective sum w loss / sum w, with its own beta and every pair's margin within the sigmoid."""
     rng = np.random.default_rng(8)

@@ -39,12 +39,25 @@ from mahalo_ray.data.rows import (
 
 @dataclass
 class ReadPairs:
-    """What was read. `rows` counts all rows; `left_out`, by objective, those of objectives not asked for."""
+    """What was read. `rows` counts all rows; `left_out`, by objective, those of objectives not asked for.
+
+    `take`: what becomes of a pair, instead of being kept in `pairs`. A RowError that it raises makes the row
+    a bad one.
+    """
 
     pairs: list[PreferencePair] = field(default_factory=list)
     bad: list[BadRow] = field(default_factory=list)
     rows: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
+    take: Callable[[PreferencePair], None] | None = None
+    ids: set[str] = field(default_factory=set)
+
+    def add(self, pair: PreferencePair) -> None:
+        """One pair more; RowError if its id is not unique."""
+        if pair.id in self.ids:
+            raise RowError(f"another row has the id '{pair.id}' too")
+        (self.take or self.pairs.append)(pair)
+        self.ids.add(pair.id)
 
 
 def read_pairs(
@@ -64,7 +77,6 @@ def read_pairs(
     is nothing to read.
     """
     assert (objective is None) != (objective_field is None)
-    seen = {pair.id for pair in into.pairs}
 
     def use(row: Row, file: str, line: int) -> None:
         own = objective or text_of(row, str(objective_field))
@@ -72,10 +84,7 @@ def read_pairs(
             into.left_out[own] = into.left_out.get(own, 0) + 1
             return
         pair = _pair(row, row_format, own, f"{name}/{posixpath.basename(file)}:{line}", path)
-        if pair.id in seen:
-            raise RowError(f"another row has the id '{pair.id}' too")
-        seen.add(pair.id)
-        into.pairs.append(pair)
+        into.add(pair)
 
     into.rows += use_rows(path, use, into.bad, RowError)
 

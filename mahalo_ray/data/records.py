@@ -6,7 +6,7 @@ Token ids, where present, are what the policy really read or sampled: they are n
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Generic, Literal, Self, TypeVar
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
@@ -71,6 +71,9 @@ class Record(BaseModel):
     def save(cls, records: Sequence[Self], url: str) -> None:
         """Write one Parquet file."""
         storage.write_table(url, cls.to_table(records))
+
+
+R = TypeVar("R", bound=Record)
 
 
 class PreferencePair(Record):
@@ -246,6 +249,31 @@ class CandidateSet(Record):
             ("chosen", pa.int32()),
         ]
     )
+
+
+class ShardWriter(Generic[R]):
+    """Writes records to a folder, a Parquet file of `rows` at a time: no more of them are in memory."""
+
+    def __init__(self, kind: type[R], folder: str, rows: int = 4096) -> None:
+        self.written = 0
+        self._kind, self._folder, self._rows = kind, folder, rows
+        self._waiting: list[R] = []
+        self._shards = 0
+
+    def add(self, record: R) -> None:
+        """One record more."""
+        self._waiting.append(record)
+        self.written += 1
+        if len(self._waiting) == self._rows:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is waiting; to be called after the last record."""
+        if self._waiting:
+            name = f"part-{self._shards:06d}.parquet"
+            self._kind.save(self._waiting, storage.join(self._folder, name))
+            self._waiting = []
+            self._shards += 1
 
 
 # Files of a trained reward model's folder.

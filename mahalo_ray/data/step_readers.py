@@ -308,17 +308,29 @@ OutcomeLabels = Literal["last", "all"]
 
 @dataclass
 class ReadTraces:
-    """What was read. `rows` counts lines, one may hold several traces; `places`: file and line by id."""
+    """What was read. `rows` counts lines; one may hold several traces.
+
+    `take`: what becomes of a trace, instead of being kept in `traces`. A RowError that it raises makes the
+    row a bad one.
+    """
 
     traces: list[StepTrace] = field(default_factory=list)
     bad: list[BadRow] = field(default_factory=list)
     rows: int = 0
-    places: dict[str, tuple[str, int]] = field(default_factory=dict)
+    take: Callable[[StepTrace], None] | None = None
+    ids: set[str] = field(default_factory=set)
+
+    def add(self, trace: StepTrace) -> None:
+        """One trace more; RowError if its id is not unique."""
+        if trace.id in self.ids:
+            raise RowError(f"another row has the id '{trace.id}' too")
+        (self.take or self.traces.append)(trace)
+        self.ids.add(trace.id)
 
     @property
     def seen(self) -> int:
         """Traces and refused ones together: what a share of bad rows is a share of."""
-        return len(self.traces) + len(self.bad)
+        return len(self.ids) + len(self.bad)
 
 
 @dataclass(frozen=True)
@@ -398,18 +410,15 @@ def _collect(
     path: str, name: str, into: ReadTraces, traces_of: Callable[[Row, str], Iterable[StepTrace | RowError]]
 ) -> None:
     """Add what `traces_of` makes of every row (and its default id); what it refuses becomes bad rows."""
-    seen = {trace.id for trace in into.traces}
 
     def use(row: Row, file: str, line: int) -> None:
         for found in traces_of(row, f"{name}/{posixpath.basename(file)}:{line}"):
-            if isinstance(found, RowError):
-                into.bad.append(BadRow.of(file, line, str(found), row))
-            elif found.id in seen:
-                into.bad.append(BadRow.of(file, line, f"another row has the id '{found.id}' too", row))
-            else:
-                seen.add(found.id)
-                into.traces.append(found)
-                into.places[found.id] = (file, line)
+            try:
+                if isinstance(found, RowError):
+                    raise found
+                into.add(found)
+            except RowError as error:
+                into.bad.append(BadRow.of(file, line, str(error), row))
 
     into.rows += use_rows(path, use, into.bad, RowError)
 

@@ -17,7 +17,8 @@ def read_truthfulqa(path: str, objective: str, max_pairs_per_question: int, into
 
     def use(row: Row, file: str, line: int) -> None:
         default_id = f"truthfulqa/{posixpath.basename(file)}:{line}"
-        into.pairs += _pairs(row, objective, max_pairs_per_question, default_id, path)
+        for pair in _pairs(row, objective, max_pairs_per_question, default_id, path):
+            into.add(pair)
 
     into.rows += use_rows(path, use, into.bad, RowError)
 

@@ -41,7 +41,7 @@ from mahalo_ray.models.classifiers import SequenceClassifierScorer
 from mahalo_ray.models.reward_heads import OutputKind
 from mahalo_ray.models.scoring import StepScorer, TokenTrace, TraceScorer
 from mahalo_ray.objectives import unknown_name
-from mahalo_ray.training.pairs import split_key
+from mahalo_ray.training.pairs import cut_pair, split_key
 from mahalo_ray.training.reward_data import token_trace
 
 _ORDERING = ("auc", "correct_against_wrong", "best_against_worst", "pairwise_accuracy", "outcome_auc")
@@ -142,8 +142,7 @@ def _first_fields(path: str) -> set[str]:
 
 
 class Scored(NamedTuple):
-    """`cut`: traces that lost steps, and pairs that lost the beginning of their prompt, to the model's
-    context."""
+    """`cut`: traces that lost steps, and pairs that lost tokens (see `cut_pair`), to the model's context."""
 
     traces: list[ScoredTrace]
     pairs: list[ScoredPair]
@@ -191,9 +190,13 @@ def _by_tokens(
             )
     answers = []
     for pair in pairs:
-        both = [_answer(pair, name, scorer) for name in ("chosen", "rejected")]
-        cut += any(len(tokens.input_ids) > limit for tokens in both)
-        answers += [_keep_end(tokens, limit) for tokens in both]
+        (prompt, chosen), (_, rejected) = (
+            _prompt_and_answer(pair, name, scorer) for name in ("chosen", "rejected")
+        )
+        kept = cut_pair(prompt, chosen, rejected, limit)
+        cut += kept != (prompt, chosen, rejected)
+        start = len(kept[0])
+        answers += [TokenTrace(kept[0] + ids, [start], [start + len(ids) - 1]) for ids in kept[1:]]
     with OneDNNLinears(cast(nn.Module, scorer))():
         values = scorer.score_traces([tokens for _, tokens in read] + answers, batch_size)
     scores = [
@@ -206,19 +209,14 @@ def _by_tokens(
     return Scored(scored, _scored_pairs(pairs, scores[len(read) :]), cut)
 
 
-def _answer(pair: PreferencePair, name: str, scorer: TraceScorer) -> TokenTrace:
+def _prompt_and_answer(pair: PreferencePair, name: str, scorer: TraceScorer) -> tuple[list[int], list[int]]:
+    """Token ids of the prompt and of the answer called `name`."""
     ids = {"chosen": pair.chosen_ids, "rejected": pair.rejected_ids}[name]
-    if ids is None or pair.prompt_ids is None:
-        return scorer.encoder.encode(pair.prompt, [{"chosen": pair.chosen, "rejected": pair.rejected}[name]])
-    start = len(pair.prompt_ids)
-    return TokenTrace(pair.prompt_ids + ids, [start], [start + len(ids) - 1])
-
-
-def _keep_end(tokens: TokenTrace, limit: int) -> TokenTrace:
-    """A pair's response with as much of the prompt's end as fits."""
-    surplus = max(0, len(tokens.input_ids) - limit)
-    start = max(0, tokens.starts[0] - surplus)
-    return TokenTrace(tokens.input_ids[surplus:], [start], [tokens.ends[0] - surplus])
+    if ids is not None and pair.prompt_ids is not None:
+        return pair.prompt_ids, ids
+    text = {"chosen": pair.chosen, "rejected": pair.rejected}[name]
+    tokens = scorer.encoder.encode(pair.prompt, [text])
+    return list(tokens.input_ids[: tokens.starts[0]]), list(tokens.input_ids[tokens.starts[0] :])
 
 
 def _scored_trace(trace: StepTrace, tokens: Sequence[int], scores: dict[str, list[float]]) -> ScoredTrace:

@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from mahalo_ray.config import ObjectiveConfig, PairsSource, RunConfig
 from mahalo_ray.data import storage
 from mahalo_ray.data.pair_readers import ReadPairs, read_pairs
-from mahalo_ray.data.records import PreferencePair, StepTrace
+from mahalo_ray.data.records import PreferencePair, ShardWriter, StepTrace
 from mahalo_ray.data.rows import QUARANTINE, data_files, quarantine
 from mahalo_ray.data.step_readers import ReadTraces, read_traces
+from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.domains.human_values import read_truthfulqa
 from mahalo_ray.evaluation.reward_metrics import ObjectiveMetrics
 from mahalo_ray.evaluation.reward_report import RESULTS, held_out_report, write_report
@@ -23,13 +26,11 @@ from mahalo_ray.models.scoring import StepEncoder
 from mahalo_ray.pipeline.artifacts import place_model
 from mahalo_ray.pipeline.run import START_MODEL, leave_model, method_version, train_heads, train_in_folder
 from mahalo_ray.pipeline.stages import Context, Pipeline, Stage, StageResult
-from mahalo_ray.training.batches import hash_split
-from mahalo_ray.training.pairs import split_key
+from mahalo_ray.training.batches import HashSplit
+from mahalo_ray.training.pairs import RoleCheck, split_key
 from mahalo_ray.training.ray_train import TrainingResult
-from mahalo_ray.training.reward_data import refuse_long
+from mahalo_ray.training.reward_data import check_readable
 from mahalo_ray.training.settings import RewardSettings
-
-R = TypeVar("R", PreferencePair, StepTrace)
 
 
 def pairs(context: Context[RunConfig]) -> StageResult:
@@ -37,25 +38,34 @@ def pairs(context: Context[RunConfig]) -> StageResult:
     config = context.config
     assert config.data is not None
     context.progress.start(len(config.data.pairs), "sources")
-    found, kept = ReadPairs(), list[PreferencePair]()
-    for number, source in enumerate(config.data.pairs):
-        before = len(found.pairs)
-        _read_source(source, config.objective_names, str(number), found)
-        own = found.pairs[before:]
-        kept += _sampled(own, [split_key(pair) for pair in own], source.sample, config.seed)
-        context.progress.advance()
-    quarantine(found.bad, found.rows, config.data.max_bad_fraction, context.path(QUARANTINE))
+    writer = ShardWriter(PreferencePair, context.path("pairs"))
+    check_roles = RoleCheck(ChatFormat(_tokenizer(config)))
     names = [objective.name for objective in config.objectives if objective.supervision == "pairwise"]
-    counts = {name: sum(p.objective == name for p in kept) for name in names}
-    for name, count in counts.items():
-        if count == 0:
-            others = ", ".join(found.left_out) or "none"
+    counts = dict.fromkeys(names, 0)
+    sample = HashSplit(1.0, 0)
+
+    def take(pair: PreferencePair) -> None:
+        check_roles(pair)
+        if split_key(pair) in sample:
+            writer.add(pair)
+            counts[pair.objective] = counts.get(pair.objective, 0) + 1
+
+    read = ReadPairs(take=take)
+    for number, source in enumerate(config.data.pairs):
+        sample = _sample(source.sample, config.seed)
+        _read_source(source, config.objective_names, str(number), read)
+        context.progress.advance()
+    writer.flush()
+    quarantine(read.bad, read.rows, config.data.max_bad_fraction, context.path(QUARANTINE))
+    for name in names:
+        if counts[name] == 0:
+            others = ", ".join(read.left_out) or "none"
             raise ValueError(
                 f"'data.pairs' holds no pairs of objective '{name}' (objectives of rows left out: {others})"
             )
-    PreferencePair.save(kept, context.path("pairs", "part-000000.parquet"))
+    metrics = {"rows": read.rows, "bad_rows": len(read.bad), "left_out": read.left_out}
     return StageResult(
-        {"rows": found.rows, "bad_rows": len(found.bad), "pairs": counts, "left_out": found.left_out},
+        {**metrics, "pairs": {name: counts[name] for name in names}},
         {"pairs": "pairs", "quarantine": QUARANTINE},
     )
 
@@ -65,12 +75,22 @@ def traces(context: Context[RunConfig]) -> StageResult:
     config = context.config
     assert config.data is not None
     context.progress.start(len(config.data.traces), "sources")
-    found, kept = ReadTraces(), list[StepTrace]()
-    assert config.model.base is not None
-    tokenizer = load_tokenizer(model_folder(config.model.base))
-    encoder = StepEncoder(tokenizer, config.data.step_separator)
+    writer = ShardWriter(StepTrace, context.path("traces"))
+    encoder = StepEncoder(_tokenizer(config), config.data.step_separator)
+    names = [objective.name for objective in config.objectives if objective.supervision != "pairwise"]
+    counts = dict.fromkeys(names, 0)
+    sample = HashSplit(1.0, 0)
+
+    def take(trace: StepTrace) -> None:
+        check_readable(trace, encoder, config.model.max_length)
+        if trace.group in sample:
+            writer.add(trace)
+            for name in names:
+                counts[name] += labelled(trace, name)
+
+    read = ReadTraces(take=take)
     for number, source in enumerate(config.data.traces):
-        before = len(found.traces)
+        sample = _sample(source.sample, config.seed)
         read_traces(
             source.path,
             source.format,
@@ -78,27 +98,29 @@ def traces(context: Context[RunConfig]) -> StageResult:
             source.objective,
             source.objective_field,
             str(number),
-            found,
+            read,
             label_range=source.label_range,
             outcome_labels=source.outcome_labels,
             gamma=source.gamma,
         )
-        refuse_long(found, before, encoder, config.model.max_length)
-        own = found.traces[before:]
-        kept += _sampled(own, [trace.group for trace in own], source.sample, config.seed)
         context.progress.advance()
-    quarantine(found.bad, found.seen, config.data.max_bad_fraction, context.path(QUARANTINE))
-    counts = {
-        objective.name: sum(labelled(trace, objective.name) for trace in kept)
-        for objective in config.objectives
-        if objective.supervision != "pairwise"
-    }
+    writer.flush()
+    quarantine(read.bad, read.seen, config.data.max_bad_fraction, context.path(QUARANTINE))
     for name, count in counts.items():
         if count == 0:
             raise ValueError(f"'data.traces' holds no step with a label of objective '{name}'")
-    StepTrace.save(kept, context.path("traces", "part-000000.parquet"))
-    metrics = {"rows": found.rows, "bad_rows": len(found.bad), "traces": len(kept), "labelled": counts}
+    metrics = {"rows": read.rows, "bad_rows": len(read.bad), "traces": writer.written, "labelled": counts}
     return StageResult(metrics, {"traces": "traces", "quarantine": QUARANTINE})
+
+
+def _tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+    assert config.model.base is not None
+    return load_tokenizer(model_folder(config.model.base))
+
+
+def _sample(share: float, seed: int) -> HashSplit:
+    """The share of the keys that is used: the draw that holds rows out, with another seed."""
+    return HashSplit(share, seed + 1)
 
 
 def _read_source(source: PairsSource, objectives: Sequence[str], name: str, into: ReadPairs) -> None:
@@ -107,12 +129,6 @@ def _read_source(source: PairsSource, objectives: Sequence[str], name: str, into
         read_truthfulqa(source.path, source.objective, 1, into)
         return
     read_pairs(source.path, source.format, objectives, source.objective, source.objective_field, name, into)
-
-
-def _sampled(rows: Sequence[R], keys: Sequence[str], share: float, seed: int) -> list[R]:
-    """The rows of a share of the keys: the draw that holds rows out, with another seed."""
-    drawn = hash_split(keys, share, seed + 1)
-    return [row for row, chosen in zip(rows, drawn, strict=True) if chosen]
 
 
 def labelled(trace: StepTrace, objective: str) -> bool:
@@ -135,6 +151,12 @@ def source_settings(kind: str) -> Callable[[RunConfig], dict[str, Any]]:
         }
 
     return settings
+
+
+def pairs_settings(config: RunConfig) -> dict[str, Any]:
+    """The base counts too: what its chat template refuses is left out."""
+    settings = model_settings(config)
+    return {**source_settings("pairs")(config), "base": [config.model.base, settings["base"]]}
 
 
 def traces_settings(config: RunConfig) -> dict[str, Any]:
@@ -200,15 +222,13 @@ def _train_reward(
 
 def _only(traces_url: str, names: Sequence[str], url: str) -> str | None:
     """The traces with labels of these objectives, without any others; None if there are none."""
-    found = [
-        trace.model_copy(update={"labels": {n: v for n, v in trace.labels.items() if n in names}})
-        for trace in StepTrace.load(traces_url)
-        if any(labelled(trace, name) for name in names)
-    ]
-    if not found:
-        return None
-    StepTrace.save(found, storage.join(url, "part-000000.parquet"))
-    return url
+    writer = ShardWriter(StepTrace, url)
+    for trace in StepTrace.stream(traces_url):
+        if any(labelled(trace, name) for name in names):
+            labels = {name: values for name, values in trace.labels.items() if name in names}
+            writer.add(trace.model_copy(update={"labels": labels}))
+    writer.flush()
+    return url if writer.written else None
 
 
 def reward_report(context: Context[RunConfig]) -> StageResult:
@@ -262,7 +282,7 @@ def _nothing(config: RunConfig) -> None:
 
 
 _READERS = {
-    "pairs": Stage("pairs", "Read preference pairs", pairs, source_settings("pairs"), uses_ray=False),
+    "pairs": Stage("pairs", "Read preference pairs", pairs, pairs_settings, uses_ray=False),
     "traces": Stage("traces", "Read step traces", traces, traces_settings, uses_ray=False),
 }
 

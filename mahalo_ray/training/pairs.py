@@ -12,8 +12,10 @@ from typing import overload
 import numpy as np
 import numpy.typing as npt
 import torch
+from jinja2 import TemplateError
 
-from mahalo_ray.data.records import PreferencePair
+from mahalo_ray.data.records import Message, PreferencePair
+from mahalo_ray.data.rows import RowError
 from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.logprobs import IGNORE_INDEX
 from mahalo_ray.losses import shift_labels
@@ -202,7 +204,7 @@ class PairEncoder:
         self._cut = 0
 
     def add(self, pair: PreferencePair) -> None:
-        """Add a pair. A too long one keeps the end of the prompt and the start of the completions.
+        """Add a pair; a too long one is cut as `cut_pair` does it.
 
         Raises ValueError naming a pair whose objective is unknown, whose id is not unique, or that has an
         empty or identical completion.
@@ -214,18 +216,22 @@ class PairEncoder:
         if pair.id in self._seen:
             raise ValueError(f"pair id '{pair.id}' occurs twice: messages and reports name pairs by it")
         self._seen.add(pair.id)
-        prompt, chosen, rejected = pair_token_ids(pair, self._chat)
+        try:
+            prompt, chosen, rejected = pair_token_ids(pair, self._chat)
+        except (ValueError, TemplateError) as error:
+            raise ValueError(f"pair '{pair.id}': {error}") from error
         if not prompt or not chosen or not rejected:
             raise ValueError(f"pair '{pair.id}': the prompt or a completion has no tokens")
         if chosen == rejected:
             raise ValueError(f"pair '{pair.id}': chosen and rejected are the same")
-        self._cut += len(prompt) + max(len(chosen), len(rejected)) > self._max_length
-        chosen, rejected = chosen[: self._max_length - 1], rejected[: self._max_length - 1]
+        cut = cut_pair(prompt, chosen, rejected, self._max_length)
+        self._cut += cut != (prompt, chosen, rejected)
+        prompt, chosen, rejected = cut
         self._ids.append(pair.id)
         self._objective.append(self._numbers[pair.objective])
         self._weights.append(pair.weight)
         self._margins.append(pair.margin)
-        self._prompts.append(prompt[-(self._max_length - max(len(chosen), len(rejected))) :])
+        self._prompts.append(prompt)
         self._chosen.append(chosen)
         self._rejected.append(rejected)
 
@@ -251,6 +257,39 @@ def encode_pairs(
     for pair in pairs:
         encoder.add(pair)
     return encoder.pairs()
+
+
+def cut_pair(prompt: Ids, chosen: Ids, rejected: Ids, max_length: int) -> tuple[Ids, Ids, Ids]:
+    """A pair of at most `max_length` tokens per sequence, as training and evaluation read it: the beginning
+    of both answers, and as much of the prompt's end (at least one token) as the longer one leaves."""
+    chosen, rejected = chosen[: max_length - 1], rejected[: max_length - 1]
+    return prompt[-(max_length - max(len(chosen), len(rejected))) :], chosen, rejected
+
+
+class RoleCheck:
+    """Refuses pairs whose roles the chat template cannot render; each order of roles is rendered once."""
+
+    def __init__(self, chat: ChatFormat) -> None:
+        self._chat = chat
+        self._reasons: dict[tuple[str, ...], str | None] = {}
+
+    def __call__(self, pair: PreferencePair) -> None:
+        """RowError with the template's reason. Stored token ids need no template."""
+        if pair.prompt_ids is not None:
+            return
+        roles = tuple(message.role for message in pair.prompt)
+        if roles not in self._reasons:
+            self._reasons[roles] = self._refusal(pair.prompt)
+        reason = self._reasons[roles]
+        if reason is not None:
+            raise RowError(f"the chat template refuses the roles {', '.join(roles)}: {reason}")
+
+    def _refusal(self, prompt: Sequence[Message]) -> str | None:
+        try:
+            self._chat.prompt_ids(prompt)
+        except (ValueError, TemplateError) as error:
+            return str(error)
+        return None
 
 
 def split_key(pair: PreferencePair) -> str:

@@ -187,7 +187,10 @@ def run_stage(
         trainer = make_trainer(settings, cluster, storage.absolute(run_dir), name, news)
         result = fit(trainer, ProgressReader(news, settings.name, progress))
     storage.remove(storage.join(run_dir, name))
-    return TrainingResult(**result.return_value)
+    trained = TrainingResult(**result.return_value)
+    for note in settings.notes(trained.metrics):
+        logger.warning("%s: %s", settings.name, note)
+    return trained
 
 
 # Parts of Ray Train that start an actor of their own, a second or two each, and do nothing here: the first

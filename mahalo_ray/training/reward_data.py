@@ -19,14 +19,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from mahalo_ray.config import ObjectiveConfig
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import PreferencePair, StepTrace
-from mahalo_ray.data.rows import BadRow
-from mahalo_ray.data.step_readers import ReadTraces
+from mahalo_ray.data.rows import RowError
 from mahalo_ray.metrics import FloatArray
 from mahalo_ray.models.scoring import StepEncoder, TokenTrace, TraceEncoder, pad_traces
 from mahalo_ray.objectives import unknown_name
@@ -145,20 +145,17 @@ def add_traces(
         data.add_group(names, tokens_of, labels_of, split_key, prompt_key)
 
 
-def refuse_long(found: ReadTraces, first: int, encoder: StepEncoder, max_length: int) -> None:
-    """Move those of `found.traces[first:]` that cannot be cut at a step boundary to the bad rows: prompt
+def check_readable(trace: StepTrace, encoder: StepEncoder, max_length: int) -> None:
+    """RowError for a trace that the chat template refuses, or that cannot be cut at a step boundary: prompt
     and first step alone exceed `max_length` tokens."""
-    kept = found.traces[:first]
-    for trace in found.traces[first:]:
-        ends = trace.step_ends or encoder.encode(trace.prompt, trace.steps[:1]).ends
-        tokens = ends[0] + 1
-        if tokens <= max_length:
-            kept.append(trace)
-            continue
-        file, line = found.places[trace.id]
-        reason = f"prompt and first step have {tokens} tokens: 'model.max_length' is {max_length}"
-        found.bad.append(BadRow.of(file, line, reason, trace.steps[0]))
-    found.traces = kept
+    ends: Sequence[int] | None = trace.step_ends
+    if not ends:
+        try:
+            ends = encoder.encode(trace.prompt, trace.steps[:1]).ends
+        except (ValueError, TemplateError) as error:
+            raise RowError(str(error)) from error
+    if ends[0] >= max_length:
+        raise RowError(f"prompt and first step have {ends[0] + 1} tokens: 'model.max_length' is {max_length}")
 
 
 def as_steps(pair: PreferencePair, encoder: StepEncoder) -> PreferencePair:

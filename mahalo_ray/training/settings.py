@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
@@ -49,6 +49,10 @@ class StageSettings(ABC):
     def inputs(self) -> list[str]:
         """Folders whose files shape the result."""
 
+    def notes(self, metrics: Mapping[str, float]) -> list[str]:
+        """What a user should hear about a finished stage."""
+        return []
+
     def absolute(self) -> Self:
         """The same with absolute local paths: workers run in other folders."""
         given = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -71,6 +75,16 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Section):
         return value.shaping()
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _nothing_held_out(key: str, share: float, rows: float) -> list[str]:
+    if share == 0 or rows > 0:
+        return []
+    return [
+        f"nothing was held out although '{key}' is {share:g}, so there are no held-out metrics: rows of one "
+        "prompt or dialogue stay together, and all of these were trained on. Raise it, or give the rows a "
+        "'dialogue' of their own"
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +129,10 @@ class RewardSettings(StageSettings):
     def training(self) -> TrainingConfig:
         return self.reward.training
 
+    def notes(self, metrics: Mapping[str, float]) -> list[str]:
+        share = self.reward.held_out_fraction
+        return _nothing_held_out("reward.held_out_fraction", share, metrics["held_out/rows"])
+
     def inputs(self) -> list[str]:
         return [url for url in (self.traces_url, self.pairs_url, self.model_url) if url is not None]
 
@@ -137,6 +155,9 @@ class PolicySettings(StageSettings):
     @property
     def training(self) -> TrainingConfig:
         return self.policy.training
+
+    def notes(self, metrics: Mapping[str, float]) -> list[str]:
+        return _nothing_held_out("pairs.held_out_fraction", self.held_out_fraction, metrics["held_out/pairs"])
 
     def inputs(self) -> list[str]:
         return [self.pairs_url, self.model_url]

@@ -50,7 +50,13 @@ class SftRecipe:
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         dtype, attention = getattr(torch, settings.dtype), settings.attn_implementation
         if settings.scratch is None:
-            return ChunkedCausalLM(load_causal_lm(folder, dtype, attention))
+            try:
+                return ChunkedCausalLM(load_causal_lm(folder, dtype, attention))
+            except OSError as error:
+                raise ValueError(
+                    f"the weights of the base model in '{folder}' cannot be loaded ({error}). A model "
+                    "without weights is made by 'model.scratch'"
+                ) from error
         config = AutoConfig.from_pretrained(folder)
         return ChunkedCausalLM(
             AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import logging
 import os
 import shutil
 import socket
@@ -30,6 +31,8 @@ from mahalo_ray.training.settings import PolicySettings, ProgressFunction
 
 Pairs = str | Path | Iterable[PreferencePair | Mapping[str, Any]]
 _SHOWN = 5
+
+logger = logging.getLogger(__name__)
 
 
 class LocalSession:
@@ -155,6 +158,8 @@ class PolicyTrainer:
         # Read back what was stored: under ZeRO-3 the trained module holds shards.
         self.model = MultiHeadCausalLM.from_pretrained(self._folder / "model")
         metrics: dict[str, float] = result["metrics"]
+        for note in self._settings.notes(metrics):
+            logger.warning(note)
         return metrics
 
     def save_pretrained(self, folder: str | Path) -> None:
