@@ -136,10 +136,12 @@ def targets_of(config: RunConfig, asked: tuple[str, ...] | None) -> tuple[str, .
 def serve_run(config: RunConfig) -> None:
     """Make policy and reward model if they are not there yet, then serve them until Ctrl-C."""
     from mahalo_ray.pipeline.serve import serve_in_foreground
+    from mahalo_ray.serving.service import KeyDigest
 
+    key = KeyDigest.from_environment(config.serve)  # before anything takes time
     manifests = execute(pipeline_of(config, ("serve",)), config, ("policy",))
     with open_session(config):
-        serve_in_foreground(config, manifests, out)
+        serve_in_foreground(config, manifests, key, out)
 
 
 def pipeline_of(config: RunConfig, targets: tuple[str, ...]) -> Pipeline[RunConfig]:

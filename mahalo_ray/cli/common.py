@@ -6,8 +6,8 @@ import errno
 import os
 import sys
 import traceback
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -45,13 +45,23 @@ out = Console(highlight=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def open_session(config: RunConfig) -> AbstractContextManager[None]:
-    """Ray, as this configuration wants it."""
+@contextmanager
+def open_session(config: RunConfig) -> Iterator[None]:
+    """Ray, as this configuration wants it. The endpoint's API key stays out of the environment of what Ray
+    starts: replicas get a digest of it."""
     from mahalo_ray.pipeline.cluster import ray_session
 
     if config.data is not None:  # trained on, not served
-        return ray_session(config.cluster, rollouts=False)
-    return ray_session(config.cluster, config.serve.replicas * config.serve.cpus_per_replica)
+        session = ray_session(config.cluster, rollouts=False)
+    else:
+        session = ray_session(config.cluster, config.serve.replicas * config.serve.cpus_per_replica)
+    key = os.environ.pop(config.serve.api_key_env or "", None)
+    try:
+        with session:
+            yield
+    finally:
+        if key is not None and config.serve.api_key_env is not None:
+            os.environ[config.serve.api_key_env] = key
 
 
 def load(file: Path, overrides: list[str] | None) -> RunConfig:

@@ -132,6 +132,19 @@ class ServeConfig(Section):
     request_timeout_s: PositiveFloat = 60.0
     """Seconds that one request may take, waiting included."""
 
+    body_timeout_s: PositiveFloat = 10.0
+    """Seconds that the body of a request may take to arrive; after that the answer is 408."""
+
+    shutdown_grace_s: Annotated[Number, Field(ge=0, le=3600)] = 10.0
+    """Seconds that running answers have to end when the endpoint stops."""
+
+    cors_origins: list[Text] = []
+    """Origins whose pages may call the endpoint from a browser, as `https://example.org`; `*` for all."""
+
+    log_folder: Text | None = None
+    """Folder on the replicas' machines for the log of internal errors. Null: `serve_logs` in the run's
+    folder, or a folder under the temporary one where the run is in an object store."""
+
     api_key_env: EnvironmentVariable | None = None
     """Name of the environment variable that holds the key clients must send. Null: no key is asked for."""
 

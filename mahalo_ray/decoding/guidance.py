@@ -116,6 +116,10 @@ class StepCandidate:
     total: float | None
 
 
+class PromptTooLong(ValueError):
+    """The prompt leaves no room for an answer in the models' context."""
+
+
 class TextOutgrown(ValueError):
     """An answer has become too long for a reward model to read: it ends there."""
 

@@ -28,6 +28,7 @@ from mahalo_ray.decoding.guidance import (
     ChoiceScores,
     GuidedRequest,
     Prompt,
+    PromptTooLong,
     ScoreScale,
     StepCandidate,
     TextOutgrown,
@@ -400,7 +401,7 @@ class RewardModels:
         except TemplateError as error:
             raise ValueError(f"the chat template cannot render this conversation: {error}") from error
         if len(prompt.token_ids) >= limit:
-            raise ValueError(
+            raise PromptTooLong(
                 f"the prompt has {len(prompt.token_ids)} tokens and the {whose} {limit}: there is no room "
                 "for an answer"
             )

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Mapping
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import yaml
+from openai import OpenAI, OpenAIError
+from openai.types.chat import ChatCompletionChunk, ChatCompletionMessageParam
 from pydantic import BaseModel, ConfigDict
 from ray import serve
 from rich.console import Console
@@ -15,14 +19,17 @@ from mahalo_ray.config import RunConfig, ServeConfig
 from mahalo_ray.data import storage
 from mahalo_ray.decoding.policy import DeviceConfig
 from mahalo_ray.domains.tutoring.student import Episode
+from mahalo_ray.errors import StageError
+from mahalo_ray.objectives import Weights
 from mahalo_ray.pipeline.artifacts import run_model
 from mahalo_ray.pipeline.seed_blocks import first_seed
 from mahalo_ray.pipeline.stages import Context, Manifest, StageResult
 from mahalo_ray.serving import launch
-from mahalo_ray.serving.launch import Serving, serve_forever, smoke, start
+from mahalo_ray.serving.launch import Serving, error_log_folder, serve_forever, start
 from mahalo_ray.serving.service import Defaults, KeyDigest, ServiceSettings
 
 DOMAIN = "tutoring"
+SMOKE_SEED = 7
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +41,11 @@ def try_serving(context: Context[RunConfig]) -> StageResult:
     any_port = config.serve.model_copy(update={"port": 0})
     weightings = [config.guided.point[0], *config.sweep.weights]
     question = Episode.from_seed(first_seed(config.seed, "evaluation")).opening
-    key = os.environ[config.serve.api_key_env] if config.serve.api_key_env else None
+    # A trial needs no key of the user's: it has one of its own where the endpoint will have one.
+    key = secrets.token_urlsafe() if config.serve.api_key_env else None
+    digest = None if key is None else KeyDigest.of(key)
     with _start(
-        config, any_port, context.input("policy", "model"), context.input("reward", "model")
+        config, any_port, context.input("policy", "model"), context.input("reward", "model"), digest
     ) as serving:
         context.progress.advance(note="asking")
         answers = smoke(
@@ -55,11 +64,14 @@ def try_serving(context: Context[RunConfig]) -> StageResult:
     )
 
 
-def serve_in_foreground(config: RunConfig, manifests: dict[str, Manifest], console: Console) -> None:
-    """Serve until Ctrl-C; Ray has to be connected."""
+def serve_in_foreground(
+    config: RunConfig, manifests: dict[str, Manifest], key: KeyDigest | None, console: Console
+) -> None:
+    """Serve until Ctrl-C; Ray has to be connected. `key`: the digest of the API key, None: no key."""
     output = storage.absolute(config.output)
     urls = [storage.join(output, name, manifests[name].outputs["model"]) for name in ("policy", "reward")]
-    serving = _start(config, config.serve, *urls)
+    settings = with_log_folder(config.serve, output)
+    serving = _start(config, settings, urls[0], urls[1], key)
     weights = ", ".join(f'"{name}": {value:.3g}' for name, value in config.guided.point[0].items())
     console.print(
         f"Serving on {serving.url} (model '{serving.model}'); Ctrl-C stops it.", markup=False, soft_wrap=True
@@ -72,7 +84,15 @@ def serve_in_foreground(config: RunConfig, manifests: dict[str, Manifest], conso
         markup=False,
         soft_wrap=True,
     )
+    console.print(f"  errors      {error_log_folder(settings)}", markup=False, soft_wrap=True)
     serve_forever(serving)
+
+
+def with_log_folder(config: ServeConfig, output: str) -> ServeConfig:
+    """The settings with a folder for the log of errors: the run's own, where it is on a disk."""
+    if config.log_folder is not None or not storage.is_local(output):
+        return config
+    return config.model_copy(update={"log_folder": storage.join(output, "serve_logs")})
 
 
 class Deployed(BaseModel):
@@ -96,12 +116,13 @@ def application(args: Mapping[str, str]) -> serve.Application:
     policy, reward = (run_model(deployed.run, stage) for stage in ("policy", "reward"))
     resolved = storage.read_bytes(storage.join(deployed.run, "config.yaml"))
     config = RunConfig.model_validate(yaml.safe_load(resolved))
-    own = config.serve.model_copy(update={"api_key_env": deployed.api_key_env or config.serve.api_key_env})
-    key = KeyDigest.from_environment(own)
+    named = config.serve.model_copy(update={"api_key_env": deployed.api_key_env or config.serve.api_key_env})
+    settings = with_log_folder(named, storage.absolute(deployed.run))
+    key = KeyDigest.from_environment(settings)
     if key is None:
         logger.warning("serving '%s' without an API key: whoever reaches its port can use it", deployed.run)
     return launch.application(
-        ServiceSettings(own, launch.DEFAULT_MODEL_NAME, _defaults(config), key),
+        ServiceSettings(settings, launch.DEFAULT_MODEL_NAME, _defaults(config), key),
         launch.ModelSource(
             policy,
             reward,
@@ -112,7 +133,9 @@ def application(args: Mapping[str, str]) -> serve.Application:
     )
 
 
-def _start(config: RunConfig, settings: ServeConfig, policy_url: str, reward_url: str) -> Serving:
+def _start(
+    config: RunConfig, settings: ServeConfig, policy_url: str, reward_url: str, key: KeyDigest | None
+) -> Serving:
     return start(
         settings,
         policy_url,
@@ -121,6 +144,7 @@ def _start(config: RunConfig, settings: ServeConfig, policy_url: str, reward_url
         defaults=_defaults(config),
         use_gpu=config.cluster.use_gpu,
         dtype=config.model.dtype,
+        key=key,
     )
 
 
@@ -133,3 +157,96 @@ def _defaults(config: RunConfig) -> Defaults:
         num_candidates=min(config.guided.num_candidates, config.serve.max_candidates),
         sampling=config.evaluation.sampling,
     )
+
+
+class SmokeError(StageError):
+    """The endpoint answered, but not as it should, or did not answer."""
+
+
+def smoke(
+    url: str,
+    model: str,
+    messages: Sequence[dict[str, str]],
+    weightings: Sequence[Weights],
+    api_key: str | None = None,
+    timeout_s: float = 60.0,
+) -> dict[str, Any]:
+    """Ask once per weighting (`extra_body={"objectives": ...}`), then stream the first one once.
+
+    Returns {"model", "answers": [{"objectives", "text", "latency_s", "completion_tokens", "candidates"}],
+    "streamed": {"text", "chunks", "latency_s"}}. Raises SmokeError with the reason if anything is off; the
+    same seed must give the same text streamed and whole.
+    """
+    # The client insists on a key; a server without one ignores it.
+    client = OpenAI(base_url=f"{url}/v1", api_key=api_key or "none", timeout=timeout_s, max_retries=0)
+    try:
+        names = [known.id for known in client.models.list()]
+        if model not in names:
+            raise SmokeError(f"{url} serves {', '.join(names)}, not '{model}'")
+        answers = [_ask(client, model, messages, weights) for weights in weightings]
+        streamed = _ask_streaming(client, model, messages, weightings[0])
+    except OpenAIError as error:
+        raise SmokeError(f"{url} did not answer as it should: {error}") from error
+    finally:
+        client.close()
+    if streamed["text"] != answers[0]["text"]:
+        raise SmokeError(
+            f"with one seed the streamed answer is {streamed['text']!r}, the whole one {answers[0]['text']!r}"
+        )
+    return {"model": model, "answers": answers, "streamed": streamed}
+
+
+def _typed(messages: Sequence[dict[str, str]]) -> list[ChatCompletionMessageParam]:
+    return [cast(ChatCompletionMessageParam, message) for message in messages]
+
+
+def _ask(client: OpenAI, model: str, messages: Sequence[dict[str, str]], weights: Weights) -> dict[str, Any]:
+    started = time.monotonic()
+    completion = client.chat.completions.create(
+        model=model,
+        messages=_typed(messages),
+        seed=SMOKE_SEED,
+        extra_body={"objectives": dict(weights)},
+    )
+    latency = time.monotonic() - started
+    text = completion.choices[0].message.content
+    details = (completion.model_extra or {}).get("mahalo")
+    if not text or not text.strip():
+        raise SmokeError(f"the answer with {weights.label()} is empty")
+    if completion.usage is None or completion.usage.completion_tokens < 1:
+        raise SmokeError(f"the answer with {weights.label()} has no token counts")
+    if details is None or Weights(details["objectives"]) != weights:
+        raise SmokeError(f"the answer does not say that it was decoded with {weights.label()}: {details}")
+    for number, step in enumerate(details["steps"]):
+        if not 0 <= step["chosen"] < len(step["candidates"]):
+            raise SmokeError(f"step {number} chose candidate {step['chosen']} of {len(step['candidates'])}")
+    return {
+        "objectives": dict(weights),
+        "text": text,
+        "latency_s": latency,
+        "completion_tokens": completion.usage.completion_tokens,
+        "candidates": sum(len(step["candidates"]) for step in details["steps"]),
+    }
+
+
+def _ask_streaming(
+    client: OpenAI, model: str, messages: Sequence[dict[str, str]], weights: Weights
+) -> dict[str, Any]:
+    started = time.monotonic()
+    text, chunks, ended = "", 0, None
+    stream = client.chat.completions.create(
+        model=model,
+        messages=_typed(messages),
+        seed=SMOKE_SEED,
+        stream=True,
+        extra_body={"objectives": dict(weights)},
+    )
+    for chunk in stream:
+        assert isinstance(chunk, ChatCompletionChunk)
+        chunks += 1
+        for choice in chunk.choices:
+            text += choice.delta.content or ""
+            ended = choice.finish_reason or ended
+    if ended is None:
+        raise SmokeError("the stream ended without a finish_reason")
+    return {"text": text, "chunks": chunks, "latency_s": time.monotonic() - started}

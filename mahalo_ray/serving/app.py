@@ -1,12 +1,15 @@
-"""The HTTP side: routes, bodies, errors, streams and the playground page, as a FastAPI app around a
-ChatService.
+"""The HTTP side of a ChatService, as a FastAPI app: routes, bodies, errors, streams, the OpenAPI document and
+the playground page.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
+import logging
 import re
+import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib import resources
@@ -14,14 +17,54 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mahalo_ray.serving.responses import END_OF_STREAM, Completion, event
-from mahalo_ray.serving.schema import ApiError, ChatRequest, Payload, ScoreRequest, internal_error, parse
+from mahalo_ray.serving.responses import (
+    END_OF_STREAM,
+    ChatCompletion,
+    ChatCompletionChunk,
+    Completion,
+    ErrorBody,
+    ReplicaStatus,
+    ScoreList,
+    ServedModel,
+    ServedModels,
+    event,
+)
+from mahalo_ray.serving.schema import (
+    ApiError,
+    ChatCompletionRequest,
+    Payload,
+    ScoreRequest,
+    StreamOptions,
+    internal_error,
+    parse,
+)
 from mahalo_ray.serving.service import ChatService
 from mahalo_ray.serving.worker import Job
 
+logger = logging.getLogger(__name__)
+
 RequestBody = TypeVar("RequestBody", bound=Payload)
+
+_PARSED_IN_PLACE = 32_768  # bytes; larger bodies are parsed beside the event loop
+_SCHEMAS = "#/components/schemas/"
+
+_ERRORS = {
+    400: "something is wrong with the request: `param` names the field",
+    401: "the API key is missing or wrong",
+    404: "there is no such model or address",
+    408: "the body did not arrive in time",
+    413: "the body is too large",
+    415: "the body is not JSON",
+    500: "a defect of the server: `message` holds the reference of its log's entry",
+    503: "the server is busy, shutting down or being replaced; `Retry-After` says when to try again",
+    504: "the answer took longer than the server's limit",
+}
 
 
 def create_app(service: ChatService) -> FastAPI:
@@ -32,100 +75,192 @@ def create_app(service: ChatService) -> FastAPI:
         yield
         service.worker.close()
 
-    app = FastAPI(title="mahalo_ray", lifespan=lifespan, openapi_url=None)
+    app = FastAPI(title="mahalo_ray", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
+    app.add_middleware(HeadAsGet)
+    if service.settings.config.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=service.settings.config.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+            expose_headers=["Retry-After"],
+        )
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _unexpected)
+    app.add_exception_handler(Exception, _unexpected_error)
     _add_api(app, service)
     _add_pages(app, service)
+    _document_bodies(app, with_key=service.settings.key is not None)
     return app
+
+
+class HeadAsGet:
+    """HEAD is GET without the body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_without_body(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        await self._app({**scope, "method": "GET"}, receive, send_without_body)
+
+
+def _answers(body: type[BaseModel], *errors: int) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of a route: its own answer, and those errors in OpenAI's form."""
+    described: dict[int | str, dict[str, Any]] = {200: {"model": body, "description": "the answer"}}
+    for status in errors:
+        described[status] = {"model": ErrorBody, "description": _ERRORS[status]}
+    return described
+
+
+def _takes(body: type[Payload]) -> dict[str, Any]:
+    """The part of a route's OpenAPI entry about a body that the app reads itself."""
+    content = {"application/json": {"schema": {"$ref": _SCHEMAS + body.__name__}}}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 def _add_api(app: FastAPI, service: ChatService) -> None:
     config = service.settings.config
+    failures = (400, 401, 404, 408, 413, 415, 500, 503, 504)
 
     async def read(request: Request, model: type[RequestBody]) -> RequestBody:
         authorise(request)
-        service.worker.check_room()
-        return parse(model, await _body(request, config.max_request_bytes))
+        with service.worker.reserve():
+            try:
+                async with asyncio.timeout(config.body_timeout_s):
+                    body = await _read_body(request, config.max_request_bytes)
+            except TimeoutError:
+                message = f"the body did not arrive within this server's limit of {config.body_timeout_s:g} s"
+                raise ApiError(408, message, code="timeout") from None
+            if len(body) <= _PARSED_IN_PLACE:
+                return parse(model, body, service.limits)
+            return await asyncio.to_thread(parse, model, body, service.limits)
 
     def authorise(request: Request) -> None:
         if service.settings.key is not None:
             service.settings.key.check(request.headers.get("authorization"))
 
-    @app.post("/v1/chat/completions")
+    stream = {"text/event-stream": {"schema": {"$ref": _SCHEMAS + ChatCompletionChunk.__name__}}}
+    chat_answers = _answers(ChatCompletion, *failures)
+    chat_answers[200]["content"] = stream
+
+    @app.post("/v1/chat/completions", responses=chat_answers, openapi_extra=_takes(ChatCompletionRequest))
     async def chat(request: Request) -> Response:
-        wanted = await read(request, ChatRequest)
-        job, completion = service.chat(wanted)
-        if not wanted.stream:
-            return JSONResponse(completion.whole(await job.result()))
-        with_usage = wanted.stream_options is not None and wanted.stream_options.include_usage
-        return await _stream(job, completion, with_usage)
+        """Answer a conversation; with `stream`, as server-sent events of `ChatCompletionChunk`."""
+        body = await read(request, ChatCompletionRequest)
+        job, completion = service.chat(body)
+        if body.stream:
+            return await _stream(job, completion, body.stream_options or StreamOptions())
+        return _json(completion.whole(await job.result()))
 
-    @app.post("/v1/score")
-    async def score(request: Request) -> dict[str, Any]:
-        wanted = await read(request, ScoreRequest)
-        scores = await service.score(wanted).result()
-        data = [{"object": "score", "index": i, "scores": found} for i, found in enumerate(scores)]
-        return {"object": "list", "model": service.settings.model_name, "data": data}
+    @app.post("/v1/score", responses=_answers(ScoreList, *failures), openapi_extra=_takes(ScoreRequest))
+    async def score(request: Request) -> Response:
+        """The reward model's scores of candidate turns."""
+        job = service.score(await read(request, ScoreRequest))
+        return _json(ScoreList(model=service.settings.model_name, data=await job.result()))
 
-    @app.get("/v1/models")
-    async def models(request: Request) -> dict[str, Any]:
+    @app.get("/v1/models", responses=_answers(ServedModels, 401, 500))
+    async def models(request: Request) -> Response:
+        """The one model there is, with its objectives, limits and defaults."""
         authorise(request)
-        return service.models()
+        return _json(ServedModels(data=[service.model(service.settings.model_name)]))
+
+    @app.get("/v1/models/{name:path}", responses=_answers(ServedModel, 401, 404, 500))
+    async def model(request: Request, name: str) -> Response:
+        """One model."""
+        authorise(request)
+        return _json(service.model(name))
 
 
 def _add_pages(app: FastAPI, service: ChatService) -> None:
-    page, policy = _page()
+    page, policy = _load_page()
 
-    @app.get("/")
+    @app.get("/", response_class=HTMLResponse)
     async def playground() -> HTMLResponse:
+        """The playground."""
         return HTMLResponse(
             page, headers={"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"}
         )
 
-    @app.get("/health")
-    async def health() -> dict[str, str]:
+    @app.get("/health", responses=_answers(ReplicaStatus, 500))
+    async def health() -> Response:
         """Whether the replica works at all."""
-        if not service.worker.alive:
-            raise ApiError(500, "the model's thread has ended", code="unhealthy")
-        return {"status": "ok"}
+        if (trouble := service.worker.trouble) is not None:
+            raise ApiError(500, trouble, code="unhealthy")
+        return _json(ReplicaStatus(status="ok"))
 
-    @app.get("/ready")
-    async def ready() -> dict[str, str]:
+    @app.get("/ready", responses=_answers(ReplicaStatus, 500, 503))
+    async def ready() -> Response:
         """Whether a request sent now would be taken."""
         service.worker.check_room()
-        return {"status": "ready"}
+        return _json(ReplicaStatus(status="ready"))
 
 
-async def _stream(job: Job, completion: Completion, with_usage: bool) -> Response:
+def _document_bodies(app: FastAPI, with_key: bool) -> None:
+    """Complete FastAPI's OpenAPI document by what it cannot see: the bodies, the chunks and the key."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is not None:
+            return app.openapi_schema
+        document = generate()
+        bodies = [(model, "validation") for model in (ChatCompletionRequest, ScoreRequest)]
+        _, schemas = models_json_schema(
+            [*bodies, (ChatCompletionChunk, "serialization")],  # type: ignore[list-item]
+            ref_template=_SCHEMAS + "{model}",
+        )
+        components = document.setdefault("components", {})
+        components["schemas"] = {**schemas["$defs"], **components.get("schemas", {})}
+        for route in document["paths"].values():
+            for operation in route.values():
+                operation["responses"].pop("422", None)  # errors of FastAPI's own that nothing here raises
+        if with_key:
+            components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            for path, route in document["paths"].items():
+                if path.startswith("/v1/"):
+                    for operation in route.values():
+                        operation["security"] = [{"key": []}]
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _json(body: BaseModel) -> Response:
+    return Response(body.model_dump_json(), media_type="application/json")
+
+
+async def _stream(job: Job, completion: Completion, options: StreamOptions) -> Response:
     events = job.events()
     # What goes wrong before the first step still has a status of its own.
     first = await anext(events)
 
     async def chunks() -> AsyncIterator[str]:
         kind, value = first
-        is_first = True
         try:
             while kind == "step":
-                yield completion.step(value, is_first)
-                is_first = False
+                yield completion.chunk(value, options.continuous_usage_stats)
                 kind, value = await anext(events)
-            yield completion.last(value)
-            if with_usage:
+            yield completion.last(value, options.continuous_usage_stats)
+            if options.include_usage:
                 yield completion.usage(value)
             yield END_OF_STREAM
         except ApiError as error:
             # The status line is long gone; OpenAI's clients raise on such an event.
-            yield event(error.body())
+            yield event(ErrorBody.model_validate(error.body()).model_dump_json())
         finally:
             await events.aclose()
 
     return StreamingResponse(chunks(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
 
-async def _body(request: Request, limit: int) -> bytes:
+async def _read_body(request: Request, limit: int) -> bytes:
     """The request's bytes, never more than `limit` of them in memory; ApiError 413 or 415."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
@@ -134,7 +269,7 @@ async def _body(request: Request, limit: int) -> bytes:
         413, f"the request is larger than this server's limit of {limit} bytes", code="too_large"
     )
     declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > limit:
+    if declared.isdigit() and (len(declared) > 15 or int(declared) > limit):
         raise too_large
     parts, size = [], 0
     async for part in request.stream():
@@ -145,14 +280,14 @@ async def _body(request: Request, limit: int) -> bytes:
     return b"".join(parts)
 
 
-def _page() -> tuple[str, str]:
+def _load_page() -> tuple[str, str]:
     """The playground and a Content-Security-Policy that allows exactly its own script and style, by hash."""
     page = resources.files("mahalo_ray.serving").joinpath("playground.html").read_text(encoding="utf-8")
 
     def digest(tag: str) -> str:
-        found = re.search(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        assert found is not None, f"the page has a <{tag}>"
-        return base64.b64encode(hashlib.sha256(found.group(1).encode()).digest()).decode()
+        element = re.search(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        assert element is not None, f"the page has a <{tag}>"
+        return base64.b64encode(hashlib.sha256(element.group(1).encode()).digest()).decode()
 
     policy = (
         f"default-src 'none'; script-src 'sha256-{digest('script')}'; style-src 'sha256-{digest('style')}'; "
@@ -168,10 +303,16 @@ async def _api_error(request: Request, error: Exception) -> Response:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if error.status_code == 405 and request.method == "OPTIONS":
+        allowed = (error.headers or {}).get("Allow", "GET")
+        head = ", HEAD" if "GET" in allowed else ""
+        return Response(status_code=204, headers={"Allow": f"{allowed}{head}, OPTIONS"})
     known = {404: "there is nothing at this address", 405: f"{request.method} is not for this address"}
     message = known.get(error.status_code, str(error.detail))
     return JSONResponse(ApiError(error.status_code, message).body(), error.status_code, error.headers)
 
 
-async def _unexpected(request: Request, error: Exception) -> Response:
-    return JSONResponse(internal_error().body(), 500)
+async def _unexpected_error(request: Request, error: Exception) -> Response:
+    reference = secrets.token_hex(4)
+    logger.error("error %s: %s %s failed", reference, request.method, request.url.path, exc_info=error)
+    return JSONResponse(internal_error(reference).body(), 500)

@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import errno
-import inspect
 import ipaddress
 import logging
+import math
+import os
 import re
 import signal
 import socket
+import tempfile
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
 from dataclasses import dataclass
+from logging.handlers import RotatingFileHandler
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Self
 
 import ray
 from fastapi import FastAPI
-from openai import OpenAI, OpenAIError
-from openai.types.chat import ChatCompletionChunk, ChatCompletionMessageParam
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
 
 from mahalo_ray.config import ServeConfig
 from mahalo_ray.data import storage
 from mahalo_ray.decoding.policy import DeviceConfig
-from mahalo_ray.errors import StageError
-from mahalo_ray.objectives import Weights
 from mahalo_ray.serving.app import create_app
 from mahalo_ray.serving.service import ChatService, Defaults, KeyDigest, ServiceSettings
 
@@ -42,6 +42,8 @@ DEFAULT_MODEL_NAME = "mahalo"
 _HEADROOM = 64
 _READY_TIMEOUT_S = 60.0
 _GONE_TIMEOUT_S = 10.0
+_REPLY_TIMEOUT_S = 5.0  # of a replica that is told to stop taking requests
+_HEALTH_CHECK_S = 2.0
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
 
@@ -68,12 +70,32 @@ class Serving:
     manager.
     """
 
-    def __init__(self, url: str, model: str) -> None:
+    def __init__(self, url: str, model: str, handle: DeploymentHandle, grace_s: float) -> None:
         self.url, self.model = url, model
+        self._handle, self._grace_s = handle, grace_s
 
-    def stop(self) -> None:
-        """End the endpoint and Ray Serve with it. Ray itself stays."""
-        _shutdown()
+    def stop(self, hurry: threading.Event | None = None) -> None:
+        """Refuse new requests, let running ones end within the grace time (or until `hurry` is set), then end
+        the endpoint and Ray Serve with it. Ray itself stays.
+        """
+        try:
+            self._drain(hurry or threading.Event())
+        except (RayError, RayServeException, TimeoutError) as error:
+            logger.warning("the endpoint could not be told to finish what it is at: %s", error)
+        finally:
+            _shutdown()
+
+    def _drain(self, hurry: threading.Event) -> None:
+        deadline = time.monotonic() + self._grace_s
+        self._tell("drain")
+        while sum(self._tell("count_held")) and time.monotonic() < deadline and not hurry.wait(0.1):
+            pass
+        if sum(self._tell("close")):
+            time.sleep(0.3)  # for the last answers on their way through the proxy
+
+    def _tell(self, method: str) -> list[int]:
+        """Call a method of every replica."""
+        return list(self._handle.broadcast(method).results(timeout_s=_REPLY_TIMEOUT_S))
 
     def __enter__(self) -> Self:
         return self
@@ -93,13 +115,14 @@ def start(
     model_name: str = DEFAULT_MODEL_NAME,
     use_gpu: bool = False,
     dtype: str = "float32",
+    key: KeyDigest | None = None,
 ) -> Serving:
-    """Start the endpoint and wait until it answers.
+    """Start the endpoint and wait until it answers. The API key is `key`, else that of `serve.api_key_env`.
 
     Raises ServeError if the port is taken, Ray Serve already runs on this cluster, a folder is missing or a
     replica cannot load its models; ValueError if the API key's variable is empty.
     """
-    key = KeyDigest.from_environment(config)
+    key = key or KeyDigest.from_environment(config)
     for url in filter(None, (policy_url, reward_url)):
         if not storage.exists(url):
             raise ServeError(f"there is no model at '{url}': train it first, or correct the path")
@@ -112,7 +135,6 @@ def start(
     reward = None if reward_url is None else storage.absolute(reward_url)
     placement = DeviceConfig("cuda" if use_gpu else "cpu", dtype)
     source = ModelSource(storage.absolute(policy_url), reward, domain, placement)
-    serving = Serving(f"http://{_reachable(config.host)}:{port}", model_name)
     started = False
     # Serve tells at length what it does; its warnings are enough.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -122,13 +144,14 @@ def start(
             http_options={"host": config.host, "port": port},
             logging_config=_QUIET,
         )
-        serve.run(
+        handle = serve.run(
             application(settings, source, use_gpu),
             name=APP_NAME,
             route_prefix="/",
             logging_config=_QUIET,
         )
-        _wait_until_healthy(serving.url)
+        url = f"http://{_reachable(config.host)}:{port}"
+        _wait_until_healthy(url)
         started = True
     except (RuntimeError, RayServeException) as error:
         raise ServeError(f"the endpoint could not be started: {error}{_deployment_messages()}") from error
@@ -136,7 +159,7 @@ def start(
         # Also on Ctrl-C while the models load: nothing of Serve may stay behind.
         if not started:
             _shutdown()
-    return serving
+    return Serving(url, model_name, handle, config.shutdown_grace_s)
 
 
 def _deployment_messages() -> str:
@@ -146,44 +169,65 @@ def _deployment_messages() -> str:
         return ""
     messages = [state.message for state in application.deployments.values() if state.message]
     raised = [re.findall(r"^[\w.]+: .*(?:\n.*)*?(?=\n[\w.]+: |\Z)", text, re.MULTILINE) for text in messages]
-    return "".join(f"\n{own[-1] if own else text}" for own, text in zip(raised, messages, strict=True))
+    return "".join(
+        f"\n{errors[-1] if errors else text}" for errors, text in zip(raised, messages, strict=True)
+    )
 
 
 class ChatIngress:
-    """The replica, as far as Serve looks at it between requests; the app itself is built by `application`."""
+    """The replica, as far as Serve and `Serving` look at it between requests; the app itself is built by
+    `application`."""
 
     app: FastAPI
 
     def check_health(self) -> None:
-        """Serve replaces a replica whose model thread has ended."""
-        if not self.app.state.service.worker.alive:
-            raise RuntimeError("the model's thread has ended")
+        """Serve replaces a replica that cannot answer any more."""
+        trouble = self.app.state.service.worker.trouble
+        if trouble is not None:
+            raise RuntimeError(trouble)
+
+    def drain(self) -> int:
+        """Take no more requests."""
+        self.app.state.service.worker.drain()
+        return 0
+
+    def count_held(self) -> int:
+        """Requests that are not answered yet."""
+        return int(self.app.state.service.worker.num_held)
+
+    def close(self) -> int:
+        """Answer what is left with 503; returns how many there were."""
+        left = self.count_held()
+        self.app.state.service.worker.close()
+        return left
 
 
 def application(settings: ServiceSettings, source: ModelSource, use_gpu: bool) -> serve.Application:
-    """The Serve application: every replica loads the models once and builds its app around them."""
+    """The Serve application: every replica loads the models once and builds its app around them.
+
+    When it is deployed anew, one replica of the new kind starts before one of the old kind goes, so the
+    cluster needs room for one replica more; without it the old ones go on and the update waits.
+    """
     config = settings.config
     capacity = config.max_ongoing_requests + config.max_queued_requests + _HEADROOM
 
     def build_app() -> FastAPI:
         return _load_app(settings, source)
 
-    options: dict[str, Any] = {
-        "num_replicas": config.replicas,
-        "max_ongoing_requests": capacity,
-        "max_queued_requests": capacity,
-        "ray_actor_options": {"num_cpus": config.cpus_per_replica, "num_gpus": 1 if use_gpu else 0},
-        "graceful_shutdown_wait_loop_s": 0.2,
-        "graceful_shutdown_timeout_s": 10.0,
-        "max_constructor_retry_count": 1,
-    }
-    known = inspect.signature(serve.deployment).parameters
-    # Newer Ray only: Retry-After on the refusals of Serve's own queue too, which only a flood reaches.
-    if "backpressure_config" in known:
-        options["backpressure_config"] = {"retry_after_s": 5}
-    if "max_constructor_retry_count" not in known:
-        del options["max_constructor_retry_count"]
-    return serve.deployment(name=APP_NAME, **options)(serve.ingress(build_app)(ChatIngress)).bind()
+    deployment = serve.deployment(
+        name=APP_NAME,
+        num_replicas=config.replicas,
+        max_ongoing_requests=capacity,
+        max_queued_requests=capacity,
+        backpressure_config={"retry_after_s": 5},
+        ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": 1 if use_gpu else 0},
+        graceful_shutdown_wait_loop_s=0.2,
+        graceful_shutdown_timeout_s=config.shutdown_grace_s,
+        health_check_period_s=_HEALTH_CHECK_S,
+        max_constructor_retry_count=1,
+        max_surge_percent=math.ceil(100 / config.replicas),
+    )
+    return deployment(serve.ingress(build_app)(ChatIngress)).bind()
 
 
 def _load_app(settings: ServiceSettings, source: ModelSource) -> FastAPI:
@@ -191,12 +235,30 @@ def _load_app(settings: ServiceSettings, source: ModelSource) -> FastAPI:
     from mahalo_ray.serving.backend import GuidedBackend
 
     config = settings.config
+    _keep_error_log(error_log_folder(config))
     # Everything that may run at once runs at once.
     branches = config.max_ongoing_requests * config.max_candidates
     backend = GuidedBackend.load(
         source.policy_url, source.reward_url, source.domain, source.placement, branches
     )
     return create_app(ChatService(backend, settings))
+
+
+def error_log_folder(config: ServeConfig) -> str:
+    """Where replicas keep the log of internal errors."""
+    return config.log_folder or os.path.join(tempfile.gettempdir(), "mahalo_serve_logs")
+
+
+def _keep_error_log(folder: str) -> None:
+    """Write this replica's errors into a file of its own, which outlives Ray's session."""
+    os.makedirs(folder, exist_ok=True)
+    name = f"errors-{socket.gethostname()}-{os.getpid()}.log"
+    handler = RotatingFileHandler(
+        os.path.join(folder, name), maxBytes=10_000_000, backupCount=2, encoding="utf-8", delay=True
+    )
+    handler.setLevel(logging.ERROR)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
+    logging.getLogger("mahalo_ray.serving").addHandler(handler)
 
 
 def _shutdown() -> None:
@@ -290,110 +352,17 @@ def _reachable(host: str) -> str:
 
 
 def serve_forever(serving: Serving) -> None:
-    """Keep serving until Ctrl-C or SIGTERM, then stop. Main thread only, as signal handlers are."""
-    ended = threading.Event()
-    before = {
-        number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    """Keep serving until Ctrl-C or SIGTERM, then stop; a second signal ends the wait for running answers.
+    Main thread only, as signal handlers are."""
+    ended, hurry = threading.Event(), threading.Event()
+
+    def note_signal(*_: object) -> None:
+        (hurry if ended.is_set() else ended).set()
+
+    before = {number: signal.signal(number, note_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         ended.wait()
+        serving.stop(hurry)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        serving.stop()
-
-
-SEED = 7
-
-
-class SmokeError(StageError):
-    """The endpoint answered, but not as it should, or did not answer."""
-
-
-def smoke(
-    url: str,
-    model: str,
-    messages: Sequence[dict[str, str]],
-    weightings: Sequence[Weights],
-    api_key: str | None = None,
-    timeout_s: float = 60.0,
-) -> dict[str, Any]:
-    """Ask once per weighting (`extra_body={"objectives": ...}`), then stream the first one once.
-
-    Returns {"model", "answers": [{"objectives", "text", "latency_s", "completion_tokens", "candidates"}],
-    "streamed": {"text", "chunks", "latency_s"}}. Raises SmokeError with the reason if anything is off; the
-    same seed must give the same text streamed and whole.
-    """
-    # The client insists on a key; a server without one ignores it.
-    client = OpenAI(base_url=f"{url}/v1", api_key=api_key or "none", timeout=timeout_s, max_retries=0)
-    try:
-        names = [known.id for known in client.models.list()]
-        if model not in names:
-            raise SmokeError(f"{url} serves {', '.join(names)}, not '{model}'")
-        answers = [_ask(client, model, messages, weights) for weights in weightings]
-        streamed = _ask_streaming(client, model, messages, weightings[0])
-    except OpenAIError as error:
-        raise SmokeError(f"{url} did not answer as it should: {error}") from error
-    finally:
-        client.close()
-    if streamed["text"] != answers[0]["text"]:
-        raise SmokeError(
-            f"with one seed the streamed answer is {streamed['text']!r}, the whole one {answers[0]['text']!r}"
-        )
-    return {"model": model, "answers": answers, "streamed": streamed}
-
-
-def _typed(messages: Sequence[dict[str, str]]) -> list[ChatCompletionMessageParam]:
-    return [cast(ChatCompletionMessageParam, message) for message in messages]
-
-
-def _ask(client: OpenAI, model: str, messages: Sequence[dict[str, str]], weights: Weights) -> dict[str, Any]:
-    started = time.monotonic()
-    completion = client.chat.completions.create(
-        model=model,
-        messages=_typed(messages),
-        seed=SEED,
-        extra_body={"objectives": dict(weights)},
-    )
-    latency = time.monotonic() - started
-    text = completion.choices[0].message.content
-    details = (completion.model_extra or {}).get("mahalo")
-    if not text or not text.strip():
-        raise SmokeError(f"the answer with {weights.label()} is empty")
-    if completion.usage is None or completion.usage.completion_tokens < 1:
-        raise SmokeError(f"the answer with {weights.label()} has no token counts")
-    if details is None or Weights(details["objectives"]) != weights:
-        raise SmokeError(f"the answer does not say that it was decoded with {weights.label()}: {details}")
-    for number, step in enumerate(details["steps"]):
-        if not 0 <= step["chosen"] < len(step["candidates"]):
-            raise SmokeError(f"step {number} chose candidate {step['chosen']} of {len(step['candidates'])}")
-    return {
-        "objectives": dict(weights),
-        "text": text,
-        "latency_s": latency,
-        "completion_tokens": completion.usage.completion_tokens,
-        "candidates": sum(len(step["candidates"]) for step in details["steps"]),
-    }
-
-
-def _ask_streaming(
-    client: OpenAI, model: str, messages: Sequence[dict[str, str]], weights: Weights
-) -> dict[str, Any]:
-    started = time.monotonic()
-    text, chunks, ended = "", 0, None
-    stream = client.chat.completions.create(
-        model=model,
-        messages=_typed(messages),
-        seed=SEED,
-        stream=True,
-        extra_body={"objectives": dict(weights)},
-    )
-    for chunk in stream:
-        assert isinstance(chunk, ChatCompletionChunk)
-        chunks += 1
-        for choice in chunk.choices:
-            text += choice.delta.content or ""
-            ended = choice.finish_reason or ended
-    if ended is None:
-        raise SmokeError("the stream ended without a finish_reason")
-    return {"text": text, "chunks": chunks, "latency_s": time.monotonic() - started}

@@ -1,17 +1,33 @@
 """What clients send: the supported part of OpenAI's chat completions API, and our fields beside it.
 
-A field we do not know is an error, never ignored. Every error has OpenAI's form
-`{"error": {"message", "type", "param", "code"}}`, with the wrong field in `param`.
+Null is the same as leaving a field out. A field of OpenAI's API that this server does not support is accepted
+at the value that changes nothing, and refused by name at any other; a field nobody knows is refused too,
+never ignored. Every error has OpenAI's form `{"error": {"message", "type", "param", "code"}}`, with the wrong
+field in `param`.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    JsonValue,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import from_json
 
 from mahalo_ray.config.section import Temperature
 from mahalo_ray.data.records import Message
@@ -22,8 +38,12 @@ ServedStrategy = Literal["argmax", "sample", "best_of_n", "none"]
 
 MAX_STOP_STRINGS = 4
 MAX_STOP_LENGTH = 256
+MAX_PARTS = 1024  # text parts of one message
 MAX_OBJECTIVES = 64
+MAX_WEIGHT = 1e9
 MAX_SEED = 2**63 - 1
+LONGEST_ECHO = 100  # characters of a client's own text that an error repeats
+_LONGEST_MESSAGE = 600
 
 
 class ApiError(Exception):
@@ -44,10 +64,16 @@ class ApiError(Exception):
         self.retry_after_s = retry_after_s
 
     def body(self) -> dict[str, Any]:
-        """The JSON answer."""
+        """The JSON answer; texts are cut to a length that fits a log line."""
         kinds = {401: "authentication_error", 429: "rate_limit_error"}
         kind = "server_error" if self.status >= 500 else kinds.get(self.status, "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        message = shorten(self.message, _LONGEST_MESSAGE)
+        param = None if self.param is None else shorten(self.param, 2 * LONGEST_ECHO)
+        return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
+
+    def encode(self) -> bytes:
+        """The JSON answer's bytes."""
+        return json.dumps(self.body()).encode()
 
     def headers(self) -> dict[str, str]:
         """`Retry-After` in whole seconds where a later try makes sense, `WWW-Authenticate` with 401."""
@@ -59,25 +85,73 @@ class ApiError(Exception):
         return headers
 
 
-def internal_error() -> ApiError:
-    """500 without details: they are in the server's log, and none of the client's business."""
-    return ApiError(500, "something went wrong in the server; its log says what", code="internal_error")
+def internal_error(reference: str) -> ApiError:
+    """500 without details: the server's log has them under this reference."""
+    message = f"something went wrong in the server; its log has the details under 'error {reference}'"
+    return ApiError(500, message, code="internal_error")
+
+
+def shorten(text: str, length: int = LONGEST_ECHO) -> str:
+    """The text, or its beginning with dots."""
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What one request may ask for."""
+class RequestLimits:
+    """What one request may hold. `max_new_tokens` caps `max_tokens`; more than the others is an error."""
 
     max_candidates: int
     max_new_tokens: int
     max_messages: int
-    max_request_bytes: int
+
+    def check_lengths(self, body: Mapping[str, Any]) -> None:
+        """Raise ApiError for a list that is too long, before its items are looked at."""
+        for name, limit in (("messages", self.max_messages), ("candidates", self.max_candidates)):
+            value = body.get(name)
+            if isinstance(value, list) and len(value) > limit:
+                raise _above_limit(name, len(value), limit)
+
+
+def _above_limit(param: str, value: int, limit: int) -> ApiError:
+    return ApiError(400, f"'{param}': {value} is more than this server's limit of {limit}", param)
 
 
 class Payload(BaseModel):
-    """Base of request bodies: unknown fields are errors, and "5" is no number."""
+    """Base of request bodies: unknown fields are errors, "5" is no number, null is the same as left out."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        given = {name: item for name, item in value.items() if item is not None}
+        unknown = [name for name in given if name not in cls.model_fields]
+        # The first unknown field refuses the request; thousands of them would only make thousands of errors.
+        for name in unknown[1:]:
+            del given[name]
+        return given
+
+
+def only(*neutral: JsonValue) -> AfterValidator:
+    """The validator of a field that is supported only at values that change nothing."""
+
+    def check(value: JsonValue) -> JsonValue:
+        if not any(
+            value == known and isinstance(value, bool) == isinstance(known, bool) for known in neutral
+        ):
+            choices = " or ".join(("null", *(str(known) for known in neutral)))
+            raise ValueError(f"this server does not support it: leave it out, or send {choices}")
+        return value
+
+    return AfterValidator(check)
+
+
+# Fields of others that change nothing here, whatever they hold.
+Ignored = Annotated[JsonValue, Field(description="accepted, has no effect")]
+AbsentText = Annotated[JsonValue, only(), Field(description="not supported: null only")]
+AbsentList = Annotated[JsonValue, only([]), Field(description="not supported: null or [] only")]
 
 
 class TextPart(Payload):
@@ -85,82 +159,151 @@ class TextPart(Payload):
 
     type: Literal["text"]
     text: str
+    annotations: AbsentList = None
+    cache_control: Ignored = None
 
 
 class ChatMessage(Payload):
-    """One message; `developer` is OpenAI's newer word for `system`."""
+    """One message; `developer` is OpenAI's newer word for `system`. An answer of this or another server can
+    be sent back as its client library dumps it, with all its null fields."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS)] | None = Field(
+        default=None, validate_default=True, description="null in an assistant's message only"
+    )
+    type: Literal["text", "message"] | None = None
+    name: Annotated[str | None, Field(description="accepted, has no effect")] = None
+    refusal: AbsentText = None
+    audio: AbsentText = None
+    function_call: AbsentText = None
+    annotations: AbsentList = None
+    tool_calls: AbsentList = None
+
+    @field_validator("content")
+    @classmethod
+    def _content_is_there(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None and info.data.get("role", "assistant") != "assistant":
+            raise ValueError(f"a message of role '{info.data['role']}' needs it")
+        return value
+
+    @property
+    def text(self) -> str:
+        """Its content as one text."""
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or ""
 
     def as_record(self) -> Message:
-        """The message as everything else here knows it."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return Message(role="system" if self.role == "developer" else self.role, content=text)
+        """The message as the rest of the package knows it."""
+        return Message(role="system" if self.role == "developer" else self.role, content=self.text)
 
 
-Messages = Annotated[list[ChatMessage], Field(min_length=1)]
-WeightMap = dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+Messages = Annotated[list[ChatMessage], FailFast(), Field(min_length=1)]
+
+
+def _at_most_64(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > MAX_OBJECTIVES:
+        raise ValueError(f"{len(value)} weights are too many: at most {MAX_OBJECTIVES}")
+    return value
+
+
+WeightMap = Annotated[
+    dict[str, Annotated[float, Field(ge=0, le=MAX_WEIGHT, allow_inf_nan=False)]], BeforeValidator(_at_most_64)
+]
+
+
+def _stop_list(value: Any) -> Any:
+    strings = [value] if isinstance(value, str) else value
+    if isinstance(strings, list):
+        if len(strings) > MAX_STOP_STRINGS:
+            raise ValueError(f"{len(strings)} stop strings: at most {MAX_STOP_STRINGS}")
+        if any(isinstance(text, str) and not 1 <= len(text) <= MAX_STOP_LENGTH for text in strings):
+            raise ValueError(f"a stop string must have 1 to {MAX_STOP_LENGTH} characters")
+    return strings
+
+
+def _replace(value: int, by: int | None) -> BeforeValidator:
+    return BeforeValidator(lambda given: by if given == value and type(given) is int else given)
 
 
 class StreamOptions(Payload):
-    """`include_usage`: a last chunk carries the token counts."""
+    """`include_usage`: a last chunk carries the token counts; `continuous_usage_stats`: every chunk does."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: Annotated[bool, Field(description="accepted, has no effect")] = False
 
 
-class ChatRequest(Payload):
+class ChatCompletionRequest(Payload):
     """POST /v1/chat/completions. Sampling fields left out take the server's defaults.
 
     objectives: decoding weights over the policy's heads; guidance: weights over the reward model's objectives
     (the objectives' weights when left out). strategy: how one of num_candidates is chosen at every step, as
-    in `GuidedRequest`; left out, "argmax" where there is a reward model, else "none".
+    in `GuidedRequest`; left out, "argmax" where there is a reward model, else "none". max_tokens above the
+    server's limit is lowered to it: such an answer ends with finish_reason "length".
     """
 
     model: str
     messages: Messages
     temperature: Annotated[Temperature, Field(le=2)] | None = None
     top_p: Annotated[float, Field(ge=1e-6, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    top_k: Annotated[int | None, Field(ge=0, lt=2**31, description="0 or -1: off"), _replace(-1, 0)] = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    stop: list[str] = []
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
-    n: Literal[1] = 1
+    stop: Annotated[list[str], BeforeValidator(_stop_list)] = []
+    seed: Annotated[
+        int | None, Field(ge=0, le=MAX_SEED, description="-1: a random one"), _replace(-1, None)
+    ] = None
     stream: bool = False
     stream_options: StreamOptions | None = None
+
     objectives: WeightMap | None = None
     guidance: WeightMap | None = None
     num_candidates: Annotated[int, Field(ge=1)] | None = None
     strategy: ServedStrategy | None = None
-    score_temperature: Annotated[float, Field(gt=0, le=1000)] | None = None
+    score_temperature: Annotated[float, Field(ge=1e-3, le=1000)] | None = None
 
-    @field_validator("stop", mode="before")
-    @classmethod
-    def _stop_as_list(cls, value: Any) -> Any:
-        if value is None:
-            return []
-        return [value] if isinstance(value, str) else value
-
-    @field_validator("stop")
-    @classmethod
-    def _stop_bounds(cls, value: list[str]) -> list[str]:
-        if len(value) > MAX_STOP_STRINGS:
-            raise ValueError(f"{len(value)} stop strings: at most {MAX_STOP_STRINGS}")
-        if any(not 1 <= len(text) <= MAX_STOP_LENGTH for text in value):
-            raise ValueError(f"a stop string must have 1 to {MAX_STOP_LENGTH} characters")
-        return value
-
-    @field_validator("n", "stream", mode="before")
-    @classmethod
-    def _null_is_default(cls, value: Any, info: Any) -> Any:
-        return cls.model_fields[info.field_name].default if value is None else value
+    # Without effect on the answer.
+    user: Ignored = None
+    metadata: Ignored = None
+    service_tier: Ignored = None
+    safety_identifier: Ignored = None
+    prompt_cache_key: Ignored = None
+    prompt_cache_retention: Ignored = None
+    parallel_tool_calls: Ignored = None
+    # Not supported: accepted at the value that changes nothing.
+    n: Annotated[JsonValue, only(1)] = 1
+    best_of: Annotated[JsonValue, only(1)] = None
+    store: Annotated[JsonValue, only(False)] = None
+    frequency_penalty: Annotated[JsonValue, only(0)] = None
+    presence_penalty: Annotated[JsonValue, only(0)] = None
+    repetition_penalty: Annotated[JsonValue, only(1)] = None
+    logit_bias: Annotated[JsonValue, only({})] = None
+    logprobs: Annotated[JsonValue, only(False)] = None
+    top_logprobs: Annotated[JsonValue, only(0)] = None
+    response_format: Annotated[JsonValue, only({"type": "text"})] = None
+    tools: AbsentList = None
+    tool_choice: Annotated[JsonValue, only("none", "auto")] = None
+    functions: AbsentList = None
+    function_call: Annotated[JsonValue, only("none", "auto")] = None
+    modalities: Annotated[JsonValue, only(["text"])] = None
+    audio: AbsentText = None
+    prediction: AbsentText = None
+    web_search_options: AbsentText = None
+    verbosity: Annotated[JsonValue, only("medium")] = None
+    reasoning_effort: Annotated[JsonValue, only("none")] = None
+    ignore_eos: Annotated[JsonValue, only(False)] = None
+    min_tokens: Annotated[JsonValue, only(0)] = None
+    echo: Annotated[JsonValue, only(False)] = None
+    suffix: AbsentText = None
 
     @model_validator(mode="after")
-    def _fields_agree(self) -> ChatRequest:
-        if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise ApiError(400, "give 'max_tokens' or 'max_completion_tokens', not both", "max_tokens")
+    def _fields_agree(self) -> ChatCompletionRequest:
+        if None not in (self.max_tokens, self.max_completion_tokens) and (
+            self.max_tokens != self.max_completion_tokens
+        ):
+            raise ApiError(400, "'max_tokens' and 'max_completion_tokens' differ: give one", "max_tokens")
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "'stream_options' goes with 'stream': true only", "stream_options")
         if self.strategy == "none" and self.num_candidates not in (None, 1):
@@ -178,12 +321,10 @@ class ChatRequest(Payload):
         """`max_completion_tokens`, or its older name."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
-    def check(self, limits: Limits) -> None:
+    def check(self, limits: RequestLimits) -> None:
         """Raise ApiError naming the first field beyond the server's limits."""
-        _at_most(limits.max_messages, len(self.messages), "messages")
-        _at_most(limits.max_candidates, self.num_candidates, "num_candidates")
-        name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
-        _at_most(limits.max_new_tokens, self.token_limit, name)
+        if self.num_candidates is not None and self.num_candidates > limits.max_candidates:
+            raise _above_limit("num_candidates", self.num_candidates, limits.max_candidates)
 
 
 class ScoreRequest(Payload):
@@ -191,31 +332,36 @@ class ScoreRequest(Payload):
 
     model: str | None = None
     messages: Messages
-    candidates: Annotated[list[str], Field(min_length=1)]
+    candidates: Annotated[list[str], FailFast(), Field(min_length=1)]
 
-    def check(self, limits: Limits) -> None:
-        """Raise ApiError naming the first field beyond the server's limits."""
-        _at_most(limits.max_messages, len(self.messages), "messages")
-        _at_most(limits.max_candidates, len(self.candidates), "candidates")
+    @model_validator(mode="after")
+    def _no_empty_candidate(self) -> ScoreRequest:
         for index, text in enumerate(self.candidates):
             if not text.strip():
                 raise ApiError(400, "the candidate is empty", f"candidates[{index}]")
-
-
-def _at_most(limit: int, value: int | None, param: str) -> None:
-    if value is not None and value > limit:
-        raise ApiError(400, f"'{param}': {value} is more than this server's limit of {limit}", param)
+        return self
 
 
 RequestBody = TypeVar("RequestBody", bound=Payload)
 
 
-def parse(model: type[RequestBody], body: bytes) -> RequestBody:
-    """A request from its JSON bytes; ApiError 400 naming the first wrong field."""
+def parse(model: type[RequestBody], body: bytes, limits: RequestLimits) -> RequestBody:
+    """A request from its JSON bytes; ApiError 400 naming the first wrong field.
+
+    Its cost is bounded by the body's size: lists stop at their first wrong item.
+    """
     try:
-        return model.model_validate_json(body)
+        value = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        message = f"the request body is not valid JSON: {shorten(str(error), 2 * LONGEST_ECHO)}"
+        raise ApiError(400, message, code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise ApiError(400, "the request body must be a JSON object", code="invalid_value")
+    limits.check_lengths(value)
+    try:
+        return model.model_validate(value)
     except ValidationError as error:
-        raise _explained(error, model) from None
+        raise _explain(error, model) from None
 
 
 def weights_of(
@@ -224,9 +370,7 @@ def weights_of(
     """The named weights over the known objectives, or the default; ApiError 400 naming `param.objective`."""
     if values is None:
         return default
-    if len(values) > MAX_OBJECTIVES:
-        raise ApiError(400, f"{len(values)} weights are too many: at most {MAX_OBJECTIVES}", param)
-    for name in values:
+    for name in map(shorten, values):
         if name not in known:
             raise ApiError(
                 400, unknown_name("objective", name, known), f"{param}.{name}", "unknown_objective"
@@ -237,7 +381,7 @@ def weights_of(
         raise ApiError(400, str(error), param) from None
 
 
-def _explained(error: ValidationError, model: type[BaseModel]) -> ApiError:
+def _explain(error: ValidationError, model: type[BaseModel]) -> ApiError:
     # An unknown field comes first: a misspelt name explains the "missing" beside it. A list given as
     # `content` failed as a string too, which says nothing.
     first = min(
@@ -248,12 +392,11 @@ def _explained(error: ValidationError, model: type[BaseModel]) -> ApiError:
         ),
     )
     kind, location = first["type"], first["loc"]
-    if kind == "json_invalid":
-        return ApiError(400, f"the request body is not valid JSON: {first['msg']}", code="invalid_json")
-    param = _param(location)
+    param = _field_path(location)
     if kind == "extra_forbidden":
-        known = model.model_fields if len(location) == 1 else ()
-        name = str(location[-1])
+        fields = model.model_fields if len(location) == 1 else {}
+        known = [field for field, about in fields.items() if about.annotation is not JsonValue]
+        name = shorten(str(location[-1]))
         text = unknown_name("field", name, known) if known else f"unknown field '{param}'"
         return ApiError(400, text, param, "unknown_parameter")
     if kind == "missing":
@@ -262,12 +405,12 @@ def _explained(error: ValidationError, model: type[BaseModel]) -> ApiError:
     return ApiError(400, f"'{param}': {message}" if param else message, param, "invalid_value")
 
 
-def _param(location: Sequence[int | str]) -> str | None:
+def _field_path(location: Sequence[int | str]) -> str | None:
     """('messages', 0, 'content', 'str') -> 'messages[0].content': pydantic's union tags are left out."""
     path = ""
     for part in location:
         if isinstance(part, int):
             path += f"[{part}]"
         elif part not in ("str", "list[TextPart]"):
-            path += f".{part}" if path else part
+            path += f".{shorten(part)}" if path else shorten(part)
     return path or None

@@ -8,14 +8,21 @@ import os
 import secrets
 import time
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
-from mahalo_ray.config import SamplingConfig, ServeConfig
-from mahalo_ray.data.records import Message
-from mahalo_ray.decoding.sampling import SamplingParams
+from mahalo_ray.config import SamplingConfig, SamplingParams, ServeConfig
+from mahalo_ray.decoding.guidance import GuidedRequest, Standardisation
 from mahalo_ray.objectives import Weights
-from mahalo_ray.serving.responses import Choices, Completion
-from mahalo_ray.serving.schema import ApiError, ChatRequest, Limits, ScoreRequest, ServedStrategy, weights_of
+from mahalo_ray.serving.responses import Completion, ServedDefaults, ServedLimits, ServedModel
+from mahalo_ray.serving.schema import (
+    ApiError,
+    ChatCompletionRequest,
+    RequestLimits,
+    ScoreRequest,
+    ServedStrategy,
+    shorten,
+    weights_of,
+)
 from mahalo_ray.serving.worker import Engine, Job, Worker
 
 
@@ -41,10 +48,16 @@ class KeyDigest:
         if config.api_key_env is None:
             return None
         key = os.environ.get(config.api_key_env, "").strip()
+        variable = f"serve.api_key_env names the environment variable '{config.api_key_env}'"
         if not key:
             raise ValueError(
-                f"serve.api_key_env names the environment variable '{config.api_key_env}', which is unset or "
-                "empty: put the API key into it, or remove api_key_env to serve without a key"
+                f"{variable}, which is unset or empty: put the API key into it, or remove api_key_env to "
+                "serve without a key"
+            )
+        if not (key.isascii() and key.isprintable()) or " " in key:
+            raise ValueError(
+                f"{variable}, and the key in it has characters that an HTTP header cannot carry: use "
+                "letters, digits and signs of ASCII, without spaces"
             )
         return cls.of(key)
 
@@ -88,41 +101,13 @@ class ServiceSettings:
     key: KeyDigest | None = None
 
 
-@dataclass(frozen=True)
-class ChatJob:
-    """One answer to decode. weights None: a policy with a single head; guidance None: no reward model is
-    asked.
-    """
-
-    messages: list[Message]
-    weights: Weights | None
-    guidance: Weights | None
-    num_candidates: int
-    sampling: SamplingParams
-    max_new_tokens: int
-    stop: tuple[str, ...]
-    seed: int
-    strategy: ServedStrategy
-    score_temperature: float
-
-
-@dataclass(frozen=True)
-class ScoreJob:
-    """Candidate turns to rate."""
-
-    messages: list[Message]
-    candidates: list[str]
-
-
 class Backend(Engine, Protocol):
-    """The models: an engine for ChatJob and ScoreJob payloads, run by the model's thread only.
-
-    A ChatJob gets `step(Step)` for every accepted step, then `finish(Reply)`; a ScoreJob gets `finish` with
-    one {objective: score} per candidate.
-    """
+    """The models: an engine for `GuidedRequest` and `ScoreRequest` payloads, run by the model's thread."""
 
     objectives: tuple[str, ...]  # empty: an ordinary model with a single head
     guidance_objectives: tuple[str, ...]  # empty: no reward model
+    standardisation: Standardisation  # of the reward model's scores
+    steps_are_turns: bool  # a step is a whole turn, which no limit of its own may cut in two
 
 
 class ChatService:
@@ -131,9 +116,7 @@ class ChatService:
     def __init__(self, backend: Backend, settings: ServiceSettings) -> None:
         self.backend, self.settings = backend, settings
         config, defaults = settings.config, settings.defaults
-        self.limits = Limits(
-            config.max_candidates, config.max_new_tokens, config.max_messages, config.max_request_bytes
-        )
+        self.limits = RequestLimits(config.max_candidates, config.max_new_tokens, config.max_messages)
         self.weights: Weights | None = None
         if backend.objectives:
             self.weights = defaults.objectives or Weights.balanced(backend.objectives)
@@ -157,85 +140,87 @@ class ChatService:
             config.batch_window_s,
         )
 
-    def chat(self, request: ChatRequest) -> tuple[Job, Completion]:
+    def chat(self, body: ChatCompletionRequest) -> tuple[Job, Completion]:
         """Queue an answer. ApiError if the request asks for what this server does not have or allow."""
-        request.check(self.limits)
-        self._check_model(request.model)
-        self._check_last(request.messages[-1].role)
+        body.check(self.limits)
+        self._check_model(body.model)
+        self._check_last(body.messages[-1].role)
+        try:
+            request = self._guided_request(body)
+        except ValueError as error:  # the schema is stricter; this is the net below it
+            raise ApiError(400, str(error), code="invalid_value") from None
+        job = self._submit(request, body.stream)
+        return job, Completion(self.settings.model_name, request)
+
+    def _guided_request(self, body: ChatCompletionRequest) -> GuidedRequest:
+        """The request as the decoder takes it: defaults filled in, weights resolved, `max_tokens` capped."""
         defaults = self.settings.defaults
-        weights = self._weights(request)
-        strategy = self._strategy(request)
-        guidance = self._guidance(request, strategy, weights)
-        payload = ChatJob(
-            messages=[message.as_record() for message in request.messages],
+        weights = self._weights(body)
+        strategy = self._strategy(body)
+        guidance = self._guidance(body, strategy, weights)
+        max_new_tokens = min(body.token_limit or defaults.sampling.max_new_tokens, self.limits.max_new_tokens)
+        return GuidedRequest(
+            [message.as_record() for message in body.messages],
             weights=weights,
             guidance=guidance,
-            num_candidates=1 if guidance is None else request.num_candidates or defaults.num_candidates,
-            sampling=self._sampling(request),
-            max_new_tokens=request.token_limit
-            or min(defaults.sampling.max_new_tokens, self.limits.max_new_tokens),
-            stop=tuple(request.stop),
-            seed=secrets.randbits(31) if request.seed is None else request.seed,
+            num_candidates=1 if guidance is None else body.num_candidates or defaults.num_candidates,
+            seed=secrets.randbits(31) if body.seed is None else body.seed,
+            sampling=self._sampling(body),
+            max_new_tokens=max_new_tokens,
+            max_step_tokens=max_new_tokens if self.backend.steps_are_turns else GuidedRequest.max_step_tokens,
+            stop=tuple(body.stop),
             strategy=strategy,
-            score_temperature=1.0 if request.score_temperature is None else request.score_temperature,
+            score_temperature=1.0 if body.score_temperature is None else body.score_temperature,
+            standardisation=self.backend.standardisation,
         )
-        choices = Choices(weights, guidance, strategy, payload.num_candidates, payload.seed)
-        return self._submit(payload), Completion(self.settings.model_name, choices)
 
-    def score(self, request: ScoreRequest) -> Job:
+    def score(self, body: ScoreRequest) -> Job:
         """Queue a rating of candidate turns."""
-        request.check(self.limits)
-        if request.model is not None:
-            self._check_model(request.model)
+        if body.model is not None:
+            self._check_model(body.model)
         if not self.backend.guidance_objectives:
             raise ApiError(400, "this server has no reward model to score with", code="no_reward_model")
-        payload = ScoreJob([message.as_record() for message in request.messages], request.candidates)
-        return self._submit(payload)
+        return self._submit(body, streams=False)
 
-    def models(self) -> dict[str, Any]:
-        """The answer of GET /v1/models; objectives, limits and defaults beside OpenAI's fields."""
-        defaults = self.settings.defaults
-        model = {
-            "id": self.settings.model_name,
-            "object": "model",
-            "created": self.created,
-            "owned_by": "mahalo_ray",
-            "objectives": list(self.backend.objectives),
-            "guidance_objectives": list(self.backend.guidance_objectives),
-            "limits": {
-                "max_candidates": self.limits.max_candidates,
-                "max_tokens": self.limits.max_new_tokens,
-            },
-            "defaults": {
-                "objectives": dict(self.weights or {}),
-                "guidance": None
-                if not self.backend.guidance_objectives
-                else dict(self._default_guidance(self.weights)),
-                "num_candidates": defaults.num_candidates,
-            },
-        }
-        return {"object": "list", "data": [model]}
+    def model(self, name: str) -> ServedModel:
+        """The answer of GET /v1/models/{name}; ApiError 404 for another name."""
+        self._check_model(name)
+        guided = bool(self.backend.guidance_objectives)
+        return ServedModel(
+            id=self.settings.model_name,
+            created=self.created,
+            objectives=list(self.backend.objectives),
+            guidance_objectives=list(self.backend.guidance_objectives),
+            limits=ServedLimits(
+                max_candidates=self.limits.max_candidates, max_tokens=self.limits.max_new_tokens
+            ),
+            defaults=ServedDefaults(
+                objectives=dict(self.weights or {}),
+                guidance=dict(self._default_guidance(self.weights)) if guided else None,
+                num_candidates=self.settings.defaults.num_candidates,
+            ),
+        )
 
-    def _submit(self, payload: ChatJob | ScoreJob) -> Job:
-        job = Job(payload, self.settings.config.request_timeout_s)
+    def _submit(self, payload: GuidedRequest | ScoreRequest, streams: bool) -> Job:
+        job = Job(payload, self.settings.config.request_timeout_s, streams)
         self.worker.submit(job)
         return job
 
-    def _weights(self, request: ChatRequest) -> Weights | None:
+    def _weights(self, body: ChatCompletionRequest) -> Weights | None:
         if self.weights is None:
-            if request.objectives is not None:
+            if body.objectives is not None:
                 raise ApiError(400, "the model here has a single head: leave 'objectives' out", "objectives")
             return None
-        return weights_of(request.objectives, self.backend.objectives, self.weights, "objectives")
+        return weights_of(body.objectives, self.backend.objectives, self.weights, "objectives")
 
-    def _strategy(self, request: ChatRequest) -> ServedStrategy:
+    def _strategy(self, body: ChatCompletionRequest) -> ServedStrategy:
         """The asked-for strategy: with a reward model "argmax" unless said otherwise, without one "none"."""
         if self.backend.guidance_objectives:
-            return request.strategy or "argmax"
+            return body.strategy or "argmax"
         for name, given in (
-            ("strategy", request.strategy not in (None, "none")),
-            ("guidance", request.guidance is not None),
-            ("num_candidates", request.num_candidates not in (None, 1)),
+            ("strategy", body.strategy not in (None, "none")),
+            ("guidance", body.guidance is not None),
+            ("num_candidates", body.num_candidates not in (None, 1)),
         ):
             if given:
                 message = f"this server has no reward model to choose with: leave '{name}' out"
@@ -243,14 +228,14 @@ class ChatService:
         return "none"
 
     def _guidance(
-        self, request: ChatRequest, strategy: ServedStrategy, weights: Weights | None
+        self, body: ChatCompletionRequest, strategy: ServedStrategy, weights: Weights | None
     ) -> Weights | None:
         if strategy == "none":
             return None
         known = self.backend.guidance_objectives
         # Who asks for other objectives wants to be guided by them too, unless told otherwise.
-        default = self._shared(weights) if request.objectives is not None else self._default_guidance(weights)
-        return weights_of(request.guidance, known, default, "guidance")
+        default = self._shared(weights) if body.objectives is not None else self._default_guidance(weights)
+        return weights_of(body.guidance, known, default, "guidance")
 
     def _default_guidance(self, weights: Weights | None) -> Weights:
         configured = self.settings.defaults.guidance
@@ -262,9 +247,9 @@ class ChatService:
         shared = {name: value for name, value in (weights or {}).items() if name in known and value > 0}
         return Weights(shared) if shared else Weights.balanced(known)
 
-    def _sampling(self, request: ChatRequest) -> SamplingParams:
+    def _sampling(self, body: ChatCompletionRequest) -> SamplingParams:
         names = set(SamplingParams.model_fields)
-        given = request.model_dump(include=names, exclude_none=True)
+        given = body.model_dump(include=names, exclude_none=True)
         defaults = self.settings.defaults.sampling.model_dump(include=names)
         return SamplingParams.model_validate(defaults | given)
 
@@ -272,7 +257,7 @@ class ChatService:
         if name != self.settings.model_name:
             raise ApiError(
                 404,
-                f"there is no model '{name}' here; this server has '{self.settings.model_name}'",
+                f"there is no model '{shorten(name)}' here; this server has '{self.settings.model_name}'",
                 "model",
                 "model_not_found",
             )

@@ -3,31 +3,46 @@
 The asyncio side submits jobs and awaits their events. The thread admits up to `max_active` jobs at a time and
 advances all of them together, a few tokens at a time. A job nobody waits for any more (client gone, deadline
 passed) turns `wanted` False: it is dropped before it starts, or taken out after those tokens.
+
+An exception out of a batch does not say whose it is. The engine is then tried with a request of its own; if
+that works, the jobs of the batch are answered again one at a time, so that only the one that fails alone gets
+the error; if it does not, the worker is broken for good and says so.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from mahalo_ray.serving.schema import ApiError, internal_error
 
 logger = logging.getLogger(__name__)
 
+MAX_FAILURES_IN_A_ROW = 10  # of jobs alone: more, and no answer between them, is no job's fault
+STALLED_S = 300.0  # one call into the engine is a few tokens
+
 
 class Job:
-    """One request on its way through the worker; `payload` is for the engine."""
+    """One request on its way through the worker; `payload` is for the engine.
 
-    def __init__(self, payload: Any, timeout_s: float) -> None:
+    `streams`: the client takes the result in parts; otherwise parts are not handed over.
+    """
+
+    def __init__(self, payload: Any, timeout_s: float, streams: bool = False) -> None:
         self.payload = payload
         self.timeout_s = timeout_s
+        self.streams = streams
         self.admitted_at = 0.0
-        self.finished = False
+        self.finished = self.failed = False
+        self._parts: list[Any] = []  # handed over
+        self._repeated = 0  # of them, how many the engine has made again after a restart
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
         self._deadline = self._loop.time() + timeout_s
@@ -40,9 +55,22 @@ class Job:
         """Whether somebody still waits for it."""
         return not self._abandoned.is_set()
 
-    def step(self, value: Any) -> None:
-        """Hand over a part of the result."""
-        self._post("step", value)
+    def step(self, part: Any) -> None:
+        """Hand over a part of the result. After a restart, parts that the client has are passed over; a
+        RuntimeError if they are not the same again."""
+        if not self.streams:
+            return
+        if self._repeated < len(self._parts):
+            if part != self._parts[self._repeated]:
+                raise RuntimeError("an answer that was begun again after an error came out differently")
+        else:
+            self._parts.append(part)
+            self._post("step", part)
+        self._repeated += 1
+
+    def restart(self) -> None:
+        """The engine begins the job again."""
+        self._repeated = 0
 
     def finish(self, value: Any) -> None:
         """Hand over the result; nothing follows."""
@@ -52,7 +80,7 @@ class Job:
     def fail(self, error: ApiError) -> None:
         """End with an error, unless it has ended already."""
         if not self.finished:
-            self.finished = True
+            self.finished = self.failed = True
             self._post("failed", error)
 
     def _post(self, kind: str, value: Any) -> None:
@@ -104,12 +132,17 @@ class Engine(Protocol):
         """Forget everything admitted, after an exception left its state unknown."""
         ...
 
+    def probe(self) -> None:
+        """Answer a small request of its own. Any exception says that the models do not work."""
+        ...
+
 
 class Worker:
     """Drives an engine in a thread of its own.
 
-    Beside `max_active` jobs that run, `max_waiting` may wait. When nothing runs, `window_s` seconds pass
-    between the arrival of a job and its start, so that requests sent at once start together.
+    Beside `max_active` jobs that run, `max_waiting` may wait; a request whose body is still being read holds
+    a waiting place too. When nothing runs, `window_s` seconds pass between the arrival of a job and its
+    start, so that requests sent at once start together.
     """
 
     def __init__(self, engine: Engine, max_active: int, max_waiting: int, window_s: float) -> None:
@@ -117,8 +150,12 @@ class Worker:
         self._max_active, self._max_waiting, self._window_s = max_active, max_waiting, window_s
         self._waiting: deque[Job] = deque()
         self._active: list[Job] = []
+        self._suspects: deque[Job] = deque()  # of a batch that failed: each is answered again alone
+        self._reserved = 0
         self._changed = threading.Condition()
-        self._closed = False
+        self._closed = self._draining = self._broken = False
+        self._failures = 0  # since the last job that was answered
+        self._call_began: float | None = None  # into the engine
         self._job_seconds = 1.0  # moving average, for Retry-After
         self._thread = threading.Thread(target=self._run, name="mahalo-model", daemon=True)
         self._thread.start()
@@ -128,36 +165,76 @@ class Worker:
         """Whether the thread runs."""
         return self._thread.is_alive()
 
+    @property
+    def trouble(self) -> str | None:
+        """Why no job can be answered here any more, None while they can."""
+        if self._broken:
+            return "the models do not work any more"
+        if not self.alive and not self._closed:
+            return "the model's thread has ended"
+        began = self._call_began
+        if began is not None and time.monotonic() - began > STALLED_S:
+            return f"the model's thread has been busy with a few tokens for more than {STALLED_S:g} s"
+        return None
+
+    @property
+    def num_held(self) -> int:
+        """Places in use: jobs that run or wait, and requests that are being read."""
+        with self._changed:
+            return self._count_held()
+
     def check_room(self) -> None:
-        """Raise ApiError 503 with Retry-After when as many jobs run and wait as may."""
+        """Raise ApiError 503 with Retry-After when a request sent now would not be taken."""
         with self._changed:
             self._check_room()
 
-    def submit(self, job: Job) -> None:
-        """Queue a job; ApiError 503 when full or closed."""
+    @contextmanager
+    def reserve(self) -> Iterator[None]:
+        """Hold a place while a request is read; ApiError 503 when there is none."""
         with self._changed:
-            if self._closed:
-                raise _shutting_down()
+            self._check_room()
+            self._reserved += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._reserved -= 1
+
+    def submit(self, job: Job) -> None:
+        """Queue a job; ApiError 503 when full, shutting down or broken."""
+        with self._changed:
             self._check_room()
             self._waiting.append(job)
             self._changed.notify()
+
+    def drain(self) -> None:
+        """Take no more jobs; those that run or wait are answered."""
+        self._draining = True
 
     def close(self) -> None:
         """Answer everything unfinished with 503 and stop the thread after what it is at."""
         with self._changed:
             self._closed = True
-            unfinished = [*self._active, *self._waiting]
+            unfinished = [*self._active, *self._suspects, *self._waiting]
             self._waiting.clear()
+            self._suspects.clear()
             self._changed.notify()
         for job in unfinished:
             job.fail(_shutting_down())
 
-    def _check_room(self) -> None:
+    def _count_held(self) -> int:
         # Those whose clients left give their waiting places back at once.
         self._waiting = deque(job for job in self._waiting if job.wanted)
-        held = len(self._active) + len(self._waiting)
+        return len(self._active) + len(self._suspects) + len(self._waiting) + self._reserved
+
+    def _check_room(self) -> None:
+        if self._closed or self._draining:
+            raise _shutting_down()
+        if self.trouble is not None:
+            raise ApiError(503, f"{self.trouble}; it is being replaced", code="unhealthy", retry_after_s=10)
+        held = self._count_held()
         if held >= self._max_active + self._max_waiting:
-            rounds = 1 + len(self._waiting) / self._max_active
+            rounds = 1 + (held - len(self._active)) / self._max_active
             raise ApiError(
                 503,
                 f"the server is busy: {held} requests run or wait; try again later",
@@ -167,42 +244,83 @@ class Worker:
 
     def _run(self) -> None:
         while (joining := self._next()) is not None:
+            self._call_began = time.monotonic()
             try:
                 self._engine.admit(joining)
                 self._engine.advance()
             except Exception:
-                # The thread must outlive any request: every client of the batch is told, the log says what.
-                logger.exception("a batch of %d requests failed", len(self._active))
-                for job in self._active:
-                    job.fail(internal_error())
-                self._engine.reset()
+                # The thread must outlive any request: the log says what happened.
+                reference = secrets.token_hex(4)
+                logger.exception("error %s: a batch of %d requests failed", reference, len(self._active))
+                self._recover(reference)
+            self._call_began = None
             self._sort_out()
+
+    def _recover(self, reference: str) -> None:
+        """After an exception out of the engine: who is answered again, and who gets the error."""
+        unfinished = [job for job in self._active if not job.finished and job.wanted]
+        if len(unfinished) == 1:
+            unfinished[0].fail(internal_error(reference))
+            self._failures += 1
+        try:
+            self._engine.reset()
+            self._engine.probe()
+        except Exception:
+            logger.exception("error %s: the models do not work any more", reference)
+            self._broken = True
+        if self._failures >= MAX_FAILURES_IN_A_ROW:
+            logger.error("error %s: %d requests failed, and none was answered", reference, self._failures)
+            self._broken = True
+        with self._changed:
+            if self._broken:
+                unfinished += [*self._suspects, *self._waiting]
+                self._waiting.clear()
+                self._suspects.clear()
+                for job in unfinished:
+                    job.fail(internal_error(reference))
+            elif len(unfinished) > 1:
+                self._suspects.extend(unfinished)
+            self._active = [job for job in self._active if job.finished]
 
     def _sort_out(self) -> None:
         """Finished and abandoned jobs leave. (The engine takes abandoned ones out itself.)"""
         now = time.monotonic()
         with self._changed:
             for job in self._active:
-                if job.finished:
+                if job.finished and not job.failed:
+                    self._failures = 0
                     self._job_seconds += 0.2 * (now - job.admitted_at - self._job_seconds)
             self._active = [job for job in self._active if not job.finished and job.wanted]
 
     def _next(self) -> list[Job] | None:
-        """Jobs that join now, perhaps none while others run; None when closed."""
+        """Jobs that join now, perhaps none while others run; None when closed or broken."""
         with self._changed:
-            while not self._waiting and not self._active and not self._closed:
+            while not (self._waiting or self._active or self._suspects or self._closed or self._broken):
                 self._changed.wait()
-            if not self._active:
+            if not self._active and not self._suspects:
                 self._wait_for_company()
-            if self._closed:
+            if self._closed or self._broken:
                 return None
-            wanted = [job for job in self._waiting if job.wanted]
-            room = self._max_active - len(self._active)
-            joining, self._waiting = wanted[:room], deque(wanted[room:])
+            joining = self._suspect_alone() if self._suspects else self._those_with_room()
             for job in joining:
                 job.admitted_at = time.monotonic()
             self._active += joining
             return joining
+
+    def _suspect_alone(self) -> list[Job]:
+        """The next job of a batch that failed, once the one before it has been answered."""
+        while self._suspects and not self._active:
+            job = self._suspects.popleft()
+            if job.wanted:
+                job.restart()
+                return [job]
+        return []
+
+    def _those_with_room(self) -> list[Job]:
+        wanted = [job for job in self._waiting if job.wanted]
+        room = self._max_active - len(self._active)
+        self._waiting = deque(wanted[room:])
+        return wanted[:room]
 
     def _wait_for_company(self) -> None:
         # Waiting releases the lock: more jobs join meanwhile. A full batch has nobody to wait for.
