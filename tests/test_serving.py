@@ -11,21 +11,30 @@ import time
 from importlib import resources
 
 import pytest
+from openai.types.chat import ChatCompletionMessage
 
 from mahalo_ray.config import ServeConfig
+from mahalo_ray.data.records import Message
 from mahalo_ray.objectives import Weights
-from mahalo_ray.serving.backend import StopTrimmer
+from mahalo_ray.serving.backend import VisibleText
 from mahalo_ray.serving.launch import ServeError, free_port
-from mahalo_ray.serving.schema import ApiError, ChatRequest, Limits, ScoreRequest, parse, weights_of
+from mahalo_ray.serving.schema import (
+    ApiError,
+    ChatCompletionRequest,
+    RequestLimits,
+    ScoreRequest,
+    parse,
+    weights_of,
+)
 from mahalo_ray.serving.service import KeyDigest
-from mahalo_ray.serving.worker import Job, Worker
+from mahalo_ray.serving.worker import MAX_FAILURES_IN_A_ROW, Job, Worker
 
-LIMITS = Limits(max_candidates=4, max_new_tokens=16, max_messages=3, max_request_bytes=1000)
+LIMITS = RequestLimits(max_candidates=4, max_new_tokens=16, max_messages=3)
 MINIMAL = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 
 
-def chat_request(**fields: object) -> ChatRequest:
-    return parse(ChatRequest, json.dumps({**MINIMAL, **fields}).encode())
+def chat_request(**fields: object) -> ChatCompletionRequest:
+    return parse(ChatCompletionRequest, json.dumps({**MINIMAL, **fields}).encode(), LIMITS)
 
 
 # -- requests ------------------------------------------------------------------------------------------------
@@ -64,12 +73,28 @@ def test_text_parts_and_developer_messages_become_plain_ones():
         ({"temperature": "hot"}, "temperature", "number"),
         ({"top_p": 0}, "top_p", "greater than or equal to 0.000001"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
-        ({"max_tokens": 4, "max_completion_tokens": 4}, "max_tokens", "not both"),
-        ({"n": 2}, "n", "1"),
-        ({"seed": -1}, "seed", "0"),
+        ({"max_tokens": 4, "max_completion_tokens": 5}, "max_tokens", "differ"),
+        ({"n": 2}, "n", "null or 1"),
+        ({"n": True}, "n", "null or 1"),
+        ({"seed": -2}, "seed", "0"),
+        ({"top_k": -2}, "top_k", "0"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty", "null or 0"),
+        ({"logprobs": True}, "logprobs", "null or False"),
+        ({"logit_bias": {"5": 1}}, "logit_bias", "null or {}"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "{'type': 'text'}"),
+        ({"ignore_eos": True}, "ignore_eos", "null or False"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "'user' needs it"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content", "'user' needs it"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"id": "x"}]}]},
+            "messages[0].tool_calls",
+            "null or []",
+        ),
+        ({"messages": [{"role": "user", "content": "x", "typ": 1}]}, "messages[0].typ", "unknown field"),
+        ({"messages": MINIMAL["messages"] * 4}, "messages", "limit of 3"),
         ({"stop": ["a"] * 5}, "stop", "at most 4"),
         ({"stop": ""}, "stop", "1 to 256"),
-        ({"tools": []}, "tools", "unknown field"),
+        ({"tools": [{"type": "function"}]}, "tools", "null or []"),
         ({"messages": []}, "messages", "at least 1"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "assistant"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content", "string"),
@@ -79,6 +104,8 @@ def test_text_parts_and_developer_messages_become_plain_ones():
             "text",
         ),
         ({"objectives": {"accuracy": -1}}, "objectives.accuracy", "greater than or equal to 0"),
+        ({"objectives": {"accuracy": 1e308}}, "objectives.accuracy", "less than or equal to"),
+        ({"objectives": {f"o{n}": -1 for n in range(65)}}, "objectives", "65 weights are too many"),
         ({"objectives": "accuracy=1"}, "objectives", "an object"),
         ({"num_candidates": 0}, "num_candidates", "greater than or equal to 1"),
         ({"strategy": "best"}, "strategy", "argmax"),
@@ -101,9 +128,6 @@ def test_a_wrong_field_is_named(fields, param, says):
     ("fields", "param"),
     [
         ({"num_candidates": 5}, "num_candidates"),
-        ({"max_tokens": 17}, "max_tokens"),
-        ({"max_completion_tokens": 17}, "max_completion_tokens"),
-        ({"messages": MINIMAL["messages"] * 4}, "messages"),
     ],
 )
 def test_the_servers_limits_are_kept(fields, param):
@@ -113,23 +137,105 @@ def test_the_servers_limits_are_kept(fields, param):
     assert (caught.value.status, caught.value.param) == (400, param)
 
 
+NEUTRAL = {
+    "user": ["somebody"],
+    "metadata": [{"run": "7"}],
+    "store": [False],
+    "service_tier": ["auto"],
+    "safety_identifier": ["x"],
+    "prompt_cache_key": ["x"],
+    "frequency_penalty": [0, 0.0],
+    "presence_penalty": [0],
+    "repetition_penalty": [1, 1.0],
+    "logit_bias": [{}],
+    "logprobs": [False],
+    "top_logprobs": [0],
+    "response_format": [{"type": "text"}],
+    "tools": [[]],
+    "tool_choice": ["none"],
+    "parallel_tool_calls": [True],
+    "modalities": [["text"]],
+    "n": [1],
+    "reasoning_effort": [],
+    "verbosity": [],
+    "ignore_eos": [False],
+    "min_tokens": [0],
+    "stop": [[]],
+    "seed": [-1],
+    "top_k": [-1, 0],
+    "temperature": [],
+    "objectives": [],
+    "of_a_client_nobody_knows": [],
+}
+
+
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_what_changes_nothing_is_accepted(name):
+    for value in [None, *NEUTRAL[name]]:
+        chat_request(**{name: value})
+
+
+def test_an_answer_can_be_sent_back_as_client_libraries_dump_it():
+    dumped = ChatCompletionMessage(role="assistant", content="5").model_dump()
+    assert dumped["tool_calls"] is None
+    assert chat_request(messages=[*MINIMAL["messages"], dumped]).messages[1].text == "5"
+    harness = {"role": "user", "content": "hi", "type": "text", "name": "me", "unknown": None}
+    assert chat_request(messages=[harness]).messages[0].as_record() == Message(role="user", content="hi")
+    empty = {"role": "assistant", "content": None, "annotations": []}
+    assert chat_request(messages=[empty, MINIMAL["messages"][0]]).messages[0].text == ""
+    parts = [{"type": "text", "text": "a", "annotations": None, "cache_control": {"type": "ephemeral"}}]
+    assert chat_request(messages=[{"role": "user", "content": parts}]).messages[0].text == "a"
+
+
 @pytest.mark.parametrize(
-    ("body", "code"), [(b"\xff{", "invalid_json"), (b"[]", "invalid_value"), (b"", "invalid_json")]
+    "fields",
+    [
+        {"messages": [{"role": "user", "content": 3}] * 3},
+        {"messages": [{"role": "user", "content": [{"type": "tex"}] * 50_000}]},
+        {"messages": [{"role": "user", "content": "x", **{f"x{n}": 1 for n in range(80_000)}}]},
+        {"messages": ["x"] * 300_000},
+        {"objectives": {f"x{n}": -1 for n in range(80_000)}},
+        {"objectives": {"x" * 900_000: -1}},
+        {"stop": [1] * 300_000},
+        {"logit_bias": {f"{n}": 1 for n in range(80_000)}},
+        {"model": 1, "x" * 900_000: 1},
+        {"model": "m", **{f"x{n}": 1 for n in range(80_000)}},
+    ],
+)
+def test_a_megabyte_of_wrong_items_is_one_short_error(fields):
+    """The error is small; so is the work: none of these makes an error for every item."""
+    with pytest.raises(ApiError) as caught:
+        chat_request(**fields)
+    assert caught.value.status == 400
+    assert len(json.dumps(caught.value.body())) < 1500
+    assert "x" * 200 not in json.dumps(caught.value.body())
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        (b"\xff{", "invalid_json"),
+        (b"[]", "invalid_value"),
+        (b"", "invalid_json"),
+        (b"[" * 100_000, "invalid_json"),
+        (b'{"seed": NaN}', "invalid_json"),
+        (b'{"model": "\\ud800"}', "invalid_json"),
+    ],
 )
 def test_a_body_that_is_no_object_is_refused(body, code):
     with pytest.raises(ApiError) as caught:
-        parse(ChatRequest, body)
+        parse(ChatCompletionRequest, body, LIMITS)
     assert (caught.value.status, caught.value.code) == (400, code)
 
 
 def test_candidates_to_score_are_bounded_and_not_empty():
     fields = {"messages": MINIMAL["messages"], "candidates": ["a"] * 5}
     with pytest.raises(ApiError) as caught:
-        parse(ScoreRequest, json.dumps(fields).encode()).check(LIMITS)
+        parse(ScoreRequest, json.dumps(fields).encode(), LIMITS)
     assert caught.value.param == "candidates"
     fields["candidates"] = ["a", " "]
     with pytest.raises(ApiError) as caught:
-        parse(ScoreRequest, json.dumps(fields).encode()).check(LIMITS)
+        parse(ScoreRequest, json.dumps(fields).encode(), LIMITS)
     assert caught.value.param == "candidates[1]"
 
 
@@ -139,6 +245,7 @@ def test_weights_are_resolved_or_refused_by_name():
     assert weights_of({"engagement": 2}, known, default, "objectives") == Weights.one("engagement")
     for values, param in (
         ({"accurcy": 1.0}, "objectives.accurcy"),
+        ({"a" * 10_000: 1.0}, f"objectives.{'a' * 97}..."),
         ({"accuracy": 0.0}, "objectives"),
         ({}, "objectives"),
     ):
@@ -159,12 +266,21 @@ def test_errors_have_openais_form():
 
 
 def test_the_key_is_wanted_right_and_never_kept(monkeypatch):
-    monkeypatch.setenv("SOME_KEY", "secret-äöü")
+    monkeypatch.setenv("SOME_KEY", "secret-key")
     key = KeyDigest.from_environment(ServeConfig(api_key_env="SOME_KEY"))
     assert key is not None
-    key.check("Bearer secret-äöü")
-    key.check("bearer  secret-äöü ")
-    for header in (None, "", "Bearer", "Bearer ", "Bearer secret", "Basic secret-äöü", "secret-äöü"):
+    key.check("Bearer secret-key")
+    key.check("bearer  secret-key ")
+    for header in (
+        None,
+        "",
+        "Bearer",
+        "Bearer ",
+        "Bearer secret",
+        "Basic secret-key",
+        "secret-key",
+        "Bearer ä",
+    ):
         with pytest.raises(ApiError) as caught:
             key.check(header)
         assert caught.value.status == 401
@@ -182,11 +298,19 @@ def test_an_empty_key_refuses_to_start(monkeypatch, value):
     assert KeyDigest.from_environment(ServeConfig()) is None
 
 
+@pytest.mark.parametrize("value", ["schlüssel", "two words", "tab\tkey"])
+def test_a_key_that_no_client_can_send_refuses_to_start(monkeypatch, value):
+    monkeypatch.setenv("SOME_KEY", value)
+    with pytest.raises(ValueError, match="'SOME_KEY', and the key in it has characters"):
+        KeyDigest.from_environment(ServeConfig(api_key_env="SOME_KEY"))
+
+
 # -- the model's thread --------------------------------------------------------------------------------------
 
 
 class Steps:
-    """An engine whose jobs take as many steps as their payload says; can be held up; "bad" breaks it."""
+    """An engine whose jobs take as many steps as their payload says; can be held up; "bad" breaks it, and
+    once `dead`, nothing works any more."""
 
     def __init__(self) -> None:
         self.active: list[Job] = []
@@ -194,6 +318,7 @@ class Steps:
         self.batches: list[list[object]] = []
         self.go = threading.Event()
         self.go.set()
+        self.dead = False
 
     def admit(self, jobs):
         self.active += jobs
@@ -216,6 +341,10 @@ class Steps:
     def reset(self):
         self.active = []
 
+    def probe(self):
+        if self.dead:
+            raise RuntimeError("the device is gone")
+
 
 async def until(condition):
     async with asyncio.timeout(10):
@@ -230,7 +359,7 @@ def run_with_worker(scenario, max_active=4, max_waiting=4, window_s=0.05):
         worker = Worker(engine, max_active, max_waiting, window_s)
 
         def submit(payload, timeout_s=10.0):
-            job = Job(payload, timeout_s)
+            job = Job(payload, timeout_s, streams=True)
             worker.submit(job)
             return job
 
@@ -327,18 +456,91 @@ def test_the_deadline_is_kept_and_tells_the_worker():
     run_with_worker(scenario)
 
 
-def test_a_failing_batch_answers_everyone_and_the_thread_goes_on(caplog):
-    async def scenario(worker, engine, submit):
-        jobs = [submit("good"), submit("bad"), submit("never reached")]
-        results = await asyncio.gather(*(job.result() for job in jobs), return_exceptions=True)
-        assert results[0] == 3
-        assert [error.status for error in results[1:]] == [500, 500]
-        assert "KeyError" not in str(results[1])
-        assert worker.alive
-        return await submit("again").result()
+def test_the_error_of_one_request_never_reaches_another(caplog):
+    """The batch breaks in its second round: who has had a part by then gets no part twice."""
 
-    assert run_with_worker(scenario)[0] == 1
+    async def scenario(worker, engine, submit):
+        jobs = [submit(3), submit("bad"), submit(2)]
+
+        async def events(job):
+            return [event async for event in job.events()]
+
+        results = await asyncio.gather(*(events(job) for job in jobs), return_exceptions=True)
+        assert [kind for kind, _ in results[0]] == ["step"] * 3 + ["done"]
+        assert [kind for kind, _ in results[2]] == ["step"] * 2 + ["done"]
+        assert results[1].status == 500
+        assert "KeyError" not in str(results[1])
+        assert worker.alive and worker.trouble is None
+        return str(results[1]), await submit("again").result()
+
+    (message, again), _ = run_with_worker(scenario)
+    assert again == 1
     assert "KeyError" in caplog.text
+    reference = re.search(r"'error (\w+)'", message)
+    assert reference is not None and f"error {reference[1]}:" in caplog.text
+
+
+def test_an_engine_that_can_never_work_again_is_told_from_a_request_that_fails(caplog):
+    async def scenario(worker, engine, submit):
+        engine.dead = True
+        waiting = [submit("bad"), submit("bad"), submit(1)]
+        results = await asyncio.gather(*(job.result() for job in waiting), return_exceptions=True)
+        assert {error.status for error in results} == {500}
+        await until(lambda: worker.trouble is not None)
+        with pytest.raises(ApiError, match="being replaced") as caught:
+            submit(1)
+        assert (caught.value.status, caught.value.code) == (503, "unhealthy")
+        with pytest.raises(ApiError):
+            worker.check_room()
+
+    run_with_worker(scenario)
+    assert "the device is gone" in caplog.text
+
+
+def test_a_run_of_failures_without_an_answer_between_them_is_the_servers_own():
+    async def scenario(worker, engine, submit):
+        for _ in range(MAX_FAILURES_IN_A_ROW - 1):
+            with pytest.raises(ApiError):
+                await submit("bad").result()
+        await submit(1).result()
+        for _ in range(MAX_FAILURES_IN_A_ROW):
+            assert worker.trouble is None
+            with pytest.raises(ApiError):
+                await submit("bad").result()
+        await until(lambda: worker.trouble is not None)
+
+    run_with_worker(scenario)
+
+
+def test_requests_that_are_being_read_hold_places():
+    async def scenario(worker, engine, submit):
+        with worker.reserve(), worker.reserve(), worker.reserve():
+            assert worker.num_held == 3
+            with pytest.raises(ApiError, match="busy"), worker.reserve():
+                pass
+        assert worker.num_held == 0
+        await submit(1).result()
+
+    run_with_worker(scenario, max_active=2, max_waiting=1)
+
+
+def test_draining_refuses_new_requests_and_finishes_the_others():
+    async def scenario(worker, engine, submit):
+        engine.go.clear()
+        running = submit(2)
+        await until(lambda: engine.batches)
+        waiting = submit(1)
+        worker.drain()
+        with pytest.raises(ApiError) as caught:
+            submit(1)
+        assert (caught.value.status, caught.value.code) == (503, "shutting_down")
+        assert caught.value.headers()["Retry-After"]
+        assert worker.num_held == 2
+        engine.go.set()
+        await asyncio.gather(running.result(), waiting.result())
+        await until(lambda: worker.num_held == 0)
+
+    run_with_worker(scenario)
 
 
 def test_closing_answers_what_runs_and_what_waits():
@@ -367,6 +569,7 @@ def test_closing_answers_what_runs_and_what_waits():
     ("pieces", "stops", "handed_out", "rest"),
     [
         (["hello ", "world"], (), ["hello ", "world"], ""),
+        (["caf\ufffd", "caf\u00e9 \ufffd\ufffd"], (), ["caf", "\u00e9 "], "\ufffd\ufffd"),
         (["a. b", "END c", "d"], ("END",), ["a. b", "", ""], ""),
         (["say EN", "D now", "more"], ("END",), ["say ", "", ""], ""),
         (["say EN", "ough"], ("END",), ["say ", "ENough"], ""),
@@ -376,9 +579,10 @@ def test_closing_answers_what_runs_and_what_waits():
     ],
 )
 def test_text_is_cut_at_the_first_stop_string_even_across_pieces(pieces, stops, handed_out, rest):
-    trimmer = StopTrimmer(stops)
-    assert [trimmer.feed(piece) for piece in pieces] == handed_out
-    assert trimmer.rest() == rest
+    visible = VisibleText(stops)
+    wholes = pieces if "\ufffd" in "".join(pieces) else ["".join(pieces[: n + 1]) for n in range(len(pieces))]
+    assert [visible.grow(whole) for whole in wholes] == handed_out
+    assert visible.cut(wholes[-1]) == "".join(handed_out) + rest
 
 
 # -- ports and the page --------------------------------------------------------------------------------------

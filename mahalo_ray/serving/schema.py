@@ -15,19 +15,22 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     FailFast,
     Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     JsonValue,
     ValidationError,
     ValidationInfo,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
-from pydantic_core import from_json
+from pydantic_core import CoreSchema, from_json
+from pydantic_core.core_schema import no_info_after_validator_function
 
 from mahalo_ray.config.section import Temperature
 from mahalo_ray.data.records import Message
@@ -116,10 +119,29 @@ def _above_limit(param: str, value: int, limit: int) -> ApiError:
     return ApiError(400, f"'{param}': {value} is more than this server's limit of {limit}", param)
 
 
+def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """The JSON schema of a field that null leaves out."""
+    if not schema.keys() & {"type", "anyOf", "$ref"}:  # an enum, or whatever there is: null is among it
+        return schema
+    about = {key: value for key, value in schema.items() if key in ("title", "description", "default")}
+    variants = schema.get("anyOf") or [{key: v for key, v in schema.items() if key not in about}]
+    return {"anyOf": [*(v for v in variants if v != {"type": "null"}), {"type": "null"}], **about}
+
+
 class Payload(BaseModel):
     """Base of request bodies: unknown fields are errors, "5" is no number, null is the same as left out."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        described = handler.resolve_ref_schema(handler(schema))
+        described["additionalProperties"] = {"type": "null"}
+        optional = described["properties"].keys() - set(described.get("required", ()))
+        described["properties"] |= {name: _or_null(described["properties"][name]) for name in optional}
+        return described
 
     @model_validator(mode="before")
     @classmethod
@@ -134,24 +156,32 @@ class Payload(BaseModel):
         return given
 
 
-def only(*neutral: JsonValue) -> AfterValidator:
-    """The validator of a field that is supported only at values that change nothing."""
+class Only:
+    """Marks a field that is supported only at values that change nothing: `neutral`, and null."""
 
-    def check(value: JsonValue) -> JsonValue:
-        if not any(
-            value == known and isinstance(value, bool) == isinstance(known, bool) for known in neutral
-        ):
-            choices = " or ".join(("null", *(str(known) for known in neutral)))
+    def __init__(self, *neutral: JsonValue) -> None:
+        self._neutral = neutral
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {"enum": [None, *self._neutral], "description": "not supported: without effect only"}
+
+    def _check(self, value: JsonValue) -> JsonValue:
+        equal = [known for known in self._neutral if value == known]
+        if not any(isinstance(value, bool) == isinstance(known, bool) for known in equal):  # 0 is not false
+            choices = " or ".join(("null", *(str(known) for known in self._neutral)))
             raise ValueError(f"this server does not support it: leave it out, or send {choices}")
         return value
-
-    return AfterValidator(check)
 
 
 # Fields of others that change nothing here, whatever they hold.
 Ignored = Annotated[JsonValue, Field(description="accepted, has no effect")]
-AbsentText = Annotated[JsonValue, only(), Field(description="not supported: null only")]
-AbsentList = Annotated[JsonValue, only([]), Field(description="not supported: null or [] only")]
+AbsentText = Annotated[JsonValue, Only()]
+AbsentList = Annotated[JsonValue, Only([])]
 
 
 class TextPart(Payload):
@@ -222,6 +252,12 @@ def _stop_list(value: Any) -> Any:
     return strings
 
 
+_STOP_STRING = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}
+_STOP_SCHEMA = {
+    "anyOf": [_STOP_STRING, {"type": "array", "items": _STOP_STRING, "maxItems": MAX_STOP_STRINGS}]
+}
+
+
 def _replace(value: int, by: int | None) -> BeforeValidator:
     return BeforeValidator(lambda given: by if given == value and type(given) is int else given)
 
@@ -245,15 +281,23 @@ class ChatCompletionRequest(Payload):
 
     model: str
     messages: Messages
-    temperature: Annotated[Temperature, Field(le=2)] | None = None
+    temperature: Annotated[Temperature, Field(le=2, json_schema_extra={"maximum": 2})] | None = None
     top_p: Annotated[float, Field(ge=1e-6, le=1)] | None = None
-    top_k: Annotated[int | None, Field(ge=0, lt=2**31, description="0 or -1: off"), _replace(-1, 0)] = None
+    top_k: Annotated[
+        int | None,
+        Field(ge=0, lt=2**31),
+        _replace(-1, 0),
+        WithJsonSchema({"type": "integer", "minimum": -1, "description": "0 or -1: off"}),
+    ] = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    stop: Annotated[list[str], BeforeValidator(_stop_list)] = []
+    stop: Annotated[list[str], BeforeValidator(_stop_list), WithJsonSchema(_STOP_SCHEMA)] = []
     seed: Annotated[
-        int | None, Field(ge=0, le=MAX_SEED, description="-1: a random one"), _replace(-1, None)
+        int | None,
+        Field(ge=0, le=MAX_SEED),
+        _replace(-1, None),
+        WithJsonSchema({"type": "integer", "minimum": -1, "description": "-1: a random one"}),
     ] = None
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -273,29 +317,29 @@ class ChatCompletionRequest(Payload):
     prompt_cache_retention: Ignored = None
     parallel_tool_calls: Ignored = None
     # Not supported: accepted at the value that changes nothing.
-    n: Annotated[JsonValue, only(1)] = 1
-    best_of: Annotated[JsonValue, only(1)] = None
-    store: Annotated[JsonValue, only(False)] = None
-    frequency_penalty: Annotated[JsonValue, only(0)] = None
-    presence_penalty: Annotated[JsonValue, only(0)] = None
-    repetition_penalty: Annotated[JsonValue, only(1)] = None
-    logit_bias: Annotated[JsonValue, only({})] = None
-    logprobs: Annotated[JsonValue, only(False)] = None
-    top_logprobs: Annotated[JsonValue, only(0)] = None
-    response_format: Annotated[JsonValue, only({"type": "text"})] = None
+    n: Annotated[JsonValue, Only(1)] = 1
+    best_of: Annotated[JsonValue, Only(1)] = None
+    store: Annotated[JsonValue, Only(False)] = None
+    frequency_penalty: Annotated[JsonValue, Only(0)] = None
+    presence_penalty: Annotated[JsonValue, Only(0)] = None
+    repetition_penalty: Annotated[JsonValue, Only(1)] = None
+    logit_bias: Annotated[JsonValue, Only({})] = None
+    logprobs: Annotated[JsonValue, Only(False)] = None
+    top_logprobs: Annotated[JsonValue, Only(0)] = None
+    response_format: Annotated[JsonValue, Only({"type": "text"})] = None
     tools: AbsentList = None
-    tool_choice: Annotated[JsonValue, only("none", "auto")] = None
+    tool_choice: Annotated[JsonValue, Only("none", "auto")] = None
     functions: AbsentList = None
-    function_call: Annotated[JsonValue, only("none", "auto")] = None
-    modalities: Annotated[JsonValue, only(["text"])] = None
+    function_call: Annotated[JsonValue, Only("none", "auto")] = None
+    modalities: Annotated[JsonValue, Only(["text"])] = None
     audio: AbsentText = None
     prediction: AbsentText = None
     web_search_options: AbsentText = None
-    verbosity: Annotated[JsonValue, only("medium")] = None
-    reasoning_effort: Annotated[JsonValue, only("none")] = None
-    ignore_eos: Annotated[JsonValue, only(False)] = None
-    min_tokens: Annotated[JsonValue, only(0)] = None
-    echo: Annotated[JsonValue, only(False)] = None
+    verbosity: Annotated[JsonValue, Only("medium")] = None
+    reasoning_effort: Annotated[JsonValue, Only("none")] = None
+    ignore_eos: Annotated[JsonValue, Only(False)] = None
+    min_tokens: Annotated[JsonValue, Only(0)] = None
+    echo: Annotated[JsonValue, Only(False)] = None
     suffix: AbsentText = None
 
     @model_validator(mode="after")
@@ -381,6 +425,14 @@ def weights_of(
         raise ApiError(400, str(error), param) from None
 
 
+# pydantic speaks of Python's types.
+_IN_JSON = {
+    "dict_type": "Input should be an object",
+    "model_type": "Input should be an object",
+    "list_type": "Input should be an array",
+}
+
+
 def _explain(error: ValidationError, model: type[BaseModel]) -> ApiError:
     # An unknown field comes first: a misspelt name explains the "missing" beside it. A list given as
     # `content` failed as a string too, which says nothing.
@@ -401,7 +453,7 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> ApiError:
         return ApiError(400, text, param, "unknown_parameter")
     if kind == "missing":
         return ApiError(400, f"'{param}' is missing", param, "missing_required_parameter")
-    message = first["msg"].removeprefix("Value error, ")
+    message = _IN_JSON.get(kind) or first["msg"].removeprefix("Value error, ")
     return ApiError(400, f"'{param}': {message}" if param else message, param, "invalid_value")
 
 

@@ -1,0 +1,414 @@
+"""The endpoint's app over real tiny models, asked in this process: no Ray, no sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import jsonschema
+import pytest
+import tiny_guided
+import torch
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mahalo_ray.config import SamplingConfig, ServeConfig
+from mahalo_ray.decoding import GuidedDecoder
+from mahalo_ray.decoding.session import GuidedSession
+from mahalo_ray.models.multi_head import MultiHeadCausalLM
+from mahalo_ray.serving.app import create_app
+from mahalo_ray.serving.backend import GuidedBackend
+from mahalo_ray.serving.schema import (
+    ApiError,
+    ChatCompletionRequest,
+    Payload,
+    RequestLimits,
+    ScoreRequest,
+    parse,
+)
+from mahalo_ray.serving.service import ChatService, Defaults, KeyDigest, ServiceSettings
+
+OBJECTIVES = ("accuracy", "engagement")
+MESSAGES = [{"role": "user", "content": "What is 2 + 3?"}]
+CHAT = "/v1/chat/completions"
+
+
+def make_app(key: KeyDigest | None = None, domain: str = "tutoring", **config: Any) -> FastAPI:
+    torch.manual_seed(0)
+    policy = MultiHeadCausalLM.from_base(tiny_guided.model(), OBJECTIVES, noise=0.3).eval()
+    decoder = GuidedDecoder(policy, tiny_guided.reward(), domain, tiny_guided.tokenizer(), 64)
+    defaults = Defaults(num_candidates=2, sampling=SamplingConfig(max_new_tokens=8))
+    limits = {"max_ongoing_requests": 4, "max_queued_requests": 4, "max_new_tokens": 32, "max_candidates": 4}
+    service_settings = ServiceSettings(ServeConfig(**{**limits, **config}), "mahalo", defaults, key)
+    return create_app(ChatService(GuidedBackend(decoder), service_settings))
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[TestClient]:
+    app = make_app(cors_origins=["https://example.org"], max_request_bytes=20_000)
+    with TestClient(app, raise_server_exceptions=False) as asked:
+        yield asked
+
+
+def body(**fields: Any) -> dict[str, Any]:
+    return {"model": "mahalo", "messages": MESSAGES, "seed": 3, **fields}
+
+
+def events(text: str) -> list[dict[str, Any]]:
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def text_of(chunks: list[dict[str, Any]]) -> str:
+    return "".join(choice["delta"].get("content", "") for chunk in chunks for choice in chunk["choices"])
+
+
+def error_of(answer: httpx.Response) -> dict[str, Any]:
+    details = answer.json()["error"]
+    assert set(details) == {"message", "type", "param", "code"}
+    return details
+
+
+# -- answers -------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_without_guidance_streams_token_by_token(client: TestClient) -> None:
+    fields = body(strategy="none", max_tokens=12)
+    whole = client.post(CHAT, json=fields).json()
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = events(client.post(CHAT, json={**fields, "stream": True, "stream_options": options}).text)
+    answer = whole["choices"][0]["message"]["content"]
+    assert text_of(chunks) == answer
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    tokens = whole["usage"]["completion_tokens"]
+    assert counts == [*range(1, tokens + 1), tokens, tokens]  # each token, the end, and the usage
+    assert tokens > 3
+    assert all("mahalo" not in chunk for chunk in chunks[:-2])
+    (step,) = chunks[-2]["mahalo"]["steps"]
+    assert step["candidates"][0] == {"text": answer, "tokens": tokens, "scores": None, "total": None}
+    assert [c["choices"][0]["finish_reason"] for c in chunks[:-1]] == [None] * tokens + ["length"]
+    assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
+    assert all("role" not in chunk["choices"][0]["delta"] for chunk in chunks[1:-1] if text_of(chunks[:1]))
+
+
+def test_a_guided_answer_streams_steps_with_their_candidates(client: TestClient) -> None:
+    whole = client.post(CHAT, json=body()).json()
+    chunks = events(client.post(CHAT, json=body(stream=True)).text)
+    assert text_of(chunks) == whole["choices"][0]["message"]["content"]
+    assert [chunk["mahalo"] for chunk in chunks[:-1]] == whole["mahalo"]["steps"]
+    assert all("usage" not in chunk for chunk in chunks)
+
+
+def test_max_tokens_above_the_limit_are_lowered_to_it(client: TestClient) -> None:
+    answer = client.post(CHAT, json=body(strategy="none", max_tokens=4096)).json()
+    assert answer["usage"]["completion_tokens"] == 32
+    assert answer["choices"][0]["finish_reason"] == "length"
+
+
+def test_stop_strings_cut_answers_and_streams_alike(client: TestClient) -> None:
+    fields = body(strategy="none", max_tokens=24)
+    full = client.post(CHAT, json=fields).json()["choices"][0]["message"]["content"]
+    stop = full[4:7]
+    for stopped in ({"stop": stop}, {"stop": [stop, "never there"]}):
+        whole = client.post(CHAT, json={**fields, **stopped}).json()
+        assert whole["choices"][0]["message"]["content"] == full[: full.index(stop)]
+        assert whole["choices"][0]["finish_reason"] == "stop"
+        chunks = events(client.post(CHAT, json={**fields, **stopped, "stream": True}).text)
+        assert text_of(chunks) == full[: full.index(stop)]
+
+
+# -- errors --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "code"),
+    [
+        ({"messages": [{"role": "user", "content": "long " * 300}]}, "messages", "context_length_exceeded"),
+        ({"objectives": {"accuracy": 1e308, "engagement": 1e308}}, "objectives.accuracy", "invalid_value"),
+        ({"objectives": {"accuracy": 5e-324}, "max_tokens": 2}, None, None),
+        ({"temperature": 1e-39, "max_tokens": 2}, "temperature", "invalid_value"),
+        ({"top_p": 1e-300}, "top_p", "invalid_value"),
+        ({"min_p": 1e-300, "max_tokens": 2}, None, None),
+        ({"model": "gpt-4" * 1000}, "model", "model_not_found"),
+        ({"n": 2}, "n", "invalid_value"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "invalid_value"),
+    ],
+)
+def test_values_at_the_edge_are_answered_or_refused_by_name(
+    client: TestClient, fields: dict[str, Any], param: str | None, code: str | None
+) -> None:
+    answer = client.post(CHAT, json=body(**fields))
+    if param is None:
+        assert answer.status_code == 200
+        return
+    details = error_of(answer)
+    assert (details["param"], details["code"]) == (param, code)
+    assert answer.status_code == (404 if code == "model_not_found" else 400)
+    assert len(details["message"]) < 700
+
+
+def test_an_error_of_the_server_has_a_reference_that_its_log_holds(caplog: pytest.LogCaptureFixture) -> None:
+    app = make_app()
+
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError("a defect")
+
+    app.state.service.chat = broken
+    with TestClient(app, raise_server_exceptions=False) as asked:
+        answer = asked.post(CHAT, json=body())
+    assert answer.status_code == 500
+    reference = error_of(answer)["message"].split("'error ")[1].rstrip("'")
+    assert f"error {reference}" in caplog.text and "a defect" in caplog.text
+
+
+def test_a_request_that_breaks_the_models_harms_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    """Three are decoded together, and each round with the third breaks: only the third one fails."""
+    app = make_app(batch_window_s=0.2)
+
+    async def ask_all() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as asked:
+            return await asyncio.gather(
+                *(asked.post(CHAT, json=body(strategy="none", seed=n, max_tokens=9)) for n in range(3))
+            )
+
+    advance = GuidedSession.advance
+
+    def advance_or_break(self: GuidedSession) -> None:
+        advance(self)
+        if any(state.request.seed == 2 for state in self._active):
+            raise RuntimeError("device-side assert")
+
+    alone = asyncio.run(ask_all())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GuidedSession, "advance", advance_or_break)
+        together = asyncio.run(ask_all())
+    assert [answer.status_code for answer in together] == [200, 200, 500]
+    for before, after in zip(alone[:2], together[:2], strict=True):
+        assert before.json()["choices"] == after.json()["choices"]
+    assert "device-side assert" in caplog.text
+    app.state.service.worker.close()
+
+
+# -- bodies --------------------------------------------------------------------------------------------------
+
+
+def ask_slowly(app: FastAPI) -> tuple[int, dict[str, Any]]:
+    """Send the head and one byte of a body, and no more: (status, body) of the answer."""
+
+    async def talk() -> tuple[int, dict[str, Any]]:
+        sent: list[Any] = []
+        first = True
+
+        async def receive() -> dict[str, Any]:
+            nonlocal first
+            if first:
+                first = False
+                return {"type": "http.request", "body": b"{", "more_body": True}
+            await asyncio.sleep(3600)
+            raise AssertionError("nobody waits that long")
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {
+            "type": "http",
+            "http_version": "1.1",
+            "method": "POST",
+            "path": CHAT,
+            "raw_path": CHAT.encode(),
+            "query_string": b"",
+            "headers": [(b"content-type", b"application/json")],
+            "server": ("x", 80),
+            "client": ("y", 1),
+            "scheme": "http",
+            "root_path": "",
+        }
+        async with asyncio.timeout(20):
+            await app(scope, receive, send)
+        return sent[0]["status"], json.loads(sent[1]["body"])
+
+    return asyncio.run(talk())
+
+
+def test_a_body_that_does_not_arrive_is_given_up_and_gives_its_place_back() -> None:
+    app = make_app(body_timeout_s=0.1)
+    status, answer = ask_slowly(app)
+    assert (status, answer["error"]["code"]) == (408, "timeout")
+    assert app.state.service.worker.num_held == 0
+    app.state.service.worker.close()
+
+
+def test_half_sent_bodies_hold_places_like_requests_do() -> None:
+    app = make_app(max_ongoing_requests=1, max_queued_requests=1)
+    worker = app.state.service.worker
+    with worker.reserve(), worker.reserve(), TestClient(app) as asked:
+        answer = asked.post(CHAT, json=body())
+        assert (answer.status_code, error_of(answer)["code"]) == (503, "overloaded")
+        assert int(answer.headers["Retry-After"]) >= 1
+        assert asked.get("/ready").status_code == 503
+        assert asked.get("/health").status_code == 200
+
+
+def test_scores_are_given_a_few_at_a_time_between_the_tokens(client: TestClient) -> None:
+    candidates = ["So we add.", "5", "no"]
+    fields = {"messages": MESSAGES, "candidates": candidates}
+    alone = client.post("/v1/score", json=fields).json()["data"]
+    reward = tiny_guided.reward()
+    for text, item in zip(candidates, alone, strict=True):
+        expected = {name: scores[0] for name, scores in reward.score(MESSAGES, [text]).items()}
+        assert item["scores"] == pytest.approx(expected, abs=1e-4)
+    app = make_app(batch_window_s=0.2)
+    order: list[str] = []
+
+    async def ask_both() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as asked:
+
+            async def post(name: str, path: str, fields: dict[str, Any]) -> httpx.Response:
+                answer = await asked.post(path, json=fields)
+                order.append(name)
+                return answer
+
+            short = body(strategy="none", max_tokens=2)
+            return await asyncio.gather(
+                post("score", "/v1/score", {**fields, "candidates": ["x y"] * 4}), post("chat", CHAT, short)
+            )
+
+    scored, chatted = asyncio.run(ask_both())
+    assert (scored.status_code, chatted.status_code) == (200, 200)
+    assert order == ["chat", "score"]  # the answer does not wait for four forwards of the reward model
+    app.state.service.worker.close()
+
+
+# -- addresses -----------------------------------------------------------------------------------------------
+
+
+def test_head_options_and_cross_origin_requests(client: TestClient) -> None:
+    head = client.head("/v1/models")
+    assert head.status_code == 200 and head.content == b""
+    options = client.options("/v1/models")
+    assert (options.status_code, options.headers["Allow"]) == (204, "GET, HEAD, OPTIONS")
+    asks = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
+    preflight = client.options(CHAT, headers=asks)
+    assert preflight.status_code == 200
+    assert preflight.headers["Access-Control-Allow-Origin"] == "https://example.org"
+    answer = client.get("/v1/models", headers={"Origin": "https://example.org"})
+    assert answer.headers["Access-Control-Allow-Origin"] == "https://example.org"
+    stranger = client.get("/v1/models", headers={"Origin": "https://elsewhere.org"})
+    assert "Access-Control-Allow-Origin" not in stranger.headers
+    assert client.put(CHAT).status_code == 405
+
+
+def test_one_model_can_be_retrieved(client: TestClient) -> None:
+    (listed,) = client.get("/v1/models").json()["data"]
+    assert client.get("/v1/models/mahalo").json() == listed
+    missing = client.get("/v1/models/org/other")
+    assert (missing.status_code, error_of(missing)["code"]) == (404, "model_not_found")
+
+
+def test_the_openapi_document_types_every_body_and_answer(client: TestClient) -> None:
+    document = client.get("/openapi.json").json()
+    text = json.dumps(document)
+    for reference in {part.split('"')[0] for part in text.split('"#/components/schemas/')[1:]}:
+        assert reference in document["components"]["schemas"]
+    chat = document["paths"][CHAT]["post"]
+    assert {"200", "400", "401", "404", "408", "413", "415", "500", "503", "504"} <= set(chat["responses"])
+    assert set(chat["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
+
+    def check(value: Any, name: str) -> None:
+        jsonschema.validate(value, {"$ref": f"#/components/schemas/{name}", **document})
+
+    check(body(stop=None, tools=None, temperature=0.5), "ChatCompletionRequest")
+    check(client.post(CHAT, json=body()).json(), "ChatCompletion")
+    check(client.post(CHAT, json={}).json(), "ErrorBody")
+    check(client.get("/v1/models").json(), "ServedModels")
+    for chunk in events(client.post(CHAT, json=body(stream=True)).text):
+        check(chunk, "ChatCompletionChunk")
+    with pytest.raises(jsonschema.ValidationError):
+        check(body(temperature="hot"), "ChatCompletionRequest")
+
+
+def test_the_openapi_document_says_that_a_key_is_needed() -> None:
+    app = make_app(key=KeyDigest.of("secret"))
+    with TestClient(app) as asked:
+        document = asked.get("/openapi.json").json()
+        assert asked.get("/v1/models").status_code == 401
+    assert document["paths"][CHAT]["post"]["security"] == [{"key": []}]
+    assert "security" not in document["paths"]["/health"]["get"]
+
+
+# -- fuzz ----------------------------------------------------------------------------------------------------
+
+NAMES = st.sampled_from([*ChatCompletionRequest.model_fields, *ScoreRequest.model_fields, "x", "", "content"])
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(min_value=-(10**400), max_value=10**400)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=20)
+    | st.sampled_from(["user", "assistant", "system", "text", "mahalo", "argmax", "none", 1e308, 5e-324])
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(NAMES | st.text(max_size=8), inner, max_size=5)
+    ),
+    max_leaves=8,
+)
+MESSAGE = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "system", "developer", "tool"]), "content": VALUES},
+    optional={"name": VALUES, "refusal": VALUES, "tool_calls": VALUES, "type": VALUES, "audio": VALUES},
+)
+BODIES = st.fixed_dictionaries(
+    {"model": st.just("mahalo") | VALUES, "messages": st.lists(MESSAGE, max_size=3) | VALUES},
+    optional={
+        name: VALUES
+        for name in {**ChatCompletionRequest.model_fields, **ScoreRequest.model_fields}
+        if name not in ("model", "messages")
+    },
+)
+LIMITS = RequestLimits(max_candidates=4, max_new_tokens=8, max_messages=3)
+
+
+def parse_or_refuse(model: type[Payload], data: bytes) -> Payload | None:
+    try:
+        return parse(model, data, LIMITS)
+    except ApiError as error:
+        assert error.status == 400
+        assert len(error.encode()) < 6000
+        return None
+
+
+def fuzz(number: int) -> Any:
+    return settings(
+        max_examples=number,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+@pytest.mark.slow
+@fuzz(100_000)
+@given(fields=BODIES | VALUES)
+def test_no_body_is_more_than_a_400(fields: Any) -> None:
+    data = json.dumps(fields).encode()
+    for model in (ChatCompletionRequest, ScoreRequest):
+        parse_or_refuse(model, data)
+
+
+@pytest.mark.slow
+@fuzz(1000)
+@given(fields=BODIES)
+def test_what_is_taken_is_answered(client: TestClient, fields: Any) -> None:
+    answer = client.post(CHAT, json={**fields, "max_tokens": 2})
+    assert answer.status_code < 500
