@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -40,8 +41,10 @@ CHAT = "/v1/chat/completions"
 
 def make_app(key: KeyDigest | None = None, domain: str = "tutoring", **config: Any) -> FastAPI:
     torch.manual_seed(0)
-    policy = MultiHeadCausalLM.from_base(tiny_guided.model(), OBJECTIVES, noise=0.3).eval()
-    decoder = GuidedDecoder(policy, tiny_guided.reward(), domain, tiny_guided.tokenizer(), 64)
+    # Copies: every app runs its models in a thread of its own.
+    base, reward = copy.deepcopy((tiny_guided.model(), tiny_guided.reward()))
+    policy = MultiHeadCausalLM.from_base(base, OBJECTIVES, noise=0.3).eval()
+    decoder = GuidedDecoder(policy, reward, domain, tiny_guided.tokenizer(), 64)
     defaults = Defaults(num_candidates=2, sampling=SamplingConfig(max_new_tokens=8))
     limits = {"max_ongoing_requests": 4, "max_queued_requests": 4, "max_new_tokens": 32, "max_candidates": 4}
     service_settings = ServiceSettings(ServeConfig(**{**limits, **config}), "mahalo", defaults, key)
