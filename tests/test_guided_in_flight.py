@@ -10,7 +10,6 @@ import pytest
 import torch
 from tiny_guided import as_read, model, reward
 
-from mahalo_ray.data.records import Message
 from mahalo_ray.decoding.guidance import GuidedRequest, GuidedResult
 from mahalo_ray.decoding.guided import GuidedDecoder
 from mahalo_ray.decoding.kv_cache import RaggedCache
@@ -19,7 +18,6 @@ from mahalo_ray.decoding.session import GuidedSession, RequestState
 from mahalo_ray.models.scoring import TokenTrace
 from mahalo_ray.objectives import Weights
 from mahalo_ray.serving.backend import GuidedBackend
-from mahalo_ray.serving.service import ChatJob
 from mahalo_ray.serving.worker import Job
 
 
@@ -214,12 +212,11 @@ def test_a_client_that_leaves_in_the_middle_of_a_step_changes_nothing_for_the_ot
         backend.admit([late])
         while not late.finished:
             backend.advance()
-        assert (await late.result()).completion_tokens > 0
+        assert (await late.result()).token_ids
 
     asyncio.run(run())
 
 
-def chat_job(seed: int) -> ChatJob:
+def chat_job(seed: int) -> GuidedRequest:
     both = Weights({"accuracy": 0.5, "engagement": 0.5})
-    messages = [Message(role="user", content="What is 2 + 3?")]
-    return ChatJob(messages, None, both, 3, SamplingParams(), 40, (), seed, "argmax", 1.0)
+    return request(256, seed, guidance=both)
