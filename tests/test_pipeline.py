@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
-import multiprocessing
 import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,19 +14,17 @@ from rich.console import Console
 
 from mahalo_ray.config import RunConfig, load_config
 from mahalo_ray.data import storage
+from mahalo_ray.data.storage import RunLocked, run_lock
 from mahalo_ray.pipeline.progress import RunProgress, TimeEstimate, duration
 from mahalo_ray.pipeline.stages import (
-    LOCK,
     Context,
     Manifest,
     Pipeline,
     RunInterrupted,
-    RunLocked,
     Stage,
     StageResult,
     canonical_json,
     fingerprint,
-    run_lock,
 )
 
 
@@ -235,33 +230,6 @@ def test_two_runs_may_not_share_an_output(output: str) -> None:
         toy.run(make_config(output))
     assert toy.calls == []
     assert toy.run(make_config(output), "make")[0] == ["make"]
-
-
-def _hold_and_die(output: str) -> None:
-    lock = run_lock(output)
-    lock.__enter__()
-    os._exit(1)
-
-
-def test_the_lock_of_a_killed_run_is_taken_over(tmp_path: Path) -> None:
-    child = multiprocessing.get_context("spawn").Process(target=_hold_and_die, args=(str(tmp_path),))
-    child.start()
-    child.join(60)
-    assert json.loads((tmp_path / LOCK).read_text())["pid"] == child.pid
-    with run_lock(str(tmp_path)):
-        pass
-
-
-def test_in_a_store_only_a_dead_process_of_this_host_loses_its_lock(tmp_path: Path) -> None:
-    output = f"memory://{tmp_path.name}"
-    dead = {"host": socket.gethostname(), "pid": 2**22 + 1, "process_started": 1.0, "token": "x"}
-    storage.write_json(storage.join(output, LOCK), dead)
-    with run_lock(output):
-        pass
-    assert not storage.exists(storage.join(output, LOCK))
-    storage.write_json(storage.join(output, LOCK), {**dead, "host": "elsewhere"})
-    with pytest.raises(RunLocked, match=r"delete run\.lock"), run_lock(output):
-        pass
 
 
 def test_the_expected_time_moves_from_last_time_to_the_own_pace() -> None:
