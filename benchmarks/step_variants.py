@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from mahalo_ray.config import HeadKind
 from mahalo_ray.losses import IGNORE_INDEX, dpo_loss, shift_labels
 from mahalo_ray.models import ChunkedCausalLM, MultiHeadCausalLM
-from mahalo_ray.models.heads import HeadKind
 from mahalo_ray.training.pairs import PackedPairs, TokenPairs, TokenRows, pair_inputs
 
 BETA = 0.1

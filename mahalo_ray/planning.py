@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Literal
 
 import torch
 from rich.console import Console
@@ -16,8 +15,8 @@ from rich.table import Table
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Qwen2Config
 
-from mahalo_ray.config import ModelConfig, PolicyConfig
-from mahalo_ray.models import LoraSettings, MultiHeadCausalLM
+from mahalo_ray.config import ModelConfig, PolicyConfig, ZeroStage
+from mahalo_ray.models import MultiHeadCausalLM
 from mahalo_ray.models.heads import LogitTransform
 from mahalo_ray.training.deepspeed_config import BUCKET_ELEMENTS
 
@@ -26,7 +25,6 @@ _FP32 = 4
 _MOMENTS = 2  # of AdamW, in the dtype of the master weights: fp32
 # DeepSpeed's default of how many gathered parameters may lie on a GPU at once with ZeRO-3.
 _LIVE_PARAMETERS = 1_000_000_000
-ZeroStage = Literal[0, 1, 2, 3]
 
 
 @dataclass(frozen=True)
@@ -146,7 +144,7 @@ def policy_on_meta(
             rank=policy.head_rank,
         )
         if policy.lora is not None:
-            built.add_lora(LoraSettings(**policy.lora.model_dump()))
+            built.add_lora(policy.lora)
     return built
 
 

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
-from mahalo_ray.config import ConfigError, RunConfig, dump_config, load_config
+from mahalo_ray.config import (
+    ConfigError,
+    Domain,
+    PolicyMethod,
+    PreferenceLoss,
+    RunConfig,
+    TraceFormat,
+    dump_config,
+    load_config,
+)
+from mahalo_ray.data.step_readers import FORMATS
+from mahalo_ray.decoding.stopping import BOUNDARIES
+from mahalo_ray.losses import DPOKind
 from mahalo_ray.objectives import Weights
+from mahalo_ray.training.methods import METHOD_VERSIONS
 
 MINIMAL = """
 name: demo
@@ -196,3 +210,10 @@ def test_sections_cannot_be_changed_afterwards(file: Path) -> None:
     config = load_config(file)
     with pytest.raises(ValueError, match="frozen"):
         config.policy.beta = 1.0  # type: ignore[misc]
+
+
+def test_the_words_of_the_configuration_are_those_of_the_code_that_may_not_import_them() -> None:
+    assert get_args(PreferenceLoss) == get_args(DPOKind)  # the losses know torch alone
+    assert set(get_args(TraceFormat)) == {"auto", *FORMATS}
+    assert set(get_args(PolicyMethod)) == set(METHOD_VERSIONS)
+    assert set(get_args(Domain)) == set(BOUNDARIES)

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from mahalo_ray.cli import app
-from mahalo_ray.models import LoraSettings, MultiHeadCausalLM
+from mahalo_ray.config import LoraConfig
+from mahalo_ray.models import MultiHeadCausalLM
 from mahalo_ray.models.backbone import load_tokenizer
 from mahalo_ray.objectives import Weights
 from mahalo_ray.pipeline.artifacts import export
@@ -27,7 +28,7 @@ def make_policy(folder: Path, head_kind: str = "full", lora: bool = False) -> Pa
     base = world.make_base(folder / "base")
     policy = MultiHeadCausalLM.from_base(base, world.OBJECTIVES, noise=0.3, head_kind=head_kind, rank=2)  # type: ignore[arg-type]
     if lora:
-        policy.add_lora(LoraSettings(rank=2))
+        policy.add_lora(LoraConfig(rank=2))
         torch.manual_seed(3)
         for name, parameter in policy.named_parameters():
             if "lora_B" in name:

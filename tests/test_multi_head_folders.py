@@ -10,7 +10,8 @@ import torch
 import transformers as tf
 from tiny_policies import FAMILIES, OBJECTIVES, WEIGHTS, V, batch, policy, tiny
 
-from mahalo_ray.models import LoraSettings, MultiHeadCausalLM, causal_lm_completion_logps
+from mahalo_ray.config import LoraConfig
+from mahalo_ray.models import MultiHeadCausalLM, causal_lm_completion_logps
 from mahalo_ray.objectives import Weights
 
 
@@ -30,7 +31,7 @@ def test_lora_trains_the_adapter_alone_and_off_it_is_the_base(tmp_path: Path) ->
         expected = causal_lm_completion_logps(base, **data, chunk_size=4)
     base.save_pretrained(tmp_path / "base")
     model = MultiHeadCausalLM.from_base(tmp_path / "base", OBJECTIVES, keep_base_head=True)
-    model.add_lora(LoraSettings(rank=2, alpha=4.0))
+    model.add_lora(LoraConfig(rank=2, alpha=4.0))
     before = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
     optimizer = torch.optim.SGD([*model.backbone_parameters(), *model.head_parameters()], lr=0.5)
     assert all("lora_" in n for n, p in model.backbone.named_parameters() if p.requires_grad)
@@ -131,7 +132,7 @@ def test_an_adapter_on_a_loaded_policy_is_saved_on_that_policys_backbone(tmp_pat
         model.save_pretrained(tmp_path / "trained", with_backbone=False)
     model.save_pretrained(tmp_path / "trained")
     loaded = MultiHeadCausalLM.from_pretrained(tmp_path / "trained")
-    loaded.add_lora(LoraSettings(rank=2))
+    loaded.add_lora(LoraConfig(rank=2))
     loaded.save_pretrained(tmp_path / "adapted")
     assert not (tmp_path / "adapted" / "backbone").exists()
     again = MultiHeadCausalLM.from_pretrained(tmp_path / "adapted").eval()

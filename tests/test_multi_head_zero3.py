@@ -14,7 +14,8 @@ import torch
 import torch.multiprocessing as mp
 import transformers as tf
 
-from mahalo_ray.models import LoraSettings, MultiHeadCausalLM
+from mahalo_ray.config import LoraConfig
+from mahalo_ray.models import MultiHeadCausalLM
 
 STEPS = 4
 OBJECTIVES = ["a", "b", "c"]
@@ -26,7 +27,7 @@ def build(base: Path, kind: Any, lora: bool) -> MultiHeadCausalLM:
     model = MultiHeadCausalLM.from_base(base, OBJECTIVES, noise=0.1, head_kind=kind, rank=2)
     torch.manual_seed(3)
     if lora:
-        model.add_lora(LoraSettings(rank=2))
+        model.add_lora(LoraConfig(rank=2))
         model.gradient_checkpointing_enable()
     return model.train()
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from tiny_policies import FAMILIES, OBJECTIVES, V, policy, tiny
 from torch import Tensor
 
-from mahalo_ray.models import ChunkedCausalLM, LoraSettings, MultiHeadCausalLM
+from mahalo_ray.config import LoraConfig
+from mahalo_ray.models import ChunkedCausalLM, MultiHeadCausalLM
 from mahalo_ray.models.pair_attention import why_not_packed
 from mahalo_ray.training.pairs import PackedPairs, PaddedPairs, PairInputs, TokenPairs, TokenRows, pair_inputs
 
@@ -121,7 +122,7 @@ def test_with_an_adapter_and_recomputed_activations() -> None:
         torch.manual_seed(3)
         model = policy("qwen2-tied")
         model.read_packed_pairs()
-        model.add_lora(LoraSettings(rank=2, alpha=4))
+        model.add_lora(LoraConfig(rank=2, alpha=4))
         if recompute:
             model.gradient_checkpointing_enable()
         model.train()

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from mahalo_ray.cli import app
 from mahalo_ray.config import LoraConfig, ModelConfig, PolicyConfig, TrainingConfig
-from mahalo_ray.models import LoraSettings, MultiHeadCausalLM
+from mahalo_ray.models import MultiHeadCausalLM
 from mahalo_ray.planning import Memory, Plan, make_plan
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "quickstart.yaml"
@@ -31,7 +31,7 @@ def real_policy(base: str, policy: PolicyConfig) -> MultiHeadCausalLM:
         base, world.OBJECTIVES, head_kind=policy.head_kind, rank=policy.head_rank
     )
     if policy.lora is not None:
-        model.add_lora(LoraSettings(**policy.lora.model_dump()))
+        model.add_lora(policy.lora)
     return model
 
 

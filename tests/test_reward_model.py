@@ -14,7 +14,8 @@ from tiny_reward_models import PROMPT, STEPS, TOKENIZER, base
 from torch import Tensor
 
 from mahalo_ray import losses
-from mahalo_ray.models import LoraSettings, ProcessRewardModel, TokenTrace
+from mahalo_ray.config import LoraConfig
+from mahalo_ray.models import ProcessRewardModel, TokenTrace
 from mahalo_ray.models.reward_heads import step_features
 from mahalo_ray.models.scoring import StepEncoder, pad_traces
 
@@ -114,7 +115,7 @@ def test_frozen_parts_stay_in_evaluation_mode() -> None:
     model, data = reward("frozen"), batch()
     model.train()
     assert torch.equal(model(*data), model(*data)), "dropout of the frozen backbone must be off"
-    lora = reward("lora", lora_settings=LoraSettings(rank=2, dropout=0.5)).train()
+    lora = reward("lora", lora_settings=LoraConfig(rank=2, dropout=0.5)).train()
     ids, mask = data[:2]
     first, second = (lora.reference_hidden_states(ids, mask) for _ in range(2))
     assert torch.equal(first, second)
@@ -260,7 +261,7 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(ValueError, match="the reference is the base itself"):
         ProcessRewardModel.from_base(same, KINDS, reference=same)
     with pytest.raises(ValueError, match="the backbone is 'full'"):
-        reward(lora_settings=LoraSettings())
+        reward(lora_settings=LoraConfig())
     with pytest.raises(ValueError, match="tuning 'half'"):
         reward("half")
     with pytest.raises(ValueError, match="trace 0 has 161 tokens, the model reads 160"):

@@ -92,7 +92,7 @@ TraceFormat = Literal[
     "steps",
 ]
 OutcomeLabels = Literal["last", "all"]
-Method = Literal["mah_dpo", "dpo", "scalarised", "modpo"]
+PolicyMethod = Literal["mah_dpo", "dpo", "scalarised", "modpo"]
 BaselineName = Literal["dpo", "scalarised", "modpo", "soup"]
 PreferenceLoss = Literal["sigmoid", "ipo"]  # `losses.DPOKind`: the losses know torch alone
 HeadKind = Literal["full", "low_rank"]

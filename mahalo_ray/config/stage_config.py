@@ -14,12 +14,12 @@ from mahalo_ray.config.section import (
     Fraction,
     HeadInput,
     HeadKind,
-    Method,
     NonNegativeFloat,
     NonNegativeInt,
     Number,
     OptionalWeights,
     PerObjective,
+    PolicyMethod,
     PositiveFloat,
     PositiveFraction,
     PositiveInt,
@@ -417,7 +417,7 @@ class PolicyConfig(Section):
     0 to 2.
     """
 
-    method: Method = "mah_dpo"
+    method: PolicyMethod = "mah_dpo"
     """`mah_dpo` trains one head per objective over a shared backbone. The others train one head: `dpo` on the
     pairs of one objective, `scalarised` on those of all objectives with weighted losses, `modpo` on the pairs
     of one objective with a margin from the other objectives' rewards."""

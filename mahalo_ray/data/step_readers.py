@@ -20,8 +20,9 @@ import posixpath
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
+from mahalo_ray.config import OutcomeLabels
 from mahalo_ray.data.records import Message, StepTrace
 from mahalo_ray.data.rows import (
     BadRow,
@@ -301,9 +302,6 @@ def format_of(row: Row) -> str:
     if isinstance(row.get("metadata"), Mapping) and {"rating", "ratings"} & set(row["metadata"]):
         return "rated"
     raise RowError(f"its fields ({', '.join(row)}) are those of no known format: {', '.join(FORMATS)}")
-
-
-OutcomeLabels = Literal["last", "all"]
 
 
 @dataclass

@@ -9,19 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from mahalo_ray.config import Standardisation, Strategy
 from mahalo_ray.data.records import Message
 from mahalo_ray.decoding.sampling import SamplingParams, draw_keys, uniforms
 from mahalo_ray.decoding.stopping import StopReason
 from mahalo_ray.models.scoring import ObjectiveCalibration, StepScorer, standardised
 from mahalo_ray.objectives import Weights, unknown_name
-
-Strategy = Literal["argmax", "sample", "beam", "dvts", "best_of_n", "none"]
-Standardisation = Literal["within_candidates", "calibrated"]
 
 
 @dataclass(frozen=True)

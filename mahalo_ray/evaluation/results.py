@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from mahalo_ray.config import BaselineName, PolicyMethod
 from mahalo_ray.evaluation.statistics import (
     Estimate,
     StudentId,
@@ -22,8 +23,8 @@ from mahalo_ray.evaluation.statistics import (
 from mahalo_ray.metrics import FloatArray
 from mahalo_ray.objectives import Weights, unknown_name
 
-Family = Literal["mah_dpo", "dpo", "scalarised", "modpo", "soup"]
-MethodKind = Literal["sft", "guided_sft", "head", "weights", "guided", "dpo", "scalarised", "modpo", "soup"]
+Family = Literal[PolicyMethod, BaselineName]
+MethodKind = Literal["sft", "guided_sft", "head", "weights", "guided", BaselineName]
 # Ways to a policy for every weight vector, unguided: what the comparison compares.
 FAMILY_OF: dict[MethodKind, Family] = {
     "head": "mah_dpo",

@@ -1,7 +1,6 @@
 """Models: the multi-head policy and the process reward model. torch and transformers only."""
 
 from mahalo_ray.models.classifiers import SequenceClassifierScorer, TokenClassifierScorer, load_scorer
-from mahalo_ray.models.lora import LoraSettings
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
 from mahalo_ray.models.reference import ChunkedCausalLM, causal_lm_completion_logps
 from mahalo_ray.models.reward import ProcessRewardModel
@@ -10,7 +9,6 @@ from mahalo_ray.models.soup import average_models
 
 __all__ = [
     "ChunkedCausalLM",
-    "LoraSettings",
     "MultiHeadCausalLM",
     "ProcessRewardModel",
     "SequenceClassifierScorer",

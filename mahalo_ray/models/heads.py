@@ -6,7 +6,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,6 @@ from transformers import PretrainedConfig
 
 from mahalo_ray.logprobs import DEFAULT_CHUNK_SIZE, token_logps
 from mahalo_ray.models.sharding import full_shape, gathered
-
-HeadKind = Literal["full", "low_rank"]
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
-from peft import LoraConfig, PeftModel, get_peft_model
+import peft
+from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+
+from mahalo_ray.config import LoraConfig
 
 
 def check_no_adapter(model: nn.Module) -> None:
@@ -19,25 +21,13 @@ def check_no_adapter(model: nn.Module) -> None:
         raise ValueError("the model already carries a peft adapter: merge or unload it first")
 
 
-@dataclass(frozen=True)
-class LoraSettings:
-    """What an adapter looks like. `target_modules`: names, or "all-linear" for every linear layer of the
-    backbone.
-    """
-
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    target_modules: str | Sequence[str] = "all-linear"
-
-
-def with_lora(backbone: nn.Module, settings: LoraSettings) -> PeftModel:
+def with_lora(backbone: nn.Module, settings: LoraConfig) -> PeftModel:
     """The backbone with a fresh, trainable adapter; its own parameters are frozen. Changed in place and
     wrapped.
     """
     check_no_adapter(backbone)
     targets = settings.target_modules
-    config = LoraConfig(
+    config = peft.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,

@@ -7,12 +7,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from mahalo_ray.config import HeadKind, LoraConfig
 from mahalo_ray.logprobs import DEFAULT_CHUNK_SIZE, IGNORE_INDEX, sum_rows
 from mahalo_ray.models import lora
 from mahalo_ray.models.backbone import (
@@ -27,7 +28,6 @@ from mahalo_ray.models.folder import HEADS_FILE, Figures, save_tensors, write_ca
 from mahalo_ray.models.heads import (
     FullHead,
     Head,
-    HeadKind,
     LogitTransform,
     LowRankHead,
     check_objectives,
@@ -138,8 +138,8 @@ class MultiHeadCausalLM(BackboneModel):
         """With uninitialised heads: use `from_base` or `from_pretrained`."""
         super().__init__()
         check_objectives(objectives)
-        if head_kind not in ("full", "low_rank"):
-            raise ValueError(unknown_name("head kind", head_kind, ("full", "low_rank")))
+        if head_kind not in get_args(HeadKind):
+            raise ValueError(unknown_name("head kind", head_kind, get_args(HeadKind)))
         self.objectives = tuple(objectives)
         self.head_kind: HeadKind = head_kind
         self.rank = rank
@@ -214,13 +214,13 @@ class MultiHeadCausalLM(BackboneModel):
     def _heads(self) -> list[Head]:
         return [cast(Head, head) for head in self.heads.values()]
 
-    def add_lora(self, settings: lora.LoraSettings | None = None) -> None:
+    def add_lora(self, settings: LoraConfig | None = None) -> None:
         """Freeze the backbone and train a LoRA adapter on it instead; the heads stay trainable.
 
         An adapter is saved alone, on the backbone as it was loaded: one trained in full before must be saved
         and loaded first.
         """
-        self.backbone = lora.with_lora(self.backbone, settings or lora.LoraSettings())
+        self.backbone = lora.with_lora(self.backbone, settings or LoraConfig())
 
     def disable_adapter(self) -> AbstractContextManager[None]:
         """Context in which the backbone computes without its adapter (the reference's backbone)."""

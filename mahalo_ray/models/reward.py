@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mahalo_ray.config import LoraConfig, Tuning
 from mahalo_ray.logprobs import DEFAULT_CHUNK_SIZE
 from mahalo_ray.models import lora
 from mahalo_ray.models.backbone import (
@@ -156,8 +157,7 @@ def reward_model_of(cls: type[ProcessRewardModel], saved: SavedModel) -> Process
     return reward
 
 
-Tuning = Literal["frozen", "lora", "full"]
-TUNINGS: tuple[Tuning, ...] = ("frozen", "lora", "full")
+TUNINGS: tuple[Tuning, ...] = get_args(Tuning)
 
 
 class ProcessRewardModel(BackboneModel, TraceScorer):
@@ -217,7 +217,7 @@ class ProcessRewardModel(BackboneModel, TraceScorer):
         inputs: Sequence[str] = HEAD_INPUTS,
         head_hidden_size: int = 128,
         tuning: Tuning = "full",
-        lora_settings: lora.LoraSettings | None = None,
+        lora_settings: LoraConfig | None = None,
         reference: str | Path | PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         step_separator: str | None = "\n\n",
@@ -244,7 +244,7 @@ class ProcessRewardModel(BackboneModel, TraceScorer):
             changes = tuning == "full"
             frozen = reference_of(model, base, reference, changes, dtype, attn_implementation)
         if tuning == "lora":
-            backbone = lora.with_lora(backbone, lora_settings or lora.LoraSettings())
+            backbone = lora.with_lora(backbone, lora_settings or LoraConfig())
         if tokenizer is None and not isinstance(base, PreTrainedModel):
             tokenizer = load_tokenizer(base)
         device = next(model.parameters()).device

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mahalo_ray.config import HeadInput, Supervision
 from mahalo_ray.models.heads import check_objectives, head_seed
 from mahalo_ray.models.sharding import sharded_creation
 from mahalo_ray.objectives import unknown_name
 
-HeadInput = Literal["last", "pooled", "reference_logps"]
 OutputKind = Literal["value", "probability", "preference"]
 
-HEAD_INPUTS: tuple[HeadInput, ...] = ("last", "pooled", "reference_logps")
-OUTPUT_KINDS: tuple[OutputKind, ...] = ("value", "probability", "preference")
+HEAD_INPUTS: tuple[HeadInput, ...] = get_args(HeadInput)
+OUTPUT_KINDS: tuple[OutputKind, ...] = get_args(OutputKind)
 # What the head of an objective gives, by how the objective is supervised.
-OUTPUT_KIND_OF: dict[str, OutputKind] = {
+OUTPUT_KIND_OF: dict[Supervision, OutputKind] = {
     "rollout_value": "value",
     "judged_rollouts": "probability",
     "judged_prefix": "probability",

@@ -5,11 +5,11 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 
-from mahalo_ray.config import BaselineName, PolicyConfig, RunConfig
+from mahalo_ray.config import BaselineName, PolicyConfig, PolicyMethod, RunConfig
 from mahalo_ray.data import storage
 from mahalo_ray.evaluation.claims import comparison_claims
 from mahalo_ray.evaluation.methods import Method
@@ -103,7 +103,7 @@ def trainings(config: RunConfig) -> dict[str, PolicyConfig]:
 
 def policy_settings(
     config: RunConfig,
-    method: Literal["dpo", "scalarised", "modpo"],
+    method: PolicyMethod,
     objective: str | None = None,
     mixture: Mapping[str, float] | None = None,
 ) -> PolicyConfig:

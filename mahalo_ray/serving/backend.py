@@ -9,8 +9,9 @@ from dataclasses import replace
 
 from jinja2 import TemplateError
 
+from mahalo_ray.config import Standardisation
 from mahalo_ray.data.records import Message
-from mahalo_ray.decoding.guidance import GuidedRequest, PromptTooLong, Standardisation
+from mahalo_ray.decoding.guidance import GuidedRequest, PromptTooLong
 from mahalo_ray.decoding.guided import GuidedDecoder
 from mahalo_ray.decoding.policy import DeviceConfig, MultiHeadPolicy, load_guide, load_policy
 from mahalo_ray.decoding.session import GuidedSession, RequestState

@@ -24,7 +24,7 @@ from mahalo_ray.data import storage
 from mahalo_ray.data.records import PreferencePair
 from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.losses import dpo_loss
-from mahalo_ray.models import LoraSettings, MultiHeadCausalLM
+from mahalo_ray.models import MultiHeadCausalLM
 from mahalo_ray.models.folder import keeps_backbone, model_folder
 from mahalo_ray.models.pair_attention import why_not_packed
 from mahalo_ray.training.batches import HashSplit, Indices, plan_balanced_batches, shard
@@ -209,7 +209,7 @@ class PolicyRecipe:
         if self.packed:
             model.read_packed_pairs()
         if policy.lora is not None:
-            model.add_lora(LoraSettings(**policy.lora.model_dump()))
+            model.add_lora(policy.lora)
         return model
 
     def enable_gradient_checkpointing(self, model: nn.Module) -> None:

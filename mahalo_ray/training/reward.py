@@ -29,7 +29,7 @@ from mahalo_ray.data.records import (
     StepTrace,
 )
 from mahalo_ray.losses import bradley_terry, labelled, step_bce, value_mse, within_prompt_ranking
-from mahalo_ray.models import LoraSettings, ProcessRewardModel
+from mahalo_ray.models import ProcessRewardModel
 from mahalo_ray.models.folder import keeps_backbone, model_folder
 from mahalo_ray.models.reward_heads import OUTPUT_KIND_OF
 from mahalo_ray.models.scoring import StepEncoder
@@ -119,7 +119,7 @@ class RewardRecipe:
             inputs=self._reward.inputs,
             head_hidden_size=self._reward.head_hidden_size,
             tuning=self._reward.backbone,
-            lora_settings=None if lora is None else LoraSettings(**lora.model_dump()),
+            lora_settings=lora,
             tokenizer=self._tokenizer,
             step_separator=self._settings.step_separator,
             seed=self._settings.seed,
