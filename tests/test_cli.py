@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +23,8 @@ from mahalo_ray import __version__
 from mahalo_ray.cli import app
 from mahalo_ray.cli.commands import VERBS
 from mahalo_ray.cli.common import guarded
+from mahalo_ray.config import ActorsConfig, ConfigError
+from mahalo_ray.pipeline.cluster import ray_session
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "quickstart.yaml"
 PROGRAM = Path(__file__).parent / "programs" / "stoppable_run.py"
@@ -139,6 +145,7 @@ def test_a_stopped_run_leaves_no_process_and_goes_on(
         read_until(process, "WORKER")
         children = ray_processes_of(process)
         assert len(children) > 5
+        assert 52365 not in ports_of(children)  # a Ray that is started later needs it
         folders = {Path(a).parents[1] for p in children for a in p.cmdline() if a.endswith("gcs_server.err")}
         (os.killpg if to_all else os.kill)(process.pid, number)
         text, _ = process.communicate(timeout=60)
@@ -150,12 +157,60 @@ def test_a_stopped_run_leaves_no_process_and_goes_on(
     if number != signal.SIGTERM:
         return
     (tmp_path / "go").touch()
+    stale, kept = left_behind("mahalo-stale", pid=2**22 + 1), left_behind("mahalo-kept", pid=os.getpid())
     process = start(tmp_path)
     with killed_at_the_end(process):
         text, _ = process.communicate(timeout=120)
         assert process.returncode == 0, text
+        assert not stale.exists() and kept.exists()
+        shutil.rmtree(kept)
         assert "[1/2] First: done before, skipped" in text
         assert "[2/2] Second: continues an interrupted attempt" in text
+
+
+def left_behind(name: str, pid: int) -> Path:
+    """A temporary folder of a private Ray of that process."""
+    folder = Path(tempfile.gettempdir(), name)
+    folder.mkdir(exist_ok=True)
+    started = psutil.Process(pid).create_time() if psutil.pid_exists(pid) else 1.0
+    (folder / "owner.json").write_text(json.dumps({"pid": pid, "started": started}))
+    return folder
+
+
+def ports_of(processes: list[psutil.Process]) -> set[int]:
+    """Those that the processes listen on."""
+    ports: set[int] = set()
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            ports |= {c.laddr.port for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+    return ports
+
+
+def test_sigterm_is_obeyed_before_there_is_a_ray(tmp_path: Path) -> None:
+    process = start(tmp_path, HOLD_FIRST="1")
+    with killed_at_the_end(process):
+        read_until(process, "FIRST")
+        process.send_signal(signal.SIGTERM)
+        text, _ = process.communicate(timeout=30)
+        assert process.returncode == 143 and "Stopped in stage 'first'" in text
+
+
+def test_a_ray_that_does_not_answer_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A port that nobody listens at, one that says nothing, and a name that nobody has."""
+    monkeypatch.setattr("mahalo_ray.pipeline.cluster.HEALTH_TIMEOUT_S", 3)
+    with socket.socket() as silent, socket.socket() as closed:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        closed.bind(("127.0.0.1", 0))
+        addresses = {f"127.0.0.1:{silent.getsockname()[1]}": "does not answer as a Ray cluster"}
+        addresses |= {
+            f"127.0.0.1:{closed.getsockname()[1]}": "unset RAY_ADDRESS",
+            "nowhere.invalid:1": "nowhere",
+        }
+        for address, message in addresses.items():
+            monkeypatch.setenv("RAY_ADDRESS", address)
+            with pytest.raises(ConfigError, match=message), ray_session(ActorsConfig()):
+                pass
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from mahalo_ray.config import RunConfig, load_config
 from mahalo_ray.errors import StageError
 from mahalo_ray.pipeline.progress import RunProgress
 from mahalo_ray.pipeline.seed_blocks import check_domain
-from mahalo_ray.pipeline.stages import Manifest, Pipeline, RunInterrupted
+from mahalo_ray.pipeline.stages import Manifest, Pipeline, RunInterrupted, sigterm_raises
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's YAML file.")]
 Overrides = Annotated[
@@ -82,13 +83,19 @@ def execute(
 def guarded(work: Callable[[], None], debug: bool) -> None:
     """Do the work; what the user can mend becomes one clear message and exit code 2."""
     try:
-        work()
+        with sigterm_raises():
+            work()
     except RunInterrupted as stop:
         err.print(escape(str(stop)))
         _leave(stop.exit_code)
     except KeyboardInterrupt:
         err.print("Stopped.")
         _leave(130)
+    except SystemExit as stop:
+        if stop.code != 128 + signal.SIGTERM:
+            raise
+        err.print("Stopped.")
+        _leave(128 + signal.SIGTERM)
     except StageError as error:
         if debug:
             traceback.print_exception(error)

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 import logging
 import math
 import os
+import resource
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import NamedTuple
 
 import psutil
 import ray
+import ray._private.parameter
 
 from mahalo_ray.config import ActorsConfig, ClusterConfig, ConfigError
+from mahalo_ray.pipeline.stages import sigterm_raises
 from mahalo_ray.serving.proxy import PROXY_ENV
 
 # A unix socket's path may have 107 bytes; Ray appends up to 75 to its temporary folder.
 LONGEST_TEMP_DIR = 30
+OPEN_FILES, FEWEST_OPEN_FILES = 65536, 1024
+CONNECT_TIMEOUT_S, HEALTH_TIMEOUT_S = 10, 40  # together below a minute
 OBJECT_STORE_BYTES = (100 * 2**20, 1024 * 2**20)
 
 # Set for the driver and all workers, unless the user has set them.
@@ -53,21 +61,23 @@ def ray_session(cluster: ActorsConfig, serve_cpus: float = 0, rollouts: bool = T
 
     The cluster is `cluster.address`, else RAY_ADDRESS (as `ray job submit` sets it), else a private one with
     its own ports and temporary folder, which another Ray on this machine neither sees nor disturbs. SIGTERM
-    raises SystemExit(143) in the main thread. Raises ConfigError when the cluster cannot be reached or is too
-    small.
+    raises SystemExit(143) in the main thread. Raises ConfigError when the cluster does not answer within a
+    minute or is too small.
     """
     if ray.is_initialized():
         raise ConfigError("Ray is already running in this process: call ray.shutdown() first")
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     needs = needs_of(cluster, serve_cpus, rollouts)
-    opened = _connected(address, needs) if address else _private(needs)
-    with opened, _sigterm_raises():
+    private = not address or address == "local"
+    opened = _private(needs) if private else _connected(str(address), needs)
+    with sigterm_raises(), opened, sigterm_raises():  # `ray.init` sets a handler of its own
         yield
 
 
 @contextlib.contextmanager
 def _connected(address: str, needs: Needs) -> Iterator[None]:
     missing = {key: value for key, value in WORKER_ENV.items() if key not in os.environ}
+    _check_answers(address)
     with _environment(missing):
         try:
             ray.init(
@@ -76,8 +86,8 @@ def _connected(address: str, needs: Needs) -> Iterator[None]:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
-        except ConnectionError as error:
-            raise ConfigError(f"no Ray cluster answers at '{address}': {error}") from error
+        except (ConnectionError, RuntimeError) as error:  # RuntimeError: of another version, for example
+            raise ConfigError(f"the Ray cluster at '{address}' cannot be joined: {error}") from error
         try:
             _check_size(needs)
             yield
@@ -85,29 +95,109 @@ def _connected(address: str, needs: Needs) -> Iterator[None]:
             ray.shutdown()
 
 
+def _check_answers(address: str) -> None:
+    """ConfigError unless a Ray cluster answers at the address: `ray.init` would wait for it for ever."""
+    advice = "start it, or unset RAY_ADDRESS and 'cluster.address' to work on a private Ray"
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
+        except OSError as error:
+            raise ConfigError(f"no Ray cluster answers at '{address}' ({error}): {advice}") from error
+    if address.startswith("ray://"):
+        return
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--skip-version-check"]
+    try:
+        done = subprocess.run(
+            [*command, "--address", address], capture_output=True, timeout=HEALTH_TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ConfigError(
+            f"what listens at '{address}' does not answer as a Ray cluster: {advice}"
+        ) from error
+    if done.returncode != 0:
+        reason = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        raise ConfigError(f"no Ray cluster answers at '{address}' ({' '.join(reason)}): {advice}")
+
+
 @contextlib.contextmanager
 def _private(needs: Needs) -> Iterator[None]:
-    folder = tempfile.mkdtemp(prefix="mahalo-", dir=_short_temp_dir())
+    _raise_open_files_limit()
+    folder = _make_temp_folder()
     before = {process.pid for process in psutil.Process().children()}
     # Ray Train builds with the interpreter's own tools (ninja), which a venv has beside it.
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
     missing = {key: value for key, value in (WORKER_ENV | PRIVATE_ENV).items() if key not in os.environ}
     with _environment({**missing, "PATH": path}):
         try:
-            ray.init(
-                address="local",
-                num_cpus=max(os.cpu_count() or 1, needs.cpus),
-                object_store_memory=_object_store_bytes(),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                _temp_dir=folder,
-            )
+            with _any_agent_port():
+                _init_private(needs, folder)
             _check_size(needs)
             yield
         finally:
             _shut_down(before)
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _init_private(needs: Needs, folder: str) -> None:
+    ray.init(
+        address="local",
+        num_cpus=max(os.cpu_count() or 1, needs.cpus),
+        object_store_memory=_object_store_bytes(),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        _temp_dir=folder,
+    )
+
+
+@contextlib.contextmanager
+def _any_agent_port() -> Iterator[None]:
+    """Ray's agent on a free port, for which `ray.init` has no argument.
+
+    Its fixed port, 52365, would be taken from a Ray that is started on this machine later: that one could not
+    take jobs.
+    """
+    usual = ray._private.parameter.RayParams
+    ray._private.parameter.RayParams = functools.partial(usual, dashboard_agent_listen_port=0)
+    try:
+        yield
+    finally:
+        ray._private.parameter.RayParams = usual
+
+
+def _make_temp_folder() -> str:
+    """A temporary folder for a private Ray; those of runs that were killed are deleted."""
+    parent = Path(_short_temp_dir())
+    for owner in parent.glob("mahalo-*/owner.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            if owner.stat().st_uid == os.getuid() and not _is_alive(json.loads(owner.read_text())):
+                shutil.rmtree(owner.parent, ignore_errors=True)
+    folder = tempfile.mkdtemp(prefix="mahalo-", dir=parent)
+    process = psutil.Process()
+    mark = {"pid": process.pid, "started": process.create_time()}
+    Path(folder, "owner.json").write_text(json.dumps(mark))
+    return folder
+
+
+def _is_alive(owner: dict[str, float]) -> bool:
+    try:
+        return abs(psutil.Process(int(owner["pid"])).create_time() - owner["started"]) < 1.0
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _raise_open_files_limit() -> None:
+    """Ray holds many files and connections open; ConfigError where the system allows too few."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if allowed < FEWEST_OPEN_FILES:
+        raise ConfigError(
+            f"this process may hold {hard} files open at most, and Ray needs {FEWEST_OPEN_FILES}: raise the "
+            f"limit (`ulimit -Hn {OPEN_FILES}`)"
+        )
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
 
 def needs_of(cluster: ActorsConfig, serve_cpus: float = 0, rollouts: bool = True) -> Needs:
@@ -145,8 +235,10 @@ def _object_store_bytes() -> int:
 
 
 def _short_temp_dir() -> str:
+    """The usual temporary folder where its name is short and plain enough for Ray's sockets."""
     usual = tempfile.gettempdir()
-    return usual if len(usual) <= LONGEST_TEMP_DIR - len("/mahalo-xxxxxxxx") else "/tmp"
+    fits = len(usual) <= LONGEST_TEMP_DIR - len("/mahalo-xxxxxxxx") and usual.isascii()
+    return usual if fits else "/tmp"
 
 
 @contextlib.contextmanager
@@ -160,23 +252,6 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
         for key in set(os.environ) - set(before):
             del os.environ[key]
         os.environ.update(before)
-
-
-@contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """SIGTERM ends the block with SystemExit(143) (after ray.init, which sets its own handler)."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + signum)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _shut_down(before: set[int]) -> None:

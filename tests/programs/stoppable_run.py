@@ -1,6 +1,7 @@
 """A run of two Ray stages for the tests of the command: the second works until the file named `go` appears.
 
-Arguments: output folder. It prints the pid of its Ray worker once that works.
+Arguments: output folder. It prints the pid of its Ray worker once that works. With HOLD_FIRST in the
+environment it stays in its first stage, which needs no Ray.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ class Worker:
 
 def first(context: Context) -> StageResult:
     Path(context.folder).mkdir(exist_ok=True)
+    if "HOLD_FIRST" in os.environ:
+        print("FIRST", flush=True)
+        time.sleep(60)
     return StageResult()
 
 
