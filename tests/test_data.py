@@ -74,6 +74,62 @@ def test_a_template_that_rewrites_history_is_refused() -> None:
         ChatFormat(tokenizer_with(UNSTABLE)).prompt_ids(TALK[:3])
 
 
+# The ways in which families close an assistant's message: (template, what a reply of "4" is trained on).
+OPEN_ANSWER = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+ENDS = {
+    "its own token": (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|done|>\n{% endfor %}",
+        "4<|done|>",
+    ),
+    "a space before the end": (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }} <|end|>{% endfor %}",
+        "4 <|end|>",
+    ),
+    "the next speaker": ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}", "4<|user|>"),
+    "alternating roles only": (
+        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}"
+        "<|{{ m.role }}|>{{ m.content }}<|done|>{% endfor %}",
+        "4<|done|>",
+    ),
+    "one question only": (
+        "{% if messages | length > 2 %}{{ raise_exception('one question') }}{% endif %}"
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|done|>{% endfor %}",
+        "4<|done|>",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", ENDS)
+def test_a_reply_is_closed_as_the_template_closes_it(family: str) -> None:
+    template, expected = ENDS[family]
+    tokenizer = tokenizer_with(template + OPEN_ANSWER)
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<|done|>"]}, replace_extra_special_tokens=False
+    )
+    done, words = tokenizer.convert_tokens_to_ids("<|done|>"), tokenizer.encode("4")
+    chat = ChatFormat(tokenizer, end_ids=[done, words[0]])
+    reply = chat.encode_reply("4")
+    assert tokenizer.decode(reply) == expected and chat.end_id == reply[-1]
+    # Sampling stops there, at the end of a sequence, and where the model's own config says, unless it is a word.
+    assert chat.end_ids == {chat.end_id, tokenizer.eos_token_id, done}
+    assert chat.missing_end(reply) == [] and chat.missing_end(words) == reply[len(words) :]
+    if family != "one question only":
+        grown = (
+            chat.prompt_ids(TALK[:1]) + chat.encode_reply("yes?") + chat.following_ids(TALK[:2], TALK[2:3])
+        )
+        assert grown == chat.prompt_ids(TALK[:3])
+
+
+def test_a_template_that_does_not_close_replies_is_refused_with_the_way_out() -> None:
+    tokenizer = tokenizer_with("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    tokenizer.name_or_path = "some/model"
+    with pytest.raises(
+        ValueError, match=r"some/model.*closes a reply with no special token .*'\\n.*writes <\|end\|>"
+    ):
+        ChatFormat(tokenizer)
+
+
 def test_a_tokenizer_without_template_is_refused_by_name() -> None:
     tokenizer = tokenizer_with(PLAIN)
     tokenizer.chat_template = None

@@ -229,6 +229,39 @@ def test_tutoring_steps_are_whole_turns_and_end_with_the_turn():
     assert result.token_ids[-1] == tokenizer().eos_token_id
 
 
+def test_an_answer_ends_where_the_template_closes_it_whatever_the_end_of_a_sequence_is():
+    """As with Gemma and Phi-3, whose turns do not end with the tokenizer's end-of-sequence token."""
+    other = copy.deepcopy(tokenizer())
+    other.eos_token = "<|system|>"
+    greedy = SamplingParams(temperature=0)
+    made = GuidedDecoder(memorised("Good! Now what?"), None, "tutoring", other)
+    result = made.generate(ASK, sampling=greedy, strategy="none", max_new_tokens=100)
+    assert result.text == "Good! Now what?" and result.stop_reason == "stop_token"
+    assert result.token_ids[-1] == other.convert_tokens_to_ids("<|end|>") != other.eos_token_id
+    # And where the model's generation_config says: this one is taught nothing but the other end.
+    policy = copy.deepcopy(memorised("Good! Now what?"))
+    policy.generation_config.eos_token_id = [other.convert_tokens_to_ids("<|user|>")]
+    with torch.no_grad():
+        head = policy.get_output_embeddings().weight
+        head[other.convert_tokens_to_ids("<|user|>")] = head[other.convert_tokens_to_ids("<|end|>")] * 1.5
+    result = GuidedDecoder(policy, None, "tutoring", other).generate(
+        ASK, sampling=greedy, strategy="none", max_new_tokens=100
+    )
+    assert result.text == "Good! Now what?" and result.stop_reason == "stop_token"
+    assert result.token_ids[-1] == other.convert_tokens_to_ids("<|user|>")
+
+
+def test_a_tokenizer_with_more_words_than_the_model_is_refused_by_name():
+    more = copy.deepcopy(tokenizer())
+    more.name_or_path = "some/tokenizer"
+    more.add_special_tokens({"additional_special_tokens": ["<|image|>"]}, replace_extra_special_tokens=False)
+    GuidedDecoder(model(), None, "math", more)  # a marker that no text and no template can produce
+    more.add_tokens(["mahalo"])
+    rows = len(tokenizer())
+    with pytest.raises(ValueError, match=rf"some/tokenizer.*'mahalo' has the id {rows + 1}.* {rows} rows"):
+        GuidedDecoder(model(), None, "math", more)
+
+
 def test_stop_string_across_tokens_and_across_steps():
     text = "We add 2 and 3.\n\nThat gives 5.\n\nSo"
     result = taught(text, "math", stop=("gives 5",))

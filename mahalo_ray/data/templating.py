@@ -6,14 +6,20 @@ Message text is data: a special token written inside a message is encoded as pla
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from mahalo_ray.data.records import Message
 
 _MARK = "\x02{}\x03"
+
+# Token ids of texts that were encoded: those of a dialogue's turns are asked for again and again. Bounded in
+# number and in length, as some 50 MB at most.
+_TEXTS_KEPT = 2048
+_LONGEST_KEPT = 2000  # characters
 
 
 class ChatFormat:
@@ -21,18 +27,30 @@ class ChatFormat:
 
     The template must be prefix-stable: adding messages must not change what was rendered before. A template
     that breaks this is refused, by name, at the first conversation that shows it.
+
+    A reply ends where the template closes an assistant's message: `closing` are the tokens from its text to
+    the end token, `end_id` (Gemma closes with <end_of_turn>, Phi-3 with <|end|>, neither of which is the
+    tokenizer's end-of-sequence token). `end_ids` are all tokens at which sampling stops: that one, the
+    end-of-sequence token, and those of the model's generation_config.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: Collection[int] = ()) -> None:
+        """`end_ids`: the model's own, from its generation_config; ordinary words among them are left out.
+
+        ValueError, with what to do, for a tokenizer without a chat template, or if the template does not
+        close an assistant's message with a token of its own.
+        """
         if not tokenizer.chat_template:
             raise ValueError(f"tokenizer '{tokenizer.name_or_path}' has no chat template")
-        if tokenizer.eos_token_id is None:
-            raise ValueError(f"tokenizer '{tokenizer.name_or_path}' has no end-of-sequence token")
         self.tokenizer = tokenizer
-        self.end_id: int = tokenizer.eos_token_id
-        self._encode_text = lru_cache(maxsize=65536)(self._encode_text_uncached)
+        self._encode_text = lru_cache(maxsize=_TEXTS_KEPT)(self._encode_text_uncached)
         self._pieces = lru_cache(maxsize=1024)(self._pieces_uncached)
         self._encode_template = lru_cache(maxsize=1024)(self._encode_template_uncached)
+        markers = _marker_ids(tokenizer)
+        self.closing = self._find_closing(markers)
+        self.end_id = self.closing[-1]
+        known_ends = {self.end_id, tokenizer.eos_token_id, *(markers & set(end_ids))}
+        self.end_ids = frozenset(known_ends - {None})
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation up to where the assistant speaks next."""
@@ -46,25 +64,73 @@ class ChatFormat:
         assert before and before[-1] == "assistant", "replies follow an assistant message"
         pieces = self._pieces(before + tuple(message.role for message in replies))
         # pieces[i] precedes message i: the first one here follows the assistant's text, end token first.
-        opening = self._encode_template(pieces[len(before)])
-        if opening[:1] != (self.end_id,):
-            raise self._refusal("an assistant message is not closed by the end-of-sequence token")
-        return list(opening[1:]) + self._fill(("", *pieces[len(before) + 1 :]), replies)
+        opening, closing = self._encode_template(pieces[len(before)]), self.closing
+        if opening[: len(closing)] != closing:
+            end = self.tokenizer.convert_ids_to_tokens(self.end_id)
+            raise self._refusal(f"not every assistant message is closed by '{end}'")
+        return list(opening[len(closing) :]) + self._fill(("", *pieces[len(before) + 1 :]), replies)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of sampled ids, without special tokens."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        """The text of sampled ids, without special tokens, spaces untouched."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of a part of an assistant message: nothing ends here."""
+        return list(self._ids_of(text))
 
     def encode_reply(self, text: str) -> list[int]:
-        """Token ids of an assistant message's text with its end token, as data to imitate."""
-        return [*self._encode_text(text), self.end_id]
+        """Token ids of an assistant message's text and of what closes it, as data to imitate."""
+        return [*self._ids_of(text), *self.closing]
+
+    def missing_end(self, ids: Sequence[int]) -> list[int]:
+        """The tokens that close a reply of these ids: none if it was ended when it was sampled."""
+        return [] if ids and ids[-1] in self.end_ids else list(self.closing)
+
+    def unused_markers(self) -> set[int]:
+        """Special tokens that the chat template does not write for plain conversations, and so never
+        occur."""
+        used = {*self.end_ids, *self._encode_template(self._after_assistant())}
+        for piece in self._pieces(("user",)):
+            used |= {*self._encode_template(piece)}
+        return _marker_ids(self.tokenizer) - used
 
     def _fill(self, pieces: tuple[str, ...], messages: Sequence[Message]) -> list[int]:
         ids = list(self._encode_template(pieces[0]))
         for message, piece in zip(messages, pieces[1:], strict=True):
-            ids += self._encode_text(message.content)
+            ids += self._ids_of(message.content)
             ids += self._encode_template(piece)
         return ids
+
+    def _find_closing(self, markers: set[int]) -> tuple[int, ...]:
+        """The tokens that the template puts behind an assistant's text, up to the first marker."""
+        shown = self._after_assistant()
+        ids = self._encode_template(shown)
+        number = next((i for i, token_id in enumerate(ids) if token_id in markers), None)
+        if number is None or self.tokenizer.decode(ids[:number]).strip():
+            eos = self.tokenizer.eos_token or "an end token"
+            raise ValueError(
+                f"the chat template of tokenizer '{self.tokenizer.name_or_path}' closes a reply "
+                f"with no special token (behind its text stands {shown!r}), so nothing says where a "
+                f"reply ends. Set a chat_template that writes {eos} there, or add the marker that it writes "
+                "to the tokenizer's special tokens"
+            )
+        return ids[: number + 1]
+
+    def _after_assistant(self) -> str:
+        """What the template writes between an assistant's message and the user's next one, or the end."""
+        first, answer, second = (_MARK.format(number) for number in range(3))
+        asked = [{"role": "user", "content": first}, {"role": "assistant", "content": answer}]
+        try:
+            talk = [*asked, {"role": "user", "content": second}]
+            rendered = str(self.tokenizer.apply_chat_template(talk, tokenize=False))
+        except TemplateError:  # a template for one question and one answer
+            rendered = ""
+        if answer not in rendered or second not in rendered:
+            try:
+                rendered = str(self.tokenizer.apply_chat_template(asked, tokenize=False))
+            except TemplateError as error:
+                raise self._refusal(f"it cannot render a question and its answer ({error})") from error
+        return rendered.partition(answer)[2].partition(second)[0]
 
     def _pieces_uncached(self, roles: tuple[str, ...]) -> tuple[str, ...]:
         """The template's own text before, between and after the messages; the last piece asks for a reply."""
@@ -90,6 +156,9 @@ class ChatFormat:
     def _encode_template_uncached(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False)) if text else ()
 
+    def _ids_of(self, text: str) -> tuple[int, ...]:
+        return (self._encode_text if len(text) <= _LONGEST_KEPT else self._encode_text_uncached)(text)
+
     def _encode_text_uncached(self, text: str) -> tuple[int, ...]:
         encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
         return tuple(encoded["input_ids"])
@@ -99,3 +168,10 @@ class ChatFormat:
             f"the chat template of tokenizer '{self.tokenizer.name_or_path}' cannot be used for token-exact "
             f"conversations: {why}. Set another chat_template on the tokenizer."
         )
+
+
+def _marker_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that stand for no text: special ones but the beginning of a sequence, which ends nothing."""
+    markers = set(tokenizer.all_special_ids)
+    markers |= {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return markers - ({tokenizer.bos_token_id} - {tokenizer.eos_token_id})

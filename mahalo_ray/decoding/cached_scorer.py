@@ -495,9 +495,8 @@ class CachedScorer:
         start = step_starts(ids, self._boundary, self._vocabulary)[-1] if choice.is_whole else 0
         if not choice.is_closed(k):
             return ids, start
-        end = self._encoder.format.end_id
         if self._encoder.separator is None:
-            return (ids if ids[-1:] == [end] else [*ids, end]), start
+            return [*ids, *self._encoder.format.missing_end(ids)], start
         step = self._encoder.format.decode(ids[start:])
         return ids[:start] + self._encoder.step_ids(step), start
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mahalo_ray.decoding.beam import BeamSearch, subtrees
 from mahalo_ray.decoding.guidance import GuidedRequest, GuidedResult, Step
-from mahalo_ray.decoding.policy import Policy, as_policy
+from mahalo_ray.decoding.policy import Policy, as_policy, check_vocabulary
 from mahalo_ray.decoding.scorers import RewardModels
 from mahalo_ray.decoding.session import GuidedSession, RequestState
 from mahalo_ray.decoding.stopping import Boundary
@@ -43,7 +43,8 @@ class GuidedDecoder:
         max_context: int | None = None,
     ) -> None:
         self.policy = as_policy(policy)
-        self._models = RewardModels(reward_model, boundary, tokenizer)
+        self._models = RewardModels(reward_model, boundary, tokenizer, self.policy.end_ids)
+        check_vocabulary(self._models.format, self.policy.vocab_size)
         self.reward_models, self.scale = self._models.models, self._models.scale
         self.boundary, self.format = self._models.boundary, self._models.format
         self.vocabulary = self._models.vocabulary

@@ -13,7 +13,13 @@ from typing import Any, Protocol, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from mahalo_ray.data import storage
 from mahalo_ray.data.templating import ChatFormat
@@ -45,6 +51,7 @@ class Policy(Protocol):
     device: torch.device
     vocab_size: int
     max_context: int
+    end_ids: frozenset[int]  # tokens at which the model stops, by its generation_config
 
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor, kv_cache: View) -> Tensor:
         """[B, T] new tokens at these positions -> final normalised hidden states [B, T, D]."""
@@ -146,8 +153,10 @@ class CausalPolicy:
         self._backbone = CachedBackbone(backbone)
         self.device = self._backbone.device
         self.max_context = self._backbone.max_context
-        self.vocab_size: int = model.config.vocab_size
-        self._fast_head = OneDNNHead(model.config.hidden_size, self.vocab_size)
+        text = model.config.get_text_config()
+        self.vocab_size: int = text.vocab_size
+        self.end_ids = _end_ids(model.generation_config)
+        self._fast_head = OneDNNHead(text.hidden_size, self.vocab_size)
 
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor, kv_cache: View) -> Tensor:
         return self._backbone(input_ids, position_ids, kv_cache)
@@ -179,8 +188,10 @@ class MultiHeadPolicy:
         self._backbone = CachedBackbone(model.backbone)
         self.device = self._backbone.device
         self.max_context = self._backbone.max_context
-        self.vocab_size: int = model.config.vocab_size
-        self._fast_head = OneDNNHead(model.config.hidden_size, self.vocab_size)
+        text = model.config.get_text_config()
+        self.vocab_size: int = text.vocab_size
+        self.end_ids = _end_ids(model.generation_config)
+        self._fast_head = OneDNNHead(text.hidden_size, self.vocab_size)
         self._merged: OrderedDict[Weights, FullHead] = OrderedDict()
         self._merged_heads_kept = merged_heads_kept
 
@@ -219,6 +230,33 @@ class MultiHeadPolicy:
         with self._fast_head():
             logits: Tensor = head(hidden)
         return logits
+
+
+def _end_ids(config: GenerationConfig | None) -> frozenset[int]:
+    ids = None if config is None else config.eos_token_id
+    return frozenset([ids] if isinstance(ids, int) else ids or ())
+
+
+def check_vocabulary(chat: ChatFormat, vocab_size: int) -> None:
+    """ValueError if the tokenizer gives ids for which the model's embedding has no row.
+
+    Markers that neither text nor the chat template can produce may lie beyond it: the image token in the
+    tokenizer of Gemma's text models, for example.
+    """
+    tokenizer = chat.tokenizer
+    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= vocab_size}
+    if not beyond:
+        return
+    unused = {tokenizer.convert_ids_to_tokens(number) for number in chat.unused_markers()}
+    wrong = sorted((number, token) for token, number in beyond.items() if token not in unused)
+    if wrong:
+        number, token = wrong[0]
+        raise ValueError(
+            f"the tokenizer '{tokenizer.name_or_path}' and the model do not belong together: token {token!r} "
+            f"has the id {number}, and the model's embedding has {vocab_size} rows. Take the model's own "
+            "tokenizer, or, if tokens were added to it, call model.resize_token_embeddings(len(tokenizer)) "
+            "and train them before saving"
+        )
 
 
 def as_policy(model: Policy | MultiHeadCausalLM | PreTrainedModel) -> Policy:
@@ -261,7 +299,9 @@ def load_policy(url: str, placement: DeviceConfig) -> tuple[Policy, ChatFormat]:
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=placement.torch_dtype)
         policy = CausalPolicy(model.to(placement.device).eval())
-    return policy, ChatFormat(tokenizer)
+    chat = ChatFormat(tokenizer, policy.end_ids)
+    check_vocabulary(chat, policy.vocab_size)
+    return policy, chat
 
 
 def load_reward_model(url: str, placement: DeviceConfig) -> ProcessRewardModel:

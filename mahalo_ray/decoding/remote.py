@@ -188,10 +188,8 @@ class CompletionDecoder:
                 # A completion of nothing but special tokens would be asked for again and again.
                 cut = reply.finish_reasons[k] == "length" and text
                 reason = StopReason.LENGTH if cut else StopReason.TOKEN
-            ids = self.format.encode_reply(text)
-            candidates.append(
-                StepCandidate(text, ids if reason is StopReason.TOKEN else ids[:-1], reason, {}, None)
-            )
+            encode = self.format.encode_reply if reason is StopReason.TOKEN else self.format.encode_text
+            candidates.append(StepCandidate(text, encode(text), reason, {}, None))
         return candidates
 
     def _cut(self, text: str, rule: StopRule) -> tuple[str, StopReason | None]:
@@ -201,7 +199,7 @@ class CompletionDecoder:
             if not rule.is_trigger(text[end - 1]):
                 continue
             if tokens < _COUNTED:  # boundaries have a least length; beyond that, nobody asks
-                tokens = len(self.format.encode_reply(text[:end])) - 1
+                tokens = len(self.format.encode_text(text[:end]))
             verdict = rule.verdict(text[:end], tokens)
             if verdict is not None:
                 return text[:end], verdict

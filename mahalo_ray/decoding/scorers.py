@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -355,7 +355,9 @@ class RewardModels:
         models: StepScorer | Sequence[StepScorer] | None,
         boundary: Boundary | str,
         tokenizer: PreTrainedTokenizerBase | None,
+        end_ids: Collection[int] = (),
     ) -> None:
+        """`end_ids`: tokens at which the policy stops, besides the end of a turn in the chat template."""
         self.models = (models,) if isinstance(models, StepScorer) else tuple(models or ())
         self.scale = ScoreScale.of(self.models)
         self.boundary = boundary_for(boundary) if isinstance(boundary, str) else boundary
@@ -363,7 +365,7 @@ class RewardModels:
         chosen = next((own for own in known if own is not None), None) if tokenizer is None else tokenizer
         if chosen is None:
             raise ValueError("give a tokenizer: the reward model does not carry one")
-        self.format = ChatFormat(chosen)
+        self.format = ChatFormat(chosen, end_ids)
         self.vocabulary = TokenTexts(chosen)
         self._openers = [self._opener(model) for model in self.models]
 

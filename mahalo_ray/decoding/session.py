@@ -211,7 +211,7 @@ class GuidedSession:
         self._held = 0  # tokens since the first of them
 
     def _new_engine(self, policy: Policy, max_context: int) -> Engine:
-        return Engine(policy, max_context, stop_ids=[self._chat.end_id], texts=self._vocabulary)
+        return Engine(policy, max_context, stop_ids=self._chat.end_ids, texts=self._vocabulary)
 
     @property
     def is_busy(self) -> bool:
@@ -325,7 +325,7 @@ class GuidedSession:
             [state.request.sampling for state in states],
             [state.seed for state in states],
             [state.step_limit for state in states],
-            [self._chat.end_id],
+            self._chat.end_ids,
             TextStop(self._vocabulary, [self._rule(state) for state in states]),
         )
         return sampled, self._candidates(states, sampled)

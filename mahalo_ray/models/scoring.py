@@ -67,7 +67,7 @@ class StepEncoder:
             is_last = number == len(steps) - 1
             is_open = not closed if is_last else self.separator is None
             starts.append(len(ids))
-            ids += self.format.encode_reply(step)[:-1] if is_open else self.step_ids(step)
+            ids += self.format.encode_text(step) if is_open else self.step_ids(step)
             ends.append(len(ids) - 1)
         return TokenTrace(ids, starts, ends)
 
@@ -76,7 +76,7 @@ class StepEncoder:
         if self.separator is None:
             return self.format.encode_reply(step)
         text = step if step.endswith(self.separator) else step + self.separator
-        return self.format.encode_reply(text)[:-1]
+        return self.format.encode_text(text)
 
 
 def check_steps(steps: Sequence[str]) -> None:

@@ -185,7 +185,7 @@ class Continuer:
             self._settings.sampling,
             seeds,
             self._settings.sampling.max_new_tokens,
-            [self._chat.end_id],
+            self._chat.end_ids,
             TextStop(self._vocabulary, [rule] * len(rows)),
         )
         cut = (StopReason.LENGTH, StopReason.CONTEXT)

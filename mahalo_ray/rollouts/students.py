@@ -176,8 +176,7 @@ class ModelStudents:
         row = self._rows[student]
         ids = self.chat.following_ids(student.heard[:-1], student.heard[-1:])
         # A reply cut off at the token limit has no end token of its own.
-        cut_off = self.engine.token_ids(row)[-1] != self.chat.end_id
-        return row, [self.chat.end_id, *ids] if cut_off else ids
+        return row, self.chat.missing_end(self.engine.token_ids(row)) + ids
 
     def _speak(self, rows: Sequence[int], students: Sequence[PersonaStudent]) -> list[str]:
         if not rows:
@@ -188,7 +187,7 @@ class ModelStudents:
             SamplingParams(temperature=self.config.temperature),
             [student.turn_seed for student in students],
             self.config.max_new_tokens,
-            [self.chat.end_id],
+            self.chat.end_ids,
         )
         self.engine.accept(candidates, [0] * len(students))
         return [self.chat.decode(own[0]).strip() for own in candidates.token_ids]

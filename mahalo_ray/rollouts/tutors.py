@@ -125,7 +125,7 @@ class PolicyTutor:
         self, rows: Sequence[int], messages: Sequence[Sequence[Message]], seeds: Sequence[int], count: int
     ) -> Offers:
         drawn = self.engine.sample(
-            rows, count, self.sampling, seeds, self.sampling.max_new_tokens, [self.chat.end_id]
+            rows, count, self.sampling, seeds, self.sampling.max_new_tokens, self.chat.end_ids
         )
         turns = [[TutorTurn(self.chat.decode(ids), tuple(ids)) for ids in own] for own in drawn.token_ids]
         return Offers([Offer(own) for own in turns], drawn)
@@ -142,8 +142,7 @@ class PolicyTutor:
 
     def following(self, messages: Sequence[Message], turn: TutorTurn, reply: Message) -> list[int]:
         # A turn cut off at the token limit has no end token of its own.
-        missing_end = [] if turn.token_ids[-1:] == (self.chat.end_id,) else [self.chat.end_id]
-        return missing_end + self.chat.following_ids(messages, [reply])
+        return self.chat.missing_end(turn.token_ids) + self.chat.following_ids(messages, [reply])
 
     def hear(self, rows: Sequence[int], token_ids: Sequence[list[int]]) -> None:
         self.engine.append(rows, token_ids)
@@ -158,7 +157,7 @@ class PolicyTutor:
         """Cut off, special tokens inside, or a sentence that the miniature's students do not understand."""
         ids = turn.token_ids
         return (
-            ids[-1:] != (self.chat.end_id,)
+            bool(self.chat.missing_end(ids))
             or any(token in self._special for token in ids[:-1])
             or (self._sentences_are_moves and is_malformed(turn.text))
         )
