@@ -111,7 +111,8 @@ def test_a_reply_is_closed_as_the_template_closes_it(family: str) -> None:
     chat = ChatFormat(tokenizer, end_ids=[done, words[0]])
     reply = chat.encode_reply("4")
     assert tokenizer.decode(reply) == expected and chat.end_id == reply[-1]
-    # Sampling stops there, at the end of a sequence, and where the model's own config says, unless it is a word.
+    # Sampling stops there, at the end of a sequence, and where the model's own config says, unless it is a
+    # word.
     assert chat.end_ids == {chat.end_id, tokenizer.eos_token_id, done}
     assert chat.missing_end(reply) == [] and chat.missing_end(words) == reply[len(words) :]
     if family != "one question only":
