@@ -155,13 +155,13 @@ def ours(setting: Setting, num_heads: int, kind: HeadKind, recomputed: bool = Fa
     """Chosen and rejected behind one prompt, own head per row, completion tokens only, reference stored;
     `recomputed`: with activation checkpointing."""
     policy = multi_head_policy(setting, num_heads, kind)
-    policy.read_packed_pairs()
+    policy.enable_pair_packing()
     if recomputed:
         policy.gradient_checkpointing_enable()
 
     def loss(pairs: Pairs, reference: Tensor) -> Tensor:
         tensors = pairs.packed().tensors(np.arange(len(pairs)))
-        logps = policy(
+        logps = policy.completion_logps(
             **pair_inputs({name: tensor.to(setting.device) for name, tensor in tensors.items()}),
             head_index=pairs.objective.to(setting.device).repeat(2),
             chunk_size=setting.preset.chunk_size,

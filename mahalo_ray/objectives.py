@@ -19,6 +19,14 @@ class Weights(Mapping[str, float]):
     """A point on the simplex: one weight >= 0 per objective, summing to 1. Immutable and hashable.
 
     Objectives that are not named weigh 0. Given values are divided by their sum, so `2,1` means `2/3, 1/3`.
+
+    >>> weights = Weights.parse("accuracy=2,engagement=1")
+    >>> round(weights["accuracy"], 3)
+    0.667
+    >>> weights.label()
+    'accuracy=0.6667,engagement=0.3333'
+    >>> Weights.balanced(["accuracy", "engagement"])
+    Weights(accuracy=0.5,engagement=0.5)
     """
 
     __slots__ = ("_items",)

@@ -135,8 +135,8 @@ def policy_on_meta(
         built = MultiHeadCausalLM(
             causal.base_model,
             [f"objective{number}" for number in range(objectives)],
-            policy.head_kind,
-            LogitTransform(),
+            head_kind=policy.head_kind,
+            transform=LogitTransform(),
             vocab_size=head.weight.shape[0],
             hidden_size=head.weight.shape[1],
             bias=head.bias is not None,

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tiny_policies import FAMILIES, OBJECTIVES, SMALL, WEIGHTS, batch, policy, tiny
 from torch import Tensor
 
-from mahalo_ray.models import ChunkedCausalLM, MultiHeadCausalLM, causal_lm_completion_logps
+from mahalo_ray.config import LoraConfig
+from mahalo_ray.models import ChunkedCausalLM, MultiHeadCausalLM
 from mahalo_ray.objectives import Weights
 
 
@@ -42,7 +43,7 @@ def test_every_family_routes_merges_saves_and_loads(family: str, kind: Any, tmp_
         weighted = sum(w * model.heads[o].project(hidden) for o, w in WEIGHTS.items()) * scale
         weighted = weighted if cap is None else cap * torch.tanh(weighted / cap)
         torch.testing.assert_close(model.logits(hidden, WEIGHTS), weighted)
-        torch.testing.assert_close(model.merged(WEIGHTS)(hidden), weighted)
+        torch.testing.assert_close(model.merged_head(WEIGHTS)(hidden), weighted)
         merged = model.merge(WEIGHTS)
         assert isinstance(merged, type(tiny(family)))
         torch.testing.assert_close(
@@ -156,16 +157,63 @@ def test_each_row_with_its_own_weights_decodes_in_one_pass(family: str, kind: An
         for states in (hidden, hidden[:, -1]):
             found = model.logits(states, table)
             for row, weights in enumerate(rows):
-                torch.testing.assert_close(found[row], model.merged(weights)(states[row]))
-    with pytest.raises(ValueError, match=r"wanted \(3, 3\)"):
+                torch.testing.assert_close(found[row], model.merged_head(weights)(states[row]))
+    with pytest.raises(ValueError, match=r"expected \(3, 3\)"):
         model.logits(hidden, table[:2])
 
 
 def test_one_weight_on_one_objective_is_that_head_exactly() -> None:
     model = policy()
-    assert torch.equal(model.merged_head(Weights.one("engagement")), model.heads["engagement"].weight)
+    assert torch.equal(model.merged_head(Weights.one("engagement")).weight, model.heads["engagement"].weight)
     with pytest.raises(ValueError, match="Did you mean 'brevity'"):
         model.merged_head(Weights.one("brevty"))
+
+
+@pytest.mark.parametrize("kind", ["full", "low_rank"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_is_called_and_generates_like_the_merged_transformers_model(family: str, kind: Any) -> None:
+    model, data = policy(family, head_kind=kind, rank=2).train(), batch(rows=2)
+    model.add_lora(LoraConfig(rank=2, target_modules="all-linear"))
+    with torch.no_grad():
+        for name, parameter in model.backbone.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    model.eval()
+    merged, ids, mask = model.merge(WEIGHTS), data["input_ids"], data["attention_mask"]
+    labels = ids.masked_fill(mask == 0, -100)
+    with torch.no_grad():
+        found = model(ids, mask, WEIGHTS, labels=labels)
+        expected = merged(ids, attention_mask=mask, labels=labels)
+        torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.loss, expected.loss, rtol=1e-4, atol=1e-5)
+        table = torch.tensor([WEIGHTS.over(OBJECTIVES), [0.0, 1.0, 0.0]])
+        each = model(ids, mask, table).logits
+        torch.testing.assert_close(each[:1], found.logits[:1])
+        torch.testing.assert_close(each[1:], model(ids, mask, Weights.one("engagement")).logits[1:])
+        prefix = model(ids[:1, :4], weights=WEIGHTS, use_cache=True)
+        following = model(
+            ids[:1, 4:5], weights=WEIGHTS, past_key_values=prefix.past_key_values, use_cache=True
+        )
+        torch.testing.assert_close(following.logits, merged(ids[:1, :5]).logits[:, 4:], rtol=1e-4, atol=1e-5)
+    left = {"input_ids": ids.flip(1), "attention_mask": mask.flip(1)}
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    model.train()
+    assert torch.equal(model.generate(**left, weights=WEIGHTS, **options), merged.generate(**left, **options))
+    assert model.training, "the mode must be put back"
+    with pytest.raises(ValueError, match="give weights: this policy has a head for each of accuracy"):
+        model(ids)
+
+
+def test_a_policy_with_one_head_needs_no_weights() -> None:
+    model, data = MultiHeadCausalLM.from_base(tiny(), ["only"], noise=0.0).eval(), batch(rows=2)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(data["input_ids"]).logits, tiny()(data["input_ids"]).logits, rtol=0, atol=0
+        )
+    assert torch.equal(
+        model.generate(data["input_ids"][:1], max_new_tokens=4, do_sample=False),
+        tiny().generate(data["input_ids"][:1], max_new_tokens=4, do_sample=False),
+    )
 
 
 def test_gradient_checkpointing_changes_memory_only() -> None:
@@ -210,7 +258,7 @@ def test_causal_lm_logps_equal_whole_logits_and_train_the_model(family: str) -> 
     (-found).sum().backward()
     for name, parameter in base.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-4)
-    average = causal_lm_completion_logps(base, **data, average=True)
+    average = ChunkedCausalLM(base)(**data, average=True)
     torch.testing.assert_close(average, logps.sum(1) / (labels != -100).sum(1))
 
 

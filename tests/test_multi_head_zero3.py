@@ -16,11 +16,14 @@ import transformers as tf
 
 from mahalo_ray.config import LoraConfig
 from mahalo_ray.models import MultiHeadCausalLM
+from mahalo_ray.objectives import Weights
+from mahalo_ray.training.recipe import LossModule
 
 STEPS = 4
 OBJECTIVES = ["a", "b", "c"]
 # Rank 0 has rows of `a` only, rank 1 of `c` only, nobody of `b`.
 INDEX = torch.tensor([0, 0, 2, 2])
+MIX = Weights.parse("a=1,b=2,c=1")
 
 
 def build(base: Path, kind: Any, lora: bool) -> MultiHeadCausalLM:
@@ -35,6 +38,14 @@ def build(base: Path, kind: Any, lora: bool) -> MultiHeadCausalLM:
 def rows() -> dict[str, torch.Tensor]:
     ids = torch.randint(3, 50, (4, 9), generator=torch.Generator().manual_seed(1))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.roll(ids, -1, 1)}
+
+
+def loss_of(model: MultiHeadCausalLM, **tensors: torch.Tensor) -> Any:
+    return -model.completion_logps(**tensors, chunk_size=3).mean()
+
+
+def logits_of(model: MultiHeadCausalLM, input_ids: torch.Tensor) -> torch.Tensor:
+    return model(input_ids, weights=MIX).logits
 
 
 def optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -58,19 +69,25 @@ def zero3_worker(rank: int, base: Path, kind: str, lora: bool, port: int, out: P
     alive = HfDeepSpeedConfig(config)
     model = build(base, kind, lora)
     assert all(p.numel() == 0 for p in model.heads.parameters()), "heads must be created sharded"
-    engine = deepspeed.initialize(model=model, optimizer=optimizer(model), config=config)[0]
+    engine = deepspeed.initialize(
+        model=LossModule(model, loss_of), optimizer=optimizer(model), config=config
+    )[0]
     mine = slice(2 * rank, 2 * rank + 2)
     losses = []
     for _ in range(STEPS):
-        loss = -engine(**{k: v[mine] for k, v in rows().items()}, head_index=INDEX[mine], chunk_size=3).mean()
+        loss = engine(**{k: v[mine] for k, v in rows().items()}, head_index=INDEX[mine])
         engine.backward(loss)
         engine.step()
         total = loss.detach().clone()
         torch.distributed.all_reduce(total)
         losses.append(total.item() / 2)
+    logits = engine(logits_of, input_ids=rows()["input_ids"][mine]).detach()
     state = engine._zero3_consolidated_16bit_state_dict()
     if rank == 0:
-        model.save_pretrained(out / "policy", state_dict=state)
+        model.save_pretrained(
+            out / "policy", state_dict={n.removeprefix("model."): t for n, t in state.items()}
+        )
+        torch.save(logits, out / "logits.pt")
         (out / "losses.json").write_text(json.dumps(losses))
     torch.distributed.barrier()
     del alive
@@ -96,7 +113,7 @@ def test_zero3_on_two_processes_equals_plain_training(
     adam, expected = optimizer(model), []
     for _ in range(STEPS):
         adam.zero_grad()
-        loss = -model.completion_logps(**rows(), head_index=INDEX, chunk_size=3).mean()
+        loss = loss_of(model, **rows(), head_index=INDEX)
         loss.backward()
         adam.step()
         expected.append(loss.item())
@@ -113,6 +130,8 @@ def test_zero3_on_two_processes_equals_plain_training(
         tmp_path / "policy", backbone=tmp_path / "base" if lora else None
     )
     with torch.no_grad():
+        logits = torch.load(tmp_path / "logits.pt", weights_only=True)
+        torch.testing.assert_close(logits_of(trained, rows()["input_ids"][:2]), logits, atol=1e-4, rtol=0)
         found = trained.completion_logps(**rows(), head_index=INDEX)
         torch.testing.assert_close(
             found, model.completion_logps(**rows(), head_index=INDEX), atol=1e-3, rtol=0

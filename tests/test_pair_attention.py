@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mahalo_ray.config import LoraConfig
 from mahalo_ray.models import ChunkedCausalLM, MultiHeadCausalLM
-from mahalo_ray.models.pair_attention import why_not_packed
+from mahalo_ray.models.pair_attention import packing_unsupported_reason
 from mahalo_ray.training.pairs import PackedPairs, PaddedPairs, PairInputs, TokenPairs, TokenRows, pair_inputs
 
 # Dropout in training and a window of 4 tokens: the two that must be refused, by name.
@@ -39,7 +39,8 @@ def padded(sizes: list[tuple[int, int, int]]) -> PaddedPairs:
 
 
 def logps(model: torch.nn.Module, data: PairInputs, **options: Any) -> Tensor:
-    return model(**pair_inputs(data.tensors(np.arange(len(data.pairs)))), **options)
+    forward = model.completion_logps if isinstance(model, MultiHeadCausalLM) else model
+    return forward(**pair_inputs(data.tensors(np.arange(len(data.pairs)))), **options)
 
 
 def heads_of(data: PairInputs) -> Tensor:
@@ -51,7 +52,7 @@ SIZES = [(5, 3, 6), (1, 2, 1), (9, 4, 4)]
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_computes_the_same_or_is_refused(family: str) -> None:
-    reason = why_not_packed(FAMILIES[family], "sdpa", max_length=64)
+    reason = packing_unsupported_reason(FAMILIES[family], "sdpa", max_length=64)
     if family in REFUSED:
         assert reason is not None and REFUSED[family] in reason
         return
@@ -61,7 +62,7 @@ def test_every_family_computes_the_same_or_is_refused(family: str) -> None:
     expected.sum().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    model.read_packed_pairs()
+    model.enable_pair_packing()
     found = logps(model, PackedPairs(data.pairs), head_index=heads_of(data))
     found.sum().backward()
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
@@ -80,7 +81,7 @@ def test_any_lengths(sizes: list[tuple[int, int, int]], average: bool, chunk: in
     model, data = policy("qwen3"), PaddedPairs(pairs(sizes, seed=len(sizes)), pad_id=0)
     options = {"head_index": heads_of(data), "average": average, "chunk_size": chunk}
     expected = logps(model, data, **options)
-    model.read_packed_pairs()
+    model.enable_pair_packing()
     torch.testing.assert_close(
         logps(model, PackedPairs(data.pairs), **options), expected, atol=1e-4, rtol=1e-5
     )
@@ -99,10 +100,10 @@ def test_the_chosen_halves_alone() -> None:
     model, data = policy("llama"), padded(SIZES)
     count = len(data.pairs)
     rows, first = np.arange(count), heads_of(data)[:count]
-    expected = model(**pair_inputs(data.chosen_tensors(rows)), head_index=first)
-    model.read_packed_pairs()
+    expected = model.completion_logps(**pair_inputs(data.chosen_tensors(rows)), head_index=first)
+    model.enable_pair_packing()
     packed = pair_inputs(PackedPairs(data.pairs).chosen_tensors(rows))
-    found = model(**packed, head_index=heads_of(data))
+    found = model.completion_logps(**packed, head_index=heads_of(data))
     torch.testing.assert_close(found[:count], expected, atol=1e-4, rtol=1e-5)
     assert found[count:].tolist() == [0.0] * count
 
@@ -111,7 +112,7 @@ def test_the_chosen_halves_alone() -> None:
 def test_an_ordinary_causal_lm_reads_packed_pairs(family: str) -> None:
     model, data = ChunkedCausalLM(tiny(family)), padded(SIZES)
     expected = logps(model, data)
-    model.read_packed_pairs()
+    model.enable_pair_packing()
     torch.testing.assert_close(logps(model, PackedPairs(data.pairs)), expected, atol=1e-4, rtol=1e-5)
 
 
@@ -121,7 +122,7 @@ def test_with_an_adapter_and_recomputed_activations() -> None:
     for recompute in (False, True):
         torch.manual_seed(3)
         model = policy("qwen2-tied")
-        model.read_packed_pairs()
+        model.enable_pair_packing()
         model.add_lora(LoraConfig(rank=2, alpha=4))
         if recompute:
             model.gradient_checkpointing_enable()
@@ -135,7 +136,7 @@ def test_with_an_adapter_and_recomputed_activations() -> None:
 
 def test_a_saved_policy_forgets_how_it_was_trained(tmp_path: Path) -> None:
     model = policy("qwen3")
-    model.read_packed_pairs()
+    model.enable_pair_packing()
     model.save_pretrained(tmp_path)
     loaded = MultiHeadCausalLM.from_pretrained(tmp_path)
     assert loaded.config._attn_implementation == "sdpa"
@@ -151,11 +152,11 @@ def test_a_family_that_reads_positions_otherwise_is_refused() -> None:
     base.model.forward = lambda *args, position_ids=None, **kwargs: inner(*args, **kwargs)
     model = MultiHeadCausalLM.from_base(base, OBJECTIVES)
     with pytest.raises(ValueError, match="computes something else when pairs share their prompt"):
-        model.read_packed_pairs()
+        model.enable_pair_packing()
 
 
 def test_ordinary_rows_under_the_attention_of_pairs_are_refused() -> None:
     model = policy("llama")
-    model.read_packed_pairs()
+    model.enable_pair_packing()
     with pytest.raises(ValueError, match="did not receive pair_layout"):
         model.hidden_states(torch.tensor([[3, 4, 5]]))

@@ -51,7 +51,7 @@ def bytes_of(tensors: Any) -> int:
 
 
 def loss_of(model: MultiHeadCausalLM) -> Tensor:
-    logps: Tensor = model(IDS, None, torch.roll(IDS, -1, 1), torch.tensor([0, 1]), 4)
+    logps = model.completion_logps(IDS, None, torch.roll(IDS, -1, 1), torch.tensor([0, 1]), 4)
     return -logps.sum()
 
 

@@ -151,7 +151,7 @@ def test_save_and_load(tuning: Any, tied: bool, tmp_path: Path) -> None:
     model, data = reward(tuning, tied=tied), batch()
     disturb(model)
     model.fit_calibration({"accuracy": [0.1, 0.4, 0.9], "honest": [0.2, 0.1, 0.7]})
-    model.save_pretrained(tmp_path, figures={"AUC": 0.8})
+    model.save_pretrained(tmp_path, metrics={"AUC": 0.8})
     loaded = ProcessRewardModel.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         assert torch.equal(loaded.step_scores(*data), model.step_scores(*data))

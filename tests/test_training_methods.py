@@ -132,7 +132,7 @@ def test_modpo_is_the_published_loss(base: str, tmp_path: Path) -> None:
     batch = recipe.batches[0]
     tensors = recipe.collate(batch, recipe.loss_denominators(batch), True)
     with torch.no_grad():
-        own = model(**pair_inputs(tensors), head_index=tensors["head"].repeat(2))
+        own = model.completion_logps(**pair_inputs(tensors), head_index=tensors["head"].repeat(2))
         losses = recipe._losses(model, **tensors)[0]
     reference = recipe._reference[batch]
     rows = {pair.id: pair for pair in pairs}

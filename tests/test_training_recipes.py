@@ -143,7 +143,7 @@ def test_policy_loss_with_weights_margins_and_a_beta_per_objective(base: str, tm
     tensors = recipe.collate(batch, recipe.loss_denominators(batch), True)
     heads = tensors["objective"].repeat(2)
     with torch.no_grad():
-        own = model(**pair_inputs(tensors), head_index=heads)
+        own = model.completion_logps(**pair_inputs(tensors), head_index=heads)
     gains = own.view(2, -1).T - recipe._reference[batch]
     expected, losses = 0.0, {}
     for number, (name, alpha) in enumerate(zip(world.OBJECTIVES, (1.0, 2.0), strict=True)):

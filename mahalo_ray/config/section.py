@@ -187,7 +187,10 @@ class SamplingParams(Section):
     """How a token is drawn from a model's distribution, for configuration, decoding and serving alike.
 
     The filters act in this order on the distribution at the given temperature (as in transformers): `top_k`,
-    `top_p`, `min_p`. Example: `SamplingParams(temperature=0.7, top_p=0.95)`.
+    `top_p`, `min_p`.
+
+    >>> SamplingParams(temperature=0.7, top_p=0.95).top_k
+    0
     """
 
     temperature: Temperature = 1.0

@@ -119,7 +119,11 @@ class ScratchModelConfig(Section):
 
 
 class LoraConfig(Section):
-    """LoRA adapters on the backbone (peft)."""
+    """LoRA adapters on the backbone (peft).
+
+    >>> LoraConfig(rank=8).target_modules
+    'all-linear'
+    """
 
     rank: PositiveInt = 16
     """Rank of the two matrices that are added to each adapted layer."""
@@ -415,6 +419,9 @@ class PolicyConfig(Section):
     and, with `gradient_cosine`, the cosine between the objectives' gradients on the backbone, on as many
     training pairs. ZeRO-3 leaves no worker with the whole parameters this cosine needs: it works with stages
     0 to 2.
+
+    >>> PolicyConfig(beta={"accuracy": 0.1, "engagement": 0.3}).beta_of("engagement")
+    0.3
     """
 
     method: PolicyMethod = "mah_dpo"

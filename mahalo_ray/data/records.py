@@ -26,7 +26,11 @@ EXAMPLE_SCHEMA = pa.schema([("id", pa.string()), ("input_ids", _IDS), ("loss_mas
 
 
 class Message(BaseModel):
-    """One chat message."""
+    """One chat message.
+
+    >>> Message(role="user", content="What is 2 + 3?").role
+    'user'
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -85,6 +89,18 @@ class PreferencePair(Record):
     The policy's loss reads `weight` (the pair's share in the mean over its objective's pairs is weight / sum
     of weights) and `margin` (by how much the beta-scaled gain of chosen over rejected must exceed zero; see
     `dpo_loss`). `chosen_scores` and `rejected_scores` are the rewards of all objectives, where known.
+
+    >>> pair = PreferencePair(
+    ...     id="1",
+    ...     objective="accuracy",
+    ...     prompt=[{"role": "user", "content": "What is 2 + 3?"}],
+    ...     chosen="5",
+    ...     rejected="6",
+    ...     source="example",
+    ... )
+    >>> PreferencePair.save([pair], "pairs.parquet")
+    >>> PreferencePair.read("pairs.parquet") == [pair]
+    True
     """
 
     id: str
@@ -134,6 +150,17 @@ class StepTrace(Record):
     With `token_ids`, `step_starts[t]` and `step_ends[t]` are the positions of the first and last token of
     step t in them. `group` names what is compared within (candidates of one prompt share it). Traces of one
     `dialogue` never fall on both sides of a held-out split; without one, traces of one group.
+
+    >>> trace = StepTrace(
+    ...     id="1",
+    ...     group="sum",
+    ...     prompt=[{"role": "user", "content": "What is 2 + 3?"}],
+    ...     steps=["Two and three.", "That makes 5."],
+    ...     labels={"accuracy": [None, 1.0]},
+    ...     source="example",
+    ... )
+    >>> trace.labels["accuracy"][1]
+    1.0
     """
 
     id: str
@@ -182,6 +209,17 @@ class Dialogue(Record):
 
     `ended`: what ended it (student, turns, stop, max_tokens). `persona`: the simulated student's traits, and
     `checks`: whether it kept to them (see `domains/tutoring/moves.py`).
+
+    >>> dialogue = Dialogue(
+    ...     id="1",
+    ...     topic="sums",
+    ...     turns=[{"speaker": "student", "content": "2 + 3?"}, {"speaker": "tutor", "content": "Count on."}],
+    ...     outcome={"accuracy": 1.0},
+    ...     seed=0,
+    ...     source="example",
+    ... )
+    >>> dialogue.turns[1].speaker
+    'tutor'
     """
 
     id: str

@@ -35,6 +35,10 @@ class GuidedRequest:
     responses; - `none` samples one response. Totals are sums over objectives of guidance weight times
     standardised score: `within_candidates` divides by the spread among the candidates compared, `calibrated`
     by the within-prompt spread stored with the reward model.
+
+    >>> request = GuidedRequest([{"role": "user", "content": "What is 2 + 3?"}], num_candidates=4, seed=1)
+    >>> request.strategy
+    'argmax'
     """
 
     messages: Sequence[Message | Mapping[str, str]]

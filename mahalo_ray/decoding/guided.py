@@ -31,6 +31,20 @@ class GuidedDecoder:
     `Boundary`, or a domain's name ("math", "human_values", "tutoring"). The tokenizer defaults to that of the
     first process reward model. `max_branches` bounds the candidates decoded at once over all requests; more
     requests wait their turn.
+
+    >>> from mahalo_ray import GuidedDecoder, MultiHeadCausalLM, ProcessRewardModel, Weights
+    >>> policy = MultiHeadCausalLM.from_base("model", ["accuracy", "engagement"]).eval()
+    >>> reward_model = ProcessRewardModel.from_base("model", {"accuracy": "value"}).eval()
+    >>> decoder = GuidedDecoder(policy, reward_model, boundary="math")
+    >>> result = decoder.generate(
+    ...     [{"role": "user", "content": "What is 2 + 3?"}],
+    ...     weights=Weights.parse("accuracy=0.7,engagement=0.3"),
+    ...     num_candidates=2,
+    ...     max_new_tokens=8,
+    ...     seed=1,
+    ... )
+    >>> 1 <= len(result.token_ids) <= 8 and len(result.steps) >= 1
+    True
     """
 
     def __init__(

@@ -220,7 +220,7 @@ class MultiHeadPolicy:
     def _merged_head(self, weights: Weights) -> FullHead:
         """sum_i w_i W_i of the most recently used weight vectors."""
         head = self._merged.pop(weights, None)
-        self._merged[weights] = head = self.model.merged(weights) if head is None else head
+        self._merged[weights] = head = self.model.merged_head(weights) if head is None else head
         if len(self._merged) > self._merged_heads_kept:
             self._merged.popitem(last=False)
         return head

@@ -2,7 +2,7 @@
 
 from mahalo_ray.models.classifiers import SequenceClassifierScorer, TokenClassifierScorer, load_scorer
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
-from mahalo_ray.models.reference import ChunkedCausalLM, causal_lm_completion_logps
+from mahalo_ray.models.reference import ChunkedCausalLM
 from mahalo_ray.models.reward import ProcessRewardModel
 from mahalo_ray.models.scoring import StepEncoder, StepScorer, TokenTrace, TraceScorer
 from mahalo_ray.models.soup import average_models
@@ -18,6 +18,5 @@ __all__ = [
     "TokenTrace",
     "TraceScorer",
     "average_models",
-    "causal_lm_completion_logps",
     "load_scorer",
 ]

@@ -1,9 +1,11 @@
-"""The part of a transformers causal LM below its head, and the way back to a whole causal LM."""
+"""The part of a transformers causal LM below its head, the way back to a whole causal LM, and the folder that
+a model with heads of its own is saved in."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -19,18 +21,23 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from mahalo_ray.models import lora
+from mahalo_ray.logprobs import IGNORE_INDEX
 from mahalo_ray.models.folder import (
     ADAPTER_FOLDER,
     BACKBONE_FOLDER,
     HEADS_FILE,
+    Card,
+    Metrics,
     fill_parameters,
     local_folder,
     read_metadata,
+    save_tensors,
+    write_card,
+    write_metadata,
 )
 from mahalo_ray.models.heads import LogitTransform
 from mahalo_ray.models.lora import load_adapter
-from mahalo_ray.models.pair_attention import read_packed_pairs
+from mahalo_ray.models.pair_attention import enable_pair_packing, packed_arguments, sequence_numbers
 from mahalo_ray.models.sharding import is_sharded
 
 
@@ -113,12 +120,12 @@ def assemble_causal_lm(backbone: nn.Module, weight: Tensor, bias: Tensor | None)
     model.config = copy.deepcopy(config)
     model.config.tie_word_embeddings = False
     model.config.architectures = [type(model).__name__]
-    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if left:
+    unfilled = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if unfilled:
         raise ValueError(
-            f"{type(model).__name__} has parameters besides its backbone and head: {', '.join(left)}"
+            f"{type(model).__name__} has parameters besides its backbone and head: {', '.join(unfilled)}"
         )
-    return model.eval()
+    return model
 
 
 def run_backbone(
@@ -127,6 +134,39 @@ def run_backbone(
     """Final normalised hidden states [B, T, D]; kwargs reach the backbone and its attention function."""
     kwargs.setdefault("use_cache", False)
     return backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs).last_hidden_state
+
+
+class CompletionStates(NamedTuple):
+    """What a batch's completion log-probs are computed from: one entry per counted token, N in all.
+
+    `hidden` [N, D]: the states that predict them; `labels` [N]: the tokens; `sequences` [N]: which of the
+    `completions` each belongs to.
+    """
+
+    hidden: Tensor
+    labels: Tensor
+    sequences: Tensor
+    completions: int
+
+
+def completion_states(
+    hidden_states: Callable[..., Tensor],
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    labels: Tensor,
+    pair_lengths: Tensor | None,
+) -> CompletionStates:
+    """One forward of `hidden_states(input_ids, attention_mask, **kwargs)`, and the states that count.
+
+    Ordinary rows: input_ids, attention_mask and (shifted) labels [B, T], a completion per row. With
+    `pair_lengths` [R, 3] the tokens [1, N] are packed pairs (see `models/pair_attention.py`) and there are
+    2 R completions: first all chosen, then all rejected ones.
+    """
+    sequences = sequence_numbers(labels, pair_lengths)
+    count = labels.shape[0] if pair_lengths is None else 2 * len(pair_lengths)
+    hidden = hidden_states(input_ids, attention_mask, **packed_arguments(pair_lengths))
+    counted = labels != IGNORE_INDEX
+    return CompletionStates(hidden[counted], labels[counted], sequences[counted], count)
 
 
 def save_backbone(
@@ -142,8 +182,8 @@ def save_backbone(
 
     `state` holds the whole model's parameters, the backbone's under `backbone.` (under ZeRO-3 the modules
     hold only shards). `with_backbone` None saves the backbone unless there is an adapter on a base that has a
-    name. `unchanged`: below an adapter, the backbone is as it was loaded. ValueError for one that is to be
-    left out although it is not, or has no name to load it from.
+    name. `unchanged`: below an adapter, the backbone is as it was loaded. ValueError for a backbone that is
+    to be left out although it was trained, or has no name to load it from.
     """
     adapter = isinstance(backbone, PeftModel)
     if with_backbone is None:
@@ -176,7 +216,7 @@ def save_backbone(
 
 
 class SavedModel(NamedTuple):
-    """A model folder with its backbone read, and how; `base_name`: where the backbone was found."""
+    """A model folder whose metadata and backbone have been read; `base_name`: where the backbone was."""
 
     folder: Path
     metadata: Mapping[str, Any]
@@ -216,11 +256,17 @@ def prefixed(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
-class BackboneModel(nn.Module):
-    """A module on a transformers base model (no head), perhaps with a LoRA adapter."""
+class BackboneModel(nn.Module, ABC):
+    """A transformers base model (no head), perhaps with a LoRA adapter, under heads of our own.
 
-    kind: ClassVar[str]  # of model, as its folder says
+    Its folder holds `backbone/` (an ordinary transformers folder) or the name of the base, `adapter/` (an
+    ordinary peft folder), `heads.safetensors` with every other parameter, `mahalo.json` and a model card.
+    """
+
+    kind: ClassVar[str]  # the kind of model, as mahalo.json names it
     backbone: PreTrainedModel
+    base_name: str | None
+    tokenizer: PreTrainedTokenizerBase | None = None
 
     @property
     def config(self) -> PretrainedConfig:
@@ -229,28 +275,31 @@ class BackboneModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the first backbone parameter lies."""
+        """The device of the first backbone parameter."""
         return next(self.backbone.parameters()).device
 
     @property
     def has_lora(self) -> bool:
         """Whether the backbone carries a LoRA adapter."""
-        return isinstance(self.backbone, lora.PeftModel)
+        return isinstance(self.backbone, PeftModel)
+
+    @property
+    def plain_backbone(self) -> PreTrainedModel:
+        """The transformers model itself: inside an adapter, whose layers stay in it."""
+        return self.backbone.get_base_model() if isinstance(self.backbone, PeftModel) else self.backbone
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Final normalised states [B, T, D]; kwargs (position_ids, kv_cache...) reach the backbone."""
         return run_backbone(self.backbone, input_ids, attention_mask, kwargs)
 
-    def read_packed_pairs(self) -> None:
+    def enable_pair_packing(self) -> None:
         """Switch to the attention of packed pairs, once it has been seen to compute the same (with whole
         parameters); ValueError if it does not."""
-        plain = self.backbone.get_base_model() if self.has_lora else self.backbone
-        read_packed_pairs(plain)
+        enable_pair_packing(self.plain_backbone)
 
     def set_attn_implementation(self, name: str) -> None:
         """Switch the attention function ("sdpa", "eager", or one registered with transformers)."""
-        plain = self.backbone.get_base_model() if self.has_lora else self.backbone
-        plain.set_attn_implementation(name)
+        self.plain_backbone.set_attn_implementation(name)
 
     def gradient_checkpointing_enable(self) -> None:
         """Recompute the backbone's layers in backward instead of keeping their activations."""
@@ -264,11 +313,45 @@ class BackboneModel(nn.Module):
         """The backbone's trainable parameters: the adapter's with LoRA, none when it is frozen."""
         return (parameter for parameter in self.backbone.parameters() if parameter.requires_grad)
 
-    def own_parameters(self) -> dict[str, nn.Parameter]:
+    def head_file_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters of `heads.safetensors` by name: all but the backbones' (and what is tied to them).
         What heads share appears once."""
         backbones = ("backbone.", "reference.backbone.")
-        return {name: own for name, own in self.named_parameters() if not name.startswith(backbones)}
+        return {
+            name: parameter for name, parameter in self.named_parameters() if not name.startswith(backbones)
+        }
+
+    # -- folders ---------------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        metrics: Metrics | None = None,
+        state_dict: Mapping[str, Tensor] | None = None,
+        with_backbone: bool | None = None,
+    ) -> None:
+        """Write the model's folder, which `from_pretrained` reads.
+
+        `tokenizer` is saved beside the weights (None: the model's own, if it has one); `metrics` go into the
+        model card. `state_dict` replaces the model's own (whole) parameters under the same names: what a
+        ZeRO-3 engine gathered. `with_backbone` None leaves the backbone out where an adapter was trained on a
+        base that has a name; True and False say so themselves. ValueError if it cannot be left out.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = dict(self.state_dict() if state_dict is None else state_dict)
+        saved = save_backbone(
+            self.backbone, folder, state, with_backbone, self.base_name, self._backbone_is_as_loaded()
+        )
+        self._save_extras(folder, state)
+        save_tensors(folder / HEADS_FILE, {name: state[name] for name in self.head_file_parameters()})
+        tokenizer = tokenizer or self.tokenizer
+        metadata = {**self._metadata(), "tokenizer": tokenizer is not None, **saved}
+        write_metadata(folder, self.kind, metadata)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(folder))
+        write_card(folder, self._card(), self.base_name, metrics)
 
     @classmethod
     def from_pretrained(
@@ -281,16 +364,32 @@ class BackboneModel(nn.Module):
     ) -> Self:
         """Read a folder (or hub repository) written by `save_pretrained`.
 
-        `backbone` overrides where an adapter's base model is found. An adapter comes trainable, so that
-        training can go on. ValueError for a folder of another kind or a newer format, and what is missing.
+        `dtype` None keeps the stored one. `backbone` overrides where an adapter's base model is found. An
+        adapter comes trainable, so that training can go on. ValueError for a folder of another kind or a
+        newer format, and naming what is missing in it.
         """
         path = local_folder(folder)
         metadata = read_metadata(path, cls.kind)
-        model = cls._of_saved(load_saved_backbone(path, metadata, dtype, attn_implementation, backbone))
-        fill_parameters(path / HEADS_FILE, model.own_parameters())
+        model = cls._from_saved(load_saved_backbone(path, metadata, dtype, attn_implementation, backbone))
+        fill_parameters(path / HEADS_FILE, model.head_file_parameters())
         return model if device is None else model.to(device)
 
+    @abstractmethod
+    def _backbone_is_as_loaded(self) -> bool:
+        """Whether nothing has trained the backbone itself, an adapter on it aside."""
+
+    @abstractmethod
+    def _metadata(self) -> dict[str, Any]:
+        """What `_from_saved` needs besides weights, for mahalo.json."""
+
+    @abstractmethod
+    def _card(self) -> Card:
+        """The model card's text."""
+
+    def _save_extras(self, folder: Path, state: Mapping[str, Tensor]) -> None:
+        """Write what this kind of model keeps besides backbone, heads and tokenizer."""
+
     @classmethod
-    def _of_saved(cls, saved: SavedModel) -> Self:
+    @abstractmethod
+    def _from_saved(cls, saved: SavedModel) -> Self:
         """The model as its folder describes it, its own parameters not yet filled."""
-        raise NotImplementedError

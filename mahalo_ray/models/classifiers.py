@@ -1,4 +1,4 @@
-"""Reward models of other makers behind the same `score` door.
+"""Reward models of third parties as scorers: transformers classifiers.
 
 A sequence classifier judges whole conversations: every prefix of steps is one sequence. A token classifier in
 TRL's PRM format reads all steps in one forward, at the last token of the separator that follows each.
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -106,22 +107,28 @@ class SequenceClassifierScorer(_Classifier, StepScorer):
         longest = max((len(encoded["input_ids"]) for encoded in sequences), default=0)
         if longest > self.max_length:
             raise ValueError(f"a conversation has {longest} tokens, the model reads {self.max_length}")
-        # Causal classifiers find the last token by looking for padding ids: without one, rows go singly.
-        if self.model.config.pad_token_id is None or self.tokenizer.pad_token_id is None:
-            batch_size = 1
+        # A causal classifier finds the last token by looking for its own padding id, which need not be the
+        # tokenizer's; without one, rows go singly.
+        pad_id = self.model.config.pad_token_id
+        if pad_id is None or not 0 <= pad_id < self.model.get_input_embeddings().num_embeddings:
+            batch_size, pad_id = 1, 0
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]["input_ids"]))
-        found: dict[int, float] = {}
+        scores: dict[int, float] = {}
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
             rows = [sequences[number] for number in chosen]
-            if batch_size == 1:
-                batch = {key: torch.tensor([values]) for key, values in rows[0].items()}
-            else:
-                batch = self.tokenizer.pad(rows, padding_side="right", return_tensors="pt")
-            logits = self.model(**{key: t.to(self.model.device) for key, t in batch.items()}).logits.float()
+            batch = {
+                key: pad_sequence(
+                    [torch.tensor(row[key]) for row in rows],
+                    batch_first=True,
+                    padding_value=pad_id if key == "input_ids" else 0,
+                ).to(self.model.device)
+                for key in rows[0]
+            }
+            logits = self.model(**batch).logits.float()
             values = logits[:, 0] if logits.shape[1] == 1 else logits.softmax(-1)[:, self.positive_label]
-            found.update(zip(chosen, values.tolist(), strict=True))
-        return [found[number] for number in range(len(sequences))]
+            scores.update(zip(chosen, values.tolist(), strict=True))
+        return [scores[number] for number in range(len(sequences))]
 
 
 class PlainStepEncoder:
@@ -197,8 +204,14 @@ def load_scorer(
 ) -> StepScorer:
     """A scorer from a folder or hub id: our own reward model, or a sequence or token classifier.
 
-    `objective` names what a foreign model scores and is required for one; our own models know their
-    objectives. `step_separator` None takes the format's usual one.
+    `objective` names what a classifier scores and is required for one; our own models know their objectives.
+    `step_separator` None takes the format's usual one.
+
+    >>> from mahalo_ray import load_scorer
+    >>> scorer = load_scorer("classifier", objective="helpful")
+    >>> scores = scorer.score([{"role": "user", "content": "What is 2 + 3?"}], ["Two and three.", "So: 5"])
+    >>> len(scores["helpful"])
+    2
     """
     if is_own_model(source):
         if objective is not None or step_separator is not None:

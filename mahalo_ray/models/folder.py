@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ BACKBONE_FOLDER = "backbone"
 ADAPTER_FOLDER = "adapter"
 HEADS_FILE = "heads.safetensors"
 
-Figures = Mapping[str, float | str]
+Metrics = Mapping[str, float | str]
 
 
 def local_folder(name: str | Path) -> Path:
@@ -90,26 +91,28 @@ def fill_parameters(file: Path, parameters: Mapping[str, nn.Parameter]) -> None:
                 parameter.copy_(reader.get_tensor(name))
 
 
-def write_card(
-    folder: Path,
-    title: str,
-    text: str,
-    base_model: str | None,
-    objectives: Mapping[str, str],
-    figures: Figures | None,
-) -> None:
-    """Write the model card: front matter for the hub, what the model is, objectives, figures if any."""
+@dataclass(frozen=True)
+class Card:
+    """A model card: what the model is and how to load it, and one line per objective."""
+
+    title: str
+    text: str
+    objectives: Mapping[str, str]
+
+
+def write_card(folder: Path, card: Card, base_model: str | None, metrics: Metrics | None) -> None:
+    """Write the model card: front matter for the hub, what the model is, objectives, metrics if any."""
     lines = ["---", "library_name: transformers", "tags:", "- mahalo_ray", "- multi-objective"]
     # The hub accepts a repository id here; a path on somebody's machine would be both wrong and indiscreet.
     if base_model and base_model.count("/") == 1 and not base_model.startswith((".", "/")):
         lines.append(f"base_model: {base_model}")
-    lines += ["---", "", f"# {title}", "", text, "", "| objective | |", "|---|---|"]
-    lines += [f"| {name} | {note} |" for name, note in objectives.items()]
-    if figures:
-        lines += ["", "| figure | value |", "|---|---|"]
+    lines += ["---", "", f"# {card.title}", "", card.text, "", "| objective | |", "|---|---|"]
+    lines += [f"| {name} | {note} |" for name, note in card.objectives.items()]
+    if metrics:
+        lines += ["", "| metric | value |", "|---|---|"]
         lines += [
             f"| {name} | {value:.4g} |" if isinstance(value, float) else f"| {name} | {value} |"
-            for name, value in figures.items()
+            for name, value in metrics.items()
         ]
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import peft
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -33,7 +33,7 @@ def with_lora(backbone: nn.Module, settings: LoraConfig) -> PeftModel:
         lora_dropout=settings.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
     )
-    return get_peft_model(backbone, config)
+    return peft.get_peft_model(backbone, config)
 
 
 def load_adapter(backbone: nn.Module, folder: Path) -> PeftModel:
@@ -41,7 +41,7 @@ def load_adapter(backbone: nn.Module, folder: Path) -> PeftModel:
     return PeftModel.from_pretrained(backbone, str(folder), is_trainable=True)
 
 
-def plain_backbone(backbone: nn.Module, copied: bool) -> nn.Module:
+def fold_adapter(backbone: nn.Module, copied: bool) -> nn.Module:
     """The backbone without peft: the adapter, if any, folded into the weights.
 
     `copied` leaves the given backbone untouched; without it an adapter is folded in place and a plain

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mahalo_ray.config import HeadKind, LoraConfig
 from mahalo_ray.logprobs import DEFAULT_CHUNK_SIZE, IGNORE_INDEX, sum_rows
@@ -20,11 +22,11 @@ from mahalo_ray.models.backbone import (
     BackboneModel,
     SavedModel,
     assemble_causal_lm,
+    completion_states,
     load_causal_lm,
-    save_backbone,
     split_causal_lm,
 )
-from mahalo_ray.models.folder import HEADS_FILE, Figures, save_tensors, write_card, write_metadata
+from mahalo_ray.models.folder import Card
 from mahalo_ray.models.heads import (
     FullHead,
     Head,
@@ -35,87 +37,33 @@ from mahalo_ray.models.heads import (
     merge_heads,
     weighted_projection,
 )
-from mahalo_ray.models.pair_attention import packed_arguments, sequence_numbers
 from mahalo_ray.models.sharding import full_shape, sharded_creation
 from mahalo_ray.objectives import Weights, unknown_name
 
 
-def save_policy(
-    policy: MultiHeadCausalLM,
-    folder: Path,
-    tokenizer: PreTrainedTokenizerBase | None,
-    figures: Figures | None,
-    state_dict: Mapping[str, Tensor] | None,
-    with_backbone: bool | None,
-) -> None:
-    """Write the policy's folder.
-
-    `state_dict` replaces the model's own (whole) parameters: what a ZeRO-3 engine gathered, under the
-    policy's names. `with_backbone`: see `save_backbone`.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    state = dict(policy.state_dict() if state_dict is None else state_dict)
-    saved = save_backbone(
-        policy.backbone, folder, state, with_backbone, policy.base_name, unchanged=policy.has_lora
-    )
-    heads = {name: state[name] for name in policy.own_parameters()}
-    save_tensors(folder / HEADS_FILE, heads)
-    write_metadata(
-        folder,
-        policy.kind,
-        {
-            "objectives": list(policy.objectives),
-            "head_kind": policy.head_kind,
-            "rank": policy.rank,
-            "keep_base_head": policy.base_head is not None,
-            "vocab_size": policy.vocab_size,
-            "hidden_size": policy.hidden_size,
-            "head_bias": any(name.endswith("bias") for name in heads),
-            "logit_scale": policy.transform.scale,
-            "logit_softcap": policy.transform.softcap,
-            **saved,
-        },
-    )
-    if policy.generation_config is not None:
-        policy.generation_config.save_pretrained(str(folder))
-    if tokenizer is not None:
-        tokenizer.save_pretrained(str(folder))
-    text = (
-        "A multi-head policy: one backbone and one vocabulary head per objective. Load it with "
-        "`mahalo_ray.models.MultiHeadCausalLM.from_pretrained`, and merge the heads at the weights you want "
-        "with `.merge(Weights.parse(...))` into an ordinary transformers model."
-    )
-    notes = dict.fromkeys(policy.objectives, f"{policy.head_kind} head")
-    write_card(folder, "Multi-head policy", text, policy.base_name, notes, figures)
-
-
-def policy_of(cls: type[MultiHeadCausalLM], saved: SavedModel) -> MultiHeadCausalLM:
-    """The policy that a folder describes, its heads not yet filled."""
-    metadata, folder = saved.metadata, saved.folder
-    generation = folder / "generation_config.json"
-    return cls(
-        saved.backbone,
-        metadata["objectives"],
-        metadata["head_kind"],
-        LogitTransform(metadata["logit_scale"], metadata["logit_softcap"]),
-        metadata["vocab_size"],
-        metadata["hidden_size"],
-        bias=metadata["head_bias"],
-        dtype=next(saved.backbone.parameters()).dtype,
-        rank=metadata["rank"],
-        keep_base_head=metadata["keep_base_head"],
-        generation_config=GenerationConfig.from_pretrained(str(folder)) if generation.is_file() else None,
-        base_name=saved.base_name,
-    )
-
-
 class MultiHeadCausalLM(BackboneModel):
-    """z_i = W_i h(x): a transformers backbone and one head per objective, decoded as softmax(sum_i w_i z_i).
+    """A policy with one head per objective: z_i = W_i h(x), decoded as softmax(sum_i w_i z_i).
+
+    The balance w is chosen per call, after training (MAHALO, arXiv 2510.01167, section 3.2). Call it like a
+    transformers causal LM, with `weights` besides; `merge(weights)` gives an ordinary one. With many
+    conversations at a time, or a balance for each of them, use `GuidedDecoder`.
 
     `heads[objective].weight` is W_i [V, D]. `base_head` is the head of the model it was made from, frozen:
     always there with low-rank heads (they are differences from it), on request with full ones, else None.
     Where the family soft-caps its logits, heads are summed before the cap, so that a merged model is the same
     function.
+
+    >>> from mahalo_ray import MultiHeadCausalLM, Weights
+    >>> policy = MultiHeadCausalLM.from_base("model", ["accuracy", "engagement"])
+    >>> weights = Weights.parse("accuracy=0.7,engagement=0.3")
+    >>> ids = tokenizer("What is 2 + 3?", return_tensors="pt").input_ids
+    >>> policy(ids, weights=weights).logits.shape == (1, ids.shape[1], policy.vocab_size)
+    True
+    >>> tokens = policy.generate(ids, weights=weights, max_new_tokens=5, do_sample=False)
+    >>> policy.save_pretrained("policy", tokenizer)
+    >>> merged = MultiHeadCausalLM.from_pretrained("policy").merge(weights)
+    >>> bool((merged.generate(ids, max_new_tokens=5, do_sample=False) == tokens).all())
+    True
     """
 
     kind = "multi_head_causal_lm"
@@ -124,6 +72,7 @@ class MultiHeadCausalLM(BackboneModel):
         self,
         backbone: nn.Module,
         objectives: Sequence[str],
+        *,
         head_kind: HeadKind,
         transform: LogitTransform,
         vocab_size: int,
@@ -178,7 +127,7 @@ class MultiHeadCausalLM(BackboneModel):
 
         `base` is a folder, a hub id or a transformers causal LM, whose backbone is then used, not copied. The
         embedding stays with the backbone: a head tied to it is copied first. Works under ZeRO-3 without a
-        full copy per rank.
+        full copy per rank. ValueError for a family whose head cannot be separated from its backbone.
         """
         model = load_causal_lm(base, dtype, attn_implementation)
         lora.check_no_adapter(model)
@@ -187,8 +136,8 @@ class MultiHeadCausalLM(BackboneModel):
         policy = cls(
             backbone,
             objectives,
-            head_kind,
-            transform,
+            head_kind=head_kind,
+            transform=transform,
             vocab_size=full_shape(weight)[0],
             hidden_size=full_shape(weight)[1],
             bias=bias is not None,
@@ -203,7 +152,7 @@ class MultiHeadCausalLM(BackboneModel):
         initialise_heads(policy.base_head, policy.heads, weight, bias, noise, seed)
         return policy
 
-    # -- what it is made of ----------------------------------------------------------------------------------
+    # -- parts -----------------------------------------------------------------------------------------------
 
     def head(self, objective: str) -> Head:
         """One objective's head; ValueError for an objective the model does not have."""
@@ -213,6 +162,10 @@ class MultiHeadCausalLM(BackboneModel):
 
     def _heads(self) -> list[Head]:
         return [cast(Head, head) for head in self.heads.values()]
+
+    def head_parameters(self) -> Iterator[nn.Parameter]:
+        """The heads' trainable parameters."""
+        return (parameter for parameter in self.heads.parameters() if parameter.requires_grad)
 
     def add_lora(self, settings: LoraConfig | None = None) -> None:
         """Freeze the backbone and train a LoRA adapter on it instead; the heads stay trainable.
@@ -226,42 +179,70 @@ class MultiHeadCausalLM(BackboneModel):
         """Context in which the backbone computes without its adapter (the reference's backbone)."""
         return lora.adapter_disabled(self.backbone)
 
-    # -- computing -------------------------------------------------------------------------------------------
+    # -- as a transformers causal LM -------------------------------------------------------------------------
 
     def forward(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor | None,
-        labels: Tensor,
-        head_index: Tensor,
-        chunk_size: int = DEFAULT_CHUNK_SIZE,
-        average: bool = False,
-        pair_lengths: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        weights: Weights | Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits [B, T, V] of the heads mixed by `weights`, as a transformers output.
+
+        input_ids, attention_mask [B, T]. `weights`: one `Weights` for all rows, or a tensor [B, H] in the
+        order of `objectives`; None is for policies with a single head. With `labels` [B, T] (aligned with
+        input_ids, -100 where a token does not count) `loss` is the mean cross entropy in nats, as in
+        transformers. Other arguments (position_ids, past_key_values...) go to the backbone. Training
+        uses `completion_logps`, which never holds whole logits.
+        """
+        kwargs.setdefault("use_cache", False)
+        output = self.backbone(
+            input_ids=input_ids, attention_mask=attention_mask, **{**kwargs, "return_dict": True}
+        )
+        logits = self.logits(output.last_hidden_state, self._single_head() if weights is None else weights)
+        loss = None
+        if labels is not None:
+            predictions = logits[:, :-1].flatten(0, 1).float()
+            loss = F.cross_entropy(predictions, labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.get("past_key_values"),
+            hidden_states=output.get("hidden_states"),
+            attentions=output.get("attentions"),
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        weights: Weights | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """The training forward; see `completion_logps`. Named forward so that DeepSpeed's and DDP's hooks see
-        it.
+        """Token ids [B, T + new] as `transformers.generate` gives them for the mixed head.
 
-        `pair_lengths` [R, 3]: input_ids and labels [1, N] are packed pairs (`models/pair_attention.py`), and
-        the sequences numbered by head_index [2 R] are first all chosen, then all rejected ones.
+        input_ids [B, T], left-padded where prompts differ in length, with their attention_mask. `weights`
+        None is for policies with a single head. Every other argument is that of `transformers.generate`.
         """
-        if head_index.numel() and not 0 <= int(head_index.min()) <= int(head_index.max()) < len(
-            self.objectives
-        ):
-            raise ValueError(
-                f"head_index {head_index.tolist()} names a head outside 0..{len(self.objectives) - 1}"
-            )
-        rows = sequence_numbers(labels, pair_lengths)
-        hidden = self.hidden_states(input_ids, attention_mask, **packed_arguments(pair_lengths), **kwargs)
-        counted = labels != IGNORE_INDEX
-        totals = torch.zeros(len(head_index), dtype=torch.float32, device=labels.device)
-        # Every head is called, in one order, even without rows: under ZeRO-3 a call is a collective
-        # operation.
-        for index, head in enumerate(self._heads()):
-            own = counted & (head_index == index)[rows]
-            logps = head(hidden[own], labels[own], chunk_size)
-            totals = totals + sum_rows(logps, rows[own], len(head_index), average)
-        return totals
+        training = self.training
+        head = self.merged_head(self._single_head() if weights is None else weights)
+        model = assemble_causal_lm(self.plain_backbone, head.weight, head.bias).eval()
+        if self.generation_config is not None:
+            model.generation_config = self.generation_config
+        try:
+            return cast(Tensor, model.generate(input_ids, attention_mask=attention_mask, **kwargs))
+        finally:
+            self.train(training)
+
+    def _single_head(self) -> Weights:
+        if len(self.objectives) > 1:
+            raise ValueError(f"give weights: this policy has a head for each of {', '.join(self.objectives)}")
+        return Weights.one(self.objectives[0])
+
+    # -- log-probs and logits --------------------------------------------------------------------------------
 
     def completion_logps(
         self,
@@ -271,94 +252,115 @@ class MultiHeadCausalLM(BackboneModel):
         head_index: Tensor,
         chunk_size: int = DEFAULT_CHUNK_SIZE,
         average: bool = False,
-        **kwargs: Any,
+        pair_lengths: Tensor | None = None,
     ) -> Tensor:
-        """Log-probability of every row's completion under its own head, fp32 [B]: sum, or mean with
+        """Log-probability of every row's completion under its own head, fp32 [B] in nats: sum, or mean with
         `average`.
 
         input_ids, attention_mask, labels [B, T]; labels are already shifted (labels[b, t] is the token after
         input_ids[b, t]) and -100 where a token does not count; head_index [B] numbers `objectives`. One
         backbone forward; every row goes through its own head only, completion tokens only, `chunk_size`
-        tokens at a time.
+        tokens at a time. With `pair_lengths` [R, 3] the tokens [1, N] are packed pairs and head_index [2 R]
+        has first all chosen, then all rejected answers (see `completion_states`).
         """
-        return self(input_ids, attention_mask, labels, head_index, chunk_size, average, **kwargs)
-
-    @torch.no_grad()
-    def reference_completion_logps(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        labels: Tensor,
-        chunk_size: int = DEFAULT_CHUNK_SIZE,
-        average: bool = False,
-    ) -> Tensor:
-        """The same [B] under the model this one was made from: adapter off, base head. Needs both to be
-        intact.
-        """
-        if self.base_head is None or any(p.requires_grad for p in self.base_head.parameters()):
+        if head_index.numel() and not 0 <= int(head_index.min()) <= int(head_index.max()) < len(
+            self.objectives
+        ):
             raise ValueError(
-                "the reference needs the frozen base head: make the model with keep_base_head=True"
+                f"head_index {head_index.tolist()} names a head outside 0..{len(self.objectives) - 1}"
             )
-        with self.disable_adapter():
-            hidden = self.hidden_states(input_ids, attention_mask)
-        rows, positions = (labels != IGNORE_INDEX).nonzero(as_tuple=True)
-        logps = self.base_head(hidden[rows, positions], labels[rows, positions], chunk_size)
-        return sum_rows(logps, rows, labels.shape[0], average)
+        states = completion_states(self.hidden_states, input_ids, attention_mask, labels, pair_lengths)
+        totals = torch.zeros(states.completions, dtype=torch.float32, device=labels.device)
+        # Every head is called, in one order, even without rows: under ZeRO-3 a call gathers the head's shards
+        # from all ranks, and a rank that skipped it would leave the others waiting.
+        for index, head in enumerate(self._heads()):
+            routed = (head_index == index)[states.sequences]
+            logps = head(states.hidden[routed], states.labels[routed], chunk_size)
+            totals = totals + sum_rows(logps, states.sequences[routed], states.completions, average)
+        return totals
 
     def logits(self, hidden: Tensor, weights: Weights | Tensor) -> Tensor:
         """Weighted logits [..., V] of hidden [..., D].
 
         `weights` is one `Weights` for all, or a tensor [B, H] in the order of `objectives` that gives every
-        row of hidden [B, ..., D] its own, in one pass. For one `Weights` used many times, `merged(weights)`
+        row of hidden [B, ..., D] its own, in one pass. For one `Weights` used many times, `merged_head`
         once is faster.
         """
         if isinstance(weights, Weights):
             row = torch.tensor(weights.over(self.objectives), dtype=hidden.dtype, device=hidden.device)
             weights = row.expand(hidden.shape[0], -1)
-        wanted = (hidden.shape[0], len(self.objectives))
-        if weights.shape != wanted:
-            raise ValueError(f"weights are {tuple(weights.shape)}, wanted {wanted}: rows by objectives")
+        expected = (hidden.shape[0], len(self.objectives))
+        if weights.shape != expected:
+            raise ValueError(f"weights are {tuple(weights.shape)}, expected {expected}: rows by objectives")
         columns = [w.reshape(-1, *(1,) * (hidden.dim() - 1)).to(hidden.dtype) for w in weights.unbind(1)]
         return self.transform(weighted_projection(self._heads(), hidden, columns))
 
-    def merged(self, weights: Weights) -> FullHead:
+    def merged_head(self, weights: Weights) -> FullHead:
         """One head with sum_i w_i W_i (and biases): a module that maps hidden [..., D] to logits [..., V]."""
         return merge_heads(self._heads(), weights.over(self.objectives))
 
-    def merged_head(self, weights: Weights) -> Tensor:
-        """sum_i w_i W_i, [V, D]. Where the family has a head bias or soft-caps, use `merged(weights)`."""
-        return self.merged(weights).weight
-
     def merge(self, weights: Weights, copied: bool = True) -> PreTrainedModel:
-        """An ordinary single-head transformers causal LM whose logits are the weighted sum (before a soft-
-        cap).
+        """An ordinary single-head transformers causal LM whose logits are the weighted sum (before a
+        soft-cap).
 
         LoRA is folded in. `copied=False` hands over this model's backbone instead of a copy: for exporting a
         large model, after which this one must not be used any more.
         """
-        head = self.merged(weights)
-        model = assemble_causal_lm(lora.plain_backbone(self.backbone, copied), head.weight, head.bias)
+        head = self.merged_head(weights)
+        backbone = lora.fold_adapter(self.backbone, copied)
+        model = assemble_causal_lm(backbone, head.weight, head.bias).eval()
         if self.generation_config is not None:
             model.generation_config = self.generation_config
         return model
 
-    # -- parameters and folders ------------------------------------------------------------------------------
+    # -- its folder ------------------------------------------------------------------------------------------
 
-    def head_parameters(self) -> Iterator[nn.Parameter]:
-        """The heads' trainable parameters."""
-        return (parameter for parameter in self.heads.parameters() if parameter.requires_grad)
+    def _backbone_is_as_loaded(self) -> bool:
+        return self.has_lora
 
-    def save_pretrained(
-        self,
-        folder: str | Path,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        figures: Figures | None = None,
-        state_dict: Mapping[str, Tensor] | None = None,
-        with_backbone: bool | None = None,
-    ) -> None:
-        """Write the model folder; see `mahalo_ray.models.multi_head.save_policy`."""
-        save_policy(self, Path(folder), tokenizer, figures, state_dict, with_backbone)
+    def _metadata(self) -> dict[str, Any]:
+        return {
+            "objectives": list(self.objectives),
+            "head_kind": self.head_kind,
+            "rank": self.rank,
+            "keep_base_head": self.base_head is not None,
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "head_bias": any(name.endswith("bias") for name in self.head_file_parameters()),
+            "logit_scale": self.transform.scale,
+            "logit_softcap": self.transform.softcap,
+        }
+
+    def _card(self) -> Card:
+        return Card(
+            "Multi-head policy",
+            "A multi-head policy: one backbone and one vocabulary head per objective. Load it with "
+            "`mahalo_ray.MultiHeadCausalLM.from_pretrained`, and merge the heads at weights of your choice "
+            "with `.merge(Weights.parse(...))` into an ordinary transformers model.",
+            dict.fromkeys(self.objectives, f"{self.head_kind} head"),
+        )
+
+    def _save_extras(self, folder: Path, state: Mapping[str, Tensor]) -> None:
+        if self.generation_config is not None:
+            self.generation_config.save_pretrained(str(folder))
 
     @classmethod
-    def _of_saved(cls, saved: SavedModel) -> MultiHeadCausalLM:
-        return policy_of(cls, saved)
+    def _from_saved(cls, saved: SavedModel) -> MultiHeadCausalLM:
+        metadata = saved.metadata
+        generation = saved.folder / "generation_config.json"
+        return cls(
+            saved.backbone,
+            metadata["objectives"],
+            head_kind=metadata["head_kind"],
+            transform=LogitTransform(metadata["logit_scale"], metadata["logit_softcap"]),
+            vocab_size=metadata["vocab_size"],
+            hidden_size=metadata["hidden_size"],
+            bias=metadata["head_bias"],
+            dtype=next(saved.backbone.parameters()).dtype,
+            rank=metadata["rank"],
+            keep_base_head=metadata["keep_base_head"],
+            generation_config=(
+                GenerationConfig.from_pretrained(str(saved.folder)) if generation.is_file() else None
+            ),
+            base_name=saved.base_name,
+        )

@@ -99,7 +99,9 @@ def sequence_numbers(labels: Tensor, pair_lengths: Tensor | None) -> Tensor:
 register_attention(IMPLEMENTATION, "pair_layout", "attention over packed pairs")
 
 
-def why_not_packed(config: PretrainedConfig, attn_implementation: str, max_length: int) -> str | None:
+def packing_unsupported_reason(
+    config: PretrainedConfig, attn_implementation: str, max_length: int
+) -> str | None:
     """Why a model of this config cannot read packed pairs of `max_length` tokens; None if it can."""
     values = config.get_text_config().to_dict()
     kinds = set(values.get("layer_types") or ())
@@ -116,7 +118,7 @@ def why_not_packed(config: PretrainedConfig, attn_implementation: str, max_lengt
     return None
 
 
-def read_packed_pairs(backbone: PreTrainedModel) -> None:
+def enable_pair_packing(backbone: PreTrainedModel) -> None:
     """Give a backbone the attention of packed pairs; ValueError if it computes something else with it (seen
     on one small pair, where its parameters are whole)."""
     if any(is_sharded(parameter) for parameter in backbone.parameters()):

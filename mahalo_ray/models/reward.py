@@ -17,17 +17,14 @@ from mahalo_ray.models import lora
 from mahalo_ray.models.backbone import (
     BackboneModel,
     SavedModel,
-    load_backbone,
     load_causal_lm,
     load_tokenizer,
     prefixed,
     run_backbone,
-    save_backbone,
     split_causal_lm,
 )
-from mahalo_ray.models.folder import HEADS_FILE, Figures, save_tensors, write_card, write_metadata
-from mahalo_ray.models.heads import FullHead, LogitTransform
-from mahalo_ray.models.reference import FrozenReference, reference_of
+from mahalo_ray.models.folder import Card
+from mahalo_ray.models.reference import REFERENCE_FOLDER, FrozenReference
 from mahalo_ray.models.reward_heads import (
     HEAD_INPUTS,
     OutputKind,
@@ -38,130 +35,13 @@ from mahalo_ray.models.reward_heads import (
     step_tokens,
 )
 from mahalo_ray.models.scoring import StepEncoder, TraceScorer
-from mahalo_ray.models.sharding import full_shape, sharded_creation
 from mahalo_ray.objectives import unknown_name
-
-REFERENCE_FOLDER = "reference"
-
-
-def save_reward_model(
-    reward: ProcessRewardModel,
-    folder: Path,
-    figures: Figures | None,
-    state_dict: Mapping[str, Tensor] | None,
-    with_backbone: bool | None,
-) -> None:
-    """Write the reward model's folder.
-
-    `state_dict` replaces the model's own (whole) parameters, as for policies. `with_backbone`: see
-    `save_backbone`.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    state = dict(reward.state_dict() if state_dict is None else state_dict)
-    unchanged = reward.tuning != "full"
-    saved = save_backbone(reward.backbone, folder, state, with_backbone, reward.base_name, unchanged)
-    if reward.reference is not None and reward.reference.backbone is not None:
-        reference_state = prefixed(state, "reference.backbone.")
-        reward.reference.backbone.save_pretrained(str(folder / REFERENCE_FOLDER), state_dict=reference_state)
-    save_tensors(folder / HEADS_FILE, {name: state[name] for name in reward.own_parameters()})
-    write_metadata(
-        folder,
-        reward.kind,
-        {
-            "objectives": reward.output_kinds,
-            "inputs": list(reward.inputs),
-            "head_hidden_size": reward.head_hidden_size,
-            "tuning": reward.tuning,
-            "step_separator": reward.step_separator,
-            "reference": describe_reference(reward),
-            "calibration": reward.calibration,
-            "tokenizer": reward.tokenizer is not None,
-            **saved,
-        },
-    )
-    if reward.tokenizer is not None:
-        reward.tokenizer.save_pretrained(str(folder))
-    text = (
-        "A process reward model: one score per step and objective, in one forward pass. Load it with "
-        "`mahalo_ray.models.ProcessRewardModel.from_pretrained` and call `.score(prompt, steps)`."
-    )
-    notes = {name: f"{kind}{_calibration_note(reward, name)}" for name, kind in reward.output_kinds.items()}
-    write_card(folder, "Process reward model", text, reward.base_name, notes, figures)
-
-
-def _calibration_note(reward: ProcessRewardModel, name: str) -> str:
-    if name not in reward.calibration:
-        return ", not calibrated"
-    own = reward.calibration[name]
-    return f", mean {own['mean']:.3g}, std {own['std']:.3g} on {own['count']} held-out steps"
-
-
-def describe_reference(reward: ProcessRewardModel) -> dict[str, Any] | None:
-    """What `load_reference` needs besides the weights."""
-    reference = reward.reference
-    if reference is None:
-        return None
-    vocab_size, hidden_size = full_shape(reference.head.weight)
-    reader: PreTrainedModel = reward.backbone if reference.backbone is None else reference.backbone
-    return {
-        "own_backbone": reference.backbone is not None,
-        "tied_head": reference.head.weight is reader.get_input_embeddings().weight,
-        "vocab_size": vocab_size,
-        "hidden_size": hidden_size,
-        "head_bias": reference.head.bias is not None,
-        "logit_scale": reference.head.transform.scale,
-        "logit_softcap": reference.head.transform.softcap,
-    }
-
-
-def load_reference(saved: SavedModel) -> FrozenReference | None:
-    """The reference as described, if any; its own backbone is read here, its head is filled with the other
-    heads."""
-    described = saved.metadata["reference"]
-    if described is None:
-        return None
-    own = None
-    if described["own_backbone"]:
-        own = load_backbone(saved.folder / REFERENCE_FOLDER, saved.dtype, saved.attn_implementation)
-    reader = saved.backbone if own is None else own
-    embedding = reader.get_input_embeddings().weight
-    transform = LogitTransform(described["logit_scale"], described["logit_softcap"])
-    with sharded_creation():
-        head = FullHead.empty(
-            described["vocab_size"],
-            described["hidden_size"],
-            described["head_bias"],
-            transform,
-            embedding.dtype,
-        )
-    if described["tied_head"]:
-        head.weight = embedding
-    return FrozenReference(own, head)
-
-
-def reward_model_of(cls: type[ProcessRewardModel], saved: SavedModel) -> ProcessRewardModel:
-    """The reward model that a folder describes, its heads not yet filled."""
-    metadata = saved.metadata
-    reward = cls(
-        saved.backbone,
-        metadata["objectives"],
-        metadata["inputs"],
-        metadata["head_hidden_size"],
-        metadata["tuning"],
-        load_reference(saved),
-        load_tokenizer(saved.folder) if metadata["tokenizer"] else None,
-        metadata["step_separator"],
-        base_name=saved.base_name,
-    )
-    reward.calibration = metadata["calibration"]
-    return reward
-
 
 TUNINGS: tuple[Tuning, ...] = get_args(Tuning)
 
 
 class ProcessRewardModel(BackboneModel, TraceScorer):
-    """Scores every step of a trace for every objective in one forward pass.
+    """Scores every step of a trace for every objective in one forward pass (MAHALO, section 3.1).
 
     `objectives` maps a name to what its raw score is: a `value` (fitted by squared error), the logit of a
     `probability` (cross entropy; its score is the sigmoid) or a `preference` (Bradley-Terry). The heads read,
@@ -169,6 +49,21 @@ class ProcessRewardModel(BackboneModel, TraceScorer):
     the token log-probs under a frozen reference. The pieces (`hidden_states`, `reference_hidden_states`,
     `reference_logps`, `step_features`, `heads`) can be called one by one by a decoder that keeps caches of
     its own.
+
+    Three ways to ask: `score(prompt, steps)` takes texts and gives {objective: [score per step]};
+    `score_traces` takes token ids; `step_scores` (and `forward`, which is the same) takes padded tensors and
+    gives raw scores [B, S, H] with gradients, for training.
+
+    >>> from mahalo_ray import ProcessRewardModel
+    >>> reward = ProcessRewardModel.from_base("model", {"accuracy": "value", "engagement": "probability"})
+    >>> prompt = [{"role": "user", "content": "What is 2 + 3?"}]
+    >>> scores = reward.score(prompt, ["Two and three.", "That makes 5."])
+    >>> [(name, len(values)) for name, values in scores.items()]
+    [('accuracy', 2), ('engagement', 2)]
+    >>> reward.save_pretrained("reward")
+    >>> again = ProcessRewardModel.from_pretrained("reward").score(prompt, ["Two and three."])
+    >>> abs(again["accuracy"][0] - scores["accuracy"][0]) < 1e-5
+    True
     """
 
     kind = "process_reward_model"
@@ -177,6 +72,7 @@ class ProcessRewardModel(BackboneModel, TraceScorer):
         self,
         backbone: nn.Module,
         objectives: Mapping[str, OutputKind],
+        *,
         inputs: Sequence[str],
         head_hidden_size: int,
         tuning: Tuning,
@@ -236,30 +132,29 @@ class ProcessRewardModel(BackboneModel, TraceScorer):
         model = load_causal_lm(base, dtype, attn_implementation)
         lora.check_no_adapter(model)
         backbone = split_causal_lm(model)[0]
-        wanted = "reference_logps" in check_inputs(inputs)
-        if reference is not None and not wanted:
-            raise ValueError("a reference was given, but 'reference_logps' is not among the head inputs")
         frozen = None
-        if wanted:
-            changes = tuning == "full"
-            frozen = reference_of(model, base, reference, changes, dtype, attn_implementation)
+        if "reference_logps" in check_inputs(inputs):
+            frozen = FrozenReference.for_reward_model(
+                model, base, reference, tuning == "full", dtype, attn_implementation
+            )
+        elif reference is not None:
+            raise ValueError("a reference was given, but 'reference_logps' is not among the head inputs")
         if tuning == "lora":
             backbone = lora.with_lora(backbone, lora_settings or LoraConfig())
         if tokenizer is None and not isinstance(base, PreTrainedModel):
             tokenizer = load_tokenizer(base)
         device = next(model.parameters()).device
-        name = model.config._name_or_path or None
         reward = cls(
             backbone,
             objectives,
-            inputs,
-            head_hidden_size,
-            tuning,
-            frozen,
-            tokenizer,
-            step_separator,
-            seed,
-            name,
+            inputs=inputs,
+            head_hidden_size=head_hidden_size,
+            tuning=tuning,
+            reference=frozen,
+            tokenizer=tokenizer,
+            step_separator=step_separator,
+            seed=seed,
+            base_name=model.config._name_or_path or None,
         )
         reward.heads.to(device)
         return reward
@@ -332,14 +227,9 @@ class ProcessRewardModel(BackboneModel, TraceScorer):
         step_ends: Tensor,
         chunk_size: int = DEFAULT_CHUNK_SIZE,
     ) -> Tensor:
-        """Raw scores [B, S, H] of all steps of right-padded traces; see `step_scores`."""
-        hidden, logps = self._read(input_ids, attention_mask, step_starts, step_ends, chunk_size)
-        features = self.step_features(hidden, logps, step_starts, step_ends)
-        answers = None
-        if self.heads.reads_answers and step_ends.shape[1] > 1:
-            begins = step_starts[:, :1].expand_as(step_starts)
-            answers = self.step_features(hidden, logps, begins, step_ends)
-        return self.heads(features, answers)
+        """Raw scores [B, S, H], fp32, in the order of `objectives`: `step_scores` under the name that engines
+        call."""
+        return self.step_scores(input_ids, attention_mask, step_starts, step_ends, chunk_size)
 
     def features(
         self,
@@ -367,9 +257,9 @@ class ProcessRewardModel(BackboneModel, TraceScorer):
         logps = None
         if self.reference is not None:
             states = self.reference_hidden_states(input_ids, attention_mask, hidden)
-            wanted = step_tokens(step_starts, step_ends, input_ids.shape[1]).any(dim=1)
-            wanted[:, 0] = False  # nothing predicts the first token
-            rows, positions = wanted.nonzero(as_tuple=True)
+            in_a_step = step_tokens(step_starts, step_ends, input_ids.shape[1]).any(dim=1)
+            in_a_step[:, 0] = False  # nothing predicts the first token
+            rows, positions = in_a_step.nonzero(as_tuple=True)
             logps = torch.zeros(input_ids.shape, device=input_ids.device)
             logps[rows, positions] = self.reference_logps(
                 states[rows, positions - 1], input_ids[rows, positions], chunk_size
@@ -377,16 +267,28 @@ class ProcessRewardModel(BackboneModel, TraceScorer):
         return hidden, logps
 
     def step_scores(
-        self, input_ids: Tensor, attention_mask: Tensor | None, step_starts: Tensor, step_ends: Tensor
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        step_starts: Tensor,
+        step_ends: Tensor,
+        chunk_size: int = DEFAULT_CHUNK_SIZE,
     ) -> Tensor:
         """Raw scores [B, S, H], fp32, in the order of `objectives`, one forward.
 
         input_ids, attention_mask [B, T], right-padded; step_starts, step_ends [B, S]: first and last token of
-        every step, ends -1 where there is no step (its scores mean nothing). Raw: values, logits or Bradley-
-        Terry scores; `activate` gives the scores people read. A `preference` objective learned from whole
-        answers: its score of a step is that of the answer from its first step to this one.
+        every step, ends -1 where there is no step (its scores mean nothing). Raw: values, logits or
+        Bradley-Terry scores; `activate` turns them into the scores that `score` gives. A `preference`
+        objective learned from whole answers: its score of a step is that of the answer from its first step to
+        this one. `chunk_size` tokens at a time go through the reference's vocabulary.
         """
-        return self(input_ids, attention_mask, step_starts, step_ends)
+        hidden, logps = self._read(input_ids, attention_mask, step_starts, step_ends, chunk_size)
+        features = self.step_features(hidden, logps, step_starts, step_ends)
+        answers = None
+        if self.heads.reads_answers and step_ends.shape[1] > 1:
+            begins = step_starts[:, :1].expand_as(step_starts)
+            answers = self.step_features(hidden, logps, begins, step_ends)
+        return self.heads(features, answers)
 
     def activate(self, raw: Tensor) -> Tensor:
         """Scores [..., H] from raw ones: the sigmoid for probabilities, the rest as it is."""
@@ -416,22 +318,62 @@ class ProcessRewardModel(BackboneModel, TraceScorer):
         """`activate(step_scores(...))`, [B, S, H]."""
         return self.activate(self.step_scores(input_ids, attention_mask, starts, ends))
 
-    # -- parameters and folders ------------------------------------------------------------------------------
+    # -- parameters and folder -------------------------------------------------------------------------------
 
     def head_parameters(self) -> Iterator[nn.Parameter]:
         """The score heads' parameters."""
         return self.heads.parameters()
 
-    def save_pretrained(
-        self,
-        folder: str | Path,
-        figures: Figures | None = None,
-        state_dict: Mapping[str, Tensor] | None = None,
-        with_backbone: bool | None = None,
-    ) -> None:
-        """Write the model folder, tokenizer and calibration inside; see `reward_saving.save_reward_model`."""
-        save_reward_model(self, Path(folder), figures, state_dict, with_backbone)
+    def _backbone_is_as_loaded(self) -> bool:
+        return self.tuning != "full"
+
+    def _metadata(self) -> dict[str, Any]:
+        return {
+            "objectives": self.output_kinds,
+            "inputs": list(self.inputs),
+            "head_hidden_size": self.head_hidden_size,
+            "tuning": self.tuning,
+            "step_separator": self.step_separator,
+            "reference": None if self.reference is None else self.reference.metadata(self.backbone),
+            "calibration": self.calibration,
+        }
+
+    def _card(self) -> Card:
+        return Card(
+            "Process reward model",
+            "A process reward model: one score per step and objective, in one forward pass. Load it with "
+            "`mahalo_ray.ProcessRewardModel.from_pretrained` and call `.score(prompt, steps)`.",
+            {name: f"{kind}{self._calibration_note(name)}" for name, kind in self.output_kinds.items()},
+        )
+
+    def _calibration_note(self, objective: str) -> str:
+        if objective not in self.calibration:
+            return ", not calibrated"
+        statistics = self.calibration[objective]
+        return (
+            f", mean {statistics['mean']:.3g}, std {statistics['std']:.3g} on {statistics['count']} held-out "
+            "steps"
+        )
+
+    def _save_extras(self, folder: Path, state: Mapping[str, Tensor]) -> None:
+        if self.reference is not None and self.reference.backbone is not None:
+            self.reference.backbone.save_pretrained(
+                str(folder / REFERENCE_FOLDER), state_dict=prefixed(state, "reference.backbone.")
+            )
 
     @classmethod
-    def _of_saved(cls, saved: SavedModel) -> ProcessRewardModel:
-        return reward_model_of(cls, saved)
+    def _from_saved(cls, saved: SavedModel) -> ProcessRewardModel:
+        metadata = saved.metadata
+        reward = cls(
+            saved.backbone,
+            metadata["objectives"],
+            inputs=metadata["inputs"],
+            head_hidden_size=metadata["head_hidden_size"],
+            tuning=metadata["tuning"],
+            reference=FrozenReference.from_saved(saved),
+            tokenizer=load_tokenizer(saved.folder) if metadata["tokenizer"] else None,
+            step_separator=metadata["step_separator"],
+            base_name=saved.base_name,
+        )
+        reward.calibration = metadata["calibration"]
+        return reward

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import TypedDict, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -308,10 +308,23 @@ def pair_token_ids(pair: PreferencePair, chat: ChatFormat) -> tuple[Ids, Ids, Id
     )
 
 
-def pair_inputs(tensors: Tensors) -> dict[str, torch.Tensor | None]:
-    """Those of a micro-batch's tensors that `completion_logps` reads: a mask with padded rows, `pair_lengths`
-    with packed pairs."""
-    return {name: tensors.get(name) for name in ("input_ids", "attention_mask", "labels", "pair_lengths")}
+class CompletionTensors(TypedDict):
+    """What `completion_logps` reads of a micro-batch: padded rows have a mask, packed pairs their lengths."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor | None
+    labels: torch.Tensor
+    pair_lengths: torch.Tensor | None
+
+
+def pair_inputs(tensors: Tensors) -> CompletionTensors:
+    """Those of a micro-batch's tensors that `completion_logps` reads."""
+    return CompletionTensors(
+        input_ids=tensors["input_ids"],
+        attention_mask=tensors.get("attention_mask"),
+        labels=tensors["labels"],
+        pair_lengths=tensors.get("pair_lengths"),
+    )
 
 
 def pair_logps(logps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

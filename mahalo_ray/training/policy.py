@@ -26,7 +26,7 @@ from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.losses import dpo_loss
 from mahalo_ray.models import MultiHeadCausalLM
 from mahalo_ray.models.folder import keeps_backbone, model_folder
-from mahalo_ray.models.pair_attention import why_not_packed
+from mahalo_ray.models.pair_attention import packing_unsupported_reason
 from mahalo_ray.training.batches import HashSplit, Indices, plan_balanced_batches, shard
 from mahalo_ray.training.deepspeed_config import parameter_group
 from mahalo_ray.training.engine import training_device
@@ -115,7 +115,7 @@ class PolicyRecipe:
         if self._policy.share_prompts == "never":
             return False
         config = AutoConfig.from_pretrained(self._folder) if self._start is None else self._start.config
-        reason = why_not_packed(config, self._model.attn_implementation, self._model.max_length)
+        reason = packing_unsupported_reason(config, self._model.attn_implementation, self._model.max_length)
         if reason is not None and self._policy.share_prompts == "always":
             raise ValueError(f"'policy.share_prompts: always' is not possible with this model: {reason}")
         return reason is None
@@ -149,7 +149,7 @@ class PolicyRecipe:
         """Summed log-probs [N, 2] under the given model with its base head, its adapter off."""
         start.to(training_device())
         if self.packed:
-            start.read_packed_pairs()
+            start.enable_pair_packing()
         sums = np.full((len(self._pairs), 2), np.nan)
         computed = compute_logps(self._inputs, rows, BaseHeadLogps(start), self._training, start.device)
         for row, both in computed.items():
@@ -207,7 +207,7 @@ class PolicyRecipe:
             keep_base_head=self.probe is not None,
         )
         if self.packed:
-            model.read_packed_pairs()
+            model.enable_pair_packing()
         if policy.lora is not None:
             model.add_lora(policy.lora)
         return model
@@ -257,7 +257,7 @@ class PolicyRecipe:
     def _losses(self, model: nn.Module, **tensors: Tensor) -> tuple[Tensor, Tensor]:
         """DPO loss [R] of every pair under its own head, and sums [H, metrics] over counted pairs."""
         objective, reference = tensors["objective"], tensors["reference"]
-        logps = model(
+        logps = cast(MultiHeadCausalLM, model).completion_logps(
             **pair_inputs(tensors),
             head_index=tensors["head"].repeat(2),
             chunk_size=self._training.logit_chunk_size,
@@ -324,4 +324,6 @@ class PolicyRecipe:
         if policy.head_kind == "full":
             policy.base_head = None  # it served the probe, or the reference, only
         backbone = keeps_backbone(self._settings.model_url) if policy.has_lora else None
-        policy.save_pretrained(folder, self._tokenizer, self._metrics, state_dict, backbone)
+        policy.save_pretrained(
+            folder, self._tokenizer, self._metrics, state_dict=state_dict, with_backbone=backbone
+        )

@@ -122,7 +122,7 @@ def load_reference(
         with sharded_loading(config):
             module = ChunkedCausalLM(load_causal_lm(folder, dtype, model.attn_implementation))
         if isinstance(inputs, PackedPairs):
-            module.read_packed_pairs()
+            module.enable_pair_packing()
         return module.requires_grad_(False).eval()
 
     if training.zero_stage < 3:

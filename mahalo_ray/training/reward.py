@@ -112,14 +112,13 @@ class RewardRecipe:
         return data
 
     def build_model(self) -> nn.Module:
-        lora = self._reward.lora
         return ProcessRewardModel.from_base(
             self._folder,
             {objective.name: OUTPUT_KIND_OF[objective.supervision] for objective in self.objectives},
             inputs=self._reward.inputs,
             head_hidden_size=self._reward.head_hidden_size,
             tuning=self._reward.backbone,
-            lora_settings=lora,
+            lora_settings=self._reward.lora,
             tokenizer=self._tokenizer,
             step_separator=self._settings.step_separator,
             seed=self._settings.seed,
@@ -280,7 +279,12 @@ class RewardRecipe:
         """The model's folder, and its scores of the held-out rows."""
         reward = cast(ProcessRewardModel, model)
         calibrate_model(reward, self.data, self._calibrated, self._scores)
-        reward.save_pretrained(folder, self._metrics, state_dict, keeps_backbone(self._settings.model_url))
+        reward.save_pretrained(
+            folder,
+            metrics=self._metrics,
+            state_dict=state_dict,
+            with_backbone=keeps_backbone(self._settings.model_url),
+        )
         traces, pairs = scored_rows(reward, self.data, self.held_out, self._scores)
         ScoredTrace.save(traces, str(folder / HELD_OUT_TRACES))
         ScoredPair.save(pairs, str(folder / HELD_OUT_PAIRS))
