@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mahalo_ray.models.multi_head import MultiHeadCausalLM as MultiHeadCausalLM
     from mahalo_ray.models.reward import ProcessRewardModel as ProcessRewardModel
     from mahalo_ray.objectives import Weights as Weights
+    from mahalo_ray.training.trainer import PolicyTrainer as PolicyTrainer
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ _MODULES = {
     "Message": "mahalo_ray.data.records",
     "MultiHeadCausalLM": "mahalo_ray.models.multi_head",
     "PolicyConfig": "mahalo_ray.config",
+    "PolicyTrainer": "mahalo_ray.training.trainer",
     "PreferencePair": "mahalo_ray.data.records",
     "ProcessRewardModel": "mahalo_ray.models.reward",
     "SamplingParams": "mahalo_ray.config",

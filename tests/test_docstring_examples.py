@@ -18,7 +18,7 @@ PUBLIC = [name for name in mahalo_ray.__all__ if name != "__version__"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(one_process: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working folder with `model/`, a tiny causal LM, and `classifier/`, each with its tokenizer."""
     folder = tmp_path_factory.mktemp("examples")
     base().save_pretrained(folder / "model")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from transformers import AutoTokenizer
 from mahalo_ray.config import PolicyConfig, TrainingConfig
 from mahalo_ray.data.records import PreferencePair
 from mahalo_ray.models import MultiHeadCausalLM
-from mahalo_ray.training import trainer as trainer_module
 from mahalo_ray.training.trainer import PolicyTrainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("deepspeed_alone")]
@@ -63,13 +61,6 @@ def make(model: Any, pairs: Any, settings: PolicyConfig, **options: Any) -> Poli
         **options,
     }
     return PolicyTrainer(model, pairs, settings, **options)
-
-
-def test_the_example_of_the_docstring_runs(base: str, tmp_path: Path) -> None:
-    names = {"base": base, "folder": tmp_path / "model", "TrainingConfig": TrainingConfig}
-    example = doctest.DocTestFinder().find(PolicyTrainer, globs={**vars(trainer_module), **names})[0]
-    assert doctest.DocTestRunner().run(example).failed == 0
-    assert MultiHeadCausalLM.from_pretrained(tmp_path / "model").objectives == ("accuracy", "warmth")
 
 
 def test_rows_files_data_sets_and_records_train_the_same_policy(base: str, tmp_path: Path) -> None:

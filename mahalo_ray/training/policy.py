@@ -41,7 +41,7 @@ from mahalo_ray.training.pairs import (
     split_key,
 )
 from mahalo_ray.training.policy_metrics import GradientConflict, HeldOutKl, PolicyProbe
-from mahalo_ray.training.recipe import Inference, Output, PreparationProgress, Probe, Tensors
+from mahalo_ray.training.recipe import PAD_ID, Inference, Output, PreparationProgress, Probe, Tensors
 from mahalo_ray.training.reference import (
     BaseHeadLogps,
     compute_logps,
@@ -78,9 +78,8 @@ class PolicyRecipe:
         self._folder = None if start is not None else model_folder(settings.model_url)
         self._tokenizer = tokenizer or AutoTokenizer.from_pretrained(self._folder)
         self._pairs, self._margins, aside = self._read_pairs()
-        pad_id = self._tokenizer.pad_token_id or 0
         self.packed = self._shares_prompts()
-        self._inputs = PackedPairs(self._pairs) if self.packed else PaddedPairs(self._pairs, pad_id)
+        self._inputs = PackedPairs(self._pairs) if self.packed else PaddedPairs(self._pairs, PAD_ID)
         self.row_groups = self._inputs.row_groups
         self._held_out, self._trained = np.flatnonzero(aside), ~aside
         self.batches = self._balanced(

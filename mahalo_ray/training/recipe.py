@@ -16,6 +16,9 @@ from torch.nn.utils.rnn import pad_sequence
 from mahalo_ray.training.batches import Indices, RowGroups
 
 Tensors = dict[str, Tensor]
+# What fills token ids up on the right. Padding is masked, so any id that the model has will do; the
+# tokenizer's own may lie above the embedding.
+PAD_ID = 0
 # loss (scalar), loss of every row [R] (to find the ones that are not finite), metric sums [K]
 Output = tuple[Tensor, Tensor, Tensor]
 # One forward pass of a function of (model, tensors) under the engine, without gradients.

@@ -36,7 +36,7 @@ from mahalo_ray.models.scoring import StepEncoder
 from mahalo_ray.training.batches import Indices, hash_split, plan_batches
 from mahalo_ray.training.deepspeed_config import parameter_group
 from mahalo_ray.training.pairs import PairEncoder, split_key
-from mahalo_ray.training.recipe import Inference, Output, PreparationProgress, Probe, Tensors
+from mahalo_ray.training.recipe import PAD_ID, Inference, Output, PreparationProgress, Probe, Tensors
 from mahalo_ray.training.reference import reference_key
 from mahalo_ray.training.reward_data import (
     MODEL_INPUTS,
@@ -75,7 +75,6 @@ class RewardRecipe:
         self._names = [objective.name for objective in self.objectives]
         self._training, self._folder = settings.training, model_folder(settings.model_url)
         self._tokenizer = AutoTokenizer.from_pretrained(self._folder)
-        self._pad_id = self._tokenizer.pad_token_id or 0
         self.data = self._read()
         self.row_groups = self.data.row_groups
         aside = hash_split(self.data.split_keys, self._reward.held_out_fraction, settings.seed)
@@ -159,11 +158,11 @@ class RewardRecipe:
     def evaluator(self, infer: Inference) -> StepEvaluator:
         """Values of all steps of some groups, under the model behind `infer`."""
         micro_rows = self._training.micro_batch_size_per_device
-        return StepEvaluator(self.data, self.row_groups, self._pad_id, micro_rows, infer)
+        return StepEvaluator(self.data, self.row_groups, PAD_ID, micro_rows, infer)
 
     def scoring_batch(self, groups: Indices) -> tuple[list[int], Tensors]:
         """The sequences of the groups, and the tensors `scores` reads: token ids, or kept head inputs."""
-        return self.data.batch(groups, self._pad_id, self._features)
+        return self.data.batch(groups, PAD_ID, self._features)
 
     def collate(self, groups: Indices, loss_denominators: Mapping[str, float], counted: bool) -> Tensors:
         rows, tensors = self.scoring_batch(groups)

@@ -21,7 +21,7 @@ from mahalo_ray.models.backbone import load_causal_lm
 from mahalo_ray.models.folder import model_folder
 from mahalo_ray.training.batches import Indices, RowGroups, plan_batches
 from mahalo_ray.training.deepspeed_config import parameter_group
-from mahalo_ray.training.recipe import Inference, Output, PreparationProgress, Probe, Tensors, pad
+from mahalo_ray.training.recipe import PAD_ID, Inference, Output, PreparationProgress, Probe, Tensors, pad
 from mahalo_ray.training.settings import SftSettings
 
 
@@ -80,7 +80,7 @@ class SftRecipe:
         labels = [np.where(self._masks[group], self._inputs[group], IGNORE_INDEX) for group in groups]
         weight = 1.0 / loss_denominators["tokens"] if counted else 0.0
         return {
-            "input_ids": pad(inputs, self._tokenizer.pad_token_id or 0),
+            "input_ids": pad(inputs, PAD_ID),
             "attention_mask": pad([np.ones_like(ids) for ids in inputs], 0),
             "labels": shift_labels(pad(labels, IGNORE_INDEX)),
             "weight": torch.full((len(groups),), weight),

@@ -60,8 +60,7 @@ class PolicyTrainer:
 
     `history` has one entry of metrics per report, and `model` is the trained policy after `train`.
 
-    Example (`base` is the folder of a causal LM with a chat template):
-
+    >>> from mahalo_ray.config import PolicyConfig, TrainingConfig
     >>> pairs = [
     ...     {"prompt": "name a fruit", "chosen": "fig", "rejected": "a car", "objective": "accuracy"},
     ...     {"prompt": "name a bird", "chosen": "tern", "rejected": "a cat", "objective": "accuracy"},
@@ -69,7 +68,7 @@ class PolicyTrainer:
     ...     {"prompt": "name a bird", "chosen": "tern of course", "rejected": "tern", "objective": "warmth"},
     ... ]
     >>> trainer = PolicyTrainer(
-    ...     base,
+    ...     "model",
     ...     pairs,
     ...     PolicyConfig(training=TrainingConfig(max_steps=2, batch_size=4)),
     ...     objectives=["accuracy", "warmth"],
@@ -78,7 +77,7 @@ class PolicyTrainer:
     >>> metrics = trainer.train()
     >>> sorted(trainer.model.heads)
     ['accuracy', 'warmth']
-    >>> trainer.save_pretrained(folder)
+    >>> trainer.save_pretrained("trained")
     """
 
     def __init__(
