@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import training_world as world
 from torch import Tensor, nn
 
@@ -190,6 +191,35 @@ def test_a_store_is_read_instead_of_computed_again(base: str, tmp_path: Path) ->
     rest.prepare(count, 0, 1, untold)
     assert 0 < sum(seen) < len(rest.data.tokens)
     torch.testing.assert_close(losses(rest, model)[0], expected, rtol=1e-5, atol=1e-6)
+
+
+def two_workers(rank: int, base: str, folder: str, meeting: str) -> None:
+    """One of two workers; the second looks into the store at a moment at which it shows nothing."""
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    url = world.save_pairs(Path(folder) / f"pairs{rank}", world.make_pairs((12,), ("safety",)))
+    reward = RewardConfig(training=TRAINING, held_out_fraction=0.2, backbone="frozen")
+    features = f"{folder}/features"
+    recipe = RewardRecipe(world.reward_settings(None, url, base, reward, world.SUPERVISION[2:], features))
+
+    def never(function: Any, tensors: Any) -> Tensor:
+        raise AssertionError("a stored sequence was computed again")
+
+    if rank == 1:
+        storage.list_files = lambda *_: []  # type: ignore[assignment]
+    recipe.prepare(never, rank, 2, untold)
+    assert len(recipe._features) == len(recipe.data.tokens)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_workers_agree_on_what_a_shared_store_holds(base: str, tmp_path: Path) -> None:
+    """Another run may be writing there: two that look for themselves would wait for each other for ever."""
+    url = world.save_pairs(tmp_path / "pairs", world.make_pairs((12,), ("safety",)))
+    reward = RewardConfig(training=TRAINING, held_out_fraction=0.2, backbone="frozen")
+    objectives, features = world.SUPERVISION[2:], f"{tmp_path}/features"
+    first = RewardRecipe(world.reward_settings(None, url, base, reward, objectives, features))
+    first.prepare(build(first)[1], 0, 1, untold)
+    torch.multiprocessing.spawn(two_workers, (base, str(tmp_path), f"{tmp_path}/meeting"), nprocs=2)
 
 
 def test_a_backbone_that_changes_is_never_kept(base: str, tmp_path: Path) -> None:

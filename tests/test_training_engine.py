@@ -14,7 +14,7 @@ from mahalo_ray.config import TrainingConfig
 from mahalo_ray.training.batches import Indices, RowGroups
 from mahalo_ray.training.deepspeed_config import parameter_group
 from mahalo_ray.training.engine import build_engine, infer, optimizer_step, whole_state_dict
-from mahalo_ray.training.recipe import Output, Tensors
+from mahalo_ray.training.recipe import LossOutput, Tensors
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("deepspeed_alone")]
 
@@ -39,7 +39,7 @@ class RootRecipe:
     def collate(self, units: Indices, loss_denominators: Mapping[str, float], counted: bool) -> Tensors:
         return {"x": torch.ones(len(units), 2)}
 
-    def loss(self, model: nn.Module, **tensors: Tensor) -> Output:
+    def loss(self, model: nn.Module, **tensors: Tensor) -> LossOutput:
         losses = model(tensors["x"])[:, 0].clamp(min=0).sqrt().float()
         return losses.sum(), losses.detach(), losses.new_zeros(0)
 

@@ -174,8 +174,8 @@ def _fill(ordered: Indices, row_groups: RowGroups, micro_rows: int, cost: int | 
         zip(row_groups.rows[ordered].tolist(), row_groups.lengths[ordered].tolist(), strict=True)
     ):
         rows += size
-        too_dear = cost is not None and rows * length > cost
-        if rows > size and (rows > micro_rows or too_dear):
+        too_large = cost is not None and rows * length > cost
+        if rows > size and (rows > micro_rows or too_large):
             cuts.append(position)
             rows = size
     return [ordered[start:stop] for start, stop in zip(cuts, [*cuts[1:], len(ordered)], strict=True)]

@@ -1,8 +1,8 @@
 """Exact resume: model, optimizer, schedule, step, history and random states, every worker its own part.
 
-Where checkpoints are kept is the session's affair (`loop.Session`). With Ray Train one counts from the moment
-it was recorded, which happens after every worker has stored its part; until then the previous one stays the
-latest, and a half-written one is never read. Checkpoints lie under their run's identity
+Where checkpoints are kept is the session's affair (`loop.TrainingSession`). With Ray Train one counts from
+the moment it was recorded, which happens after every worker has stored its part; until then the previous one
+stays the latest, and a half-written one is never read. Checkpoints lie under their run's identity
 (`StageSettings.identity`), so they never meet other data; only the split among workers is left to check.
 """
 
@@ -22,7 +22,7 @@ TAG = "engine"
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """How far a run has come: `step` steps are done; `history` has one entry per report."""
 
     step: int = 0
@@ -52,7 +52,7 @@ class WorkerSplit:
 
 
 @contextmanager
-def written_checkpoint(engine: Any, split: WorkerSplit, progress: Progress) -> Iterator[Path]:
+def written_checkpoint(engine: Any, split: WorkerSplit, progress: TrainingProgress) -> Iterator[Path]:
     """This worker's part of a checkpoint in a temporary folder, which is gone after the block."""
     rank = torch.distributed.get_rank()
     with tempfile.TemporaryDirectory(prefix="mahalo-checkpoint-") as name:
@@ -72,7 +72,7 @@ def written_checkpoint(engine: Any, split: WorkerSplit, progress: Progress) -> I
         yield folder
 
 
-def resume(engine: Any, split: WorkerSplit, folder: Path, where: str) -> Progress:
+def resume(engine: Any, split: WorkerSplit, folder: Path, where: str) -> TrainingProgress:
     """Load the checkpoint in `folder` into the engine. ValueError, naming `where` it is, if it does not
     fit."""
     state = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
@@ -81,7 +81,7 @@ def resume(engine: Any, split: WorkerSplit, folder: Path, where: str) -> Progres
     if loaded is None:
         raise ValueError(f"DeepSpeed could not read the checkpoint in {where}: delete it")
     _restore_random_states(folder / f"random_{torch.distributed.get_rank()}.pt")
-    return Progress(state["step"], state["history"])
+    return TrainingProgress(state["step"], state["history"])
 
 
 def _random_states() -> dict[str, torch.Tensor]:

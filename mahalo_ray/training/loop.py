@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from mahalo_ray.data import storage
 from mahalo_ray.training.batches import Indices, accumulation_steps, split_batch
-from mahalo_ray.training.checkpoints import Progress, WorkerSplit, resume, written_checkpoint
+from mahalo_ray.training.checkpoints import TrainingProgress, WorkerSplit, resume, written_checkpoint
 from mahalo_ray.training.engine import (
     build_engine,
     infer,
@@ -24,14 +24,14 @@ from mahalo_ray.training.engine import (
     training_device,
     whole_state_dict,
 )
-from mahalo_ray.training.recipe import Output, Recipe
+from mahalo_ray.training.recipe import LossOutput, Recipe
 from mahalo_ray.training.settings import StageSettings
 from mahalo_ray.training.tracking import Tracker, open_trackers
 
 _SHOWN = 20
 
 
-class Session(Protocol):
+class TrainingSession(Protocol):
     """Where a run reports its progress and keeps its checkpoints: Ray Train, or this process alone."""
 
     def report(self, news: dict[str, Any], checkpoint: Path | None = None) -> None:
@@ -54,7 +54,7 @@ class NonFiniteError(ValueError):
         )
 
 
-def stop_unless_finite(recipe: Recipe, outputs: Sequence[tuple[Indices, Output]], step: int) -> None:
+def stop_unless_finite(recipe: Recipe, outputs: Sequence[tuple[Indices, LossOutput]], step: int) -> None:
     """Raise NonFiniteError on all workers if any worker's loss is not finite. Costs one small all-reduce."""
     values = torch.cat([torch.cat([loss.detach()[None], rows]) for _, (loss, rows, _) in outputs])
     finite = torch.isfinite(values).all().int()
@@ -80,7 +80,9 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
-def train(make_recipe: Callable[[], Recipe], settings: StageSettings, session: Session) -> dict[str, Any]:
+def train(
+    make_recipe: Callable[[], Recipe], settings: StageSettings, session: TrainingSession
+) -> dict[str, Any]:
     """Train, evaluate, save. Returns {"metrics": final metrics, "history": one entry per report}.
 
     `make_recipe` is called once the worker's device is chosen: a recipe may compute when it is made.
@@ -96,7 +98,7 @@ def train(make_recipe: Callable[[], Recipe], settings: StageSettings, session: S
         for step in range(reporter.progress.step, len(recipe.batches)):
             batch = recipe.batches[step]
             denominators = recipe.loss_denominators(batch)
-            outputs: list[tuple[Indices, Output]] = []
+            outputs: list[tuple[Indices, LossOutput]] = []
             micro_batches = split_batch(batch, recipe.row_groups, micro_rows, workers, accumulation)
             for number, of_workers in enumerate(micro_batches):
                 if number > 0:
@@ -104,7 +106,7 @@ def train(make_recipe: Callable[[], Recipe], settings: StageSettings, session: S
                 counted = len(of_workers[rank]) > 0
                 groups = of_workers[rank] if counted else batch[:1]
                 tensors = to_device(recipe.collate(groups, denominators, counted), engine.device)
-                output: Output = engine(**tensors)
+                output: LossOutput = engine(**tensors)
                 # DeepSpeed averages over workers and micro-batches; the rows' weights sum to the whole
                 # already.
                 engine.backward(output[0] * (workers * accumulation))
@@ -123,7 +125,7 @@ def train(make_recipe: Callable[[], Recipe], settings: StageSettings, session: S
     return {"metrics": {**history[-1], **final}, "history": history}
 
 
-def _report_preparing(session: Session, done: int, of: int) -> None:
+def _report_preparing(session: TrainingSession, done: int, of: int) -> None:
     session.report({"done": done, "of": of, "unit": "tokens read"})
 
 
@@ -143,13 +145,18 @@ class Reporter:
     history and checkpoints."""
 
     def __init__(
-        self, recipe: Recipe, engine: Any, settings: StageSettings, split: WorkerSplit, session: Session
+        self,
+        recipe: Recipe,
+        engine: Any,
+        settings: StageSettings,
+        split: WorkerSplit,
+        session: TrainingSession,
     ) -> None:
         """Resumes from the run's latest checkpoint, if there is one."""
         self.recipe, self.engine, self.split, self.session = recipe, engine, split, session
         self.training, self._settings = settings.training, settings
         self.total_steps = len(recipe.batches)
-        self.progress = Progress()
+        self.progress = TrainingProgress()
         with session.latest_checkpoint() as latest:
             if latest is not None:
                 self.progress = resume(engine, split, *latest)
@@ -168,7 +175,7 @@ class Reporter:
     def step_done(
         self,
         batch: Indices,
-        outputs: list[tuple[Indices, Output]],
+        outputs: list[tuple[Indices, LossOutput]],
         gradient_norm: float,
         learning_rates: dict[str, float],
     ) -> None:

@@ -72,39 +72,39 @@ def modpo_margins(policy: PolicyConfig, pairs: Iterable[PreferencePair]) -> npt.
     """
     weights = {name: value for name, value in (policy.mixture or {}).items() if value > 0}
     names = list(weights)
-    own = names.index(policy.objective or "")
+    trained = names.index(policy.objective or "")
     chosen, rejected = array("d"), array("d")
     for pair in pairs:
-        chosen.extend(_rewards(pair, pair.chosen_scores, names, own))
-        rejected.extend(_rewards(pair, pair.rejected_scores, names, own))
+        chosen.extend(_rewards(pair, pair.chosen_scores, names, trained))
+        rejected.extend(_rewards(pair, pair.rejected_scores, names, trained))
     if not chosen:
         return np.zeros(0)
     scores = torch.tensor([chosen, rejected], dtype=torch.float64).reshape(2, -1, len(names))
-    scores /= _within_prompt_spread(scores, names, own)
-    return modpo_margin(scores[0], scores[1], list(weights.values()), own).numpy()
+    scores /= _within_prompt_spread(scores, names, trained)
+    return modpo_margin(scores[0], scores[1], list(weights.values()), trained).numpy()
 
 
-def _within_prompt_spread(scores: Tensor, names: Sequence[str], own: int) -> Tensor:
+def _within_prompt_spread(scores: Tensor, names: Sequence[str], trained: int) -> Tensor:
     """Standard deviation [H] of the rewards [2, N, H] of one prompt, from two completions of each: half the
     mean squared difference is their variance. 1 for the pairs' own objective, whose reward is not used."""
     spread = ((scores[0] - scores[1]) ** 2).mean(dim=0).div(2).sqrt()
-    spread[own] = 1.0
+    spread[trained] = 1.0
     for name, value in zip(names, spread.tolist(), strict=True):
         if value == 0:
             raise ValueError(
-                f"the '{name}' rewards of chosen and rejected are the same in all pairs of '{names[own]}': "
-                "MODPO's margin cannot be made of them"
+                f"the '{name}' rewards of chosen and rejected are the same in all pairs of "
+                f"'{names[trained]}': MODPO's margin cannot be made of them"
             )
     return spread
 
 
 def _rewards(
-    pair: PreferencePair, scores: dict[str, float] | None, names: Sequence[str], own: int
+    pair: PreferencePair, scores: dict[str, float] | None, names: Sequence[str], trained: int
 ) -> list[float]:
     """Rewards [H] of one completion; that of the pair's own objective is not needed."""
     known = scores or {}
     for number, name in enumerate(names):
-        if number != own and name not in known:
+        if number != trained and name not in known:
             raise ValueError(
                 f"pair '{pair.id}' has no '{name}' reward of its completions ('chosen_scores', "
                 "'rejected_scores'), which MODPO's margin is made of: build the pairs from scored candidates"

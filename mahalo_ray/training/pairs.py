@@ -23,10 +23,10 @@ from mahalo_ray.objectives import unknown_name
 from mahalo_ray.training.batches import Indices, RowGroups
 from mahalo_ray.training.recipe import Tensors, pad
 
-Ids = list[int]
+TokenIds = list[int]
 
 
-class TokenRows(Sequence[Ids]):
+class TokenRows(Sequence[TokenIds]):
     """Token ids of many sequences in one array: 4 bytes a token, where a list of Python integers takes 36."""
 
     def __init__(self, rows: Iterable[Iterable[int]] = ()) -> None:
@@ -43,12 +43,12 @@ class TokenRows(Sequence[Ids]):
         return len(self._bounds) - 1
 
     @overload
-    def __getitem__(self, row: int) -> Ids: ...
+    def __getitem__(self, row: int) -> TokenIds: ...
 
     @overload
-    def __getitem__(self, row: slice) -> list[Ids]: ...
+    def __getitem__(self, row: slice) -> list[TokenIds]: ...
 
-    def __getitem__(self, row: int | slice) -> Ids | list[Ids]:
+    def __getitem__(self, row: int | slice) -> TokenIds | list[TokenIds]:
         if isinstance(row, slice):
             return [self[number] for number in range(*row.indices(len(self)))]
         if not 0 <= row < len(self):
@@ -136,7 +136,7 @@ class PaddedPairs(PairInputs):
     def chosen_tensors(self, rows: Indices) -> Tensors:
         return self._padded([(self.pairs.prompts[row], self.pairs.chosen[row]) for row in rows])
 
-    def _padded(self, sequences: Sequence[tuple[Ids, Ids]]) -> Tensors:
+    def _padded(self, sequences: Sequence[tuple[TokenIds, TokenIds]]) -> Tensors:
         """(prompt, completion) of every row."""
         labels = [[IGNORE_INDEX] * len(prompt) + completion for prompt, completion in sequences]
         return {
@@ -166,15 +166,15 @@ class PackedPairs(PairInputs):
         return _packed([(self.pairs.prompts[row], self.pairs.chosen[row], []) for row in rows])
 
 
-def _packed(pairs: Sequence[tuple[Ids, Ids, Ids]]) -> Tensors:
+def _packed(pairs: Sequence[tuple[TokenIds, TokenIds, TokenIds]]) -> Tensors:
     """(prompt, chosen, rejected) of every pair.
 
     The prompt's last token predicts the first token of both answers, so it opens each answer's span and is
     left out of the prompt's; the last token of an answer predicts nothing that counts and is left out. Every
     position then predicts exactly one token, and labels need no further shift.
     """
-    ids: Ids = []
-    labels: Ids = []
+    ids: TokenIds = []
+    labels: TokenIds = []
     lengths = []
     for prompt, *answers in pairs:
         ids += prompt[:-1]
@@ -259,7 +259,9 @@ def encode_pairs(
     return encoder.pairs()
 
 
-def cut_pair(prompt: Ids, chosen: Ids, rejected: Ids, max_length: int) -> tuple[Ids, Ids, Ids]:
+def cut_pair(
+    prompt: TokenIds, chosen: TokenIds, rejected: TokenIds, max_length: int
+) -> tuple[TokenIds, TokenIds, TokenIds]:
     """A pair of at most `max_length` tokens per sequence, as training and evaluation read it: the beginning
     of both answers, and as much of the prompt's end (at least one token) as the longer one leaves."""
     chosen, rejected = chosen[: max_length - 1], rejected[: max_length - 1]
@@ -297,7 +299,7 @@ def split_key(pair: PreferencePair) -> str:
     return pair.split or pair.dialogue or repr([(message.role, message.content) for message in pair.prompt])
 
 
-def pair_token_ids(pair: PreferencePair, chat: ChatFormat) -> tuple[Ids, Ids, Ids]:
+def pair_token_ids(pair: PreferencePair, chat: ChatFormat) -> tuple[TokenIds, TokenIds, TokenIds]:
     """Token ids of prompt, chosen and rejected."""
     if pair.prompt_ids is not None and pair.chosen_ids is not None and pair.rejected_ids is not None:
         return pair.prompt_ids, pair.chosen_ids, pair.rejected_ids

@@ -41,7 +41,7 @@ from mahalo_ray.training.pairs import (
     split_key,
 )
 from mahalo_ray.training.policy_metrics import GradientConflict, HeldOutKl, PolicyProbe
-from mahalo_ray.training.recipe import PAD_ID, Inference, Output, PreparationProgress, Probe, Tensors
+from mahalo_ray.training.recipe import PAD_ID, Inference, LossOutput, PreparationProgress, Probe, Tensors
 from mahalo_ray.training.reference import (
     BaseHeadLogps,
     compute_logps,
@@ -249,7 +249,7 @@ class PolicyRecipe:
             "present": present,
         }
 
-    def loss(self, model: nn.Module, **tensors: Tensor) -> Output:
+    def loss(self, model: nn.Module, **tensors: Tensor) -> LossOutput:
         losses, sums = self._losses(model, **tensors)
         return (losses * tensors["loss_weight"]).sum(), losses.detach(), sums.flatten()
 
@@ -276,8 +276,8 @@ class PolicyRecipe:
         )
         with torch.no_grad():
             gain = (chosen - reference[:, 0]) - (rejected - reference[:, 1])
-            right, one = (gain > 0).float(), torch.ones_like(gain)
-            metrics = (one, weight, weight * losses, right, beta * gain, chosen, rejected)
+            right, count = (gain > 0).float(), torch.ones_like(gain)
+            metrics = (count, weight, weight * losses, right, beta * gain, chosen, rejected)
             counted = torch.stack(metrics, dim=1) * tensors["present"][:, None]
             sums = counted.new_zeros(len(self._objectives), len(_SUMS)).index_add(0, objective, counted)
         return losses, sums

@@ -44,8 +44,8 @@ class PolicyProbe:
 
     def metrics(self, infer: Inference, model: nn.Module) -> dict[str, float]:
         """All metrics, the same on every worker."""
-        found = self._kl.metrics(infer) | self._pairs(infer)
-        return found if self._conflict is None else found | self._conflict.metrics(model)
+        metrics = self._kl.metrics(infer) | self._pairs(infer)
+        return metrics if self._conflict is None else metrics | self._conflict.metrics(model)
 
 
 class HeldOutKl:
@@ -110,11 +110,11 @@ def _kl_sums(model: nn.Module, reference: Tensor, chunks: int, chunk_size: int, 
     states = _answer_states(model, **inputs)
     sums = torch.zeros(len(policy.heads) + 1, dtype=torch.float64, device=states.device)
     for number in range(chunks):
-        at = slice(number * chunk_size, (number + 1) * chunk_size)
-        frozen = base_head(reference[at]).float().log_softmax(-1)
+        chunk = slice(number * chunk_size, (number + 1) * chunk_size)
+        frozen = base_head(reference[chunk]).float().log_softmax(-1)
         for index, head in enumerate(policy.heads.values()):
-            own = cast(Head, head)(states[at]).float().log_softmax(-1)
-            sums[index] += (own.exp() * (own - frozen)).sum()
+            policy_logps = cast(Head, head)(states[chunk]).float().log_softmax(-1)
+            sums[index] += (policy_logps.exp() * (policy_logps - frozen)).sum()
     sums[-1] = len(states)
     return sums
 
@@ -145,11 +145,11 @@ class GradientConflict:
             for number, total in enumerate(totals):
                 # autograd.grad leaves .grad alone, and DeepSpeed's hooks on it do not run.
                 keep = number < len(totals) - 1
-                found = torch.autograd.grad(
+                gradients = torch.autograd.grad(
                     losses[number], parameters, retain_graph=keep, materialize_grads=True
                 )
-                for kept, gradient in zip(total, found, strict=True):
-                    kept += gradient
+                for summed, gradient in zip(total, gradients, strict=True):
+                    summed += gradient
         for total in totals:
             for gradient in total:
                 dist.all_reduce(gradient)
@@ -158,7 +158,7 @@ class GradientConflict:
 
 def cosines(gradients: Mapping[str, Sequence[Tensor]]) -> dict[str, float]:
     """`gradient_cosine/{a}/{b}` of every two objectives whose gradients are not zero."""
-    norms = {name: _dot(own, own) ** 0.5 for name, own in gradients.items()}
+    norms = {name: _dot(gradient, gradient) ** 0.5 for name, gradient in gradients.items()}
     return {
         f"gradient_cosine/{a}/{b}": _dot(gradients[a], gradients[b]) / (norms[a] * norms[b])
         for a, b in combinations(gradients, 2)

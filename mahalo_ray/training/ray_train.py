@@ -127,7 +127,7 @@ class TrainingResult:
 
 
 class RaySession:
-    """`loop.Session` of a Ray Train worker."""
+    """`loop.TrainingSession` of a Ray Train worker."""
 
     def report(self, news: dict[str, Any], checkpoint: Path | None = None) -> None:
         """`ray.train.report`: a barrier of all workers."""

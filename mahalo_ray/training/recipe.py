@@ -20,10 +20,10 @@ Tensors = dict[str, Tensor]
 # tokenizer's own may lie above the embedding.
 PAD_ID = 0
 # loss (scalar), loss of every row [R] (to find the ones that are not finite), metric sums [K]
-Output = tuple[Tensor, Tensor, Tensor]
+LossOutput = tuple[Tensor, Tensor, Tensor]
 # One forward pass of a function of (model, tensors) under the engine, without gradients.
 Inference = Callable[[Callable[..., Tensor], Tensors], Tensor]
-# Progress callback (done, of) of a slow preparation. Every worker must call it equally often.
+# TrainingProgress callback (done, of) of a slow preparation. Every worker must call it equally often.
 PreparationProgress = Callable[[int, int], None]
 
 
@@ -71,7 +71,7 @@ class Recipe(Protocol):
         """The tensors of one micro-batch. `counted` False: rows only fill a gap; weigh and count them as
         zero."""
 
-    def loss(self, model: nn.Module, **tensors: Tensor) -> Output:
+    def loss(self, model: nn.Module, **tensors: Tensor) -> LossOutput:
         """Loss, row losses and metric sums (in the order of `metric_names`) of one micro-batch."""
 
     def summarise(self, sums: Mapping[str, float]) -> dict[str, float]:
@@ -92,7 +92,7 @@ class LossModule(nn.Module):
     """The model and its loss as one module, so that a recipe's whole computation runs inside the engine's
     forward (under ZeRO-3 parameters exist only there)."""
 
-    def __init__(self, model: nn.Module, loss: Callable[..., Output]) -> None:
+    def __init__(self, model: nn.Module, loss: Callable[..., LossOutput]) -> None:
         super().__init__()
         self.model = model
         self._loss = loss

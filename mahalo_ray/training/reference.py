@@ -57,15 +57,15 @@ def reference_logps(
     """
     pairs, logps = inputs.pairs, np.full((len(inputs.pairs), 2), np.nan)
     file, known = "", {}
-    found: list[Any] = [None]
+    message: list[Any] = [None]
     if dist.get_rank() == 0:
         file = storage.join(store_url, f"{key()}.parquet")
         known = read_store(file) if storage.exists(file) else {}
         hashes = {int(row): pairs.row_hash(row) for row in rows}
         held = [row for row in hashes if hashes[row] in known]
-        found = [(held, [known[hashes[row]] for row in held])]
-    dist.broadcast_object_list(found)
-    held, values = found[0]
+        message = [(held, [known[hashes[row]] for row in held])]
+    dist.broadcast_object_list(message)
+    held, values = message[0]
     logps[held] = np.array(values, dtype=np.float64).reshape(-1, 2)
     lacking = np.setdiff1d(rows, held)
     if len(lacking) == 0:

@@ -36,7 +36,7 @@ from mahalo_ray.models.scoring import StepEncoder
 from mahalo_ray.training.batches import Indices, hash_split, plan_batches
 from mahalo_ray.training.deepspeed_config import parameter_group
 from mahalo_ray.training.pairs import PairEncoder, split_key
-from mahalo_ray.training.recipe import PAD_ID, Inference, Output, PreparationProgress, Probe, Tensors
+from mahalo_ray.training.recipe import PAD_ID, Inference, LossOutput, PreparationProgress, Probe, Tensors
 from mahalo_ray.training.reference import reference_key
 from mahalo_ray.training.reward_data import (
     MODEL_INPUTS,
@@ -196,7 +196,7 @@ class RewardRecipe:
         )
         return result
 
-    def loss(self, model: nn.Module, **tensors: Tensor) -> Output:
+    def loss(self, model: nn.Module, **tensors: Tensor) -> LossOutput:
         scores = self.scores(model, **tensors)
         total, rows, sums = scores.sum() * 0.0, [], []
         for column, objective in enumerate(self.objectives):
@@ -227,11 +227,11 @@ class RewardRecipe:
     def _pair_loss(self, scores: Tensor, column: int, tensors: Tensors) -> tuple[Tensor, list[Tensor]]:
         """Weighted Bradley-Terry loss of every pair, in the row of its chosen response [B]; sum of weights,
         of losses, and of the weights of pairs in the right order."""
-        own = (tensors["pair_objective"] == column).nonzero()[0::2, 0]
-        first, second = scores[own, 0], scores[own + 1, 0]
-        weight = tensors["pair_weight"][own]
-        losses = weight * bradley_terry(first, second, tensors["pair_margin"][own])
-        rows = scores.new_zeros(len(scores)).index_add(0, own, losses)
+        chosen_rows = (tensors["pair_objective"] == column).nonzero()[0::2, 0]
+        first, second = scores[chosen_rows, 0], scores[chosen_rows + 1, 0]
+        weight = tensors["pair_weight"][chosen_rows]
+        losses = weight * bradley_terry(first, second, tensors["pair_margin"][chosen_rows])
+        rows = scores.new_zeros(len(scores)).index_add(0, chosen_rows, losses)
         return rows, [weight.sum(), losses.detach().sum(), weight[first > second].sum()]
 
     def _ranking_loss(self, scores: Tensor, column: int, tensors: Tensors) -> Tensor:

@@ -34,7 +34,7 @@ from mahalo_ray.training.batches import Indices, RowGroups
 from mahalo_ray.training.pairs import TokenPairs
 from mahalo_ray.training.recipe import Tensors
 
-Labels = npt.NDArray[np.float32]
+StepLabels = npt.NDArray[np.float32]
 # Raw scores [steps, objectives] (or other values of steps) by sequence number.
 StepValues = dict[int, npt.NDArray[np.float32]]
 MODEL_INPUTS = ("input_ids", "attention_mask", "step_starts", "step_ends")
@@ -55,7 +55,7 @@ class LabelledTraces:
 
     names: list[str] = field(default_factory=list)
     tokens: list[TokenTrace] = field(default_factory=list)
-    labels: list[Labels] = field(default_factory=list)
+    labels: list[StepLabels] = field(default_factory=list)
     members: list[list[int]] = field(default_factory=list)
     pair_objective: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
@@ -83,8 +83,8 @@ class LabelledTraces:
         the head inputs [B, S, F] kept in `features`."""
         rows = [row for group in groups for row in self.members[group]]
         if features:
-            kept = [torch.from_numpy(features[row]) for row in rows]
-            return rows, {"features": pad_sequence(kept, batch_first=True)}
+            stored = [torch.from_numpy(features[row]) for row in rows]
+            return rows, {"features": pad_sequence(stored, batch_first=True)}
         tensors = pad_traces([self.tokens[row] for row in rows], pad_id)
         return rows, dict(zip(MODEL_INPUTS, tensors, strict=True))
 
@@ -92,7 +92,7 @@ class LabelledTraces:
         self,
         names: Sequence[str],
         tokens: Sequence[TokenTrace],
-        labels: Sequence[Labels],
+        labels: Sequence[StepLabels],
         split_key: str,
         prompt_key: str,
         pair_objective: int = -1,
@@ -126,19 +126,19 @@ def add_traces(
     as `cut`). Raises ValueError naming the trace whose labels do not fit its steps or its objective's
     supervision.
     """
-    groups: dict[tuple[str, str, int], list[tuple[str, TokenTrace, Labels]]] = {}
+    groups: dict[tuple[str, str, int], list[tuple[str, TokenTrace, StepLabels]]] = {}
     for number, trace in enumerate(traces):
         labels, tokens = _label_matrix(trace, objectives), token_trace(trace, encoder)
-        kept = sum(end < max_length for end in tokens.ends)
+        steps = sum(end < max_length for end in tokens.ends)
         ids = array("i", tokens.input_ids[:max_length])  # 4 bytes a token
-        short = TokenTrace(ids, tokens.starts[:kept], tokens.ends[:kept])
-        labelled = not np.isnan(labels[:kept]).all()
-        data.cut += kept < len(tokens.ends) or not labelled
+        short = TokenTrace(ids, tokens.starts[:steps], tokens.ends[:steps])
+        labelled = not np.isnan(labels[:steps]).all()
+        data.cut += steps < len(tokens.ends) or not labelled
         if labelled:
             group = (trace.dialogue or trace.group, trace.group, 0 if by_group else number)
-            groups.setdefault(group, []).append((trace.id, short, labels[:kept]))
+            groups.setdefault(group, []).append((trace.id, short, labels[:steps]))
             data.turns_before[trace.id] = sum(message.role == "assistant" for message in trace.prompt)
-            if trace.outcome and kept == len(tokens.ends):
+            if trace.outcome and steps == len(tokens.ends):
                 data.outcomes[trace.id] = trace.outcome
     for (split_key, prompt_key, _), rows in groups.items():
         names, tokens_of, labels_of = (list(column) for column in zip(*rows, strict=True))
@@ -181,19 +181,19 @@ def add_pairs(data: LabelledTraces, pairs: TokenPairs, keys: Sequence[str], obje
     data.cut += pairs.cut
 
 
-def padded_labels(labels: Sequence[Labels]) -> Tensor:
+def padded_labels(labels: Sequence[StepLabels]) -> Tensor:
     """Labels [B, S, H] of sequences, NaN where one has fewer steps."""
     rows = [torch.from_numpy(values) for values in labels]
     return pad_sequence(rows, batch_first=True, padding_value=torch.nan)
 
 
-def ordered_pairs(labels: Sequence[Labels], gap: float) -> npt.NDArray[np.int64]:
+def ordered_pairs(labels: Sequence[StepLabels], gap: float) -> npt.NDArray[np.int64]:
     """Per objective [H]: pairs of sequences whose labels of the same step differ by more than `gap`."""
     table = padded_labels(labels).numpy()
     return np.sum(table[:, None] - table[None, :] > np.float32(gap), axis=(0, 1, 2))
 
 
-def _label_matrix(trace: StepTrace, objectives: Sequence[ObjectiveConfig]) -> Labels:
+def _label_matrix(trace: StepTrace, objectives: Sequence[ObjectiveConfig]) -> StepLabels:
     supervised = {objective.name: objective for objective in objectives}
     matrix = np.full((len(trace.steps), len(objectives)), np.nan, dtype=np.float32)
     for column, name in enumerate(supervised):
@@ -240,10 +240,10 @@ def count_labels(
         if objective >= 0:
             labels[group, objective] = data.weights[group]
             continue
-        own = [data.labels[row] for row in rows]
-        labels[group] = sum((~np.isnan(values)).sum(axis=0) for values in own)
+        of_rows = [data.labels[row] for row in rows]
+        labels[group] = sum((~np.isnan(values)).sum(axis=0) for values in of_rows)
         if ranking_gap is not None:
-            ranked[group] = ordered_pairs(own, ranking_gap)
+            ranked[group] = ordered_pairs(of_rows, ranking_gap)
     return labels, ranked
 
 
@@ -265,8 +265,8 @@ def value_scale(
         if objective.supervision != "rollout_value":
             continue
         values = [np.concatenate([labels[:, column] for labels in group]) for group in groups]
-        present = [own[~np.isnan(own)] for own in values]
-        within = [own - own.mean() for own in present if len(own) > 1]
+        present = [of_prompt[~np.isnan(of_prompt)] for of_prompt in values]
+        within = [of_prompt - of_prompt.mean() for of_prompt in present if len(of_prompt) > 1]
         variance[column] = np.concatenate(present).var() or 1.0
         spread[column] = (np.concatenate(within).std() if within else 0.0) or 1.0
     return variance, spread

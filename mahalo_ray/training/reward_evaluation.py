@@ -1,5 +1,5 @@
-"""A reward model at work outside its training steps: head inputs of its frozen backbone, scores and metrics
-of held-out rows, and its calibration. Every worker takes part in what computes."""
+"""Forward passes of a reward model outside training steps: head inputs of a frozen backbone, scores and
+metrics of held-out rows, calibration. Every worker computes a part."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def held_out_metrics(
     """Per objective: `correlation` of score and label, and `ranking_accuracy`: share of pairs of one prompt
     and step with labels more than `gap` apart that the scores order rightly; of pairs: `accuracy`. Equal
     scores count half. A metric that the data leave undefined is left out."""
-    found: dict[str, float] = {}
+    measured: dict[str, float] = {}
     for column, objective in enumerate(objectives):
         if objective.supervision == "pairwise":
             members = [data.members[group] for group in groups if data.pair_objective[group] == column]
@@ -122,16 +122,16 @@ def held_out_metrics(
                 chosen, rejected = (
                     [float(scores[rows[side]][0, column]) for rows in members] for side in (0, 1)
                 )
-                found[f"{objective.name}/accuracy"] = metrics.pair_accuracy(chosen, rejected)
+                measured[f"{objective.name}/accuracy"] = metrics.pair_accuracy(chosen, rejected)
             continue
         prompts_and_steps, values, labels = labelled_scores(data, groups, scores, column)
         if not values:
             continue
-        found[f"{objective.name}/correlation"] = metrics.pearson(values, labels)
-        found[f"{objective.name}/ranking_accuracy"] = metrics.within_group_pair_accuracy(
+        measured[f"{objective.name}/correlation"] = metrics.pearson(values, labels)
+        measured[f"{objective.name}/ranking_accuracy"] = metrics.within_group_pair_accuracy(
             values, labels, prompts_and_steps, gap
         )
-    return {name: value for name, value in found.items() if not np.isnan(value)}
+    return {name: value for name, value in measured.items() if not np.isnan(value)}
 
 
 def labelled_scores(

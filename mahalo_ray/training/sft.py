@@ -21,7 +21,7 @@ from mahalo_ray.models.backbone import load_causal_lm
 from mahalo_ray.models.folder import model_folder
 from mahalo_ray.training.batches import Indices, RowGroups, plan_batches
 from mahalo_ray.training.deepspeed_config import parameter_group
-from mahalo_ray.training.recipe import PAD_ID, Inference, Output, PreparationProgress, Probe, Tensors, pad
+from mahalo_ray.training.recipe import PAD_ID, Inference, LossOutput, PreparationProgress, Probe, Tensors, pad
 from mahalo_ray.training.settings import SftSettings
 
 
@@ -86,7 +86,7 @@ class SftRecipe:
             "weight": torch.full((len(groups),), weight),
         }
 
-    def loss(self, model: nn.Module, **tensors: Tensor) -> Output:
+    def loss(self, model: nn.Module, **tensors: Tensor) -> LossOutput:
         weight = tensors.pop("weight")
         losses = sft_loss(model(**tensors, chunk_size=self._training.logit_chunk_size), 1.0)
         return (losses * weight).sum(), losses.detach(), losses.new_zeros(0)
@@ -111,7 +111,8 @@ class SftRecipe:
 def read_examples(
     url: str, max_length: int
 ) -> tuple[list[str], list[np.ndarray[Any, Any]], list[np.ndarray[Any, Any]]]:
-    """Ids, token ids and loss masks of all examples in a folder of Parquet files, cut at `max_length` tokens.
+    """TokenIds, token ids and loss masks of all examples in a folder of Parquet files, cut at `max_length`
+    tokens.
 
     Raises ValueError naming the example whose mask does not fit or that leaves nothing to learn.
     """

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 class LocalSession:
-    """`loop.Session` of a process by itself: it passes progress on and keeps no checkpoints."""
+    """`loop.TrainingSession` of a process by itself: it passes progress on and keeps no checkpoints."""
 
     def __init__(self, progress: ProgressFunction | None) -> None:
         self._progress = progress
@@ -173,9 +173,9 @@ def _read(
 ) -> list[PreferencePair]:
     """All pairs; ValueError that names the first rows that are none."""
     field = None if objective is not None else objective_field
-    found = ReadPairs()
+    read = ReadPairs()
     if isinstance(pairs, str | Path):
-        read_pairs(str(pairs), "auto", objectives, objective, field, "pairs", found)
+        read_pairs(str(pairs), "auto", objectives, objective, field, "pairs", read)
     else:
         rows = list(pairs)
         records = [row for row in rows if isinstance(row, PreferencePair)]
@@ -186,15 +186,15 @@ def _read(
         with tempfile.TemporaryDirectory(prefix="mahalo-pairs-") as folder:
             file = Path(folder) / "rows.jsonl"
             file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-            read_pairs(str(file), "auto", objectives, objective, field, "pairs", found)
-    if found.bad:
-        named = "; ".join(f"row {row.line}: {row.reason}" for row in islice(found.bad, _SHOWN))
-        raise ValueError(f"{len(found.bad)} of {found.rows} rows are no pairs: {named}")
-    if found.left_out:
+            read_pairs(str(file), "auto", objectives, objective, field, "pairs", read)
+    if read.bad:
+        named = "; ".join(f"row {row.line}: {row.reason}" for row in islice(read.bad, _SHOWN))
+        raise ValueError(f"{len(read.bad)} of {read.rows} rows are no pairs: {named}")
+    if read.left_out:
         raise ValueError(
-            f"rows name objectives that are not among {', '.join(objectives)}: {', '.join(found.left_out)}"
+            f"rows name objectives that are not among {', '.join(objectives)}: {', '.join(read.left_out)}"
         )
-    return found.pairs
+    return read.pairs
 
 
 @contextmanager
