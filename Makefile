@@ -1,6 +1,7 @@
 # make quickstart   set up .venv and run the whole example      make test        set up and pass every test
 # make serve        serve the finished quickstart               make test-fast   without the slow tests
 # make lint         ruff and mypy                               make clean       remove .venv and caches
+# make reference    write docs/configuration-reference.md anew
 #
 # Variables: PYTHON (an interpreter >= 3.11), CONFIG (what quickstart and serve run), TORCH_INDEX_URL.
 
@@ -14,7 +15,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3 python; do \
   if $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then echo $$name; break; fi; done)
 
-.PHONY: quickstart serve test test-fast lint clean setup setup-dev
+.PHONY: quickstart serve test test-fast lint reference clean setup setup-dev
 
 quickstart: setup
 	$(BIN)/mahalo run $(CONFIG)
@@ -33,6 +34,10 @@ lint: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+reference: setup
+	$(BIN)/python -c "from mahalo_ray.config.describe import reference_page; print(reference_page(), end='')" \
+	  > docs/configuration-reference.md
 
 setup: $(VENV)/.installed
 setup-dev: $(VENV)/.installed-dev

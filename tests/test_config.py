@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import get_args
 
@@ -14,10 +15,13 @@ from mahalo_ray.config import (
     PolicyMethod,
     PreferenceLoss,
     RunConfig,
+    Section,
     TraceFormat,
     dump_config,
     load_config,
+    load_document,
 )
+from mahalo_ray.config.describe import DOCUMENTS, commented_config, field_sections, kind_of, reference_page
 from mahalo_ray.data.step_readers import FORMATS
 from mahalo_ray.decoding.stopping import BOUNDARIES
 from mahalo_ray.losses import DPOKind
@@ -217,3 +221,71 @@ def test_the_words_of_the_configuration_are_those_of_the_code_that_may_not_impor
     assert set(get_args(TraceFormat)) == {"auto", *FORMATS}
     assert set(get_args(PolicyMethod)) == set(METHOD_VERSIONS)
     assert set(get_args(Domain)) == set(BOUNDARIES)
+
+
+def sections_of(section: type[Section]) -> set[type[Section]]:
+    """This section and all that may stand in it."""
+    found = {section}
+    for info in section.model_fields.values():
+        for inner in field_sections(info):
+            found |= sections_of(inner)
+    return found
+
+
+ALL_SECTIONS = sorted(
+    set().union(*(sections_of(kind.schema) for kind in DOCUMENTS.values())),
+    key=lambda section: section.__name__,
+)
+
+
+@pytest.mark.parametrize("section", ALL_SECTIONS)
+def test_every_field_is_described(section: type[Section]) -> None:
+    assert section.__doc__
+    for name, info in section.model_fields.items():
+        assert info.description and info.description.endswith("."), (
+            f"{section.__name__}.{name}: {info.description}"
+        )
+
+
+@pytest.mark.parametrize("section", ALL_SECTIONS)
+def test_the_range_of_every_number_is_stated(section: type[Section]) -> None:
+    for name, schema in section.model_json_schema()["properties"].items():
+        for member in (schema, *schema.get("anyOf", ())):
+            if member.get("type") in ("integer", "number"):
+                stated = {"minimum", "exclusiveMinimum", "enum"} & set(member)
+                assert stated or (section.__name__, name) in WITHOUT_RANGE, f"{section.__name__}.{name}"
+
+
+# A judge's scores, and so its threshold, may be any number.
+WITHOUT_RANGE = {
+    (judge, "threshold") for judge in ("EndpointJudgeConfig", "ModelJudgeConfig", "ProgramJudgeConfig")
+}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_the_printed_configuration_loads_and_says_nothing_but_defaults(name: str, tmp_path: Path) -> None:
+    kind, path = DOCUMENTS[name], tmp_path / "printed.yaml"
+    path.write_text(commented_config(name), encoding="utf-8")
+    assert load_document(path, kind.schema) == kind.schema.model_validate(kind.start)
+    assert kind_of(yaml.safe_load(path.read_text())) == name
+    keys = set(re.findall(r"^[# ]*(?:- )?(\w+):", path.read_text(), re.MULTILINE))
+    for section in () if kind.schema is RunConfig else sections_of(kind.schema):
+        assert set(section.model_fields) <= keys
+
+
+def test_the_printed_runs_have_every_key_together() -> None:
+    text = commented_config("run") + commented_config("dataset")
+    keys = set(re.findall(r"^[# ]*(?:- )?(\w+):", text, re.MULTILINE))
+    for section in sections_of(RunConfig):
+        assert set(section.model_fields) <= keys, section
+
+
+def test_the_reference_page_is_current() -> None:
+    page = Path(__file__).parents[1] / "docs" / "configuration-reference.md"
+    assert page.read_text(encoding="utf-8") == reference_page(), "write it anew: make reference"
+
+
+@pytest.mark.parametrize("example", sorted((Path(__file__).parents[1] / "examples").glob("*.yaml")), ids=str)
+def test_the_examples_load(example: Path) -> None:
+    document = yaml.safe_load(example.read_text(encoding="utf-8"))
+    load_document(example, DOCUMENTS[kind_of(document)].schema)

@@ -35,6 +35,7 @@ from mahalo_ray.config import (
     read_document,
     validate_document,
 )
+from mahalo_ray.config.describe import DOCUMENTS, commented_config, kind_of
 from mahalo_ray.data import storage
 from mahalo_ray.objectives import Weights, unknown_name
 from mahalo_ray.pipeline.progress import RunProgress
@@ -68,7 +69,7 @@ def register(app: typer.Typer) -> None:
     group.command(_STAGE, hidden=True)(stage_verb("evaluate"))
     group.command("reward")(evaluate_reward)
     app.add_typer(group, name="evaluate")
-    for verb in (serve, compare, validate, export, plan, dialogues, label, calibrate, generate):
+    for verb in (serve, compare, config, validate, export, plan, dialogues, label, calibrate, generate):
         app.command()(verb)
 
 
@@ -214,14 +215,28 @@ def evaluate_reward(
 
 
 def validate(config: ConfigFile, set_: Overrides = None, debug: Debug = False) -> None:
-    """Check a configuration without running anything."""
+    """Check a configuration of any kind without running anything."""
 
     def work() -> None:
-        loaded = load(config, set_)
-        objectives = ", ".join(loaded.objective_names)
-        say(f"{config} is valid: run '{loaded.name}', objectives {objectives}, output {loaded.output}")
+        document = read_document(config, set_)
+        kind = kind_of(document)
+        if DOCUMENTS[kind].schema is RunConfig:
+            loaded = load(config, set_)
+            objectives = ", ".join(loaded.objective_names)
+            say(f"{config} is valid: run '{loaded.name}', objectives {objectives}, output {loaded.output}")
+            return
+        validate_document(document, DOCUMENTS[kind].schema, str(config))
+        say(f"{config} is valid: a configuration of {DOCUMENTS[kind].title}, output {document['output']}")
 
     guarded(work, debug)
+
+
+def config(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help=f"One of {', '.join(DOCUMENTS)}.")] = "run",
+    debug: Debug = False,
+) -> None:
+    """Print a commented configuration to begin with: every key with its meaning, range and default."""
+    guarded(lambda: typer.echo(commented_config(kind), nl=False), debug)
 
 
 def export(

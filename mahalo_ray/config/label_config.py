@@ -8,6 +8,8 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from mahalo_ray.config.section import (
+    MAX_COUNT,
+    NOT_BOOL,
     Domain,
     Dtype,
     EndpointConfig,
@@ -193,7 +195,7 @@ class AdaptiveConfig(Section):
     round: PositiveInt = 2
     """Continuations that are drawn before the next look."""
 
-    confidence: Annotated[Number, Field(gt=0.5, lt=1)] = 0.9
+    confidence: Annotated[float, Field(gt=0.5, lt=1), NOT_BOOL] = 0.9
     """Probability that counts as certain."""
 
     threshold: OpenFraction | None = 0.5
@@ -265,7 +267,7 @@ class CalibrationConfig(Section):
     positive_from: Fraction = 0.5
     """Ratings at or above this share of the range count as positive."""
 
-    folds: Annotated[PositiveInt, Field(ge=2)] = 5
+    folds: Annotated[int, Field(ge=2, le=MAX_COUNT), NOT_BOOL] = 5
     """Parts of the cross-validation; a dialogue's ratings stay in one part."""
 
     max_bad_fraction: Fraction = 0.01

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from mahalo_ray.config.section import (
+    MAX_COUNT,
     MAX_REQUEST_SEED,
+    NOT_BOOL,
     Domain,
     Dtype,
     EndpointConfig,
@@ -25,7 +27,6 @@ from mahalo_ray.config.section import (
     Temperature,
     Text,
     WeightVector,
-    refuse_bool,
 )
 from mahalo_ray.config.stage_config import ActorsConfig, DialogueBatchConfig, PairsConfig
 
@@ -206,7 +207,7 @@ class BranchingConfig(Section):
     depth: PositiveInt = 1
     """Number of first tutor turns at which dialogues branch."""
 
-    width: Annotated[PositiveInt, Field(ge=2)] = 2
+    width: Annotated[int, Field(ge=2, le=MAX_COUNT), NOT_BOOL] = 2
     """Candidates of each of these turns that go on as dialogues of their own; at most `candidates`."""
 
 
@@ -407,7 +408,7 @@ class RequestConfig(SamplingParams):
     """What scores are divided by before they are added: their spread `within_candidates`, or the `calibrated`
     one stored with the reward model."""
 
-    seed: Annotated[int, Field(ge=0, le=MAX_REQUEST_SEED), BeforeValidator(refuse_bool)] = 0
+    seed: Annotated[int, Field(ge=0, le=MAX_REQUEST_SEED), NOT_BOOL] = 0
     """Seed of the answers; mixed with each row's id."""
 
     max_new_tokens: PositiveInt = 512

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from mahalo_ray.config.section import (
+    NOT_BOOL,
     BaselineName,
     EnvironmentVariable,
     Fraction,
     LabelRange,
     NonNegativeInt,
-    Number,
     OpenFraction,
     OptionalWeights,
     OutcomeLabels,
@@ -27,7 +27,6 @@ from mahalo_ray.config.section import (
     Text,
     TraceFormat,
     WeightVector,
-    refuse_bool,
 )
 from mahalo_ray.config.stage_config import (
     ClusterConfig,
@@ -99,7 +98,7 @@ class ServeConfig(Section):
     """Network address the endpoint listens on. `127.0.0.1`: this machine only; `0.0.0.0`: all of its
     networks."""
 
-    port: Annotated[int, Field(ge=0, le=65535), BeforeValidator(refuse_bool)] = 8000
+    port: Annotated[int, Field(ge=0, le=65535), NOT_BOOL] = 8000
     """TCP port. 0 takes a free one."""
 
     replicas: PositiveInt = 1
@@ -114,7 +113,7 @@ class ServeConfig(Section):
     max_queued_requests: NonNegativeInt = 64
     """Most requests per replica that wait beyond these; the next one gets 503 with Retry-After."""
 
-    batch_window_s: Annotated[Number, Field(ge=0, le=10)] = 0.01
+    batch_window_s: Annotated[float, Field(ge=0, le=10), NOT_BOOL] = 0.01
     """Seconds within which requests that arrive at an idle replica share a batch."""
 
     max_candidates: PositiveInt = 16
@@ -135,7 +134,7 @@ class ServeConfig(Section):
     body_timeout_s: PositiveFloat = 10.0
     """Seconds that the body of a request may take to arrive; after that the answer is 408."""
 
-    shutdown_grace_s: Annotated[Number, Field(ge=0, le=3600)] = 10.0
+    shutdown_grace_s: Annotated[float, Field(ge=0, le=3600), NOT_BOOL] = 10.0
     """Seconds that running answers have to end when the endpoint stops."""
 
     cors_origins: list[Text] = []
@@ -345,7 +344,7 @@ class CompareConfig(Section):
 
 
 # What a run on own data has no use for: setting it is an error, never ignored.
-_ROLLOUT_SECTIONS = (
+ROLLOUT_SECTIONS = (
     *("domain", "sft", "reward_rollouts", "pair_rollouts"),
     *("sweep", "guided", "evaluation", "compare", "serve"),
 )
@@ -435,7 +434,7 @@ class RunConfig(Section):
             return self
         if self.model.base is None:
             raise ValueError("'data' needs 'model.base': a model made from scratch has nothing to align")
-        unused = _ROLLOUT_SECTIONS if self.trains_policy else (*_ROLLOUT_SECTIONS, "pairs", "policy")
+        unused = ROLLOUT_SECTIONS if self.trains_policy else (*ROLLOUT_SECTIONS, "pairs", "policy")
         for name in unused:
             if self._is_set(name):
                 raise ValueError(f"'{name}' is set, but this run on own data ('data') makes no use of it")

@@ -45,16 +45,16 @@ def _refuse_control_characters(value: str) -> str:
     return value
 
 
-_Number = BeforeValidator(refuse_bool)
-PositiveInt = Annotated[int, Field(ge=1, le=MAX_COUNT), _Number]
-NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_COUNT), _Number]
-Seed = Annotated[int, Field(ge=0, le=MAX_SEED), _Number]
-Number = Annotated[float, _Number]
-PositiveFloat = Annotated[float, Field(gt=0), _Number]
-NonNegativeFloat = Annotated[float, Field(ge=0), _Number]
-Fraction = Annotated[float, Field(ge=0, le=1), _Number]
-PositiveFraction = Annotated[float, Field(gt=0, le=1), _Number]
-OpenFraction = Annotated[float, Field(gt=0, lt=1), _Number]
+NOT_BOOL = BeforeValidator(refuse_bool)
+PositiveInt = Annotated[int, Field(ge=1, le=MAX_COUNT), NOT_BOOL]
+NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_COUNT), NOT_BOOL]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED), NOT_BOOL]
+Number = Annotated[float, NOT_BOOL]
+PositiveFloat = Annotated[float, Field(gt=0), NOT_BOOL]
+NonNegativeFloat = Annotated[float, Field(ge=0), NOT_BOOL]
+Fraction = Annotated[float, Field(ge=0, le=1), NOT_BOOL]
+PositiveFraction = Annotated[float, Field(gt=0, le=1), NOT_BOOL]
+OpenFraction = Annotated[float, Field(gt=0, lt=1), NOT_BOOL]
 
 
 def _refuse_descending(value: tuple[float, float]) -> tuple[float, float]:
@@ -112,7 +112,7 @@ def _check_temperature(value: float) -> float:
     return value
 
 
-Temperature = Annotated[float, Field(ge=0), _Number, AfterValidator(_check_temperature)]
+Temperature = Annotated[float, Field(ge=0), NOT_BOOL, AfterValidator(_check_temperature)]
 # Told apart first, so that an error speaks of the form that was written.
 PerObjective = Annotated[
     Annotated[PositiveFloat, Tag("number")] | Annotated[dict[str, PositiveFloat], Tag("by_objective")],
@@ -128,7 +128,7 @@ def _parse_weights(value: Any) -> Any:
 
 
 def _weights_schema(_source: Any, handler: Any) -> core_schema.CoreSchema:
-    numbers = handler(dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False), _Number]])
+    numbers = handler(dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False), NOT_BOOL]])
     return core_schema.no_info_before_validator_function(
         _parse_weights, core_schema.no_info_after_validator_function(Weights, numbers)
     )
@@ -200,7 +200,7 @@ class SamplingParams(Section):
     top_k: NonNegativeInt = 0
     """Only this many of the likeliest tokens can be drawn. 0 keeps all."""
 
-    top_p: Annotated[float, Field(ge=1e-6, le=1), _Number] = 1.0
+    top_p: Annotated[float, Field(ge=1e-6, le=1), NOT_BOOL] = 1.0
     """Only the smallest set of tokens that has this probability mass can be drawn. 1 keeps all."""
 
     min_p: Fraction = 0.0

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from mahalo_ray.config.section import (
+    NOT_BOOL,
     NOT_SHAPING,
     Dtype,
     Fraction,
@@ -16,7 +17,6 @@ from mahalo_ray.config.section import (
     HeadKind,
     NonNegativeFloat,
     NonNegativeInt,
-    Number,
     OptionalWeights,
     PerObjective,
     PolicyMethod,
@@ -33,7 +33,7 @@ from mahalo_ray.config.section import (
 )
 from mahalo_ray.objectives import unknown_name
 
-AdamBeta = Annotated[Number, Field(ge=0, lt=1)]
+AdamBeta = Annotated[float, Field(ge=0, lt=1), NOT_BOOL]
 
 
 class ObjectiveConfig(Section):
@@ -443,7 +443,7 @@ class PolicyConfig(Section):
     """How closely the policy is held to the reference: larger is closer. One number for all objectives, or
     one per objective (`{accuracy: 0.1, engagement: 0.3}`); each above 0."""
 
-    label_smoothing: Annotated[Number, Field(ge=0, lt=0.5)] = 0.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5), NOT_BOOL] = 0.0
     """Share of the pairs that is taken to be labelled the wrong way round (conservative DPO)."""
 
     average_log_probs: bool = False
