@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,12 @@ from transformers import AutoConfig, AutoTokenizer
 from mahalo_ray.config import ConfigError, RunConfig, load_config
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import Dialogue
+from mahalo_ray.domains.tutoring.scripted import scripted_dialogues
+from mahalo_ray.domains.tutoring.student import Episode
 from mahalo_ray.pipeline.evaluating import other_methods, sweep_methods
 from mahalo_ray.pipeline.progress import RunProgress
 from mahalo_ray.pipeline.run import PIPELINE, make_sft_data
-from mahalo_ray.pipeline.seed_blocks import BLOCKS, check_domain, first_seed
+from mahalo_ray.pipeline.seed_blocks import BLOCKS, check_domain, first_seed, fresh_students
 from mahalo_ray.pipeline.stages import Context, Manifest
 from mahalo_ray.rollouts.dialogue_job import DialogueChunks
 from mahalo_ray.training.methods import METHOD_VERSIONS
@@ -106,6 +109,27 @@ def test_no_two_stages_meet_the_same_students() -> None:
         for chunk_seed in chunk.seeds
     ]
     assert len(met) == len(set(met)) == 2 * sum(sizes.values())
+
+
+def test_reported_students_bring_problems_that_no_training_dialogue_has() -> None:
+    config = example("domain.sft_dialogues=3000")
+    dialogues = scripted_dialogues(3000, config.seed)
+    texts = {numbers_and_operators(dialogue.turns[0].content) for dialogue in dialogues}
+    seeds = fresh_students(config)
+    assert len(set(seeds)) == config.evaluation.dialogues
+    assert not texts & {numbers_and_operators(Episode.from_seed(seed).opening) for seed in seeds}
+    drawn = [Episode.from_seed(first_seed(config.seed, "evaluation") + n).opening for n in range(240)]
+    assert texts & {
+        numbers_and_operators(opening) for opening in drawn
+    }  # many are met again
+    with pytest.raises(ConfigError, match=r"'evaluation\.dialogues' is 99000: only \d+ of the miniature's"):
+        fresh_students(example("evaluation.dialogues=99000"))
+
+
+def numbers_and_operators(opening: str) -> tuple[str, ...]:
+    """The start and every change of a problem, whoever has how many of what."""
+    kinds = {"get": "+", "find": "+", "lose": "-", "give": "-", "make": "x"}
+    return tuple(kinds.get(word, word) for word in re.findall(r"\d+|get|find|lose|give|make", opening))
 
 
 def test_every_row_of_the_table_is_played_once() -> None:

@@ -217,6 +217,7 @@ def comparison_pipeline(config: RunConfig) -> Pipeline[RunConfig]:
                 play_baselines,
                 played_settings,
                 needs=("sft", "reward", "policy", *made),
+                version=2,  # students with problems of no training dialogue
                 resumes=True,
             ),
             Stage(

@@ -23,7 +23,7 @@ from mahalo_ray.evaluation.report import (
 )
 from mahalo_ray.evaluation.results import ComparisonTable, MethodResult
 from mahalo_ray.objectives import Weights
-from mahalo_ray.pipeline.seed_blocks import first_seed
+from mahalo_ray.pipeline.seed_blocks import fresh_students
 from mahalo_ray.pipeline.stages import Context, Manifest, StageResult
 from mahalo_ray.sweeps.decoding import SweepSpec, play_methods
 
@@ -94,7 +94,6 @@ def play(context: Context[RunConfig], methods: list[Method]) -> StageResult:
     """Every method against the run's fresh students; needs the stages sft, policy and reward."""
     config = context.config
     check_heads(config)
-    first = first_seed(config.seed, "evaluation")
     spec = SweepSpec(
         methods=tuple(methods),
         sft_url=context.input("sft", "model"),
@@ -104,7 +103,7 @@ def play(context: Context[RunConfig], methods: list[Method]) -> StageResult:
         placement=DeviceConfig(config.cluster.device, config.model.dtype),
         threads=max(1, math.floor(config.cluster.cpus_per_rollout_actor)),
         config=config.evaluation,
-        seeds=tuple(range(first, first + config.evaluation.dialogues)),
+        seeds=fresh_students(config),
     )
     context.progress.start(len(methods), "methods")
     played = play_methods(
@@ -173,7 +172,7 @@ def measurement(config: RunConfig) -> dict[str, str | int | float]:
     return {
         "seed": config.seed,
         "dialogues per method": config.evaluation.dialogues,
-        "students": "fresh, the same for every method",
+        "students": "fresh, with problems that no training dialogue has; the same for every method",
         "judges": "programs of the domain, independent of the reward model that guides",
         "temperature": config.evaluation.sampling.temperature,
         "guidance candidates": config.guided.num_candidates,

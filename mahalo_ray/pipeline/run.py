@@ -353,6 +353,7 @@ PIPELINE = Pipeline(
             sweep,
             sections("sweep", "evaluation", "objective_names", "model.dtype"),
             needs=("sft", "reward", "policy"),
+            version=2,  # students with problems of no training dialogue
             resumes=True,
         ),
         Stage(
@@ -361,6 +362,7 @@ PIPELINE = Pipeline(
             evaluate,
             sections("guided", "sweep", "evaluation", "objective_names", "model.dtype"),
             needs=("sft", "reward", "policy"),
+            version=2,  # students with problems of no training dialogue
             resumes=True,
         ),
         Stage(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+
 from mahalo_ray.config import ConfigError, RunConfig
-from mahalo_ray.domains.tutoring.student import OBJECTIVES
+from mahalo_ray.domains.tutoring.student import OBJECTIVES, Episode
 from mahalo_ray.objectives import unknown_name
 
 # Seeds of one run are config.seed * SEEDS_PER_RUN + block + number; SFT's dialogues come first.
@@ -22,6 +24,35 @@ SUPERVISION = {"accuracy": "rollout_value", "engagement": "judged_prefix"}
 def first_seed(seed: int, purpose: str) -> int:
     """Seed of the first student of a purpose."""
     return seed * SEEDS_PER_RUN + BLOCKS[purpose]
+
+
+def fresh_students(config: RunConfig) -> tuple[int, ...]:
+    """Seeds of the students behind the reported table: `evaluation.dialogues` of them, each with a problem
+    whose numbers and operators occur in no dialogue that the run trains on.
+
+    Problems are few (two or three operations on small numbers), so students drawn without looking would bring
+    many that SFT has seen worked. ConfigError when the block has too few others.
+    """
+    trained_on = {
+        "sft": config.domain.sft_dialogues,
+        "reward_rollouts": config.reward_rollouts.dialogues,
+        "pair_rollouts": config.pair_rollouts.dialogues,
+    }
+    seen = {
+        Episode.from_seed(first_seed(config.seed, purpose) + number).problem.operations
+        for purpose, dialogues in trained_on.items()
+        for number in range(dialogues)
+    }
+    first, wanted = first_seed(config.seed, "evaluation"), config.evaluation.dialogues
+    candidates = range(first, first + BLOCK_SIZE)
+    unseen = (seed for seed in candidates if Episode.from_seed(seed).problem.operations not in seen)
+    seeds = tuple(itertools.islice(unseen, wanted))
+    if len(seeds) < wanted:
+        raise ConfigError(
+            f"'evaluation.dialogues' is {wanted}: only {len(seeds)} of the miniature's {BLOCK_SIZE} students "
+            "bring a problem that no training dialogue has; lower it, or 'domain.sft_dialogues'"
+        )
+    return seeds
 
 
 def check_domain(config: RunConfig) -> None:
