@@ -119,9 +119,7 @@ def test_reported_students_bring_problems_that_no_training_dialogue_has() -> Non
     assert len(set(seeds)) == config.evaluation.dialogues
     assert not texts & {numbers_and_operators(Episode.from_seed(seed).opening) for seed in seeds}
     drawn = [Episode.from_seed(first_seed(config.seed, "evaluation") + n).opening for n in range(240)]
-    assert texts & {
-        numbers_and_operators(opening) for opening in drawn
-    }  # many are met again
+    assert texts & {numbers_and_operators(opening) for opening in drawn}  # many are met again
     with pytest.raises(ConfigError, match=r"'evaluation\.dialogues' is 99000: only \d+ of the miniature's"):
         fresh_students(example("evaluation.dialogues=99000"))
 
