@@ -80,7 +80,7 @@ def answers(output: Path) -> list[Generation]:
 
 def play(config: GenerateConfig) -> None:
     """All chunks, without Ray."""
-    rows, _ = read_prompts(config.prompts)
+    rows = read_prompts(config.prompts).prompts
     worker = GenerateWorker(config)
     for chunk in cut_into_chunks(rows, config.chunk_rows):
         worker.play(chunk)
@@ -89,7 +89,7 @@ def play(config: GenerateConfig) -> None:
 def test_answers_are_those_of_the_decoder_with_all_that_was_offered(folders: Path, tmp_path: Path) -> None:
     config = job(folders, write_rows(tmp_path / "p.jsonl", ROWS), tmp_path / "out")
     play(config)
-    rows, _ = read_prompts(config.prompts)
+    rows = read_prompts(config.prompts).prompts
     found = {answer.id: answer for answer in answers(tmp_path / "out")}
     assert list(found) == ["a", "b", "p.jsonl:3", "e"]
     policy = MultiHeadCausalLM.from_pretrained(folders / "policy").eval()
@@ -152,7 +152,8 @@ def test_prompts_of_every_format_and_rows_that_are_none(tmp_path: Path) -> None:
         {"id": "r", "messages": [{"role": "tutor", "content": "5"}]},
         {"id": "empty", "prompt": "  "},
     ]
-    prompts, refused = read_prompts(write_rows(tmp_path / "p.jsonl", [*ROWS[:3], *bad]))
+    read = read_prompts(write_rows(tmp_path / "p.jsonl", [*ROWS[:3], *bad]))
+    prompts, refused = read.prompts, read.bad
     assert [row.id for row in prompts] == ["a", "b", "p.jsonl:3"]
     reasons = [
         "either 'prompt'",
@@ -171,7 +172,7 @@ def test_prompts_of_every_format_and_rows_that_are_none(tmp_path: Path) -> None:
         [{"id": "p", "prompt": "x", "weights": {"accuracy": 2.0, "engagement": None}}]
     )
     pq.write_table(table, folder / "b.parquet")
-    prompts, _ = read_prompts(str(folder))
+    prompts = read_prompts(str(folder)).prompts
     assert [row.id for row in prompts] == ["a", "p"] and prompts[1].weights == Weights.one("accuracy")
 
 

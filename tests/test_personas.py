@@ -47,8 +47,8 @@ def rows(tmp_path: Path, *found: Any) -> str:
 
 
 def test_mathdial_rows_fall_into_what_each_side_may_see(tmp_path: Path) -> None:
-    ((case,), bad) = load_cases(MathDialCases(path=rows(tmp_path, ROW)))
-    assert bad == []
+    ((case,), report) = load_cases(MathDialCases(path=rows(tmp_path, ROW)))
+    assert report.bad == []
     assert case.key is not None and case.key.answer == "1170"
     assert case.task.topic == "problem-7"
     persona = Persona("none", "low", "frustrated", "terse", case.misunderstanding, case.profile)
@@ -70,11 +70,12 @@ def test_a_student_that_has_understood_is_not_told_that_it_has_not(tmp_path: Pat
 
 def test_rows_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     no_number = {**ROW, "ground_truth": "a lot"}
-    cases, bad = load_cases(MathDialCases(path=rows(tmp_path, ROW, "{", no_number, {**ROW, "question": " "})))
+    file = rows(tmp_path, ROW, "{", no_number, {**ROW, "question": " "})
+    cases, report = load_cases(MathDialCases(path=file))
     assert len(cases) == 1
-    assert [row.line for row in bad] == [2, 3, 4]
-    assert "'ground_truth' does not end with a number" in bad[1].reason
-    assert "'question' is missing" in bad[2].reason
+    assert [row.line for row in report.bad] == [2, 3, 4]
+    assert "'ground_truth' does not end with a number" in report.bad[1].reason
+    assert "'question' is missing" in report.bad[2].reason
     with pytest.raises(TooManyBadRows, match=r"none of the 1 rows.*'ground_truth'"):
         load_cases(MathDialCases(path=rows(tmp_path, no_number)))
 
@@ -82,10 +83,10 @@ def test_rows_that_cannot_be_used_are_named(tmp_path: Path) -> None:
 def test_beginnings_of_dialogues_end_with_the_student(tmp_path: Path) -> None:
     said = [{"role": "assistant", "content": "Why?"}, {"role": "user", "content": "Because."}]
     path = rows(tmp_path, {"id": "a:1", "messages": said}, {"messages": said[:1]}, {"messages": "hello"})
-    (case,), bad = load_cases(PrefixCases(path=path))
+    (case,), report = load_cases(PrefixCases(path=path))
     assert (case.task.id, case.task.topic, case.task.problem, case.key) == ("a:1", "a:1", None, None)
     assert [message.content for message in case.task.opening] == ["Why?", "Because."]
-    assert "the student last" in bad[0].reason and "'messages' is missing" in bad[1].reason
+    assert "the student last" in report.bad[0].reason and "'messages' is missing" in report.bad[1].reason
 
 
 def test_a_grid_is_every_problem_with_every_misconception() -> None:

@@ -13,7 +13,8 @@ import pytest
 
 from mahalo_ray.data.pair_readers import ReadPairs, read_pairs
 from mahalo_ray.data.records import Message
-from mahalo_ray.data.rows import BadRow, TooManyBadRows, quarantine, turns
+from mahalo_ray.data.row_fields import split_turns
+from mahalo_ray.data.rows import BadRow, TooManyBadRows, quarantine
 
 SHARED = Path(os.environ.get("MAHALO_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 needs_shared_data = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data is not there")
@@ -64,11 +65,11 @@ def test_files_and_folders_of_every_kind(tmp_path: Path) -> None:
 
 def test_turns_of_a_question() -> None:
     text = "Assistant: \n\nHello.\nTry: x\n\nStudent: a\n\nb\n\n\nAssistant:"
-    assert [(m.role, m.content) for m in turns(text)] == [
+    assert [(m.role, m.content) for m in split_turns(text)] == [
         ("assistant", "Hello.\nTry: x"),
         ("user", "a\n\nb"),
     ]
-    assert turns("What is\n\nStudent: about?")[0].content == "What is\n\nStudent: about?"
+    assert split_turns("What is\n\nStudent: about?")[0].content == "What is\n\nStudent: about?"
 
 
 def test_objectives_by_field_and_scores(tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 from tiny_reward_models import TOKENIZER
 
+from mahalo_ray.data.prompts import read_prompts
 from mahalo_ray.data.records import Message, StepTrace
-from mahalo_ray.data.rows import BadRow, data_files, read_rows
-from mahalo_ray.data.step_readers import FORMATS, ReadTraces, read_prompts, read_traces
+from mahalo_ray.data.row_files import data_files, read_rows
+from mahalo_ray.data.step_readers import FORMATS, ReadTraces, read_traces
 from mahalo_ray.models.scoring import StepEncoder
 from mahalo_ray.training.reward_data import check_readable
 
@@ -259,8 +260,8 @@ def test_gzipped_files(tmp_path: Path) -> None:
         "0/b.json.gz:2",
     ]
     (tmp_path / "a.jsonl.gz").write_bytes(b"no gzip")
-    with pytest.raises(ValueError, match="not a whole gzip file"):
-        read(tmp_path)
+    with pytest.raises(ValueError, match="not a whole gz file"):
+        read(tmp_path / "a.jsonl.gz")
 
 
 def test_a_data_set_through_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,7 +274,7 @@ def test_a_data_set_through_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyP
     lines(tmp_path / "data" / "test.jsonl", TRL, TRL)
     (file,) = data_files(f"hub:{tmp_path / 'data'}:test")
     rows = [row for _, row in read_rows(file)]
-    assert len(rows) == 2 and not isinstance(rows[0], BadRow) and rows[0]["completions"] == STEPS
+    assert len(rows) == 2 and isinstance(rows[0], dict) and rows[0]["completions"] == STEPS
     assert len(read(f"hub:{tmp_path / 'data'}").traces) == 1
     with pytest.raises(ValueError, match="cannot be loaded from the hub"):
         data_files(f"hub:{tmp_path / 'data'}:validation")
@@ -286,15 +287,14 @@ def test_prompts_with_their_reference_answers(tmp_path: Path) -> None:
         {"question": " "},
         {"id": "x", "prompt": [USER]},
     ]
-    found = ReadTraces()
-    read_prompts(str(lines(tmp_path / "a.jsonl", *rows)), "p", found)
-    assert [(one.id, one.answer, one.steps) for one in found.traces] == [
-        ("p/a.jsonl:1", "2+3=5\n#### 5", []),
-        ("x", "\\boxed{5}", []),
+    found = read_prompts(str(lines(tmp_path / "a.jsonl", *rows)), "p", with_answers=True)
+    assert [(prompt.id, prompt.answer) for prompt in found.prompts] == [
+        ("p/a.jsonl:1", "2+3=5\n#### 5"),
+        ("x", "\\boxed{5}"),
     ]
     assert [(bad.line, bad.reason) for bad in found.bad] == [
         (3, "the prompt is empty"),
-        (4, "another row has the id 'x' too"),
+        (4, "another row of this file has the id 'x' too"),
     ]
 
 

@@ -367,10 +367,13 @@ def calibrate(config: LabelFile, set_: Overrides = None, debug: Debug = False) -
     """Fit a judge's threshold to human ratings, and report how well the judge agrees with them."""
 
     def work() -> None:
+        from mahalo_ray.data.rows import describe_account
         from mahalo_ray.pipeline.judging import calibrate_judge
 
         url, found = calibrate_judge(load_document(config, LabelConfig, set_))
         ratings = f"{found['ratings']} ratings ({found['positive']} positive)"
+        for line in describe_account(found["data"]):
+            say(line)
         say(f"threshold {found['threshold']:.4g} from {ratings}")
         for name, figure in found["agreement"].items():
             shown = "undefined" if figure is None else "{value:.3f} [{low:.3f}, {high:.3f}]".format(**figure)

@@ -14,50 +14,58 @@ which a held-out split keeps together), `weight` and `margin` of the loss, and s
 from __future__ import annotations
 
 import itertools
-import posixpath
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import ValidationError
-
 from mahalo_ray.data.records import Message, PreferencePair
-from mahalo_ray.data.rows import (
-    BadRow,
+from mahalo_ray.data.row_fields import (
     Row,
     RowError,
-    finite,
-    messages_of,
+    as_name,
+    get_id,
+    get_text,
+    make_record,
     opening,
-    prompt_of,
-    required,
-    text_of,
-    turns,
-    use_rows,
+    parse_messages,
+    parse_prompt,
+    require,
+    show,
+    split_turns,
+    to_finite,
 )
+from mahalo_ray.data.rows import BadRow, Place, ReadReport, RowLeftOut, UniqueIds, use_rows
 
 
 @dataclass
 class ReadPairs:
-    """What was read. `rows` counts all rows; `left_out`, by objective, those of objectives not asked for.
+    """Pairs of one or several sources, and what became of every row in `report`.
 
-    `take`: what becomes of a pair, instead of being kept in `pairs`. A RowError that it raises makes the row
-    a bad one.
+    `left_out`: rows of objectives that were not asked for, by objective. `take`: what is done with a pair,
+    instead of keeping it in `pairs`; a RowError that it raises puts the row into the quarantine.
     """
 
     pairs: list[PreferencePair] = field(default_factory=list)
-    bad: list[BadRow] = field(default_factory=list)
-    rows: int = 0
+    report: ReadReport = field(default_factory=ReadReport)
     left_out: dict[str, int] = field(default_factory=dict)
     take: Callable[[PreferencePair], None] | None = None
-    ids: set[str] = field(default_factory=set)
+    ids: UniqueIds = field(default_factory=UniqueIds)
 
-    def add(self, pair: PreferencePair) -> None:
-        """One pair more; RowError if its id is not unique."""
-        if pair.id in self.ids:
-            raise RowError(f"another row has the id '{pair.id}' too")
+    @property
+    def bad(self) -> list[BadRow]:
+        """The rows that cannot be used."""
+        return self.report.bad
+
+    @property
+    def rows(self) -> int:
+        """All rows that are there."""
+        return self.report.rows
+
+    def add(self, pair: PreferencePair, place: Place, source: str) -> None:
+        """One pair more; its id is made unique (see `UniqueIds`)."""
+        unique = self.ids.claim(pair.id, place, source)
+        pair = pair if unique == pair.id else pair.model_copy(update={"id": unique})
         (self.take or self.pairs.append)(pair)
-        self.ids.add(pair.id)
 
 
 def read_pairs(
@@ -78,15 +86,14 @@ def read_pairs(
     """
     assert (objective is None) != (objective_field is None)
 
-    def use(row: Row, file: str, line: int) -> None:
-        own = objective or text_of(row, str(objective_field))
-        if own not in objectives:
-            into.left_out[own] = into.left_out.get(own, 0) + 1
-            return
-        pair = _pair(row, row_format, own, f"{name}/{posixpath.basename(file)}:{line}", path)
-        into.add(pair)
+    def use(row: Row, place: Place) -> None:
+        of_row = objective or get_text(row, str(objective_field))
+        if of_row not in objectives:
+            into.left_out[of_row] = into.left_out.get(of_row, 0) + 1
+            raise RowLeftOut(f"objective {show(of_row)}")
+        into.add(_pair(row, row_format, of_row, f"{name}/{place}", path), place, name)
 
-    into.rows += use_rows(path, use, into.bad, RowError)
+    use_rows(path, use, into.report)
 
 
 def _pair(row: Row, row_format: str, objective: str, default_id: str, source: str) -> PreferencePair:
@@ -103,12 +110,11 @@ def _pair(row: Row, row_format: str, objective: str, default_id: str, source: st
         raise RowError("the prompt is empty")
     metadata = row.get("metadata")
     places = [row, metadata] if isinstance(metadata, Mapping) else [row]
-    own_dialogue = row.get("dialogue")
     extra = {name: row[name] for name in ("weight", "margin") if row.get(name) is not None}
-    return _checked(
-        extra,
-        dialogue=opening(prompt) if own_dialogue is None else str(own_dialogue),
-        id=default_id if row.get("id") is None else str(row["id"]),
+    return make_record(
+        PreferencePair,
+        dialogue=opening(prompt) if row.get("dialogue") is None else as_name(row["dialogue"], "dialogue"),
+        id=get_id(row, default_id),
         objective=objective,
         prompt=prompt,
         chosen=chosen,
@@ -116,40 +122,32 @@ def _pair(row: Row, row_format: str, objective: str, default_id: str, source: st
         chosen_score=_score(places, "chosen"),
         rejected_score=_score(places, "rejected"),
         source=source,
+        **extra,
     )
 
 
 def _record(row: Row, objective: str) -> PreferencePair:
     """A row of `PreferencePair`'s own schema; Arrow's maps come as lists of (key, value)."""
-    scores = ("chosen_scores", "rejected_scores")
-    maps = {name: dict(row[name]) for name in scores if row.get(name) is not None}
-    try:
-        return PreferencePair.model_validate({**row, **maps, "objective": objective})
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise RowError(f"not a pair that this project wrote: '{first['loc'][0]}': {first['msg']}") from error
+    maps = {name: _as_dict(row[name]) for name in ("chosen_scores", "rejected_scores") if row.get(name)}
+    return make_record(PreferencePair, **{**row, **maps, "objective": objective})
 
 
-def _checked(extra: Row, **fields: Any) -> PreferencePair:
-    """The pair with the loss's own numbers, as the record accepts them."""
-    try:
-        return PreferencePair(**fields, **extra)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise RowError(f"'{first['loc'][0]}' is {first['input']!r}: {first['msg']}") from error
+def _as_dict(value: Any) -> Any:
+    pairs = isinstance(value, list) and all(isinstance(item, tuple) and len(item) == 2 for item in value)
+    return dict(value) if pairs else value
 
 
 def _trl(row: Row) -> tuple[list[Message], str, str]:
-    answers = [required(row, name) for name in ("chosen", "rejected")]
+    answers = [require(row, name) for name in ("chosen", "rejected")]
     if all(isinstance(answer, str) for answer in answers):
-        return prompt_of(required(row, "prompt")), answers[0], answers[1]
-    chosen, rejected = (messages_of(answer) for answer in answers)
+        return parse_prompt(require(row, "prompt")), answers[0], answers[1]
+    chosen, rejected = (parse_messages(answer) for answer in answers)
     prompt = row.get("prompt")
     if prompt is None:
         both = zip(chosen, rejected, strict=False)
         messages = [a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both)]
     else:
-        messages = prompt_of(prompt)
+        messages = parse_prompt(prompt)
     return messages, _reply(messages, chosen, "chosen"), _reply(messages, rejected, "rejected")
 
 
@@ -162,7 +160,7 @@ def _reply(prompt: list[Message], conversation: list[Message], name: str) -> str
 
 
 def _mahalo(row: Row) -> tuple[list[Message], str, str]:
-    return turns(text_of(row, "question")), text_of(row, "chosen"), text_of(row, "rejected")
+    return split_turns(get_text(row, "question")), get_text(row, "chosen"), get_text(row, "rejected")
 
 
 _FORMATS: dict[str, Callable[[Row], tuple[list[Message], str, str]]] = {"trl": _trl, "mahalo": _mahalo}
@@ -174,5 +172,5 @@ def _score(places: Sequence[Mapping[str, Any]], answer: str) -> float | None:
         for name in (f"{answer}_score", f"score_{answer}"):
             value = place.get(name)
             if value is not None:
-                return finite(value, name)
+                return to_finite(value, name)
     return None

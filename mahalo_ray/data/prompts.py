@@ -1,25 +1,36 @@
 """Prompts to be answered: rows of JSON, JSON Lines or Parquet.
 
-A row has `prompt` (text: one user message) or `messages` (a list of {role, content}), and may have `id`,
-`weights` and `guidance` (objective -> number) and `seed` of its own. Other fields are left alone, but one
-that looks like a misspelt option is refused.
+A row has `prompt` (text: one user message) or `messages` (a list of {role, content}); `question` (a text
+that may hold turns), `problem` and `input` are read as well. It may have `id`, `weights` and `guidance`
+(objective -> number) and `seed` of its own, and a reference answer (`answer`, `ground_truth`, `target` or
+`solution`). Other fields are left alone, but one that looks like a misspelt option is refused.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-import posixpath
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pydantic import ValidationError
-
 from mahalo_ray.data.records import Message
-from mahalo_ray.data.rows import BadRow, Row, use_rows
+from mahalo_ray.data.row_fields import (
+    Row,
+    RowError,
+    as_name,
+    get_id,
+    is_finite,
+    parse_messages,
+    parse_prompt,
+    show,
+    split_turns,
+)
+from mahalo_ray.data.rows import BadRow, Place, ReadReport, UniqueIds, use_rows
 from mahalo_ray.objectives import Weights
 
+_PROMPT_FIELDS = ("prompt", "messages", "question", "problem", "input")
+_ANSWER_FIELDS = ("answer", "ground_truth", "target", "solution")
 _OPTIONS = ("id", "prompt", "messages", "weights", "guidance", "seed")
 _MAX_SEED = 2**63 - 1
 
@@ -33,6 +44,7 @@ class PromptRow:
     weights: Weights | None
     guidance: Weights | None
     seed: int | None
+    answer: str | None
     file: str
     line: int
 
@@ -41,79 +53,101 @@ class PromptRow:
         return BadRow.of(self.file, self.line, reason, json.dumps([m.model_dump() for m in self.messages]))
 
 
-def read_prompts(path: str) -> tuple[list[PromptRow], list[BadRow]]:
-    """The prompts of a file or folder, and the rows that are none. A prompt without an id gets "file:line".
+@dataclass
+class ReadPrompts:
+    """Prompts of one or several sources, and what became of every row in `report`."""
 
-    ValueError when there is nothing to read.
+    prompts: list[PromptRow] = field(default_factory=list)
+    report: ReadReport = field(default_factory=ReadReport)
+    ids: UniqueIds = field(default_factory=UniqueIds)
+
+    @property
+    def bad(self) -> list[BadRow]:
+        """The rows that cannot be used."""
+        return self.report.bad
+
+
+def read_prompts(
+    path: str, name: str = "", into: ReadPrompts | None = None, *, with_answers: bool = False
+) -> ReadPrompts:
+    """Add the prompts of a file or folder to `into`. A prompt without an id gets "name/file:line".
+
+    `with_answers`: read the reference answers too. ValueError when there is nothing to read, or no row is a
+    prompt.
     """
-    prompts: list[PromptRow] = []
-    bad: list[BadRow] = []
-    seen: set[str] = set()
+    read = ReadPrompts() if into is None else into
+    before, bad_before = len(read.prompts), len(read.bad)
 
-    def use(row: Row, file: str, line: int) -> None:
-        prompt = _prompt(row, file, line)
-        if prompt.id in seen:
-            raise ValueError(f"another row has the id '{prompt.id}' too")
-        seen.add(prompt.id)
-        prompts.append(prompt)
+    def use(row: Row, place: Place) -> None:
+        default_id = f"{name}/{place}" if name else str(place)
+        prompt = _parse_row(row, default_id, place, with_answers)
+        read.prompts.append(replace(prompt, id=read.ids.claim(prompt.id, place, name)))
 
-    use_rows(path, use, bad)
-    if not prompts:
+    use_rows(path, use, read.report)
+    if len(read.prompts) == before:
+        bad = read.bad[bad_before:]
         first = f"; the first row: {bad[0].reason}" if bad else ""
         raise ValueError(f"'{path}' holds no prompts ({len(bad)} rows cannot be used{first})")
-    return prompts, bad
+    return read
 
 
-def _prompt(row: Row, file: str, line: int) -> PromptRow:
+def _parse_row(row: Row, default_id: str, place: Place, with_answers: bool) -> PromptRow:
     for name in row:
         if name not in _OPTIONS and (close := difflib.get_close_matches(name, _OPTIONS, n=1, cutoff=0.85)):
-            raise ValueError(f"unknown field '{name}'. Did you mean '{close[0]}'?")
+            raise RowError(f"unknown field '{name}'. Did you mean '{close[0]}'?")
     return PromptRow(
-        id=f"{posixpath.basename(file)}:{line}" if row.get("id") is None else str(row["id"]),
-        messages=_messages(row),
+        id=get_id(row, default_id),
+        messages=_parse_prompt_of(row),
         weights=_weights(row, "weights"),
         guidance=_weights(row, "guidance"),
         seed=_seed(row),
-        file=file,
-        line=line,
+        answer=reference_answer(row) if with_answers else None,
+        file=place.file,
+        line=place.line,
     )
 
 
-def _messages(row: Row) -> tuple[Message, ...]:
-    prompt, messages = row.get("prompt"), row.get("messages")
-    if (prompt is None) == (messages is None):
-        raise ValueError("give either 'prompt' or 'messages'")
-    if isinstance(prompt, str):
-        messages = [{"role": "user", "content": prompt}]
-    elif prompt is not None:
-        messages = prompt
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("'messages' (or 'prompt') is neither text nor a list of messages")
-    try:
-        read = tuple(Message.model_validate(message) for message in messages)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"not a list of messages: {where}: {first['msg']}") from error
-    if read[-1].role == "assistant":
-        raise ValueError("the last message is the assistant's: there is nothing to answer")
-    if not any(message.content.strip() for message in read):
-        raise ValueError("the prompt is empty")
-    return read
+def _parse_prompt_of(row: Row) -> tuple[Message, ...]:
+    given = [name for name in _PROMPT_FIELDS if row.get(name) is not None]
+    if not given or {"prompt", "messages"} <= set(given):
+        raise RowError("give either 'prompt' or 'messages'")
+    name = given[0]
+    value = row[name]
+    if name == "messages" or isinstance(value, list):
+        if not value:
+            raise RowError(f"'{name}' is neither text nor a list of messages")
+        messages = parse_messages(value)
+    else:
+        messages = (
+            split_turns(value) if name == "question" and isinstance(value, str) else parse_prompt(value)
+        )
+    if not any(message.content.strip() for message in messages):
+        raise RowError("the prompt is empty")
+    if messages[-1].role == "assistant":
+        raise RowError("the last message is the assistant's: there is nothing to answer")
+    return tuple(messages)
+
+
+def reference_answer(row: Row) -> str | None:
+    """The reference answer as text, under any of its usual names."""
+    name = next((name for name in _ANSWER_FIELDS if row.get(name) is not None), None)
+    if name is None:
+        return None
+    return str(row[name]) if isinstance(row[name], bool) else as_name(row[name], name)
 
 
 def _weights(row: Row, name: str) -> Weights | None:
     value: Any = row.get(name)
     if value is None:
         return None
-    if isinstance(value, list):  # a map column of Parquet
-        value = dict(value)
-    if not isinstance(value, Mapping) or any(
-        isinstance(number, bool) or not isinstance(number, int | float | None) for number in value.values()
-    ):
-        raise ValueError(f"'{name}' is {value!r}: give a number per objective")
     # A struct column of Parquet has every row's objectives, with nothing in them.
-    return Weights({objective: number for objective, number in value.items() if number is not None})
+    given = {k: v for k, v in value.items() if v is not None} if isinstance(value, Mapping) else None
+    if given is None or not all(is_finite(number) for number in given.values()):
+        raise RowError(f"'{name}' is {show(value)}: give a number per objective")
+    try:
+        return Weights(given)
+    except ValueError as error:
+        raise RowError(f"'{name}': {error}") from error
 
 
 def _seed(row: Row) -> int | None:
@@ -121,5 +155,5 @@ def _seed(row: Row) -> int | None:
     if seed is None:
         return None
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= _MAX_SEED:
-        raise ValueError(f"'seed' is {seed!r}: it must be a whole number from 0 to {_MAX_SEED}")
+        raise RowError(f"'seed' is {show(seed)}: it must be a whole number from 0 to {_MAX_SEED}")
     return seed

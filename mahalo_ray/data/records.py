@@ -25,6 +25,9 @@ _CANDIDATE = pa.struct(
 EXAMPLE_SCHEMA = pa.schema([("id", pa.string()), ("input_ids", _IDS), ("loss_mask", pa.list_(pa.bool_()))])
 
 
+TokenIds = list[Annotated[int, Field(ge=0, lt=2**31)]]
+
+
 class Message(BaseModel):
     """One chat message.
 
@@ -111,9 +114,9 @@ class PreferencePair(Record):
     chosen_score: float | None = None
     rejected_score: float | None = None
     source: str
-    prompt_ids: list[int] | None = None
-    chosen_ids: list[int] | None = None
-    rejected_ids: list[int] | None = None
+    prompt_ids: TokenIds | None = None
+    chosen_ids: TokenIds | None = None
+    rejected_ids: TokenIds | None = None
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     margin: Annotated[float, Field(allow_inf_nan=False)] = 0.0
     chosen_scores: dict[str, float] | None = None
@@ -170,9 +173,9 @@ class StepTrace(Record):
     labels: dict[str, list[float | None]]
     outcome: dict[str, float] | None = None
     source: str
-    token_ids: list[int] | None = None
-    step_starts: list[int] | None = None
-    step_ends: list[int] | None = None
+    token_ids: TokenIds | None = None
+    step_starts: TokenIds | None = None
+    step_ends: TokenIds | None = None
     dialogue: str | None = None
     answer: str | None = None
 
@@ -201,7 +204,7 @@ class Turn(BaseModel):
 
     speaker: Literal["tutor", "student"]
     content: str
-    token_ids: list[int] | None = None
+    token_ids: TokenIds | None = None
 
 
 class Dialogue(Record):
@@ -258,7 +261,7 @@ class Candidate(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     content: str
-    token_ids: list[int]
+    token_ids: TokenIds
     labels: dict[str, float] | None = None
     scores: dict[str, float] | None = None
 
@@ -271,7 +274,7 @@ class CandidateSet(Record):
     topic: str
     turn: int
     prompt: list[Message]
-    prompt_ids: list[int]
+    prompt_ids: TokenIds
     candidates: list[Candidate]
     chosen: int
 

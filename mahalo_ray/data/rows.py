@@ -1,31 +1,33 @@
-"""Rows that cannot be used: kept with file, line and reason, and an error when they are too many."""
+"""Every row accounted for: read, quarantined with file, line and reason, or left out by name.
+
+`use_rows` is the loop under every reader: it reads the rows of all files of a path one after another and
+counts what becomes of each in a `ReadReport`.
+"""
 
 from __future__ import annotations
 
-import gzip
-import hashlib
-import json
-import math
-import re
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal
+import itertools
+import posixpath
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
-from pydantic import ValidationError
 
 from mahalo_ray.data import storage
-from mahalo_ray.data.records import Message
+from mahalo_ray.data.row_fields import Row, RowError
+from mahalo_ray.data.row_files import FileError, UnreadableRow, find_files, read_rows
 
-QUARANTINE = "quarantine.parquet"
 SCHEMA = pa.schema(
     [("file", pa.string()), ("line", pa.int64()), ("reason", pa.string()), ("row", pa.string())]
 )
 _SHOWN = 5
+_SHOWN_FILES = 20
 _KEPT_CHARACTERS = 2000
+
+
+class RowLeftOut(Exception):
+    """Why a row is not wanted, though nothing is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,101 @@ class BadRow:
     @classmethod
     def of(cls, file: str, line: int, reason: str, row: object) -> BadRow:
         """With the row cut to what a person needs to recognise it."""
-        return cls(file, line, reason, str(row)[:_KEPT_CHARACTERS])
+        try:
+            text = str(row)
+        except (RecursionError, ValueError):  # nested too deeply, or a number of thousands of digits
+            text = "(cannot be shown)"
+        return cls(_printable(file), line, _printable(reason), _printable(text[:_KEPT_CHARACTERS]))
+
+
+def _printable(text: str) -> str:
+    """Text that Arrow and a terminal can hold: halves of characters as their numbers."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+@dataclass
+class FileReport:
+    """What became of one file: `rows` = `read` + `quarantined` + all of `left_out` (reason -> rows).
+
+    `not_read`: why the file, or what comes after these rows, could not be read.
+    """
+
+    rows: int = 0
+    read: int = 0
+    quarantined: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
+    not_read: str | None = None
+
+
+@dataclass
+class ReadReport:
+    """What became of every file and row of one or several sources, for people and for JSON.
+
+    A row counts as quarantined when nothing of it can be used; `bad` has an entry for every unusable row, and
+    for every unusable part of a row that is otherwise used.
+    """
+
+    files: dict[str, FileReport] = field(default_factory=dict)
+    bad: list[BadRow] = field(default_factory=list)
+
+    def add(self, other: ReadReport) -> None:
+        """The files and bad rows of another report too; a file in both gets both counts."""
+        for file, report in other.files.items():
+            mine = self.files.setdefault(file, FileReport())
+            mine.rows, mine.read = mine.rows + report.rows, mine.read + report.read
+            mine.quarantined += report.quarantined
+            mine.not_read = mine.not_read or report.not_read
+            for reason, rows in report.left_out.items():
+                mine.left_out[reason] = mine.left_out.get(reason, 0) + rows
+        self.bad += other.bad
+
+    @property
+    def rows(self) -> int:
+        """Rows that are there, in all files that could be read."""
+        return sum(report.rows for report in self.files.values())
+
+    def as_json(self) -> dict[str, Any]:
+        """Totals, and the counts of every file."""
+        reports = self.files.values()
+        return {
+            "rows": self.rows,
+            "read": sum(report.read for report in reports),
+            "quarantined": sum(report.quarantined for report in reports),
+            "left_out": sum(sum(report.left_out.values()) for report in reports),
+            "files_not_read": sum(report.not_read is not None for report in reports),
+            "files": {_printable(file): asdict(report) for file, report in self.files.items()},
+        }
+
+    def describe(self) -> list[str]:
+        """The same as lines for people (see `describe_account`)."""
+        return describe_account(self.as_json())
+
+
+def describe_account(account: Mapping[str, Any]) -> list[str]:
+    """`ReadReport.as_json` as lines: one for a file (at most twenty, incomplete ones first), and totals."""
+    files = account["files"]
+    incomplete = {f: r for f, r in files.items() if r["read"] < r["rows"] or r["not_read"] is not None}
+    lines = [f"{file}: {_describe_file(report)}" for file, report in {**incomplete, **files}.items()]
+    more = len(lines) - _SHOWN_FILES
+    if more > 0:
+        lines = [*lines[:_SHOWN_FILES], f"... and {more} more files"]
+    return [
+        *lines,
+        f"rows: {account['rows']} = {account['read']} read + {account['quarantined']} quarantined + "
+        f"{account['left_out']} left out; files not read: {account['files_not_read']} of {len(files)}",
+    ]
+
+
+def _describe_file(report: Mapping[str, Any]) -> str:
+    if report["not_read"] is not None and not report["rows"]:
+        return f"not read: {report['not_read']}"
+    counts = [f"{report['read']} of {report['rows']} rows read"]
+    if report["quarantined"]:
+        counts.append(f"{report['quarantined']} quarantined")
+    counts += [f"{rows} left out ({reason})" for reason, rows in report["left_out"].items()]
+    if report["not_read"] is not None:
+        counts.append(f"the rest not read: {report['not_read']}")
+    return ", ".join(counts)
 
 
 class TooManyBadRows(ValueError):
@@ -64,216 +160,83 @@ def quarantine(
     )
 
 
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
-HUB = "hub:"
-Row = dict[str, Any]
+class Place(NamedTuple):
+    """Where a row stands: `name` is the file's path within its source, unique there."""
+
+    file: str
+    name: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.line}"
 
 
-def data_files(path: str) -> list[str]:
-    """The file itself, or the JSON, JSON Lines and Parquet files directly in a folder, by name.
+@dataclass
+class UniqueIds:
+    """Ids of records: unique within a file, and made so over all files that are read together.
 
-    "hub:NAME", "hub:NAME:SPLIT" or "hub:NAME/CONFIG:SPLIT" is a data set for the library `datasets` (split
-    `train` unless named): its rows come as a Parquet file in that library's cache. ValueError when there is
-    nothing to read.
+    Two files that both count from 0 are no error: an id that another file has too gets the record's place
+    before it.
     """
-    if path.startswith(HUB):
-        return [_from_hub(path)]
-    if not storage.exists(path):
-        raise ValueError(f"there is no file or folder '{path}'")
-    fs, inner = storage.filesystem(path)
-    if not fs.isdir(inner):
-        if not path.endswith(SUFFIXES):
-            raise ValueError(f"'{path}' cannot be read: its name must end with {', '.join(SUFFIXES)}")
-        return [path]
-    files = [file for file in storage.list_files(path) if file.endswith(SUFFIXES)]
-    if not files:
-        raise ValueError(f"the folder '{path}' holds no files that end with {', '.join(SUFFIXES)}")
-    return files
+
+    taken: set[str] = field(default_factory=set)
+    _file: tuple[str, str] | None = None
+    _in_file: set[str] = field(default_factory=set)
+
+    def claim(self, own: str, place: Place, source: str = "") -> str:
+        """The id to use for a record that names itself `own`; RowError if its file has that id already."""
+        file = (source, place.file)
+        if file != self._file:
+            self._file, self._in_file = file, set()
+        if own in self._in_file:
+            raise RowError(f"another row of this file has the id '{own}' too")
+        self._in_file.add(own)
+        unique = own
+        if unique in self.taken:
+            unique = f"{posixpath.join(source, place.name)}:{own}"
+        for number in itertools.count(2):
+            if unique not in self.taken:
+                break
+            unique = f"{posixpath.join(source, place.name)}:{own}#{number}"
+        self.taken.add(unique)
+        return unique
 
 
-def read_rows(file: str) -> Iterator[tuple[int, Row | BadRow]]:
-    """(line from 1, row) of one file; what is not a JSON object comes as a BadRow.
+def use_rows(path: str, use: Callable[[Row, Place], None], report: ReadReport) -> None:
+    """Call `use(row, place)` for every row of `path` (see `find_files`) and count what becomes of it.
 
-    ValueError when the file as a whole cannot be read.
+    A RowError raised by `use` puts the row into the quarantine, a RowLeftOut leaves it out; otherwise it
+    counts as read. A file of a folder that cannot be read is named in the report. ValueError when there is
+    nothing to read, or no file that can be read.
     """
-    data = storage.read_bytes(file)
-    if file.endswith(".gz"):
-        data = _unzipped(file, data)
-    if file.endswith(".parquet"):
-        yield from _parquet_rows(file, data)
-    elif file.removesuffix(".gz").endswith(".json") and data.lstrip()[:1] == b"[":
-        yield from _array_rows(file, data)
-    else:
-        yield from _lines(file, data)
-
-
-def use_rows(
-    path: str,
-    use: Callable[[Row, str, int], None],
-    bad: list[BadRow],
-    refusal: type[ValueError] = ValueError,
-) -> int:
-    """Call `use(row, file, line)` for every row of `path` (see `data_files`); returns their number.
-
-    What is no row, and what `use` refuses by raising a `refusal`, is added to `bad`. ValueError when there is
-    nothing to read.
-    """
-    rows = 0
-    for file in data_files(path):
-        for line, row in read_rows(file):
-            rows += 1
-            if isinstance(row, BadRow):
-                bad.append(row)
-                continue
-            try:
-                use(row, file, line)
-            except refusal as error:
-                bad.append(BadRow.of(file, line, str(error), row))
-    return rows
-
-
-def _parquet_rows(file: str, data: bytes) -> Iterator[tuple[int, Row]]:
-    try:
-        table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"'{file}' is not a Parquet file: {error}") from error
-    yield from enumerate(table.to_pylist(maps_as_pydicts="lossy"), start=1)
-
-
-def _unzipped(file: str, data: bytes) -> bytes:
-    try:
-        return gzip.decompress(data)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"'{file}' is not a whole gzip file: {error}") from error
-
-
-def _from_hub(path: str) -> str:
-    """The rows of a hub data set (or of a local folder in a hub's layout) as a Parquet file."""
-    import datasets  # seconds to import, and only this needs it
-
-    name, _, split = path.removeprefix(HUB).partition(":")
-    owner_and_name, config = name, None
-    if not Path(name).is_dir() and name.count("/") == 2:
-        owner_and_name, _, config = name.rpartition("/")
-    try:
-        found = datasets.load_dataset(owner_and_name, config, split=split or "train")
-    except (
-        datasets.exceptions.DatasetNotFoundError,
-        FileNotFoundError,
-        ConnectionError,
-        ValueError,
-    ) as error:
-        raise ValueError(f"'{path}' cannot be loaded from the hub: {error}") from error
-    file = Path(datasets.config.HF_DATASETS_CACHE, "mahalo", f"{found._fingerprint}.parquet")
-    if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        found.to_parquet(file)
-    return str(file)
-
-
-def _array_rows(file: str, data: bytes) -> Iterator[tuple[int, Row | BadRow]]:
-    try:
-        rows = json.loads(data)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"'{file}' is not valid JSON: {error}") from error
-    for line, row in enumerate(rows, start=1):
-        yield line, row if isinstance(row, dict) else BadRow.of(file, line, "not a JSON object", row)
-
-
-def _lines(file: str, data: bytes) -> Iterator[tuple[int, Row | BadRow]]:
-    for line, raw in enumerate(data.split(b"\n"), start=1):
-        if not raw.strip():
-            continue
+    files, others = find_files(path)
+    for file, reason in others.items():
+        report.files.setdefault(file, FileReport(not_read=reason))
+    errors = []
+    for file, name in files:
+        counts = report.files.setdefault(file, FileReport())
         try:
-            row = json.loads(raw)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            yield line, BadRow.of(file, line, f"not valid JSON: {error}", raw.decode(errors="replace"))
-            continue
-        yield line, row if isinstance(row, dict) else BadRow.of(file, line, "not a JSON object", row)
-
-
-_ROLES: dict[str, Literal["user", "assistant"]] = {
-    **dict.fromkeys(("student", "user", "human"), "user"),
-    **dict.fromkeys(("assistant", "tutor", "teacher"), "assistant"),
-}
-_TURN = re.compile(rf"(?:\A|\n[ \t]*\n)\s*({'|'.join(_ROLES)}):[ \t]*", re.IGNORECASE)
-
-
-class RowError(ValueError):
-    """Why a row cannot be used."""
-
-
-def required(row: Row, name: str) -> Any:
-    """A field that must be there."""
-    if row.get(name) is None:
-        raise RowError(f"'{name}' is missing")
-    return row[name]
-
-
-def text_of(row: Row, name: str) -> str:
-    """A field that must be text."""
-    value = required(row, name)
-    if not isinstance(value, str):
-        raise RowError(f"'{name}' is {type(value).__name__}, not text")
-    return value
-
-
-def list_of(row: Row, name: str) -> list[Any]:
-    """A field that must be a list."""
-    value = required(row, name)
-    if not isinstance(value, list):
-        raise RowError(f"'{name}' is {type(value).__name__}, not a list")
-    return value
-
-
-def finite(value: Any, name: str) -> float:
-    """A finite number that is no bool."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise RowError(f"'{name}' is {value!r}, not a finite number")
-    return float(value)
-
-
-def messages_of(value: Any) -> list[Message]:
-    """A list of chat messages."""
-    if not isinstance(value, list):
-        raise RowError(f"{str(value)[:40]!r} is neither text nor a list of messages")
-    try:
-        return [Message.model_validate(message) for message in value]
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise RowError(f"not a list of messages: {where}: {first['msg']}") from error
-
-
-def prompt_of(value: Any) -> list[Message]:
-    """Text as one user message, or a list of messages; not without words."""
-    found = [Message(role="user", content=value)] if isinstance(value, str) else messages_of(value)
-    if not any(message.content.strip() for message in found):
-        raise RowError("the prompt is empty")
-    return found
-
-
-def turns(question: str) -> list[Message]:
-    """The messages of a text of turns, each opened by its speaker (Student, User, Human; Assistant, Tutor,
-    Teacher) and a colon; a text that opens without a speaker is one user message. A last speaker without
-    words only asks for the answer."""
-    if not _TURN.match(question):
-        return [Message(role="user", content=question.strip())]
-    _, *parts = _TURN.split(question)
-    spoken = zip(parts[::2], parts[1::2], strict=True)
-    found = [Message(role=_ROLES[who.lower()], content=said.strip()) for who, said in spoken]
-    if found[-1].role == "assistant" and not found[-1].content:
-        found.pop()
-    return found
-
-
-def opening(conversation: Sequence[Message]) -> str:
-    """The same for all rows cut from one conversation: what was said up to the user's first message."""
-    first_user = next((n for n, m in enumerate(conversation) if m.role == "user"), len(conversation))
-    return digest(conversation[: first_user + 1])
-
-
-def digest(conversation: Sequence[Message]) -> str:
-    """The same for equal conversations, and for no others."""
-    said = [(message.role, message.content) for message in conversation]
-    return hashlib.blake2b(repr(said).encode(), digest_size=12).hexdigest()
+            for line, row in read_rows(file):
+                counts.rows += 1
+                try:
+                    if isinstance(row, RowError):
+                        raise row
+                    use(row, Place(file, name, line))
+                    counts.read += 1
+                except RowLeftOut as why:
+                    counts.left_out[str(why)] = counts.left_out.get(str(why), 0) + 1
+                except RowError as error:
+                    counts.quarantined += 1
+                    shown = error.row if isinstance(error, UnreadableRow) else row
+                    report.bad.append(BadRow.of(file, line, str(error), shown))
+                except (RecursionError, OverflowError) as error:
+                    counts.quarantined += 1
+                    deep = isinstance(error, RecursionError)
+                    reason = "nested too deeply" if deep else "a number is too large"
+                    report.bad.append(BadRow.of(file, line, reason, row))
+        except FileError as error:
+            counts.not_read = str(error)
+            errors.append(error)
+    if errors and len(errors) == len(files):
+        more = f" (and {len(errors) - 1} other files)" if len(errors) > 1 else ""
+        raise FileError(f"{errors[0]}{more}")

@@ -15,29 +15,32 @@ All may have `id`, `group` (what is compared within; else equal prompts are one 
 
 from __future__ import annotations
 
-import math
-import posixpath
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mahalo_ray.config import OutcomeLabels
+from mahalo_ray.data.prompts import reference_answer
 from mahalo_ray.data.records import Message, StepTrace
-from mahalo_ray.data.rows import (
-    BadRow,
+from mahalo_ray.data.row_fields import (
     Row,
     RowError,
+    as_name,
     digest,
-    list_of,
-    messages_of,
+    get_id,
+    get_list,
+    get_text,
+    is_finite,
+    make_record,
     opening,
-    prompt_of,
-    required,
-    text_of,
-    turns,
-    use_rows,
+    parse_messages,
+    parse_prompt,
+    require,
+    show,
+    split_turns,
 )
+from mahalo_ray.data.rows import BadRow, Place, ReadReport, UniqueIds, use_rows
 from mahalo_ray.objectives import unknown_name
 
 Labels = Mapping[str | None, Sequence[Any]]
@@ -47,7 +50,6 @@ _EOM = "|EOM|"
 _MATHDIAL_OUTCOMES = {"Yes": 1.0, "Yes, but I had to reveal the answer": 0.5, "No": 0.0}
 _SIGNS = {"+": True, "-": False}
 _PROMPT_FIELDS = ("prompt", "question", "problem", "input")
-_ANSWER_FIELDS = ("answer", "ground_truth", "target", "solution")
 
 
 @dataclass(frozen=True)
@@ -67,23 +69,23 @@ class Parsed:
 
 
 def _trl_steps(row: Row) -> list[Parsed]:
-    labels = {OWN: list_of(row, "labels")}
-    return [Parsed(prompt_of(required(row, "prompt")), list_of(row, "completions"), labels)]
+    labels = {OWN: get_list(row, "labels")}
+    return [Parsed(parse_prompt(require(row, "prompt")), get_list(row, "completions"), labels)]
 
 
 def _mahalo_steps(row: Row) -> list[Parsed]:
-    values = {OWN: list_of(row, "step_value")}
-    return [Parsed(turns(text_of(row, "question")), list_of(row, "response_steps"), values)]
+    values = {OWN: get_list(row, "step_value")}
+    return [Parsed(split_turns(get_text(row, "question")), get_list(row, "response_steps"), values)]
 
 
 def _steps(row: Row) -> list[Parsed]:
     """Our own records, and plain steps without labels."""
-    prompt = asked(row)
+    prompt = _asked(row)
     tokens = {
         name: row[name] for name in ("token_ids", "step_starts", "step_ends") if row.get(name) is not None
     }
     labels, outcome = _by_objective(row.get("labels")), _by_objective(row.get("outcome"))
-    return [Parsed(prompt, list_of(row, "steps"), labels, outcome, reference_answer(row), tokens=tokens)]
+    return [Parsed(prompt, get_list(row, "steps"), labels, outcome, reference_answer(row), tokens=tokens)]
 
 
 def _by_objective(value: Any) -> Mapping[str | None, Any]:
@@ -93,48 +95,42 @@ def _by_objective(value: Any) -> Mapping[str | None, Any]:
     return value if isinstance(value, Mapping) else {OWN: value}
 
 
-def asked(row: Row) -> list[Message]:
+def _asked(row: Row) -> list[Message]:
     """The prompt, under any of its usual names."""
     name = next((name for name in _PROMPT_FIELDS if row.get(name) is not None), "prompt")
-    value = required(row, name)
-    return turns(value) if isinstance(value, str) and value.strip() else prompt_of(value)
-
-
-def reference_answer(row: Row) -> str | None:
-    """The reference answer as text, under any of its usual names."""
-    value = next((row[name] for name in _ANSWER_FIELDS if row.get(name) is not None), None)
-    return None if value is None else str(value)
+    value = require(row, name)
+    return split_turns(value) if isinstance(value, str) and value.strip() else parse_prompt(value)
 
 
 def _processbench(row: Row) -> list[Parsed]:
-    steps = list_of(row, "steps")
-    labels = _first_wrong(steps, required(row, "label"), "label")
+    steps = get_list(row, "steps")
+    labels = _first_wrong(steps, require(row, "label"), "label")
     verdict = row.get("final_answer_correct")
-    return [_math(text_of(row, "problem"), steps, labels, verdict)]
+    return [_math(get_text(row, "problem"), steps, labels, verdict)]
 
 
 def _big_bench_mistake(row: Row) -> list[Parsed]:
-    steps, index = list_of(row, "steps"), row.get("mistake_index")
+    steps, index = get_list(row, "steps"), row.get("mistake_index")
     labels = _first_wrong(steps, -1 if index is None else index, "mistake_index")
     verdict = None
     if row.get("answer") is not None and row.get("target") is not None:
         verdict = str(row["answer"]).strip() == str(row["target"]).strip()
     target = None if row.get("target") is None else str(row["target"])
-    return [_math(text_of(row, "input"), steps, labels, verdict, target)]
+    return [_math(get_text(row, "input"), steps, labels, verdict, target)]
 
 
 def _math(
     problem: str, steps: list[Any], labels: Sequence[Any], verdict: Any, answer: str | None = None
 ) -> Parsed:
     outcome = {} if verdict is None else {OWN: verdict}
-    return Parsed(prompt_of(problem), steps, {OWN: labels}, outcome, answer)
+    return Parsed(parse_prompt(problem), steps, {OWN: labels}, outcome, answer)
 
 
 def _first_wrong(steps: Sequence[Any], index: Any, name: str) -> list[bool | None]:
     """Right before the first wrong step, wrong there, unknown after it."""
     if isinstance(index, bool) or not isinstance(index, int) or not -1 <= index < len(steps):
         raise RowError(
-            f"'{name}' is {index!r}: it must be a step's number (0 to {len(steps) - 1}), or say none"
+            f"'{name}' is {show(index)}: it must be a step's number (0 to {len(steps) - 1}), or say none"
         )
     if index == -1:
         return [True] * len(steps)
@@ -143,13 +139,13 @@ def _first_wrong(steps: Sequence[Any], index: Any, name: str) -> list[bool | Non
 
 def _model_solutions(row: Row) -> list[Parsed]:
     """GSM8K's example model solutions: fields with a solution and whether its answer is right."""
-    problem, answer = text_of(row, "question"), reference_answer(row)
+    problem, answer = get_text(row, "question"), reference_answer(row)
     found = []
     for name, solution in row.items():
         if _is_solution(solution):
-            steps = [line for line in text_of(solution, "solution").split("\n") if line.strip()]
+            steps = [line for line in get_text(solution, "solution").split("\n") if line.strip()]
             outcome = {OWN: solution["is_correct"]}
-            found.append(Parsed(prompt_of(problem), steps, {}, outcome, answer, part=name))
+            found.append(Parsed(parse_prompt(problem), steps, {}, outcome, answer, part=name))
     return found
 
 
@@ -160,15 +156,15 @@ def _is_solution(value: Any) -> bool:
 def _mathdial(row: Row) -> list[Parsed]:
     """One trace per teacher turn: what was said before is the prompt, whether the student came to solve the
     problem is the outcome (1, 0.5 if the teacher had to reveal the answer, 0)."""
-    verdict = required(row, "self-correctness")
-    if verdict not in _MATHDIAL_OUTCOMES:
-        raise RowError(f"'self-correctness' is {verdict!r}: known are {', '.join(_MATHDIAL_OUTCOMES)}")
-    problem = text_of(row, "question")
+    verdict = require(row, "self-correctness")
+    if not isinstance(verdict, str) or verdict not in _MATHDIAL_OUTCOMES:
+        raise RowError(f"'self-correctness' is {show(verdict)}: known are {', '.join(_MATHDIAL_OUTCOMES)}")
+    problem = get_text(row, "question")
     if row.get("student_incorrect_solution") is not None:
-        problem += f"\n\n{text_of(row, 'student_incorrect_solution')}"
-    said = [Message(role="user", content=problem), *_mathdial_turns(text_of(row, "conversation"))]
+        problem += f"\n\n{get_text(row, 'student_incorrect_solution')}"
+    said = [Message(role="user", content=problem), *_mathdial_turns(get_text(row, "conversation"))]
     conversation = _merged(said)
-    dialogue = digest(conversation[:1]) if row.get("qid") is None else str(row["qid"])
+    dialogue = digest(conversation[:1]) if row.get("qid") is None else as_name(row["qid"], "qid")
     return [
         Parsed(
             conversation[:at],
@@ -213,8 +209,8 @@ def _conversation(row: Row) -> list[Parsed]:
     """Steps as user messages, each answered by + or -. The question is a field of its own, a message of its
     own, or what stands before "Step 1" in the first message."""
     name = "conversation" if row.get("conversation") is not None else "conversations"
-    said = messages_of([_plain(message) for message in list_of(row, name)])
-    question = next((text_of(row, name) for name in _PROMPT_FIELDS if row.get(name) is not None), None)
+    said = parse_messages([_plain(message) for message in get_list(row, name)])
+    question = next((get_text(row, name) for name in _PROMPT_FIELDS if row.get(name) is not None), None)
     opened = question is None and len(said) > 1 and said[1].content.strip() not in _SIGNS
     if opened:
         question, said = said[0].content, said[1:]
@@ -231,7 +227,7 @@ def _conversation(row: Row) -> list[Parsed]:
             )
         first = marker + rest
     texts = [first.removeprefix(question).strip(), *(message.content for message in steps[1:])]
-    return [Parsed(prompt_of(question.strip()), texts, {OWN: [_SIGNS[sign] for sign in signs]})]
+    return [Parsed(parse_prompt(question.strip()), texts, {OWN: [_SIGNS[sign] for sign in signs]})]
 
 
 def _plain(message: Any) -> Any:
@@ -239,7 +235,9 @@ def _plain(message: Any) -> Any:
     if not isinstance(message, Mapping) or "from" not in message:
         return message
     roles = {"human": "user", "gpt": "assistant"}
-    return {"role": roles.get(message["from"], message["from"]), "content": message.get("value")}
+    speaker = message["from"]
+    role = roles.get(speaker, speaker) if isinstance(speaker, str) else speaker
+    return {"role": role, "content": message.get("value")}
 
 
 def _rated(row: Row) -> list[Parsed]:
@@ -253,16 +251,26 @@ def _rated(row: Row) -> list[Parsed]:
     ratings = rated.get("ratings")
     if ratings is not None and not isinstance(ratings, Mapping):
         raise RowError(f"'ratings' is {type(ratings).__name__}: numbers per objective are wanted")
-    outcome = {OWN: required(rated, "rating")} if ratings is None else dict(ratings)
+    outcome = {OWN: require(rated, "rating")} if ratings is None else dict(ratings)
     if row.get("response") is not None:
-        said = turns(text_of(row, "question")) if "question" in row else prompt_of(required(row, "prompt"))
-        said = [*said, Message(role="assistant", content=text_of(row, "response"))]
+        said = (
+            split_turns(get_text(row, "question"))
+            if "question" in row
+            else parse_prompt(require(row, "prompt"))
+        )
+        said = [*said, Message(role="assistant", content=get_text(row, "response"))]
     else:
-        said = messages_of(row["messages"]) if "messages" in row else turns(text_of(row, "question"))
+        said = (
+            parse_messages(row["messages"]) if "messages" in row else split_turns(get_text(row, "question"))
+        )
     last = next((at for at in reversed(range(len(said))) if said[at].role == "assistant"), 0)
     if last == 0:
         raise RowError("no assistant message follows a message of the user")
     return [Parsed(said[:last], [said[last].content], {}, outcome)]
+
+
+def _question_of(row: Row) -> list[Message]:
+    return split_turns(get_text(row, "question"))
 
 
 FORMATS: dict[str, Callable[[Row], list[Parsed]]] = {
@@ -301,34 +309,45 @@ def format_of(row: Row) -> str:
         return "model_solutions"
     if isinstance(row.get("metadata"), Mapping) and {"rating", "ratings"} & set(row["metadata"]):
         return "rated"
-    raise RowError(f"its fields ({', '.join(row)}) are those of no known format: {', '.join(FORMATS)}")
+    names = show(", ".join(row), 200)[1:-1]
+    raise RowError(f"its fields ({names}) are those of no known format: {', '.join(FORMATS)}")
 
 
 @dataclass
 class ReadTraces:
-    """What was read. `rows` counts lines; one may hold several traces.
+    """Traces of one or several sources, and what became of every row in `report`.
 
-    `take`: what becomes of a trace, instead of being kept in `traces`. A RowError that it raises makes the
-    row a bad one.
+    A row may hold several traces. `take`: what is done with a trace, instead of keeping it in `traces`; a
+    RowError that it raises makes it an unusable one.
     """
 
     traces: list[StepTrace] = field(default_factory=list)
-    bad: list[BadRow] = field(default_factory=list)
-    rows: int = 0
+    report: ReadReport = field(default_factory=ReadReport)
+    taken: int = 0
     take: Callable[[StepTrace], None] | None = None
-    ids: set[str] = field(default_factory=set)
+    ids: UniqueIds = field(default_factory=UniqueIds)
 
-    def add(self, trace: StepTrace) -> None:
-        """One trace more; RowError if its id is not unique."""
-        if trace.id in self.ids:
-            raise RowError(f"another row has the id '{trace.id}' too")
-        (self.take or self.traces.append)(trace)
-        self.ids.add(trace.id)
+    @property
+    def bad(self) -> list[BadRow]:
+        """The rows, and the parts of rows, that cannot be used."""
+        return self.report.bad
+
+    @property
+    def rows(self) -> int:
+        """All rows that are there."""
+        return self.report.rows
 
     @property
     def seen(self) -> int:
-        """Traces and refused ones together: what a share of bad rows is a share of."""
-        return len(self.ids) + len(self.bad)
+        """Usable and unusable traces together: what a share of bad rows is a share of."""
+        return self.taken + len(self.bad)
+
+    def add(self, trace: StepTrace, place: Place, source: str) -> None:
+        """One trace more; its id is made unique (see `UniqueIds`)."""
+        unique = self.ids.claim(trace.id, place, source)
+        trace = trace if unique == trace.id else trace.model_copy(update={"id": unique})
+        (self.take or self.traces.append)(trace)
+        self.taken += 1
 
 
 @dataclass(frozen=True)
@@ -374,51 +393,22 @@ def read_traces(
         objectives, objective, objective_field, label_range, outcome_labels, gamma, with_labels
     )
 
-    def traces_of(row: Row, default_id: str) -> Iterator[StepTrace | RowError]:
-        for one in FORMATS[format_of(row) if row_format == "auto" else row_format](row):
+    def use(row: Row, place: Place) -> None:
+        usable, errors = 0, list[RowError]()
+        for parsed in FORMATS[format_of(row) if row_format == "auto" else row_format](row):
             try:
-                yield _trace(row, one, mapping, default_id, path)
+                into.add(_trace(row, parsed, mapping, f"{name}/{place}", path), place, name)
+                usable += 1
             except RowError as error:
-                yield RowError(f"{one.part}: {error}") if one.part else error
+                errors.append(RowError(f"{parsed.part}: {error}") if parsed.part else error)
+        if not usable:  # the row's last error is the one that is raised
+            errors = errors or [RowError("it holds no step")]
+            refusal = errors.pop()
+        into.report.bad += [BadRow.of(place.file, place.line, str(error), row) for error in errors]
+        if not usable:
+            raise refusal
 
-    _collect(path, name, into, traces_of)
-
-
-def read_prompts(path: str, name: str, into: ReadTraces) -> None:
-    """Add the prompts of a file, folder or hub data set to `into`, as traces without steps: `prompt`,
-    `question`, `problem` or `input`, and perhaps the reference `answer`, `ground_truth`, `target` or
-    `solution`."""
-
-    def trace_of(row: Row, default_id: str) -> Iterator[StepTrace]:
-        prompt = asked(row)
-        yield StepTrace(
-            id=default_id if row.get("id") is None else str(row["id"]),
-            group=digest(prompt),
-            prompt=prompt,
-            steps=[],
-            labels={},
-            source=path,
-            answer=reference_answer(row),
-        )
-
-    _collect(path, name, into, trace_of)
-
-
-def _collect(
-    path: str, name: str, into: ReadTraces, traces_of: Callable[[Row, str], Iterable[StepTrace | RowError]]
-) -> None:
-    """Add what `traces_of` makes of every row (and its default id); what it refuses becomes bad rows."""
-
-    def use(row: Row, file: str, line: int) -> None:
-        for found in traces_of(row, f"{name}/{posixpath.basename(file)}:{line}"):
-            try:
-                if isinstance(found, RowError):
-                    raise found
-                into.add(found)
-            except RowError as error:
-                into.bad.append(BadRow.of(file, line, str(error), row))
-
-    into.rows += use_rows(path, use, into.bad, RowError)
+    use_rows(path, use, into.report)
 
 
 def _trace(row: Row, parsed: Parsed, mapping: _Mapping, default_id: str, source: str) -> StepTrace:
@@ -435,19 +425,20 @@ def _trace(row: Row, parsed: Parsed, mapping: _Mapping, default_id: str, source:
         for name, values in parsed.labels.items()
         if values is not None
     } or _labels_from_outcome(outcome, len(parsed.steps), mapping)
-    own_id = default_id if row.get("id") is None else str(row["id"])
-    dialogue = parsed.dialogue if row.get("dialogue") is None else row["dialogue"]
+    own_id = get_id(row, default_id)
+    dialogue = parsed.dialogue if row.get("dialogue") is None else as_name(row["dialogue"], "dialogue")
     if dialogue is None and len(parsed.prompt) > 1:
         dialogue = opening(parsed.prompt)
-    return StepTrace(
+    return make_record(
+        StepTrace,
         id=f"{own_id}/{parsed.part}" if parsed.part else own_id,
-        group=str(row.get("group") or parsed.group or digest(parsed.prompt)),
+        group=as_name(row.get("group") or parsed.group or digest(parsed.prompt), "group"),
         prompt=parsed.prompt,
         steps=parsed.steps,
         labels=labels,
         outcome=outcome or None,
         source=source,
-        dialogue=None if dialogue is None else str(dialogue),
+        dialogue=dialogue,
         answer=parsed.answer,
         **_tokens(parsed),
     )
@@ -477,11 +468,11 @@ def _objective(row: Row, name: str | None, mapping: _Mapping) -> str:
     if name is None:
         name = mapping.objective
         if mapping.objective_field is not None:
-            name = text_of(row, mapping.objective_field)
+            name = get_text(row, mapping.objective_field)
         if name is None:
             raise RowError("its labels name no objective: say which ('objective' or 'objective_field')")
-    if name not in mapping.objectives:
-        raise RowError(unknown_name("objective", name, mapping.objectives))
+    if not isinstance(name, str) or name not in mapping.objectives:
+        raise RowError(unknown_name("objective", as_name(name, "objective")[:80], mapping.objectives))
     return name
 
 
@@ -501,8 +492,8 @@ def _label(value: Any, what: str, label_range: tuple[float, float]) -> float:
     if isinstance(value, bool):
         return float(value)
     low, high = label_range
-    if not isinstance(value, int | float) or not math.isfinite(value) or not low <= value <= high:
-        raise RowError(f"{what} is {value!r}: it must be a number from {low:g} to {high:g}")
+    if not is_finite(value) or not low <= value <= high:
+        raise RowError(f"{what} is {show(value)}: it must be a number from {low:g} to {high:g}")
     return (value - low) / (high - low)
 
 
@@ -511,7 +502,9 @@ def _tokens(parsed: Parsed) -> Mapping[str, Any]:
     if not parsed.tokens:
         return {}
     positions = [parsed.tokens.get(name) for name in ("step_starts", "step_ends")]
-    if "token_ids" not in parsed.tokens or any(p is None or len(p) != len(parsed.steps) for p in positions):
+    if "token_ids" not in parsed.tokens or any(
+        not isinstance(p, list) or len(p) != len(parsed.steps) for p in positions
+    ):
         raise RowError(
             "'token_ids', 'step_starts' and 'step_ends' belong together, one position of each per step"
         )

@@ -27,7 +27,8 @@ from mahalo_ray.data.records import (
     ScoredTrace,
     StepTrace,
 )
-from mahalo_ray.data.rows import QUARANTINE, BadRow, data_files, quarantine, read_rows
+from mahalo_ray.data.row_files import QUARANTINE, data_files, read_rows
+from mahalo_ray.data.rows import ReadReport, describe_account, quarantine
 from mahalo_ray.data.step_readers import ReadTraces, read_traces
 from mahalo_ray.decoding.cpu_matmul import OneDNNLinears
 from mahalo_ray.evaluation.plots import INK, SURFACE
@@ -108,11 +109,11 @@ def _cycle(count: int) -> list[str]:
 
 
 class Rows(NamedTuple):
-    """What was read; `bad` rows of `seen` in all."""
+    """What was read; `seen`: all rows and traces, the unusable ones in `report` included."""
 
     traces: list[StepTrace]
     pairs: list[PreferencePair]
-    bad: list[BadRow]
+    report: ReadReport
     seen: int
 
 
@@ -129,14 +130,17 @@ def read_held_out(
             read_pairs(path, "auto", objectives, objective, named, str(number), pairs)
         else:
             read_traces(path, row_format, objectives, objective, None, str(number), traces)
-    return Rows(traces.traces, pairs.pairs, pairs.bad + traces.bad, pairs.rows + traces.seen)
+    report = ReadReport()
+    report.add(pairs.report)
+    report.add(traces.report)
+    return Rows(traces.traces, pairs.pairs, report, pairs.rows + traces.seen)
 
 
 def _first_fields(path: str) -> set[str]:
     """The fields of the first row that is one."""
     for file in data_files(path):
         for _, row in read_rows(file):
-            if not isinstance(row, BadRow):
+            if isinstance(row, dict):
                 return set(row)
     raise ValueError(f"'{path}' holds no rows")
 
@@ -301,10 +305,12 @@ def evaluate_scorer(
     if objective is not None and objective not in scorer.objectives:
         raise ValueError(unknown_name("objective", objective, scorer.objectives))
     names = scorer.objectives if objective is None else (objective,)
-    scored = _scored(scorer, data, names, objective, row_format, folder, batch_size, max_bad_fraction)
+    scored, account = _scored(
+        scorer, data, names, objective, row_format, folder, batch_size, max_bad_fraction
+    )
     thresholds = {}
     if threshold_from:
-        other = _scored(
+        other, _ = _scored(
             scorer,
             threshold_from,
             names,
@@ -329,6 +335,7 @@ def evaluate_scorer(
         raise ValueError(f"the data hold no labels, outcomes or pairs of {', '.join(names)}")
     notes = {"data": list(data), "traces": len(scored.traces), "pairs": len(scored.pairs)}
     notes |= {"cut": scored.cut, "thresholds": thresholds, "threshold_from": list(threshold_from)}
+    notes["rows"] = account
     write_report(folder, {name: result for name, result in results.items() if result.metrics}, {}, notes)
     return results
 
@@ -342,10 +349,10 @@ def _scored(
     folder: str,
     batch_size: int,
     max_bad_fraction: float,
-) -> Scored:
+) -> tuple[Scored, dict[str, Any]]:
     rows = read_held_out(paths, names, objective, row_format)
-    quarantine(rows.bad, rows.seen, max_bad_fraction, storage.join(folder, QUARANTINE))
-    return score_rows(scorer, rows.traces, rows.pairs, batch_size)
+    quarantine(rows.report.bad, rows.seen, max_bad_fraction, storage.join(folder, QUARANTINE))
+    return score_rows(scorer, rows.traces, rows.pairs, batch_size), rows.report.as_json()
 
 
 def write_report(
@@ -379,6 +386,9 @@ def compared(unified: ObjectiveMetrics, dedicated: ObjectiveMetrics) -> dict[str
 def print_report(console: Console, folder: str) -> None:
     """The tables of a written report."""
     document = storage.read_json(storage.join(folder, RESULTS))
+    if "rows" in document["notes"]:
+        for line in describe_account(document["notes"]["rows"]):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
     for objective, result in document["objectives"].items():
         compared_with = document["dedicated"].get(objective, {})
         console.print(_metric_table(objective, result["figures"], compared_with))

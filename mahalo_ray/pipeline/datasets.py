@@ -13,7 +13,8 @@ from mahalo_ray.config import ObjectiveConfig, PairsSource, RunConfig
 from mahalo_ray.data import storage
 from mahalo_ray.data.pair_readers import ReadPairs, read_pairs
 from mahalo_ray.data.records import PreferencePair, ShardWriter, StepTrace
-from mahalo_ray.data.rows import QUARANTINE, data_files, quarantine
+from mahalo_ray.data.row_files import QUARANTINE, data_files
+from mahalo_ray.data.rows import quarantine
 from mahalo_ray.data.step_readers import ReadTraces, read_traces
 from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.domains.human_values import read_truthfulqa
@@ -56,6 +57,7 @@ def pairs(context: Context[RunConfig]) -> StageResult:
         _read_source(source, config.objective_names, str(number), read)
         context.progress.advance()
     writer.flush()
+    account = context.account(read.report)
     quarantine(read.bad, read.rows, config.data.max_bad_fraction, context.path(QUARANTINE))
     for name in names:
         if counts[name] == 0:
@@ -63,7 +65,7 @@ def pairs(context: Context[RunConfig]) -> StageResult:
             raise ValueError(
                 f"'data.pairs' holds no pairs of objective '{name}' (objectives of rows left out: {others})"
             )
-    metrics = {"rows": read.rows, "bad_rows": len(read.bad), "left_out": read.left_out}
+    metrics = {"rows": read.rows, "bad_rows": len(read.bad), "left_out": read.left_out, "data": account}
     return StageResult(
         {**metrics, "pairs": {name: counts[name] for name in names}},
         {"pairs": "pairs", "quarantine": QUARANTINE},
@@ -105,11 +107,18 @@ def traces(context: Context[RunConfig]) -> StageResult:
         )
         context.progress.advance()
     writer.flush()
+    account = context.account(read.report)
     quarantine(read.bad, read.seen, config.data.max_bad_fraction, context.path(QUARANTINE))
     for name, count in counts.items():
         if count == 0:
             raise ValueError(f"'data.traces' holds no step with a label of objective '{name}'")
-    metrics = {"rows": read.rows, "bad_rows": len(read.bad), "traces": writer.written, "labelled": counts}
+    metrics = {
+        "rows": read.rows,
+        "bad_rows": len(read.bad),
+        "traces": writer.written,
+        "labelled": counts,
+        "data": account,
+    }
     return StageResult(metrics, {"traces": "traces", "quarantine": QUARANTINE})
 
 

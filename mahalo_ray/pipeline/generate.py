@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from mahalo_ray.config import GenerateConfig
 from mahalo_ray.data import storage
-from mahalo_ray.data.prompts import PromptRow, read_prompts
-from mahalo_ray.data.rows import QUARANTINE, BadRow, data_files, quarantine
+from mahalo_ray.data.prompts import ReadPrompts, read_prompts
+from mahalo_ray.data.row_files import QUARANTINE, data_files
+from mahalo_ray.data.rows import BadRow, quarantine
 from mahalo_ray.pipeline.artifacts import find_model
 from mahalo_ray.pipeline.progress import RunProgress
 from mahalo_ray.pipeline.stages import Context, Manifest, Pipeline, Session, Stage, StageResult
@@ -22,28 +22,28 @@ def generate(config: GenerateConfig, session: Session, progress: RunProgress) ->
     cannot be answered than `max_bad_fraction`.
     """
     config = _resolve(config)
-    prompts, bad = read_prompts(config.prompts)
+    read = read_prompts(config.prompts)
 
     def answer(context: Context[GenerateConfig]) -> StageResult:
-        return _answer(context, prompts, bad)
+        return _answer(context, read)
 
     stage = Stage("generate", "Answer prompts", answer, _settings, in_output=True)
     return Pipeline([stage], holds="answers").run(config, session=session, progress=progress)["generate"]
 
 
-def _answer(
-    context: Context[GenerateConfig], prompts: Sequence[PromptRow], bad: Sequence[BadRow]
-) -> StageResult:
+def _answer(context: Context[GenerateConfig], read: ReadPrompts) -> StageResult:
     config = context.config
-    context.progress.start(len(prompts), "prompts")
-    report = answer_prompts(config, prompts, context.progress.update)
-    unusable = [*bad, *_rejected(config.output)]
+    account = context.account(read.report)
+    context.progress.start(len(read.prompts), "prompts")
+    report = answer_prompts(config, read.prompts, context.progress.update)
+    unusable = [*read.bad, *_rejected(config.output)]
     total, url = report.answered + len(unusable), context.path(QUARANTINE)
     quarantine(unusable, total, config.max_bad_fraction, url, "max_bad_fraction")
     metrics = {
         "answered": report.answered,
         "quarantined": len(unusable),
         "actor_deaths": report.actor_deaths,
+        "data": account,
     }
     return StageResult(metrics, {"answers": ANSWERS, "quarantine": QUARANTINE})
 

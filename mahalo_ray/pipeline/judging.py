@@ -21,7 +21,8 @@ from mahalo_ray.config import (
 )
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import StepTrace
-from mahalo_ray.data.rows import QUARANTINE, quarantine
+from mahalo_ray.data.row_files import QUARANTINE
+from mahalo_ray.data.rows import quarantine
 from mahalo_ray.data.step_readers import ReadTraces, read_traces
 from mahalo_ray.decoding.policy import DeviceConfig
 from mahalo_ray.errors import StageError
@@ -112,7 +113,7 @@ def calibrate_judge(config: LabelConfig) -> tuple[str, dict[str, Any]]:
     check_output(config.output)
     sign_output(config.output)
     spec = judge_spec(settings.objective, judge.model_copy(update={"calibration": None}))
-    traces, ratings = _rated(config, settings)
+    traces, ratings, account = _rated(config, settings)
     scores, asked = _scores(config, spec, traces)
     kept = [at for at, score in enumerate(scores) if not isinstance(score, Unjudged)]
     agreement = measure_agreement(
@@ -137,21 +138,24 @@ def calibrate_judge(config: LabelConfig) -> tuple[str, dict[str, Any]]:
         f"over dialogues, {settings.bootstrap_resamples} resamples, confidence {settings.confidence:g}",
         "agreement": {name: None if f is None else f.as_json() for name, f in figures.items()},
         "endpoint": asked,
+        "data": account,
     }
     url = storage.join(storage.absolute(config.output), CALIBRATION)
     storage.write_json(url, found)
     return url, found
 
 
-def _rated(config: LabelConfig, settings: CalibrationConfig) -> tuple[list[StepTrace], list[float]]:
-    """What people rated, and the ratings in 0..1."""
-    name, found = settings.objective, ReadTraces()
+def _rated(
+    config: LabelConfig, settings: CalibrationConfig
+) -> tuple[list[StepTrace], list[float], dict[str, Any]]:
+    """What people rated, the ratings in 0..1, and the account of the rows."""
+    name, read = settings.objective, ReadTraces()
     source, scale = settings.ratings, settings.label_range
-    read_traces(source, settings.format, [name], name, None, "ratings", found, label_range=scale)
+    read_traces(source, settings.format, [name], name, None, "ratings", read, label_range=scale)
     url, share = storage.join(config.output, QUARANTINE), settings.max_bad_fraction
-    quarantine(found.bad, found.seen, share, url, "calibration.max_bad_fraction")
-    rated = [(t, t.outcome[name]) for t in found.traces if t.outcome is not None and name in t.outcome]
-    return [trace for trace, _ in rated], [rating for _, rating in rated]
+    quarantine(read.bad, read.seen, share, url, "calibration.max_bad_fraction")
+    rated = [(t, t.outcome[name]) for t in read.traces if t.outcome is not None and name in t.outcome]
+    return [trace for trace, _ in rated], [rating for _, rating in rated], read.report.as_json()
 
 
 def _scores(

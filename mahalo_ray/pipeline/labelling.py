@@ -9,9 +9,12 @@ from typing import Any
 
 from mahalo_ray.config import ConfigError, EndpointJudgeConfig, LabelConfig
 from mahalo_ray.data import storage
+from mahalo_ray.data.prompts import PromptRow, ReadPrompts, read_prompts
 from mahalo_ray.data.records import StepTrace
-from mahalo_ray.data.rows import QUARANTINE, data_files, quarantine
-from mahalo_ray.data.step_readers import ReadTraces, read_prompts, read_traces
+from mahalo_ray.data.row_fields import digest
+from mahalo_ray.data.row_files import QUARANTINE, data_files
+from mahalo_ray.data.rows import ReadReport, quarantine
+from mahalo_ray.data.step_readers import ReadTraces, read_traces
 from mahalo_ray.decoding.policy import DeviceConfig
 from mahalo_ray.errors import StageError
 from mahalo_ray.pipeline.artifacts import place_model
@@ -117,14 +120,18 @@ def _read_input(context: Context[LabelConfig]) -> StageResult:
     """The input as files of `traces_per_chunk` rows, traces of one prompt together."""
     config = context.config
     assert config.input is not None
-    read, prompts = ReadTraces(), ReadTraces()
+    read, prompts = ReadTraces(), ReadPrompts()
     for number, source in enumerate(config.input.traces):
         read_traces(source.path, source.format, [], None, None, f"traces{number}", read, with_labels=False)
     answers: list[int] = []
     for number, asked in enumerate(config.input.prompts):
-        read_prompts(asked.path, f"prompts{number}", prompts)
-        answers += [asked.responses] * (len(prompts.traces) - len(answers))
-    bad, seen = [*read.bad, *prompts.bad], read.seen + prompts.seen
+        read_prompts(asked.path, f"prompts{number}", prompts, with_answers=True)
+        answers += [asked.responses] * (len(prompts.prompts) - len(answers))
+    bad, seen = [*read.bad, *prompts.bad], read.seen + len(prompts.prompts) + len(prompts.bad)
+    report = ReadReport()
+    report.add(read.report)
+    report.add(prompts.report)
+    account = context.account(report)
     share, url = config.input.max_bad_fraction, context.output_path(QUARANTINE)
     quarantine(bad, seen, share, url, "input.max_bad_fraction")
     limit = config.input.limit
@@ -137,8 +144,9 @@ def _read_input(context: Context[LabelConfig]) -> StageResult:
     traces = sorted(traces, key=lambda trace: place[trace.group])
     for at in range(0, len(traces), size):
         chunks.append(_write_chunk(context, f"traces-{at // size:06d}", traces[at : at + size], 0))
+    asked_traces = [_without_steps(prompt) for prompt in prompts.prompts[:left]]
     for responses in dict.fromkeys(answers):
-        own = [t for t, count in zip(prompts.traces[:left], answers, strict=False) if count == responses]
+        own = [t for t, count in zip(asked_traces, answers, strict=False) if count == responses]
         per_chunk = max(1, size // responses)
         for at in range(0, len(own), per_chunk):
             name = f"prompts-{responses}-{at // per_chunk:06d}"
@@ -146,7 +154,20 @@ def _read_input(context: Context[LabelConfig]) -> StageResult:
     if not chunks:
         raise ValueError("'input' holds nothing that can be labelled")
     storage.write_json(context.path(CHUNKS), [asdict(chunk) for chunk in chunks])
-    return StageResult({"rows": seen, "quarantined": len(bad)}, {"chunks": CHUNKS})
+    return StageResult({"rows": seen, "quarantined": len(bad), "data": account}, {"chunks": CHUNKS})
+
+
+def _without_steps(prompt: PromptRow) -> StepTrace:
+    """A prompt as a trace to which responses are added."""
+    return StepTrace(
+        id=prompt.id,
+        group=digest(prompt.messages),
+        prompt=list(prompt.messages),
+        steps=[],
+        labels={},
+        source=prompt.file,
+        answer=prompt.answer,
+    )
 
 
 def _write_chunk(

@@ -16,7 +16,8 @@ from mahalo_ray.config import (
 )
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import PreferencePair
-from mahalo_ray.data.rows import QUARANTINE, data_files, quarantine
+from mahalo_ray.data.row_files import QUARANTINE, data_files
+from mahalo_ray.data.rows import quarantine
 from mahalo_ray.decoding.policy import DeviceConfig
 from mahalo_ray.domains.tutoring.personas import load_cases
 from mahalo_ray.errors import StageError
@@ -129,10 +130,13 @@ def _cases_settings(config: DialoguesConfig) -> dict[str, Any]:
 def _read_cases(context: Context[DialoguesConfig]) -> StageResult:
     """Write the cases as one file, which every actor reads."""
     assert context.config.cases is not None
-    cases, bad = load_cases(context.config.cases)
+    cases, report = load_cases(context.config.cases)
+    account, bad = context.account(report), report.bad
     quarantine(bad, len(cases) + len(bad), MAX_BAD_CASES, context.output_path(QUARANTINE))
     storage.write_bytes(context.path(CASES_FILE), CASES.dump_json(cases))
-    return StageResult({"rows": len(cases) + len(bad), "quarantined": len(bad)}, {"cases": CASES_FILE})
+    return StageResult(
+        {"rows": len(cases) + len(bad), "quarantined": len(bad), "data": account}, {"cases": CASES_FILE}
+    )
 
 
 def _chunks(config: DialoguesConfig) -> DialogueChunks:

@@ -16,6 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 
 from mahalo_ray.config import Section, dump_config
 from mahalo_ray.data import storage
+from mahalo_ray.data.rows import ReadReport
 from mahalo_ray.data.storage import run_lock
 from mahalo_ray.objectives import unknown_name
 from mahalo_ray.pipeline.outputs import check_inputs, check_output, sign_output
@@ -127,6 +128,12 @@ class Context(Generic[ConfigT]):
         """Path or URL of an output of a stage that this one needs."""
         folder, manifest = self.upstream[stage]
         return storage.join(folder, manifest.outputs[output])
+
+    def account(self, report: ReadReport) -> dict[str, Any]:
+        """Print what became of every file and row that was read; returns the same as numbers."""
+        for line in report.describe():
+            self.progress.say(line)
+        return report.as_json()
 
     def metrics_of(self, stage: str) -> dict[str, Any]:
         """Metrics of a stage that this one needs."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from mahalo_ray.config import ContinuationsConfig
 from mahalo_ray.data.records import StepTrace
-from mahalo_ray.data.rows import digest
+from mahalo_ray.data.row_fields import digest
 from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.decoding.engine import Engine
 from mahalo_ray.decoding.policy import Policy

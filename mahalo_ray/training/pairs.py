@@ -15,7 +15,7 @@ import torch
 from jinja2 import TemplateError
 
 from mahalo_ray.data.records import Message, PreferencePair
-from mahalo_ray.data.rows import RowError
+from mahalo_ray.data.row_fields import RowError
 from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.logprobs import IGNORE_INDEX
 from mahalo_ray.losses import shift_labels

@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from mahalo_ray.config import ObjectiveConfig
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import PreferencePair, StepTrace
-from mahalo_ray.data.rows import RowError
+from mahalo_ray.data.row_fields import RowError
 from mahalo_ray.metrics import FloatArray
 from mahalo_ray.models.scoring import StepEncoder, TokenTrace, TraceEncoder, pad_traces
 from mahalo_ray.objectives import unknown_name

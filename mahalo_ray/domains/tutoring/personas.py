@@ -25,7 +25,8 @@ from mahalo_ray.config import (
     Verbosity,
 )
 from mahalo_ray.data.records import Message
-from mahalo_ray.data.rows import BadRow, Row, TooManyBadRows, use_rows
+from mahalo_ray.data.row_fields import Row, RowError, as_name, parse_messages
+from mahalo_ray.data.rows import Place, ReadReport, TooManyBadRows, use_rows
 from mahalo_ray.domains.tutoring.moves import final_number
 
 StudentStarts = Literal["attempt", "question"]
@@ -187,26 +188,26 @@ class PersonaSampler:
         return case, Persona(*combination, case.misunderstanding, case.profile)
 
 
-def load_cases(config: CasesConfig) -> tuple[list[Case], list[BadRow]]:
-    """All cases in their order, and the rows that cannot be used; ValueError if there is no case at all."""
+def load_cases(config: CasesConfig) -> tuple[list[Case], ReadReport]:
+    """All cases in their order, and what became of every row; ValueError if there is no case at all."""
     match config:
         case GridCases():
-            return _grid(config), []
+            return _grid(config), ReadReport()
         case MathDialCases():
             read = _mathdial
         case PrefixCases():
             read = _prefix
     cases: list[Case] = []
-    bad: list[BadRow] = []
+    report = ReadReport()
 
-    def use(row: Row, file: str, line: int) -> None:
+    def use(row: Row, place: Place) -> None:
         cases.append(read(row, f"{len(cases)}"))
 
-    use_rows(config.path, use, bad)
+    use_rows(config.path, use, report)
     if not cases:
-        first = f"; the first: line {bad[0].line}: {bad[0].reason}" if bad else ""
-        raise TooManyBadRows(f"none of the {len(bad)} rows of '{config.path}' can be used{first}")
-    return cases, bad
+        first = f"; the first: line {report.bad[0].line}: {report.bad[0].reason}" if report.bad else ""
+        raise TooManyBadRows(f"none of the {report.rows} rows of '{config.path}' can be used{first}")
+    return cases, report
 
 
 def _grid(config: GridCases) -> list[Case]:
@@ -231,12 +232,14 @@ def _mathdial(row: Row, name: str) -> Case:
     problem, work = _text(row, "question"), _text(row, "student_incorrect_solution")
     answer = final_number(_text(row, "ground_truth"))
     if answer is None:
-        raise ValueError("'ground_truth' does not end with a number")
+        raise RowError("'ground_truth' does not end with a number")
     confusion = row.get("teacher_described_confusion")
+    if confusion is not None and not isinstance(confusion, str):
+        raise RowError("'teacher_described_confusion' is not a text")
     return Case(
         task=Task(
             id=name,
-            topic=f"problem-{row.get('qid', name)}",
+            topic=f"problem-{as_name(row.get('qid', name), 'qid')}",
             opening=(_opening(problem, work),),
             problem=problem,
         ),
@@ -249,14 +252,13 @@ def _mathdial(row: Row, name: str) -> Case:
 def _prefix(row: Row, name: str) -> Case:
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages:
-        raise ValueError("'messages' is missing: a list of messages with role and content")
-    opening = tuple(Message.model_validate(message) for message in messages)
+        raise RowError("'messages' is missing: a list of messages with role and content")
+    opening = tuple(parse_messages(messages))
     if opening[-1].role != "user" or any(message.role == "system" for message in opening):
-        raise ValueError(
-            "'messages' must hold the tutor (assistant) and the student (user), the student last"
-        )
-    identity = str(row.get("id", name))
-    return Case(task=Task(id=identity, topic=str(row.get("topic") or identity), opening=opening))
+        raise RowError("'messages' must hold the tutor (assistant) and the student (user), the student last")
+    identity = as_name(row.get("id", name), "id")
+    topic = as_name(row.get("topic") or identity, "topic")
+    return Case(task=Task(id=identity, topic=topic, opening=opening))
 
 
 def _opening(problem: str, work: str | None) -> Message:
@@ -267,5 +269,5 @@ def _opening(problem: str, work: str | None) -> Message:
 def _text(row: Row, field: str) -> str:
     value = row.get(field)
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"'{field}' is missing or not a text")
+        raise RowError(f"'{field}' is missing or not a text")
     return value.strip()
