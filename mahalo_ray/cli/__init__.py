@@ -9,7 +9,7 @@ import typer
 
 from mahalo_ray import __version__
 from mahalo_ray.cli.commands import register
-from mahalo_ray.cli.common import say
+from mahalo_ray.cli.common import provide_home, say
 
 app = typer.Typer(
     name="mahalo",
@@ -25,6 +25,7 @@ register(app)
 def main() -> NoReturn:
     """Entry point of the command. Exit codes: 0 done, 2 wrong input, 130 Ctrl-C, 143 SIGTERM, 1 a stage
     that failed for good, or a defect."""
+    provide_home()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     app()
     raise AssertionError("typer exits by itself")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import os
+import pwd
+import shutil
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -104,16 +108,34 @@ def guarded(work: Callable[[], None], debug: bool) -> None:
     except OSError as error:
         if error.errno not in _WHAT_TO_DO:
             raise
-        if debug:
-            traceback.print_exception(error)
-        err.print(f"[bold red]error:[/] {escape(_explain_os_error(error))}")
-        raise SystemExit(2) from None
+        _end_with(error, _explain_os_error(error), debug)
     except ValueError as error:
-        if debug:
-            traceback.print_exception(error)
-        notes = "".join(f"\n({note})" for note in getattr(error, "__notes__", ()))
-        err.print(f"[bold red]error:[/] {escape(_message(error))}{escape(notes)}")
-        raise SystemExit(2) from None
+        _end_with(error, _message(error), debug)
+
+
+def _end_with(error: Exception, message: str, debug: bool) -> NoReturn:
+    """One message, and exit code 2."""
+    if debug:
+        traceback.print_exception(error)
+    notes = "".join(f"\n({note})" for note in getattr(error, "__notes__", ()))
+    err.print(f"[bold red]error:[/] {escape(message)}{escape(notes)}")
+    raise SystemExit(2) from None
+
+
+def provide_home() -> None:
+    """Libraries keep caches at home and ask for the user's name: where there is none, as in containers with
+    any user id, they get a temporary home and a name."""
+    home, uid = os.path.expanduser("~"), os.getuid()
+    if not any(name in os.environ for name in ("LOGNAME", "USER")):
+        try:
+            pwd.getpwuid(uid)
+        except KeyError:
+            os.environ["USER"] = f"uid{uid}"
+    if os.path.isdir(home) and os.access(home, os.W_OK | os.X_OK):
+        return
+    os.environ["HOME"] = tempfile.mkdtemp(prefix="mahalo-home-")
+    atexit.register(shutil.rmtree, os.environ["HOME"], ignore_errors=True)
+    err.print(f"The home folder '{home}' cannot be written: caches are kept in {os.environ['HOME']} for now")
 
 
 def _explain_os_error(error: OSError) -> str:

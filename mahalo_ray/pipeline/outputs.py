@@ -19,7 +19,7 @@ from mahalo_ray.data import storage
 
 SIGN = "mahalo-output.json"  # at the top of an output folder
 STAGE_SIGNS = ("started.json", "manifest.json")  # in the folder of a stage or job, each with a fingerprint
-_IGNORED = ("run.lock", "lost+found")  # may lie in a folder that counts as empty, as hidden files may
+_IGNORED = ("run.lock", "lost+found", ".")  # names that begin so may lie in a folder that counts as empty
 _SHOWN = 3
 _READ_ONLY = ("http", "https", "github", "hf", "data", "zip", "tar", "git")
 _NAME_BYTES = 255  # of one file's or folder's name, on every file system in use
@@ -146,4 +146,4 @@ def _names(folder: str) -> list[str]:
     if not fs.isdir(path):
         return [posixpath.basename(path)]
     names = (posixpath.basename(name.rstrip("/")) for name in fs.ls(path, detail=False))
-    return sorted(name for name in names if name not in _IGNORED and not name.startswith("."))
+    return sorted(name for name in names if not name.startswith(_IGNORED))
