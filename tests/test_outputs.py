@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +128,50 @@ def test_what_counts_as_mahalos_own(tmp_path: Path) -> None:
     check_output(output, ["pairs"])
     (tmp_path / "out" / SIGN).unlink()  # of a run before there was a sign
     check_output(output, ["pairs"])
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 8 kB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a small disk cannot be mounted here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_and_one_that_cannot_be_written(small_disk: Path, tmp_path: Path) -> None:
+    document = labels(tmp_path, str(small_disk / "out"))
+    (tmp_path / "traces.jsonl").write_text(
+        "\n".join(json.dumps({"question": f"{n}?", "steps": ["a" * 999]}) for n in range(99))
+    )
+    (tmp_path / "label.yaml").write_text(yaml.safe_dump(document))
+    result = CliRunner().invoke(app, ["label", str(tmp_path / "label.yaml")])
+    assert result.exit_code == 2, result.output
+    assert "No space left on device" in result.output and "Make room" in result.output
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    result = CliRunner().invoke(
+        app, ["label", str(tmp_path / "label.yaml"), "--set", f"output={small_disk}/x"]
+    )
+    assert result.exit_code == 2 and "cannot be written" in result.output
+
+
+@pytest.mark.parametrize("home", [None, "/nonexistent"])
+def test_a_home_that_is_not_there_stops_nothing(home: str | None) -> None:
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("HOME", "USER", "LOGNAME")
+    }
+    command = (
+        "import os; from mahalo_ray.cli.common import provide_home; provide_home(); print(os.environ['HOME'])"
+    )
+    if home is None:  # the user has none on record either
+        command = "import os; os.path.expanduser = lambda path: path; " + command
+    else:
+        environment["HOME"] = home
+    done = subprocess.run(
+        [sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=True
+    )
+    made = done.stdout.strip()
+    assert "mahalo-home-" in made and "cannot be written" in done.stderr and not Path(made).exists()
