@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from mahalo_ray.config import PolicyConfig, RewardConfig, TrainingConfig
 from mahalo_ray.training.batches import split_batch
 from mahalo_ray.training.checkpoints import WorkerSplit
+from mahalo_ray.training.engine import check_finite
 from mahalo_ray.training.loop import NonFiniteError, stop_unless_finite
 from mahalo_ray.training.pairs import pair_inputs, split_key
 from mahalo_ray.training.policy import PolicyRecipe
@@ -113,12 +114,24 @@ def test_sft_loads_the_weights_of_a_base_without_safetensors(tmp_path: Path) -> 
     expected = AutoModelForCausalLM.from_pretrained(base).state_dict()
     (base / "model.safetensors").unlink()
     # Nothing to load: never random weights, unless they are asked for.
-    with pytest.raises(ValueError, match=rf"the base model in '{base}' cannot be loaded.*'model\.scratch'"):
+    with pytest.raises(ValueError, match=rf"the model in '{base}' cannot be loaded"):
         SftRecipe(settings).build_model()
     torch.save(expected, base / "pytorch_model.bin")
     loaded: Any = SftRecipe(settings).build_model()
     for name, tensor in loaded.model.state_dict().items():
         assert torch.equal(tensor, expected[name])
+    # Cut short: transformers would fill in random numbers and log it.
+    norm = expected.pop("model.norm.weight")
+    torch.save(expected, base / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=rf"the weights in '{base}' lack model\.norm\.weight"):
+        SftRecipe(settings).build_model()
+    # A NaN is found before the first step.
+    torch.save(expected | {"model.norm.weight": norm * torch.nan}, base / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"not finite \(NaN or infinity\) in model\.model\.norm\.weight"):
+        check_finite(SftRecipe(settings).build_model())
+    (base / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\nsize 3\n")
+    with pytest.raises(ValueError, match=rf"the weights in '{base}' cannot be read .* Git LFS pointer"):
+        SftRecipe(settings).build_model()
     scratch = world.sft_settings(settings.examples_url, str(base), TRAINING, world.SCRATCH)
     made: Any = SftRecipe(scratch).build_model()
     weight = "model.embed_tokens.weight"

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -53,18 +54,45 @@ def load_causal_lm(
         if attn_implementation is not None:
             base.set_attn_implementation(attn_implementation)
         return base
-    return AutoModelForCausalLM.from_pretrained(
-        str(base), dtype="auto" if dtype is None else dtype, attn_implementation=attn_implementation
-    )
+    return _from_pretrained(AutoModelForCausalLM, base, dtype, attn_implementation)
 
 
 def load_backbone(
     source: str | Path, dtype: torch.dtype | None = None, attn_implementation: str | None = None
 ) -> PreTrainedModel:
     """The base model (no head) from a folder or hub id; dtype None keeps the stored one."""
-    return AutoModel.from_pretrained(
-        str(source), dtype="auto" if dtype is None else dtype, attn_implementation=attn_implementation
-    )
+    return _from_pretrained(AutoModel, source, dtype, attn_implementation)
+
+
+def _from_pretrained(
+    kind: type[AutoModel] | type[AutoModelForCausalLM],
+    source: str | Path,
+    dtype: torch.dtype | None,
+    attn_implementation: str | None,
+) -> PreTrainedModel:
+    """Load with every parameter from the files; ValueError, naming the source, for weights that are absent,
+    damaged or incomplete (transformers would make up what is missing, and only log it)."""
+    try:
+        model, info = kind.from_pretrained(
+            str(source),
+            dtype="auto" if dtype is None else dtype,
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+        )
+    except SafetensorError as error:
+        raise ValueError(
+            f"the weights in '{source}' cannot be read ({error}): the file is damaged, or a Git LFS pointer "
+            "whose content was never fetched"
+        ) from error
+    except OSError as error:
+        raise ValueError(f"the model in '{source}' cannot be loaded: {error}") from error
+    if missing := sorted(info["missing_keys"]):
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(
+            f"the weights in '{source}' lack {', '.join(missing[:3])}{more}: they are cut short, or belong "
+            f"to another kind of model than {type(model).__name__}"
+        )
+    return model
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
@@ -241,7 +269,7 @@ def load_saved_backbone(
         source = folder / BACKBONE_FOLDER if metadata["saved_backbone"] else metadata["base"]
     try:
         backbone = load_backbone(source, dtype, attn_implementation)
-    except OSError as error:
+    except ValueError as error:
         raise ValueError(
             f"{folder} was saved without its backbone, which cannot be loaded from '{source}': pass "
             f"backbone=, the folder or hub id of that model ({error})"

@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import deepspeed
 import torch
@@ -45,6 +45,7 @@ def build_engine(
             model = loaded_in_turn(recipe.build_model, training_device())
         else:
             model = recipe.build_model()
+    check_finite(model)
     if training.gradient_checkpointing:
         recipe.enable_gradient_checkpointing(model)
     groups = recipe.parameter_groups(model)
@@ -55,6 +56,22 @@ def build_engine(
     engine.train()
     torch.manual_seed(seed + dist.get_rank())
     return engine
+
+
+def check_finite(model: nn.Module) -> None:
+    """ValueError naming the parameters (of this worker's shard, under ZeRO-3) that hold a NaN or an
+    infinity."""
+    damaged = [
+        name
+        for name, parameter in model.named_parameters()
+        if not torch.isfinite(cast(Any, parameter).ds_tensor if is_sharded(parameter) else parameter).all()
+    ]
+    if damaged:
+        more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
+        raise ValueError(
+            f"the model that training starts from has values that are not finite (NaN or infinity) in "
+            f"{', '.join(damaged[:3])}{more}: its weights are damaged, take another copy or checkpoint"
+        )
 
 
 def loaded_in_turn(load: Callable[[], Loaded], device: torch.device) -> Loaded:

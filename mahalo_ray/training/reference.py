@@ -24,10 +24,9 @@ from torch import Tensor, nn
 
 from mahalo_ray.config import ModelConfig, TrainingConfig
 from mahalo_ray.data import storage
-from mahalo_ray.logprobs import IGNORE_INDEX, sum_rows
+from mahalo_ray.logprobs import sum_rows
 from mahalo_ray.models import ChunkedCausalLM, MultiHeadCausalLM
-from mahalo_ray.models.backbone import load_causal_lm
-from mahalo_ray.models.pair_attention import packed_arguments, sequence_numbers
+from mahalo_ray.models.backbone import completion_states, load_causal_lm
 from mahalo_ray.training.batches import Indices, shard
 from mahalo_ray.training.deepspeed_config import deepspeed_config
 from mahalo_ray.training.engine import loaded_in_turn, sharded_loading, to_device
@@ -153,13 +152,12 @@ class BaseHeadLogps(nn.Module):
         chunk_size: int,
     ) -> Tensor:
         """Summed log-probs of every sequence, as `MultiHeadCausalLM.completion_logps` takes them."""
-        rows, count = sequence_numbers(labels, pair_lengths), labels.shape[0]
-        if pair_lengths is not None:
-            count = 2 * len(pair_lengths)
         with self._policy.disable_adapter() if self._policy.has_lora else nullcontext():
-            hidden = self._policy.hidden_states(input_ids, attention_mask, **packed_arguments(pair_lengths))
-        counted = labels != IGNORE_INDEX
-        return sum_rows(self._head(hidden[counted], labels[counted], chunk_size), rows[counted], count, False)
+            states = completion_states(
+                self._policy.hidden_states, input_ids, attention_mask, labels, pair_lengths
+            )
+        logps = self._head(states.hidden, states.labels, chunk_size)
+        return sum_rows(logps, states.sequences, states.completions, average=False)
 
 
 def read_store(file: str) -> dict[str, tuple[float, float]]:

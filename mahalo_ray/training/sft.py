@@ -19,6 +19,7 @@ from mahalo_ray.losses import sft_loss, shift_labels
 from mahalo_ray.models import ChunkedCausalLM
 from mahalo_ray.models.backbone import load_causal_lm
 from mahalo_ray.models.folder import model_folder
+from mahalo_ray.models.lora import check_no_adapter
 from mahalo_ray.training.batches import Indices, RowGroups, plan_batches
 from mahalo_ray.training.deepspeed_config import parameter_group
 from mahalo_ray.training.recipe import PAD_ID, Inference, LossOutput, PreparationProgress, Probe, Tensors, pad
@@ -50,13 +51,9 @@ class SftRecipe:
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         dtype, attention = getattr(torch, settings.dtype), settings.attn_implementation
         if settings.scratch is None:
-            try:
-                return ChunkedCausalLM(load_causal_lm(folder, dtype, attention))
-            except OSError as error:
-                raise ValueError(
-                    f"the weights of the base model in '{folder}' cannot be loaded ({error}). A model "
-                    "without weights is made by 'model.scratch'"
-                ) from error
+            model = load_causal_lm(folder, dtype, attention)
+            check_no_adapter(model)
+            return ChunkedCausalLM(model)
         config = AutoConfig.from_pretrained(folder)
         return ChunkedCausalLM(
             AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
