@@ -32,8 +32,8 @@ def test_files_that_a_page_names_exist(text: str) -> None:
 
 def test_verbs_that_a_page_names_exist(text: str) -> None:
     verbs = set(get_command(app).commands)  # type: ignore[attr-defined]
-    code = " ".join(re.findall(r"`([^`]+)`", text) + re.findall(r"```bash\n(.*?)```", text, re.DOTALL))
-    named = set(re.findall(r"\bmahalo ([a-z]+)\b", code))
+    spans = re.findall(r"`([^`\n]+)`", text) + re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    named = {verb for span in spans for verb in re.findall(r"\bmahalo ([a-z]+)\b", span)}
     assert named <= verbs
 
 
