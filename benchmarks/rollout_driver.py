@@ -55,7 +55,7 @@ class NoWork:
 class IdleJob(RolloutJob):
     """Rollouts by such actors."""
 
-    actor_class = ray.remote(NoWork)
+    worker_class = NoWork
 
 
 def queue(sizes: Sequence[int]) -> list[dict[str, Any]]:
@@ -142,7 +142,7 @@ def actors(counts: Sequence[int], quick: bool) -> list[dict[str, Any]]:
 
 def _rate(spec: RolloutSpec, chunks: DialogueChunks, n: int) -> float:
     """Dialogues/s from when every actor has finished a chunk until the last chunk that leaves none idle."""
-    pool = ActorPool(RolloutJob.actor_class, spec, ActorsConfig(rollout_actors=n), iter(chunks))
+    pool = ActorPool(RolloutJob.worker_class, spec, ActorsConfig(rollout_actors=n), iter(chunks))
     at_work: set[str] = set()
     times = []
     for number, summary in enumerate(pool.results()):

@@ -29,7 +29,16 @@ from mahalo_ray.models.reward import ProcessRewardModel
 from mahalo_ray.models.scoring import TokenTrace
 from mahalo_ray.objectives import Weights
 from mahalo_ray.rollouts.collect import Collector
-from mahalo_ray.rollouts.dialogue_job import CANDIDATES, DIALOGUES, DialogueChunks, RolloutSpec, run_rollouts
+from mahalo_ray.rollouts.dialogue_job import (
+    CANDIDATES,
+    DIALOGUES,
+    DialogueChunks,
+    RolloutJob,
+    RolloutReport,
+    RolloutSpec,
+    RolloutWorker,
+    run_rollouts,
+)
 from mahalo_ray.rollouts.dialogues import Conversation, DialogueBatch, first_candidate, play
 from mahalo_ray.rollouts.pool import RolloutError
 from mahalo_ray.rollouts.scoring import CachedScorer, GuidedChoice, TextScorer
@@ -263,14 +272,30 @@ def test_the_output_does_not_depend_on_actors_or_deaths(
     assert (finished.resumed, finished.chunks, finished.dialogues) == (4, 0, 12)
 
 
+class Dies(RolloutWorker):
+    """A worker that takes its process with it."""
+
+    def __init__(self, spec: RolloutSpec) -> None:
+        os._exit(1)
+
+
+class DyingJob(RolloutJob):
+    worker_class = Dies
+
+
 @pytest.mark.slow
-def test_too_many_deaths_end_the_stage_with_the_reason(
+def test_too_many_deaths_end_the_stage_and_a_missing_model_ends_it_at_once(
     cluster: None, spec: RolloutSpec, tmp_path: Path
 ) -> None:
+    chunks, few = DialogueChunks(0, 4, 2), ClusterConfig(rollout_actors=1, max_failures=1)
+    dying = DyingJob(str(tmp_path), spec, chunks, 4, few, quiet, RolloutReport())
+    with pytest.raises(RolloutError, match="2 actors died while starting"):
+        dying.run()
     missing = ModelTutorConfig(path=str(tmp_path / "missing"))
     broken = replace(spec, tutor=missing, output_url=str(tmp_path / "out"))
-    with pytest.raises(RolloutError, match="missing"):
-        run_rollouts(broken, DialogueChunks(0, 4, 2), ClusterConfig(rollout_actors=1, max_failures=1), quiet)
+    with pytest.raises(ValueError, match="missing") as caught:
+        run_rollouts(broken, chunks, few, quiet)
+    assert not isinstance(caught.value, RolloutError) and "Traceback" not in str(caught.value)
 
 
 def _workers() -> list[tuple[int, bytes]]:

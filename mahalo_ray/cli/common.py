@@ -43,6 +43,7 @@ _WHAT_TO_DO = {
         (errno.ENOTDIR, errno.EEXIST, errno.EISDIR), "Name a folder that no file is in the way of"
     ),
     errno.ENAMETOOLONG: "Choose a shorter name",
+    errno.ENOENT: "Check the path",
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "Raise the limit of open files (`ulimit -n 65536`)"),
 }
 

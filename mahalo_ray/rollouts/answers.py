@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import pyarrow as pa
-import ray
 from pydantic import BaseModel, ConfigDict
 
 from mahalo_ray.config import GenerateConfig
@@ -212,7 +211,7 @@ class AnswerReport(AnswerCounts, JobReport):
 
 
 class GenerateWorker:
-    """Answers chunks; an ordinary class, made a Ray actor by the driver."""
+    """Answers chunks; an ordinary class, which knows no Ray."""
 
     def __init__(self, config: GenerateConfig) -> None:
         self.name = start_worker(max(1, math.floor(config.cluster.cpus_per_rollout_actor)))
@@ -264,7 +263,7 @@ class GenerateWorker:
 class AnswerJob(ChunkJob[PromptChunk, AnswerSummary, AnswerReport]):
     """Answers on actors. What cannot be answered is no failure of the job: it goes to quarantine."""
 
-    actor_class = ray.remote(GenerateWorker)
+    worker_class = GenerateWorker
     summary_class = AnswerSummary
     shards = (ANSWERS, REJECTED)
     failures_called = "prompts failed"

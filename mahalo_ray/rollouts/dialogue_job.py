@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-import ray
 from pydantic import AliasChoices, Field, TypeAdapter
 
 from mahalo_ray.config import (
@@ -295,7 +294,7 @@ class DialogueSummary(DialogueCounts, ChunkSummary):
 
 
 class RolloutWorker:
-    """Plays chunks; an ordinary class, made a Ray actor by the driver."""
+    """Plays chunks; an ordinary class, which knows no Ray."""
 
     def __init__(self, spec: RolloutSpec) -> None:
         self.name = start_worker(spec.threads)
@@ -418,7 +417,7 @@ class DialogueChunks:
 class RolloutJob(ChunkJob[DialogueChunk, DialogueSummary, RolloutReport]):
     """Dialogues on actors; the failed ones of finished chunks are played again."""
 
-    actor_class = ray.remote(RolloutWorker)
+    worker_class = RolloutWorker
     summary_class = DialogueSummary
     shards = (CANDIDATES, DIALOGUES)
     failures_called = "dialogues failed"

@@ -56,6 +56,33 @@ def summary_url(output_url: str, name: str) -> str:
     return storage.join(output_url, SUMMARIES, f"{name}.json")
 
 
+class Worker(Protocol):
+    """What plays chunks, in an actor of its own: an ordinary class made from the job's `spec`."""
+
+    def __init__(self, spec: Any) -> None: ...
+
+    def play(self, chunk: Any) -> ChunkSummary:
+        """Write the chunk's shards and then its summary, which is returned."""
+        ...
+
+
+class WorkerActor:
+    """The Ray actor around a worker. The worker is made by a call, not with the actor: an error that making
+    it raises (a damaged model, for example) comes back as it is, while an error in an actor's constructor
+    would only be a death, to be tried again."""
+
+    def __init__(self, worker_class: type[Worker], spec: Any) -> None:
+        self._worker_class, self._spec = worker_class, spec
+
+    def make_worker(self) -> None:
+        """Load the models."""
+        self._worker = self._worker_class(self._spec)
+
+    def play(self, chunk: Any) -> ChunkSummary:
+        """See `Worker.play`."""
+        return self._worker.play(chunk)
+
+
 class Tally(BaseModel):
     """Counts that add up, field by field."""
 
@@ -155,9 +182,7 @@ class ChunkJob(ABC, Generic[ChunkT, SummaryT, ReportT]):
     report: ReportT
     max_failed_fraction: float = 0.0
 
-    actor_class: ClassVar[
-        Any
-    ]  # `play(chunk)` writes the chunk's shards and then its summary, which it returns
+    worker_class: ClassVar[type[Worker]]
     summary_class: ClassVar[type[ChunkSummary]]
     shards: ClassVar[tuple[str, ...]]  # the kinds of files that a finished chunk has
     failures_called: ClassVar[str]  # for messages: "dialogues failed"
@@ -171,7 +196,7 @@ class ChunkJob(ABC, Generic[ChunkT, SummaryT, ReportT]):
 
         An actor that dies is replaced and its chunks are played again, at most `cluster.max_failures` times.
         """
-        pool = ActorPool(self.actor_class, self.spec, self.cluster, self._unfinished())
+        pool = ActorPool(self.worker_class, self.spec, self.cluster, self._unfinished())
         for summary in pool.results():
             self.report.chunks += 1
             self.report.actor_deaths = pool.deaths
@@ -250,13 +275,12 @@ class InFlightChunk(Generic[ChunkT]):
 class ActorPool(Generic[ChunkT]):
     """Actors of one class, and which chunk each reference in flight stands for.
 
-    `actor_class` is a `ray.remote` class made from `spec`, whose `play(chunk)` writes what the chunk comes to
-    and returns a summary. Playing a chunk again must write the same. `waiting` is read one by one, never more
-    than IN_FLIGHT_PER_ACTOR chunks per actor ahead of what is finished. An actor gets chunks when it has
-    started: where a lost node leaves no room for a new actor, the others do its work.
+    Every actor has a worker made from `spec`. Playing a chunk again must write the same. `waiting` is read
+    one by one, never more than IN_FLIGHT_PER_ACTOR chunks per actor ahead of what is finished. An actor gets
+    chunks when its worker is made: where a lost node leaves no room for a new actor, the others do its work.
     """
 
-    actor_class: Any
+    worker_class: type[Worker]
     spec: Any
     cluster: ActorsConfig
     waiting: Iterable[ChunkT]
@@ -307,10 +331,14 @@ class ActorPool(Generic[ChunkT]):
 
     def _start_actor(self) -> None:
         cluster = self.cluster
-        actor = self.actor_class.options(
-            num_cpus=cluster.cpus_per_rollout_actor, num_gpus=1 if cluster.use_gpu else 0
-        ).remote(self.spec)
-        self._starting[actor.__ray_ready__.remote()] = actor
+        # The worker's name for the actor's process, which is what `ps` and Ray's tools show.
+        named = type(self.worker_class.__name__, (WorkerActor,), {})
+        actor = (
+            ray.remote(named)
+            .options(num_cpus=cluster.cpus_per_rollout_actor, num_gpus=1 if cluster.use_gpu else 0)
+            .remote(self.worker_class, self.spec)
+        )
+        self._starting[actor.make_worker.remote()] = actor
 
     def _hand_out(self, actor: ActorHandle, ahead: Iterator[ChunkT]) -> None:
         """Give an actor what it may have in flight: while others start, only what it plays itself."""

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
-import ray
 from pydantic import Field
 from scipy.stats import beta
 
@@ -353,7 +352,7 @@ class LabelReport(LabelCounts, JobReport):
 
 
 class LabelWorker:
-    """Labels chunks; an ordinary class, made a Ray actor by the driver."""
+    """Labels chunks; an ordinary class, which knows no Ray."""
 
     def __init__(self, spec: LabelSpec) -> None:
         self.name = start_worker(spec.threads)
@@ -416,7 +415,7 @@ class LabelJob(ChunkJob[LabelChunk, LabelSummary, LabelReport]):
     """Labels on actors; a finished chunk with too large a share of labels without a verdict is labelled
     again."""
 
-    actor_class = ray.remote(LabelWorker)
+    worker_class = LabelWorker
     summary_class = LabelSummary
     shards = (TRACES, UNJUDGED)
     failures_called = "labels have no verdict"
