@@ -88,17 +88,17 @@ def training_stages(config: RunConfig, method: BaselineName) -> list[str]:
 
 def trainings(config: RunConfig) -> dict[str, PolicyConfig]:
     """What each training stage trains, by its name."""
-    found: dict[str, PolicyConfig] = {}
+    by_stage: dict[str, PolicyConfig] = {}
     names = config.objective_names
     for baseline in config.compare.baselines:
         if baseline.method == "dpo" or baseline.method == "soup":
-            found |= {_dpo_stage(name): policy_settings(config, "dpo", name) for name in names}
+            by_stage |= {_dpo_stage(name): policy_settings(config, "dpo", name) for name in names}
             continue
         for weights in baseline.vectors(names, config.sweep):
             objective = baseline.pairs_of(weights, names) if baseline.method == "modpo" else None
             stage = _policy(config, baseline.method, weights).stage
-            found[stage] = policy_settings(config, baseline.method, objective, weights)
-    return found
+            by_stage[stage] = policy_settings(config, baseline.method, objective, weights)
+    return by_stage
 
 
 def policy_settings(
@@ -200,7 +200,7 @@ def comparison_pipeline(config: RunConfig) -> Pipeline[RunConfig]:
     """
     check_heads(config)
     baselines = baseline_stages(config)
-    made = tuple(stage.name for stage in baselines)
+    baseline_names = tuple(stage.name for stage in baselines)
 
     def played_settings(config: RunConfig) -> dict[str, Any]:
         rows = [method.name for method in _policy_rows(config)]
@@ -216,7 +216,7 @@ def comparison_pipeline(config: RunConfig) -> Pipeline[RunConfig]:
                 "Play the baselines",
                 play_baselines,
                 played_settings,
-                needs=("sft", "reward", "policy", *made),
+                needs=("sft", "reward", "policy", *baseline_names),
                 version=2,  # students with problems of no training dialogue
                 resumes=True,
             ),
@@ -225,7 +225,7 @@ def comparison_pipeline(config: RunConfig) -> Pipeline[RunConfig]:
                 "Compare the methods",
                 report,
                 run.sections("name", "objectives", "evaluation", "sweep", "guided", "compare"),
-                needs=("policy", "evaluate", "sweep", *made, PLAY),
+                needs=("policy", "evaluate", "sweep", *baseline_names, PLAY),
                 uses_ray=False,
             ),
         ]
@@ -297,12 +297,12 @@ def _costs(config: RunConfig, upstream: Upstream) -> dict[Family, FamilyCost]:
             parameter_bytes=stored,
         )
 
-    found: dict[Family, FamilyCost] = {"mah_dpo": cost(["policy"], [_output(upstream, "policy", "model")])}
+    costs: dict[Family, FamilyCost] = {"mah_dpo": cost(["policy"], [_output(upstream, "policy", "model")])}
     for baseline in config.compare.baselines:
-        own = [policy for policy in baseline_policies(config) if policy.method == baseline.method]
-        models = [_output(upstream, policy.stage, policy.model) for policy in own]
-        found[baseline.method] = cost(training_stages(config, baseline.method), models)
-    return found
+        policies = [policy for policy in baseline_policies(config) if policy.method == baseline.method]
+        models = [_output(upstream, policy.stage, policy.model) for policy in policies]
+        costs[baseline.method] = cost(training_stages(config, baseline.method), models)
+    return costs
 
 
 def _output(upstream: Upstream, stage: str, output: str) -> str:

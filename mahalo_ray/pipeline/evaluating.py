@@ -191,16 +191,16 @@ def _sample(dialogue: Dialogue) -> SampleDialogue:
 
 def _reward_metrics(metrics: dict[str, float], objectives: tuple[str, ...]) -> dict[str, dict[str, float]]:
     """`accuracy/correlation: 0.8` -> accuracy -> correlation -> 0.8."""
-    found: dict[str, dict[str, float]] = {name: {} for name in objectives}
+    by_objective: dict[str, dict[str, float]] = {name: {} for name in objectives}
     for key, value in metrics.items():
         objective, slash, metric = (
             key.rpartition("/")[0].rpartition("/")[2],
             "/" in key,
             key.rpartition("/")[2],
         )
-        if slash and objective in found:
-            found[objective][metric] = value
-    return found
+        if slash and objective in by_objective:
+            by_objective[objective][metric] = value
+    return by_objective
 
 
 def print_outcome(console: Console, config: RunConfig, manifests: dict[str, Manifest]) -> None:

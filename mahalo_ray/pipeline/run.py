@@ -213,19 +213,19 @@ def pairs(context: Context[RunConfig]) -> StageResult:
     config = context.config
     sets = CandidateSet.load(context.input("pair_rollouts", "candidates"))
     context.progress.start(len(config.objectives), "objectives")
-    found: list[PreferencePair] = []
+    collected: list[PreferencePair] = []
     metrics: dict[str, Any] = {}
     for objective in config.objective_names:
-        made, figures = build_pairs(sets, objective, config.pairs)
+        of_objective, figures = build_pairs(sets, objective, config.pairs)
         if not figures.pairs:
             raise ValueError(
                 f"no candidates of objective '{objective}' are far enough apart to make pairs: lower "
                 f"'pairs.min_gap_std' (now {config.pairs.min_gap_std}) or play more 'pair_rollouts.dialogues'"
             )
-        found += made
+        collected += of_objective
         metrics[objective] = asdict(figures)
         context.progress.advance()
-    PreferencePair.save(found, context.path("pairs", "part-000000.parquet"))
+    PreferencePair.save(collected, context.path("pairs", "part-000000.parquet"))
     return StageResult(metrics, {"pairs": "pairs"})
 
 
@@ -272,13 +272,13 @@ def sections(*names: str) -> Callable[[RunConfig], Any]:
     """The part of a configuration named by dotted paths, as JSON values."""
 
     def pick(config: RunConfig) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        settings: dict[str, Any] = {}
         for name in names:
             value: Any = config
             for part in name.split("."):
                 value = getattr(value, part)
-            found[name] = _plain(value)
-        return found
+            settings[name] = _plain(value)
+        return settings
 
     return pick
 

@@ -140,8 +140,8 @@ class Generation(Record):
 
 def before_stop(text: str, stops: Sequence[str]) -> str:
     """The text up to the first stop string in it."""
-    found = [at for at in (text.find(stop) for stop in stops) if at >= 0]
-    return text[: min(found)] if found else text
+    places = [place for place in (text.find(stop) for stop in stops) if place >= 0]
+    return text[: min(places)] if places else text
 
 
 def _step(step: Step) -> GenerationStep:
@@ -183,7 +183,7 @@ class PromptChunk:
 def cut_into_chunks(prompts: Sequence[PromptRow], size: int) -> list[PromptChunk]:
     """Prompts in chunks of `size`: the same chunks whatever the cluster."""
     starts = range(0, len(prompts), size)
-    return [PromptChunk(number, tuple(prompts[at : at + size])) for number, at in enumerate(starts)]
+    return [PromptChunk(number, tuple(prompts[start : start + size])) for number, start in enumerate(starts)]
 
 
 class AnswerCounts(Tally):

@@ -92,8 +92,8 @@ class Continuer:
         candidates = self._drawn(engine, rows, seeds, responses)
         return [
             trace.model_copy(update={"id": f"{trace.id}/{number}", "steps": list(steps)})
-            for trace, own in zip(prompts, candidates.token_ids, strict=True)
-            for number, ids in enumerate(own, start=1)
+            for trace, responses_ids in zip(prompts, candidates.token_ids, strict=True)
+            for number, ids in enumerate(responses_ids, start=1)
             if (steps := self._steps(ids))
         ]
 
@@ -121,11 +121,11 @@ class Continuer:
                 going_on = [p for p in decide(going_on) if len(p.samples) < self._settings.samples]
 
     def _prompts(self, engine: Engine, traces: Sequence[StepTrace]) -> dict[Key, Prefix]:
-        found = {prefix_key(trace, 0): Prefix(trace, ()) for trace in traces}
-        for prefix, row in zip(found.values(), engine.add(len(found), self._weights), strict=True):
+        prefixes = {prefix_key(trace, 0): Prefix(trace, ()) for trace in traces}
+        for prefix, row in zip(prefixes.values(), engine.add(len(prefixes), self._weights), strict=True):
             prefix.row = row
-        self._append(engine, [(p, self._chat.prompt_ids(p.trace.prompt)) for p in found.values()])
-        return found
+        self._append(engine, [(p, self._chat.prompt_ids(p.trace.prompt)) for p in prefixes.values()])
+        return prefixes
 
     def _next_level(
         self, engine: Engine, level: dict[Key, Prefix], traces: Sequence[StepTrace], depth: int
@@ -150,14 +150,14 @@ class Continuer:
 
     def _take_rows(self, engine: Engine, level: dict[Key, Prefix], grown: dict[Key, list[Prefix]]) -> None:
         """The first child goes on in its parent's row, the others in copies."""
-        others = [(key, child) for key, own in grown.items() for child in own[1:]]
+        others = [(key, child) for key, children in grown.items() for child in children[1:]]
         copies = engine.duplicate([level[key].row for key, _ in others]) if others else []
         for (_, child), row in zip(others, copies, strict=True):
             child.row = row
-        for key, own in grown.items():
-            if own:
-                own[0].row = level[key].row
-        engine.drop([level[key].row for key, own in grown.items() if not own])
+        for key, children in grown.items():
+            if children:
+                children[0].row = level[key].row
+        engine.drop([level[key].row for key, children in grown.items() if not children])
 
     def _append(self, engine: Engine, texts: Sequence[tuple[Prefix, list[int]]]) -> None:
         if not texts:
@@ -171,8 +171,8 @@ class Continuer:
         drawn = [min(count, self._settings.samples - len(prefix.samples)) for prefix in prefixes]
         seeds = [derived_seed(self._seed, "continue", *p.key, len(p.samples)) for p in prefixes]
         candidates = self._drawn(engine, [prefix.row for prefix in prefixes], seeds, drawn)
-        for prefix, own in zip(prefixes, candidates.token_ids, strict=True):
-            prefix.samples += [self._steps(ids) for ids in own]
+        for prefix, sampled in zip(prefixes, candidates.token_ids, strict=True):
+            prefix.samples += [self._steps(ids) for ids in sampled]
         self.counts.samples += sum(drawn)
 
     def _drawn(
@@ -189,7 +189,7 @@ class Continuer:
             TextStop(self._vocabulary, [rule] * len(rows)),
         )
         cut = (StopReason.LENGTH, StopReason.CONTEXT)
-        self.counts.cut += sum(reason in cut for own in candidates.reasons for reason in own)
+        self.counts.cut += sum(reason in cut for reasons in candidates.reasons for reason in reasons)
         self.counts.tokens_sampled += candidates.num_tokens
         return candidates
 

@@ -134,8 +134,8 @@ class RolloutModels:
             POST_TEST if not isinstance(student, MiniatureStudentConfig) and student.post_test else None,
             self.spec.tutor.instruction,
         )
-        made = [self._persona_student(n) if persona else Episode.from_seed(n) for n in numbers]
-        return batch, batch.open(made, [self.name(number) for number in numbers], self.spec.purpose)
+        students = [self._persona_student(n) if persona else Episode.from_seed(n) for n in numbers]
+        return batch, batch.open(students, [self.name(number) for number in numbers], self.spec.purpose)
 
     def scorer(self, opened: Sequence[Conversation]) -> CandidateScorer | None:
         """The reward model over its own cache where it reads the tutor's tokens, else over text."""
@@ -237,9 +237,9 @@ class RolloutModels:
         return self._policies[path]
 
     def _endpoint(self, config: EndpointConfig) -> Endpoint:
-        made = Endpoint(share_limits(config, self.spec.actors))
-        self._endpoints.append(made)
-        return made
+        endpoint = Endpoint(share_limits(config, self.spec.actors))
+        self._endpoints.append(endpoint)
+        return endpoint
 
 
 CANDIDATES = "candidates"
@@ -324,13 +324,13 @@ class RolloutWorker:
         failed = _failures(batch.conversations, {c.root: seed for c, seed in zip(opened, seeds, strict=True)})
         lost = {models.name(seed) for seed in failed}
         whole = [c for c in batch.conversations if c.root not in lost]
-        kept = [candidate_set for candidate_set in sets if _root(candidate_set.dialogue) not in lost]
-        self._write(chunk, kept, [models.record(conversation) for conversation in whole])
+        whole_sets = [candidate_set for candidate_set in sets if _root(candidate_set.dialogue) not in lost]
+        self._write(chunk, whole_sets, [models.record(conversation) for conversation in whole])
         summary = DialogueSummary(
             **models.usage().since(usage),
             dialogues=sum(c.id == c.root for c in whole),
             branches=sum(c.id != c.root for c in whole),
-            candidates=sum(len(candidate_set.candidates) for candidate_set in kept),
+            candidates=sum(len(candidate_set.candidates) for candidate_set in whole_sets),
             tokens=models.tokens(batch),
             malformed_turns=sum(c.malformed for c in whole),
             tutor_turns=sum(c.tutor_turns for c in whole),

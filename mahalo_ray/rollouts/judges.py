@@ -126,25 +126,25 @@ class ModelJudge(Judge):
                     place.setdefault((item.prompt, item.steps[:count]), (len(whole), count - 1))
                 whole.append(item)
         scores = self._scores(whole)
-        found: list[Score] = []
+        item_scores: list[Score] = []
         for item in items:
             trace, step = place[item.prompt, item.steps]
-            own = scores[trace]
-            found.append(own if isinstance(own, Unjudged) else own[step])
-        return found
+            step_scores = scores[trace]
+            item_scores.append(step_scores if isinstance(step_scores, Unjudged) else step_scores[step])
+        return item_scores
 
     def _scores(self, whole: Sequence[Judged]) -> list[list[float] | Unjudged]:
         """Of every step of these responses; one that the model cannot read does not cost the others."""
         try:
             return list(self._read(whole))
         except ValueError:
-            found: list[list[float] | Unjudged] = []
+            step_scores: list[list[float] | Unjudged] = []
             for item in whole:
                 try:
-                    found += self._read([item])
+                    step_scores += self._read([item])
                 except ValueError as error:
-                    found.append(Unjudged(str(error)))
-            return found
+                    step_scores.append(Unjudged(str(error)))
+            return step_scores
 
     def _read(self, items: Sequence[Judged]) -> list[list[float]]:
         traces = [(item.prompt, item.steps) for item in items]
@@ -163,24 +163,26 @@ class EndpointJudge(Judge):
         self._unparsed: Counter[str] = Counter()
 
     def score(self, items: Sequence[Judged]) -> list[Score]:
-        found: dict[int, Score] = {}
+        scores: dict[int, Score] = {}
         waiting: Sequence[int] = range(len(items))
         for attempt in range(self._config.parse_retries + 1):
             unread = []
-            for at, answer in self._endpoint.chat(self._requests(items, waiting, attempt)):
-                number = waiting[at]
+            for place, answer in self._endpoint.chat(self._requests(items, waiting, attempt)):
+                number = waiting[place]
                 if isinstance(answer, Failure):
-                    found[number] = Unjudged(f"{answer.kind} after {answer.attempts} tries: {answer.message}")
+                    scores[number] = Unjudged(
+                        f"{answer.kind} after {answer.attempts} tries: {answer.message}"
+                    )
                 elif (score := self._read(answer.texts[0])) is not None:
-                    found[number] = score
+                    scores[number] = score
                 else:
                     unread.append(number)
-                    found[number] = Unjudged(f"no score to read in the judge's reply: {answer.texts[0]!r}")
+                    scores[number] = Unjudged(f"no score to read in the judge's reply: {answer.texts[0]!r}")
             self._unparsed["retried" if attempt < self._config.parse_retries else "given_up"] += len(unread)
             waiting = sorted(unread)
             if not waiting:
                 break
-        return [found[number] for number in range(len(items))]
+        return [scores[number] for number in range(len(items))]
 
     def _requests(self, items: Sequence[Judged], numbers: Iterable[int], attempt: int) -> Iterator[ChatCall]:
         for number in numbers:
@@ -198,9 +200,9 @@ class EndpointJudge(Judge):
 
     def _read(self, reply: str) -> float | None:
         """The last score in the reply, mapped to 0..1; None if there is none in the scale."""
-        found = [match.group(1) for match in self._pattern.finditer(reply)]
+        matches = [match.group(1) for match in self._pattern.finditer(reply)]
         try:
-            value = float(found[-1]) if found else math.nan
+            value = float(matches[-1]) if matches else math.nan
         except (TypeError, ValueError):  # a group of the user's pattern that matched no number
             return None
         low, high = self._config.scale
@@ -246,12 +248,12 @@ def load_function(name: str) -> Callable[..., Any]:
     """What "module:function" names, imported; ValueError if it is not there."""
     module, _, function = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), function)
+        target = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"there is no function '{name}': {error}") from error
-    if not callable(found):
+    if not callable(target):
         raise ValueError(f"'{name}' is not a function")
-    return found
+    return target
 
 
 @dataclass(frozen=True)

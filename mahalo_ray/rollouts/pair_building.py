@@ -93,21 +93,21 @@ def build_pairs(
     turn chosen as rejected, at every size of the difference.
     `sets` are read twice and not kept: what stays in memory is a few numbers per prompt.
     """
-    found = _Survey(sets, objective)
-    kept, counts = _selected(found, config)
-    lengths = found.lengths[kept]
+    survey = _Survey(sets, objective)
+    chosen, counts = _selected(survey, config)
+    lengths = survey.lengths[chosen]
     report = PairReport(
         objective=objective,
-        prompts=len(found.gaps),
-        pairs=int(kept.sum()),
+        prompts=len(survey.gaps),
+        pairs=int(chosen.sum()),
         **counts,
-        mean_gap=_mean(found.gaps[kept]),
+        mean_gap=_mean(survey.gaps[chosen]),
         mean_chosen_tokens=_mean(lengths[:, 0]),
         mean_rejected_tokens=_mean(lengths[:, 1]),
         chosen_longer=_mean(lengths[:, 0] > lengths[:, 1]),
-        length_correlation=found.length_correlation,
+        length_correlation=survey.length_correlation,
     )
-    return _pairs(sets, objective, config, kept), report
+    return _pairs(sets, objective, config, chosen), report
 
 
 class _Survey:
@@ -117,13 +117,13 @@ class _Survey:
         gaps, lengths, keys, spreads = array("d"), array("q"), array("q"), array("d")
         moments = np.zeros(3)  # of (score, length), each prompt's mean taken out: xy, xx, yy
         for candidate_set in sets:
-            own, values = _distinct_scored(candidate_set, objective)
-            best, worst = own[int(values.argmax())], own[int(values.argmin())]
+            candidates, values = _distinct_scored(candidate_set, objective)
+            best, worst = candidates[int(values.argmax())], candidates[int(values.argmin())]
             gaps.append(float(values.max() - values.min()))
             lengths.extend((_length(best), _length(worst)))
             keys.append(_pair_hash(candidate_set, best, worst))
             spreads.append(float(values.std()))
-            sizes = np.array([_length(candidate) for candidate in own], dtype=float)
+            sizes = np.array([_length(candidate) for candidate in candidates], dtype=float)
             x, y = values - values.mean(), sizes - sizes.mean()
             moments += (x @ y, x @ x, y @ y)
         self.gaps = np.array(gaps)
@@ -134,46 +134,46 @@ class _Survey:
         self.length_correlation = float(moments[0]) / scale if scale else 0.0
 
 
-def _selected(found: _Survey, config: PairsConfig) -> tuple[np.ndarray, dict[str, int]]:
+def _selected(survey: _Survey, config: PairsConfig) -> tuple[np.ndarray, dict[str, int]]:
     """Which prompts give a pair [n], and how many do not, by reason."""
-    kept = found.gaps > 0
-    counts = {"ties": int((~kept).sum())}
+    chosen = survey.gaps > 0
+    counts = {"ties": int((~chosen).sum())}
     steps = {
-        "dropped_small_gap": lambda: found.gaps >= config.min_gap_std * found.spread,
-        "duplicates": lambda: _first_of_each(found.keys, kept),
-        "dropped_over_limit": lambda: _largest(found.gaps, kept, config.max_pairs_per_objective),
-        "dropped_for_balance": lambda: _balanced(found, kept) if config.balance_length else kept,
+        "dropped_small_gap": lambda: survey.gaps >= config.min_gap_std * survey.spread,
+        "duplicates": lambda: _first_of_each(survey.keys, chosen),
+        "dropped_over_limit": lambda: _largest(survey.gaps, chosen, config.max_pairs_per_objective),
+        "dropped_for_balance": lambda: _balanced(survey, chosen) if config.balance_length else chosen,
     }
     for reason, wanted in steps.items():
-        before = int(kept.sum())
-        kept = kept & wanted()
-        counts[reason] = before - int(kept.sum())
-    return kept, counts
+        before = int(chosen.sum())
+        chosen = chosen & wanted()
+        counts[reason] = before - int(chosen.sum())
+    return chosen, counts
 
 
-def _first_of_each(keys: np.ndarray, kept: np.ndarray) -> np.ndarray:
+def _first_of_each(keys: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     """Of prompts among `kept` with the same key, the first."""
-    places = np.flatnonzero(kept)
+    places = np.flatnonzero(chosen)
     _, first = np.unique(keys[places], return_index=True)
     return _at(places[first], len(keys))
 
 
-def _largest(gaps: np.ndarray, kept: np.ndarray, most: int | None) -> np.ndarray:
-    places = np.flatnonzero(kept)
+def _largest(gaps: np.ndarray, chosen: np.ndarray, most: int | None) -> np.ndarray:
+    places = np.flatnonzero(chosen)
     return _at(places[np.argsort(-gaps[places], kind="stable")[:most]], len(gaps))
 
 
-def _balanced(found: _Survey, kept: np.ndarray) -> np.ndarray:
+def _balanced(survey: _Survey, chosen: np.ndarray) -> np.ndarray:
     """As many pairs with the chosen turn longer as with it shorter in every class of the difference (1, 2-3,
     4-7, ... tokens); the larger side keeps its largest gaps."""
-    difference = found.lengths[:, 0] - found.lengths[:, 1]
+    difference = survey.lengths[:, 0] - survey.lengths[:, 1]
     sizes = np.floor(np.log2(np.maximum(np.abs(difference), 1))).astype(int)
-    balanced = kept & (difference == 0)
-    for size in np.unique(sizes[kept]):
-        sides = [kept & (sizes == size) & (np.sign(difference) == sign) for sign in (1, -1)]
+    balanced = chosen & (difference == 0)
+    for size in np.unique(sizes[chosen]):
+        sides = [chosen & (sizes == size) & (np.sign(difference) == sign) for sign in (1, -1)]
         fewest = min(int(side.sum()) for side in sides)
         for side in sides:
-            balanced |= _largest(found.gaps, side, fewest)
+            balanced |= _largest(survey.gaps, side, fewest)
     return balanced
 
 
@@ -184,12 +184,12 @@ def _at(places: np.ndarray, size: int) -> np.ndarray:
 
 
 def _pairs(
-    sets: Iterable[CandidateSet], objective: str, config: PairsConfig, kept: np.ndarray
+    sets: Iterable[CandidateSet], objective: str, config: PairsConfig, chosen_prompts: np.ndarray
 ) -> Iterator[PreferencePair]:
-    for candidate_set, keep in zip(sets, kept, strict=True):
+    for candidate_set, keep in zip(sets, chosen_prompts, strict=True):
         if keep:
-            own, values = _distinct_scored(candidate_set, objective)
-            chosen, rejected = own[int(values.argmax())], own[int(values.argmin())]
+            candidates, values = _distinct_scored(candidate_set, objective)
+            chosen, rejected = candidates[int(values.argmax())], candidates[int(values.argmin())]
             yield _pair(candidate_set, objective, chosen, rejected, config.split_by)
 
 
@@ -220,7 +220,7 @@ def _pair(
 
 def _distinct_scored(candidate_set: CandidateSet, objective: str) -> tuple[list[Candidate], np.ndarray]:
     """One candidate per distinct turn, and their scores; a missing one is an error that names it."""
-    own = {
+    by_turn = {
         (tuple(candidate.token_ids), candidate.content): candidate for candidate in candidate_set.candidates
     }
     for number, candidate in enumerate(candidate_set.candidates):
@@ -229,7 +229,7 @@ def _distinct_scored(candidate_set: CandidateSet, objective: str) -> tuple[list[
                 f"candidate {number} of '{candidate_set.id}' has no '{objective}' score: "
                 "score the candidates with a reward model first"
             )
-    distinct = list(own.values())
+    distinct = list(by_turn.values())
     return distinct, np.array([_score(candidate, objective) for candidate in distinct])
 
 

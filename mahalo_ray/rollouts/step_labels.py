@@ -142,21 +142,21 @@ class Labeller:
         result = Labelled()
         labels: list[dict[str, list[Verdict]]] = [{} for _ in traces]
         outcomes: list[dict[str, float]] = [{} for _ in traces]
-        for own in self._by_prefix:
-            self._judge_prefixes(own, traces, labels)
+        for judge in self._by_prefix:
+            self._judge_prefixes(judge, traces, labels)
         if self._rollouts:
             self._judge_rollouts(traces, labels, outcomes)
-        for trace, found, outcome in zip(traces, labels, outcomes, strict=True):
-            self._add(result, trace, found, outcome)
+        for trace, by_objective, outcome in zip(traces, labels, outcomes, strict=True):
+            self._add(result, trace, by_objective, outcome)
         return result
 
     def _judge_prefixes(
-        self, own: ObjectiveJudge, traces: Sequence[StepTrace], labels: list[dict[str, list[Verdict]]]
+        self, judge: ObjectiveJudge, traces: Sequence[StepTrace], labels: list[dict[str, list[Verdict]]]
     ) -> None:
         items = [self._judged(t, t.steps[:n]) for t in traces for n in range(1, len(t.steps) + 1)]
-        verdicts = iter(own.verdicts(items))
-        for trace, found in zip(traces, labels, strict=True):
-            found[own.objective.name] = [next(verdicts) for _ in trace.steps]
+        verdicts = iter(judge.verdicts(items))
+        for trace, by_objective in zip(traces, labels, strict=True):
+            by_objective[judge.objective.name] = [next(verdicts) for _ in trace.steps]
 
     def _judge_rollouts(
         self,
@@ -169,19 +169,19 @@ class Labeller:
         fitting = [trace for trace, error in zip(traces, errors, strict=True) if error is None]
         continued: dict[Key, _Continued] = {}
         self._continuer.sample(fitting, lambda prefixes: self._decide(prefixes, continued))
-        for own in self._rollouts:
-            name = own.objective.name
-            ends = iter(own.verdicts([self._judged(trace, trace.steps) for trace in fitting]))
-            for trace, error, found, outcome in zip(traces, errors, labels, outcomes, strict=True):
+        for judge in self._rollouts:
+            name = judge.objective.name
+            ends = iter(judge.verdicts([self._judged(trace, trace.steps) for trace in fitting]))
+            for trace, error, by_objective, outcome in zip(traces, errors, labels, outcomes, strict=True):
                 if error is not None:
-                    found[name] = [Unjudged(error)] * len(trace.steps)
+                    by_objective[name] = [Unjudged(error)] * len(trace.steps)
                     continue
                 end = next(ends)
                 inner = [
-                    self._target(own, trace, n, continued[prefix_key(trace, n)])
+                    self._target(judge, trace, n, continued[prefix_key(trace, n)])
                     for n in range(1, len(trace.steps))
                 ]
-                found[name] = [*inner, self._end_target(own, trace, end)]
+                by_objective[name] = [*inner, self._end_target(judge, trace, end)]
                 if not isinstance(end, Unjudged):
                     outcome[name] = end
 
@@ -193,10 +193,10 @@ class Labeller:
             for steps in prefix.samples[len(state.steps_after) :]:
                 state.steps_after.append(len(steps))
                 new.append((state, self._judged(prefix.trace, prefix.steps, steps)))
-        for own in self._rollouts:
-            verdicts = own.verdicts([item for _, item in new])
+        for judge in self._rollouts:
+            verdicts = judge.verdicts([item for _, item in new])
             for (state, _), verdict in zip(new, verdicts, strict=True):
-                state.verdicts.setdefault(own.objective.name, []).append(verdict)
+                state.verdicts.setdefault(judge.objective.name, []).append(verdict)
         return [prefix for prefix in prefixes if not self._is_decided(continued[prefix.key])]
 
     def _is_decided(self, state: _Continued) -> bool:
@@ -204,21 +204,21 @@ class Labeller:
         adaptive = self._settings.adaptive
         if adaptive is None:
             return True  # all M were drawn in one round
-        known = (state.known(own.objective.name)[0] for own in self._rollouts)
+        known = (state.known(judge.objective.name)[0] for judge in self._rollouts)
         return all(bool(verdicts) and is_decided(verdicts, adaptive) for verdicts in known)
 
-    def _target(self, own: ObjectiveJudge, trace: StepTrace, count: int, state: _Continued) -> Verdict:
-        verdicts, after = state.known(own.objective.name)
+    def _target(self, judge: ObjectiveJudge, trace: StepTrace, count: int, state: _Continued) -> Verdict:
+        verdicts, after = state.known(judge.objective.name)
         if not verdicts:
-            return Unjudged(state.reason(own.objective.name))
-        if own.objective.supervision == "judged_rollouts":
+            return Unjudged(state.reason(judge.objective.name))
+        if judge.objective.supervision == "judged_rollouts":
             return majority_target(verdicts)
         assert self._settings is not None
         return value_target(verdicts, after, self._reward(trace, count), self._settings.gamma)
 
-    def _end_target(self, own: ObjectiveJudge, trace: StepTrace, end: Verdict) -> Verdict:
+    def _end_target(self, judge: ObjectiveJudge, trace: StepTrace, end: Verdict) -> Verdict:
         """The last step ends the response: there is nothing to continue, its outcome is its own verdict."""
-        if isinstance(end, Unjudged) or own.objective.supervision == "judged_rollouts":
+        if isinstance(end, Unjudged) or judge.objective.supervision == "judged_rollouts":
             return end
         assert self._settings is not None
         return value_target([end], [0], self._reward(trace, len(trace.steps)), self._settings.gamma)
@@ -238,10 +238,10 @@ class Labeller:
         self,
         result: Labelled,
         trace: StepTrace,
-        found: Mapping[str, Sequence[Verdict]],
+        by_objective: Mapping[str, Sequence[Verdict]],
         outcome: dict[str, float],
     ) -> None:
-        for name, verdicts in found.items():
+        for name, verdicts in by_objective.items():
             for number, verdict in enumerate(verdicts, start=1):
                 if isinstance(verdict, Unjudged):
                     result.unjudged[name] += 1
@@ -251,7 +251,7 @@ class Labeller:
                     result.labels[name] += 1
         labels = {
             name: [None if isinstance(verdict, Unjudged) else verdict for verdict in verdicts]
-            for name, verdicts in found.items()
+            for name, verdicts in by_objective.items()
         }
         if any(value is not None for values in labels.values() for value in values):
             update = {"labels": labels, "outcome": outcome or None, "source": self._source}
@@ -287,8 +287,8 @@ class LabelSpec:
     @property
     def source(self) -> str:
         """Who made the labels, for every trace."""
-        made = [f"{o.name} by {o.supervision} ({self.judges[o.name].label})" for o in self.objectives]
-        return f"{self.name}: {', '.join(made)}"
+        labelled = [f"{o.name} by {o.supervision} ({self.judges[o.name].label})" for o in self.objectives]
+        return f"{self.name}: {', '.join(labelled)}"
 
 
 @dataclass(frozen=True)
@@ -365,8 +365,10 @@ class LabelWorker:
             policy, chat = load_policy(settings.policy, spec.placement)
             boundary = boundary_for(spec.domain)
             self.continuer = Continuer(policy, chat, boundary, spec.step_separator, settings, spec.seed)
-        own = [ObjectiveJudge(o, self.judges[o.name], spec.judges[o.name].threshold) for o in spec.objectives]
-        self.labeller = Labeller(own, self.continuer, settings, spec.step_separator, spec.source)
+        judges = [
+            ObjectiveJudge(o, self.judges[o.name], spec.judges[o.name].threshold) for o in spec.objectives
+        ]
+        self.labeller = Labeller(judges, self.continuer, settings, spec.step_separator, spec.source)
 
     def play(self, chunk: LabelChunk) -> LabelSummary:
         """Label a chunk and write its files, the summary last."""
