@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import io
 import json
+import os
+import signal
 import socket
+import threading
 import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
-import ray
 import torch
 from openai import (
+    APIError,
     APIStatusError,
+    AsyncOpenAI,
     AuthenticationError,
     BadRequestError,
     InternalServerError,
@@ -24,17 +32,18 @@ from openai import (
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from mahalo_ray.config import SamplingConfig, ServeConfig
+from mahalo_ray.cli.common import open_session
+from mahalo_ray.config import SamplingConfig, ServeConfig, load_config
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
 from mahalo_ray.models.reward import ProcessRewardModel
 from mahalo_ray.objectives import Weights
 from mahalo_ray.pipeline.serve import SmokeError, smoke
-from mahalo_ray.serving.launch import ServeError, Serving, start
-from mahalo_ray.serving.proxy import PROXY_ENV
-from mahalo_ray.serving.service import Defaults
+from mahalo_ray.serving.launch import ServeError, Serving, serve_forever, start
+from mahalo_ray.serving.service import Defaults, KeyDigest
 
 pytestmark = pytest.mark.slow
 
+EXAMPLE = Path(__file__).parent.parent / "examples" / "quickstart.yaml"
 OBJECTIVES = ("accuracy", "engagement")
 KEY = "test-key-1234"
 MESSAGES = [{"role": "user", "content": "what is 2 plus 3?"}]
@@ -89,19 +98,19 @@ def folders(tmp_path_factory) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def cluster():
+    """A private Ray as `mahalo serve` starts it, with the API key in the environment before."""
+    one_of_each = ["cluster.train_workers=1", "cluster.rollout_actors=1"]
+    config = load_config(EXAMPLE, ["serve.api_key_env=MAHALO_TEST_KEY", *one_of_each])
     with pytest.MonkeyPatch.context() as environment:
-        for name, value in PROXY_ENV.items():
-            environment.setenv(name, value)
-        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-        yield
-        ray.shutdown()
+        environment.setenv("MAHALO_TEST_KEY", KEY)
+        with open_session(config):
+            yield
+        assert os.environ["MAHALO_TEST_KEY"] == KEY
 
 
 @pytest.fixture(scope="module")
-def serving(cluster, folders):
+def serving(cluster, folders, tmp_path_factory):
     """One endpoint for most tests: with a key, small limits and room for three requests."""
-    environment = pytest.MonkeyPatch()
-    environment.setenv("MAHALO_TEST_KEY", KEY)
     config = ServeConfig(
         port=0,
         max_ongoing_requests=2,
@@ -110,11 +119,11 @@ def serving(cluster, folders):
         max_new_tokens=200,
         max_request_bytes=20_000,
         api_key_env="MAHALO_TEST_KEY",
+        log_folder=str(tmp_path_factory.mktemp("logs")),
     )
     defaults = Defaults(num_candidates=3, sampling=SamplingConfig(max_new_tokens=8))
-    with start(config, *folders, defaults=defaults) as running:
+    with start(config, *folders, defaults=defaults, key=KeyDigest.of(KEY)) as running:
         yield running
-    environment.undo()
 
 
 @pytest.fixture
@@ -189,6 +198,31 @@ def test_streaming_gives_the_same_text_and_ends_properly(client):
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == whole.choices[0].finish_reason
     assert chunks[-1].usage == whole.usage and not chunks[-1].choices
     assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_an_answer_can_be_sent_back_as_the_client_dumps_it(client):
+    """Two turns by the synchronous client, and the same two by the asynchronous one."""
+    answer = ask(client).choices[0].message
+    follow_up = [*MESSAGES, answer.model_dump(), {"role": "user", "content": "why?"}]
+    second = ask(client, messages=follow_up).choices[0].message.content
+
+    async def converse() -> str:
+        async with AsyncOpenAI(base_url=client.base_url, api_key=KEY, max_retries=0) as other:
+            fields = {"model": "mahalo", "seed": 5}
+            first = await other.chat.completions.create(messages=MESSAGES, **fields)
+            turns = [*MESSAGES, first.choices[0].message, {"role": "user", "content": "why?"}]
+            stream = await other.chat.completions.create(messages=turns, stream=True, **fields)
+            return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+    assert asyncio.run(converse()) == second
+
+
+def test_unguided_answers_stream_by_token(client):
+    whole = ask(client, {"strategy": "none"}, max_tokens=8)
+    chunks = list(ask(client, {"strategy": "none"}, max_tokens=8, stream=True))
+    assert len(chunks) == whole.usage.completion_tokens + 1
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == whole.choices[0].message.content
 
 
 def test_stop_strings_end_the_answer_before_them(client):
@@ -286,6 +320,16 @@ def test_models_tell_objectives_and_limits(client):
     assert model.id == "mahalo"
     assert model.model_extra["objectives"] == list(OBJECTIVES)
     assert model.model_extra["limits"]["max_candidates"] == 4
+    assert client.models.retrieve("mahalo") == model
+    with pytest.raises(NotFoundError):
+        client.models.retrieve("gpt-4")
+
+
+def test_the_key_is_in_no_environment_of_what_ray_started(serving):
+    started = psutil.Process().children(recursive=True)
+    assert any("ServeReplica" in " ".join(process.cmdline()) for process in started)
+    for process in started:
+        assert KEY not in process.environ().values(), process.cmdline()
 
 
 def test_beyond_the_bound_requests_are_refused_at_once_and_none_hangs(client):
@@ -358,12 +402,83 @@ def test_a_second_endpoint_on_the_cluster_is_refused(serving, folders):
         start(ServeConfig(port=0), *folders)
 
 
+def test_a_replica_that_dies_is_replaced_and_clients_get_openais_errors(client, serving):
+    def replicas() -> list[psutil.Process]:
+        started = psutil.Process().children(recursive=True)
+        return [process for process in started if "ServeReplica" in " ".join(process.cmdline())]
+
+    (old,) = replicas()
+    old_pid, stream = old.pid, ask(client, {"num_candidates": 4}, max_tokens=200, stream=True)
+    waiting = ThreadPoolExecutor(1).submit(list, stream)
+    old.kill()
+    try:
+        waiting.result(timeout=60)
+    except APIError as error:
+        assert "the replica that was answering is gone" in str(error)
+    deadline = time.monotonic() + 90
+    while True:
+        try:
+            ask(client, max_tokens=2)
+            break
+        except InternalServerError as error:
+            assert error.status_code == 503 and error.code in ("replica_lost", "overloaded", "not_ready")
+            assert int(error.response.headers["Retry-After"]) >= 1
+            assert time.monotonic() < deadline, "no other replica answers"
+            time.sleep(0.2)
+    assert [process.pid for process in replicas()] != [old_pid]
+
+
 # Keep these last: they need the cluster without the endpoint above.
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def stopped(serving):
-    serving.stop()
+    """The endpoint after SIGTERM: (streams that ran, refusals of those who came later, what was printed)."""
+    body = {"model": "mahalo", "messages": MESSAGES, "num_candidates": 4, "max_tokens": 150, "stream": True}
+    request = urllib.request.Request(
+        serving.url + "/v1/chat/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"},
+    )
+    short = {"model": "mahalo", "messages": MESSAGES, "strategy": "none", "max_tokens": 1}
+    begun = threading.Barrier(3)
+    refused: list[dict] = []
+    over = threading.Event()
+
+    def stream(_: int) -> str:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            begun.wait(30)
+            return answer.read().decode()
+
+    def knock() -> None:
+        begun.wait(30)
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not over.wait(0.02):
+            try:
+                status, headers, answer = post(serving, "/v1/chat/completions", json.dumps(short).encode())
+            except OSError:
+                return  # nobody listens any more
+            if status != 200:  # the signal takes a moment
+                refused.append({"status": status, "headers": headers, **answer["error"]})
+
+    with ThreadPoolExecutor(3) as pool, contextlib.redirect_stdout(io.StringIO()) as printed:
+        streams = [pool.submit(stream, number) for number in range(2)]
+        knocking = pool.submit(knock)
+        serve_forever(serving)
+        over.set()
+        knocking.result(60)
+        return [running.result(60) for running in streams], refused, printed.getvalue()
+
+
+def test_a_stop_lets_running_answers_end_and_refuses_new_ones(stopped):
+    streams, refused, printed = stopped
+    for text in streams:
+        assert text.endswith("data: [DONE]\n\n") and '"error"' not in text
+    assert refused
+    for refusal in refused:
+        assert (refusal["status"], refusal["code"]) == (503, "shutting_down")
+        assert refusal["headers"]["Retry-After"]
+    assert "infinite retries" not in printed
 
 
 def test_after_stop_nothing_answers_and_another_can_start(stopped, serving, folders):
@@ -398,7 +513,7 @@ def test_models_that_cannot_be_loaded_are_named(stopped, folders, tmp_path):
     with pytest.raises(ServeError, match=r"could not be started[\s\S]*empty") as caught:
         start(ServeConfig(port=0), folders[0], str(tmp_path / "empty"))
     assert "Traceback" not in str(caught.value)
-    with pytest.raises(ServeError, match=r"3 replica\(s\) need 3 CPU, the Ray cluster has 2"):
-        start(ServeConfig(port=0, replicas=3), *folders)
+    with pytest.raises(ServeError, match=r"1000 replica\(s\) need 1000 CPU, the Ray cluster has"):
+        start(ServeConfig(port=0, replicas=1000), *folders)
     with pytest.raises(ServeError, match="no model at"):
         start(ServeConfig(port=0), str(tmp_path / "nowhere"), None)
