@@ -141,6 +141,7 @@ def test_killed_actors_and_killed_jobs_change_nothing(
     assert quiet["traces"] == 8 and sorted(one["id"] for one in wanted) == [f"t{n}" for n in range(8)]
     assert quiet["labels"] == {"accuracy": 24} and quiet["sampling"]["samples"] == 64
     assert pq.read_table(tmp_path / "quiet" / "quarantine.parquet")["line"].to_pylist() == [9]
+    assert [quiet["data"][name] for name in ("rows", "read", "quarantined", "left_out")] == [9, 8, 1, 0]
     assert quiet["judges"]["accuracy"]["calibrated"] is False
     assert "UNCALIBRATED" in wanted[0]["source"]
 

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from mahalo_ray.config import RunConfig, load_config
 from mahalo_ray.data import storage
+from mahalo_ray.data.rows import FileReport, ReadReport
 from mahalo_ray.data.storage import RunLocked, run_lock
 from mahalo_ray.pipeline.progress import RunProgress, TimeEstimate, duration
 from mahalo_ray.pipeline.stages import (
@@ -117,6 +118,23 @@ def test_finished_stages_are_skipped_and_ray_is_not_started_for_them(output: str
     assert text.count("done before, skipped") == 4
     manifest = Manifest.read(storage.join(output, "show"))
     assert manifest is not None and manifest.metrics == {"seen": 42}
+
+
+def test_what_was_read_is_accounted_for_in_every_run(output: str) -> None:
+    """Also in a run that finds the rows read: for people, and in the manifest."""
+
+    def read(context: Context[RunConfig]) -> StageResult:
+        report = ReadReport({"a.jsonl": FileReport(rows=3, read=1, quarantined=2)})
+        return StageResult({"data": context.account(report)})
+
+    pipeline = Pipeline([Stage("read", "Read", read, lambda c: None, uses_ray=False)])
+    for _ in range(2):
+        text = io.StringIO()
+        shown = RunProgress(Console(file=text, width=200))
+        manifests = pipeline.run(make_config(output), session=contextlib.nullcontext, progress=shown)
+        assert "rows: 3 = 1 read + 2 quarantined + 0 left out" in text.getvalue()
+        assert manifests["read"].metrics["data"]["quarantined"] == 2
+    assert "done before, skipped" in text.getvalue()
 
 
 def test_a_changed_stage_reruns_with_what_follows_it_and_nothing_else(output: str) -> None:

@@ -65,7 +65,8 @@ def _label(context: Context[LabelConfig], judges: dict[str, JudgeSpec]) -> Stage
     if report.traces == 0:
         raise StageError(f"no trace has a label; the last reason: {report.example}")
     outputs = {"traces": TRACES, "unjudged": UNJUDGED, "quarantine": QUARANTINE}
-    return StageResult(_metrics(config, judges, report), outputs)
+    data = context.metrics_of("input")["data"]
+    return StageResult({**_metrics(config, judges, report), "data": data}, outputs)
 
 
 def _metrics(config: LabelConfig, judges: dict[str, JudgeSpec], report: LabelReport) -> dict[str, Any]:

@@ -72,6 +72,8 @@ def _make(context: Context[DialoguesConfig]) -> StageResult:
     )
     metrics = report.model_dump(mode="json")
     metrics[PAIRS] = _write_pairs(context)
+    if config.cases is not None:
+        metrics["data"] = context.metrics_of("cases")["data"]
     write_dialogue_report(output, config.name, metrics, storage.join(output, REPORT))
     outputs = {"candidates": CANDIDATES, "dialogues": DIALOGUES, "report": REPORT}
     if metrics[PAIRS]:

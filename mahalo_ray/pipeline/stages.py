@@ -16,7 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 
 from mahalo_ray.config import Section, dump_config
 from mahalo_ray.data import storage
-from mahalo_ray.data.rows import ReadReport
+from mahalo_ray.data.rows import ReadReport, describe_account
 from mahalo_ray.data.storage import run_lock
 from mahalo_ray.objectives import unknown_name
 from mahalo_ray.pipeline.outputs import check_inputs, check_output, sign_output
@@ -287,6 +287,8 @@ class StageRunner(Generic[ConfigT]):
             finished = self._finished(stage)
             if finished is not None:
                 self.display.say(f"{title}: done before, skipped")
+                for line in describe_account(finished.metrics["data"]) if "data" in finished.metrics else ():
+                    self.display.say(line)
                 self.manifests[stage.name] = finished
                 continue
             try:
