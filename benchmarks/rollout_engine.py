@@ -18,7 +18,7 @@ from mahalo_ray.decoding.policy import CausalPolicy
 from mahalo_ray.decoding.sampling import SamplingParams
 from mahalo_ray.domains.tutoring.personas import PersonaSampler, load_cases
 from mahalo_ray.endpoints import Failure
-from mahalo_ray.rollouts.dialogues import DialogueBatch, first_candidate, play
+from mahalo_ray.rollouts.dialogues import DialogueBatch
 from mahalo_ray.rollouts.students import PersonaStudent
 from mahalo_ray.rollouts.tutors import PolicyTutor
 
@@ -66,7 +66,7 @@ def in_flight(shape: Shape, quick: bool) -> list[dict[str, Any]]:
             for at in range(0, len(own), n):
                 batch = _batch(policy, chat, turns)
                 batch.open(own[at : at + n], [f"d{i}" for i in range(at, at + n)], "benchmark")
-                play(batch, 1, first_candidate)
+                batch.play()
                 assert isinstance(batch.tutor, PolicyTutor)
                 tokens += batch.tutor.engine.tokens_forwarded
             if repeat or quick:  # the first round warms up

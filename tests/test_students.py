@@ -42,10 +42,10 @@ from mahalo_ray.rollouts.dialogue_job import (
     RolloutSpec,
     RolloutWorker,
 )
-from mahalo_ray.rollouts.dialogues import Conversation, DialogueBatch, first_candidate, play
+from mahalo_ray.rollouts.dialogues import DialogueBatch
 from mahalo_ray.rollouts.pool import share_limits
 from mahalo_ray.rollouts.students import ModelStudents, PersonaStudent
-from mahalo_ray.rollouts.tutors import PolicyTutor
+from mahalo_ray.rollouts.tutors import Conversation, PolicyTutor
 
 KEY = "98765"
 GRID = GridCases(
@@ -72,17 +72,17 @@ def two_models(numbers: Sequence[int], turns: int = 3) -> tuple[DialogueBatch, l
 
 def test_dialogues_of_two_models_are_the_same_alone_and_in_company() -> None:
     batch, together = two_models(range(5))
-    play(batch, 2, first_candidate)
+    batch.play(2)
     for number, conversation in enumerate(together):
         alone_batch, (alone,) = two_models([number])
-        play(alone_batch, 2, first_candidate)
+        alone_batch.play(2)
         assert alone.turns == conversation.turns
         assert (conversation.ended, conversation.tutor_turns) == ("turns", 3)
 
 
 def test_a_student_model_reads_its_own_side_token_by_token() -> None:
     batch, conversations = two_models(range(3), turns=2)
-    batch.accept(batch.sample(conversations, 1), [0, 0, 0])
+    batch.commit(batch.propose(conversations, 1), [[0], [0], [0]])
     students = batch.students
     assert isinstance(students, ModelStudents)
     for conversation in conversations:
@@ -92,7 +92,7 @@ def test_a_student_model_reads_its_own_side_token_by_token() -> None:
         prompt = CHAT.prompt_ids(student.heard[:-1])
         assert ids[: len(prompt)] == prompt
         assert CHAT.decode(ids[len(prompt) :]).strip() == student.heard[-1].content
-    play(batch, 1, first_candidate)
+    batch.play()
     assert len(students.engine) == 0
 
 
@@ -104,7 +104,7 @@ def test_a_student_whose_context_is_full_fails_alone() -> None:
     conversations[1].student.heard[0] = (
         conversations[1].student.heard[0].model_copy(update={"content": "long " * 200})
     )
-    batch.accept(batch.sample(conversations, 1), [0, 0, 0])
+    batch.commit(batch.propose(conversations, 1), [[0], [0], [0]])
     failed = conversations[1].failure
     assert failed is not None and failed.kind == "student_context"
 
@@ -183,10 +183,10 @@ def test_the_best_candidate_goes_on_and_branches_are_dialogues_of_their_own(
         scores = [(c.scores or {})["accuracy"] for c in one.candidates]
         assert one.chosen == max(range(4), key=scores.__getitem__)
         start = len(one.prompt_ids)
-        traces = [
-            TokenTrace(one.prompt_ids + c.token_ids, [start], [start + len(c.token_ids) - 1])
-            for c in one.candidates
-        ]
+        # A turn that was cut off is read closed: nothing more will follow it.
+        ends = [[] if c.token_ids[-1] == CHAT.end_id else [CHAT.end_id] for c in one.candidates]
+        read = [[*one.prompt_ids, *c.token_ids, *end] for c, end in zip(one.candidates, ends, strict=True)]
+        traces = [TokenTrace(ids, [start], [len(ids) - 1]) for ids in read]
         whole = [float(scores[0, 0]) for scores in model_.score_traces(traces)]
         assert scores == pytest.approx(whole, abs=1e-4)
     for branch in (d for d in dialogues if "~" in d.id):

@@ -428,7 +428,8 @@ class CachedScorer:
         self._encoder = StepEncoder(chat.tokenizer, model.step_separator)
         self._boundary, self._vocabulary = boundary, vocabulary
         self._cache = RewardConversations(model, backbones)
-        self.max_context: int | None = self._cache.max_context - CLOSING_ROOM
+        closing = 1 if model.step_separator is None else CLOSING_ROOM  # an end token, or a separator
+        self.max_context: int | None = self._cache.max_context - closing
         self._unread: dict[int, int] = {}  # tokens that the next scoring will encode before the candidates
 
     @property

@@ -123,11 +123,12 @@ class TextScorer:
     def __init__(
         self,
         scorer: SequenceClassifierScorer | TraceScorer,
-        boundary: Boundary,
-        vocabulary: TokenTexts,
+        boundary: Boundary | None,
+        vocabulary: TokenTexts | None,
         around: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        """`around` gives a context for every forward (faster products)."""
+        """`boundary` and `vocabulary` find the steps of candidates that are whole answers; None where there
+        are none of those. `around` gives a context for every forward (faster products)."""
         self._scorer, self._boundary, self._vocabulary = scorer, boundary, vocabulary
         self._around = around
         self.tokens_forwarded = 0
@@ -211,6 +212,7 @@ class TextScorer:
             return _Reading((whole,), True) if whole.strip() else None
         pieces = [candidate.text]
         if choice.is_whole:
+            assert self._boundary is not None and self._vocabulary is not None
             ids = candidate.token_ids
             starts = [*step_starts(ids, self._boundary, self._vocabulary), len(ids)]
             pieces = [self._vocabulary.words(ids[a:b]) for a, b in itertools.pairwise(starts)]
@@ -422,6 +424,17 @@ class RewardModels:
                 "standardisation 'calibrated' needs the within-prompt spread of every objective, which not "
                 f"all reward models of {', '.join(self.scale.objectives)} carry: use 'within_candidates'"
             )
+
+
+def follow_texts(models: Sequence[StepScorer]) -> ScorerGroup:
+    """Scorers of answers that come as text alone, each of one step: those of an endpoint, for example."""
+    followers = []
+    for model in models:
+        if not isinstance(model, SequenceClassifierScorer | TraceScorer):
+            raise ValueError(f"{type(model).__name__} cannot score candidates")
+        faster = OneDNNRewardModel(model) if isinstance(model, ProcessRewardModel) else nullcontext
+        followers.append(TextScorer(model, None, None, faster))
+    return ScorerGroup(followers, ScoreScale.of(models).objectives)
 
 
 def tokenizer_difference(model: ProcessRewardModel, tokenizer: PreTrainedTokenizerBase) -> str | None:

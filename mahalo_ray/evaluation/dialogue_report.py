@@ -19,7 +19,7 @@ from mahalo_ray.data.records import CandidateSet, Dialogue
 from mahalo_ray.evaluation.report import SampleDialogue, SampleTurn, render_page
 from mahalo_ray.evaluation.statistics import clustered_mean_interval
 from mahalo_ray.rollouts.dialogue_job import CANDIDATES, DIALOGUES
-from mahalo_ray.rollouts.dialogues import BRANCH
+from mahalo_ray.rollouts.tutors import BRANCH
 
 SAMPLES_PER_ENDING = 2
 RESAMPLES, BOOTSTRAP_UP_TO = 1000, 5000

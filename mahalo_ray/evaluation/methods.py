@@ -15,15 +15,16 @@ from torch import Tensor
 from mahalo_ray.config import EvaluationConfig
 from mahalo_ray.data.records import Dialogue
 from mahalo_ray.decoding.engine import Engine
+from mahalo_ray.decoding.guidance import Guidance
 from mahalo_ray.decoding.kv_cache import RaggedCache
 from mahalo_ray.decoding.policy import DeviceConfig, MultiHeadPolicy, Policy, load_policy, load_reward_model
+from mahalo_ray.decoding.scorers import RewardModels
+from mahalo_ray.decoding.stopping import TurnBoundary
 from mahalo_ray.domains.tutoring.student import OBJECTIVES, Episode
 from mahalo_ray.evaluation.results import MethodKind, MethodResult
-from mahalo_ray.models import ProcessRewardModel
 from mahalo_ray.objectives import Weights
-from mahalo_ray.rollouts.dialogues import Conversation, DialogueBatch, first_candidate, play
-from mahalo_ray.rollouts.scoring import CachedScorer, GuidedChoice
-from mahalo_ray.rollouts.tutors import PolicyTutor
+from mahalo_ray.rollouts.dialogues import DialogueBatch, TurnSelection, first_candidate
+from mahalo_ray.rollouts.tutors import Conversation, PolicyTutor
 
 KL_BATCH = 32  # dialogues read at a time
 KL_CHUNK_LOGITS = 1 << 24  # logits held at a time, of each of two models
@@ -77,9 +78,10 @@ class MethodPlayer:
         return load_policy(self.policy_url, self.placement)[0]
 
     @cached_property
-    def reward(self) -> ProcessRewardModel:
+    def reward_models(self) -> RewardModels:
         """The reward model, loaded when a method is first guided."""
-        return load_reward_model(self.reward_url, self.placement)
+        reward = load_reward_model(self.reward_url, self.placement)
+        return RewardModels(reward, TurnBoundary(), self.chat.tokenizer, self.sft.end_ids)
 
     def _decoder(self, method: Method) -> tuple[Policy, Weights | None]:
         """The model that speaks and its decoding weights."""
@@ -96,14 +98,15 @@ class MethodPlayer:
         """Play all students once; the same students, with the same random draws, for every method."""
         policy, weights = self._decoder(method)
         engine = Engine(policy)
-        batch = DialogueBatch(PolicyTutor(engine, self.chat, self.config.sampling, weights))
+        scorers = None if method.guidance is None else self.reward_models.follow()
+        batch = DialogueBatch(PolicyTutor(engine, self.chat, self.config.sampling, weights), scorers=scorers)
         episodes = [Episode.from_seed(seed) for seed in self.seeds]
         opened = batch.open(episodes, [f"{method.name}-{seed}" for seed in self.seeds], "evaluation")
         if method.guidance is None:
-            play(batch, method.num_candidates, first_candidate)
+            batch.play(method.num_candidates, first_candidate)
         else:
-            scorer = CachedScorer(self.reward, opened)
-            play(batch, method.num_candidates, GuidedChoice(scorer, method.guidance))
+            guidance = Guidance(self.reward_models.scale, method.guidance, "calibrated")
+            batch.play(method.num_candidates, TurnSelection("best", guidance))
         outcomes = [conversation.student.outcome() for conversation in opened]
         turns = sum(conversation.tutor_turns for conversation in opened)
         return Played(

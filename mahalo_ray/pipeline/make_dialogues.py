@@ -13,6 +13,7 @@ from mahalo_ray.config import (
     GridCases,
     MiniatureStudentConfig,
     ModelStudentConfig,
+    RewardSource,
 )
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import PreferencePair
@@ -90,8 +91,9 @@ def check_sources(config: DialoguesConfig) -> None:
             share_limits(side.endpoint, actors)
         elif side.kind != "miniature":
             _check_model(side.path, side.kind == "policy")
-    if config.reward is not None and not storage.exists(config.reward):
-        raise ValueError(f"'reward': there is no model folder '{config.reward}'")
+    reward = None if config.reward is None else RewardSource.parse(config.reward)
+    if reward is not None and not storage.exists(reward.model):
+        raise ValueError(f"'reward': there is no model folder '{reward.model}'")
 
 
 def _check_model(path: str, wants_heads: bool) -> None:
@@ -156,6 +158,7 @@ def _spec(context: Context[DialoguesConfig]) -> RolloutSpec:
         same = not isinstance(config.tutor, EndpointTutorConfig) and config.tutor.path == student.path
         url = context.path("tutor" if same else "student")
         student = student.model_copy(update={"path": place_model(student.path, url)})
+    reward = None if config.reward is None else RewardSource.parse(config.reward)
     return RolloutSpec(
         tutor=tutor,
         student=student,
@@ -164,7 +167,8 @@ def _spec(context: Context[DialoguesConfig]) -> RolloutSpec:
         purpose=config.name,
         placement=DeviceConfig(config.cluster.device, config.dtype),
         threads=max(1, math.floor(config.cluster.cpus_per_rollout_actor)),
-        reward_url=None if config.reward is None else storage.absolute(config.reward),
+        reward_url=None if reward is None else storage.absolute(reward.model),
+        reward_objective=None if reward is None else reward.objective,
         cases_url=None if config.cases is None else context.input("cases", "cases"),
         personas=config.personas,
         seed=config.seed,

@@ -31,16 +31,18 @@ from mahalo_ray.config import (
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import CandidateSet, Dialogue
 from mahalo_ray.data.templating import ChatFormat
-from mahalo_ray.decoding.cached_scorer import CLOSING_ROOM
 from mahalo_ray.decoding.engine import Engine
-from mahalo_ray.decoding.policy import DeviceConfig, Policy, load_policy, load_reward_model
+from mahalo_ray.decoding.guidance import Guidance, ScoreScale
+from mahalo_ray.decoding.policy import DeviceConfig, Policy, load_guide, load_policy
+from mahalo_ray.decoding.scorers import RewardModels, ScorerGroup, follow_texts
+from mahalo_ray.decoding.stopping import TurnBoundary
 from mahalo_ray.domains.tutoring.moves import consistency
 from mahalo_ray.domains.tutoring.personas import POST_TEST, AnswerKey, Case, PersonaSampler
 from mahalo_ray.domains.tutoring.student import Episode
 from mahalo_ray.endpoints import Endpoint, Failure
 from mahalo_ray.models.folder import model_folder
-from mahalo_ray.rollouts.collect import Collector
-from mahalo_ray.rollouts.dialogues import BRANCH, Continuation, Conversation, DialogueBatch
+from mahalo_ray.objectives import Weights
+from mahalo_ray.rollouts.dialogues import Collector, DialogueBatch, TurnSelection
 from mahalo_ray.rollouts.pool import (
     ChunkJob,
     ChunkSummary,
@@ -52,7 +54,6 @@ from mahalo_ray.rollouts.pool import (
     start_worker,
     summary_url,
 )
-from mahalo_ray.rollouts.scoring import CachedScorer, CandidateScorer, TextScorer
 from mahalo_ray.rollouts.students import (
     EndpointStudents,
     MiniatureStudents,
@@ -61,7 +62,7 @@ from mahalo_ray.rollouts.students import (
     Student,
     Students,
 )
-from mahalo_ray.rollouts.tutors import EndpointTutor, PolicyTutor, Tutor
+from mahalo_ray.rollouts.tutors import BRANCH, Conversation, EndpointTutor, PolicyTutor, Tutor
 from mahalo_ray.seeding import derived_seed
 
 CASES = TypeAdapter(list[Case])
@@ -69,8 +70,9 @@ CASES = TypeAdapter(list[Case])
 
 @dataclass(frozen=True)
 class RolloutSpec:
-    """What every actor of one rollout stage needs. `reward_url` None: candidates are not scored. `actors`
-    share the limits of the endpoints. `cases_url`: a JSON file of cases (`CASES`), for persona students."""
+    """What every actor of one rollout stage needs. `reward_url` None: candidates are not scored;
+    `reward_objective` says what a third-party classifier there scores. `actors` share the limits of the
+    endpoints. `cases_url`: a JSON file of cases (`CASES`), for persona students."""
 
     tutor: PolicyTutorConfig | ModelTutorConfig | EndpointTutorConfig
     student: MiniatureStudentConfig | ModelStudentConfig | EndpointStudentConfig
@@ -80,6 +82,7 @@ class RolloutSpec:
     placement: DeviceConfig
     threads: int
     reward_url: str | None = None
+    reward_objective: str | None = None
     continuations: int = 0
     gamma: float = 1.0
     actors: int = 1
@@ -105,7 +108,9 @@ class RolloutModels:
         self._policies: dict[str, tuple[Policy, ChatFormat]] = {}
         self._endpoints: list[Endpoint] = []
         self._tutor_endpoint = self._student_endpoint = None
-        self.reward = load_reward_model(spec.reward_url, spec.placement) if spec.reward_url else None
+        self._rewards = (
+            [load_guide(spec.reward_url, spec.placement, spec.reward_objective)] if spec.reward_url else []
+        )
         if isinstance(spec.tutor, EndpointTutorConfig):
             self._tutor_endpoint = self._endpoint(spec.tutor.endpoint)
         else:
@@ -115,8 +120,7 @@ class RolloutModels:
             self._student_endpoint = self._endpoint(spec.student.endpoint)
         elif isinstance(spec.student, ModelStudentConfig):
             self._policy(spec.student.path)[0].check_weights(None)
-        guidance = spec.play.guidance
-        self.continuation = Continuation(spec.play.continuation, guidance, spec.play.score_temperature)
+        self.selection = TurnSelection(spec.play.continuation, self._guidance())
 
     def name(self, number: int) -> str:
         """Id of a dialogue."""
@@ -126,22 +130,20 @@ class RolloutModels:
         """A new batch with these dialogues."""
         student, play = self.spec.student, self.spec.play
         persona = not isinstance(student, MiniatureStudentConfig)
+        scorers = self._scorers()
         batch = DialogueBatch(
-            self._tutor(),
+            self._tutor(scorers),
             self._students(),
-            play.turns,
-            tuple(play.stop),
-            POST_TEST if not isinstance(student, MiniatureStudentConfig) and student.post_test else None,
-            self.spec.tutor.instruction,
+            turns=play.turns,
+            stop=tuple(play.stop),
+            post_test=POST_TEST
+            if not isinstance(student, MiniatureStudentConfig) and student.post_test
+            else None,
+            instruction=self.spec.tutor.instruction,
+            scorers=scorers,
         )
         students = [self._persona_student(n) if persona else Episode.from_seed(n) for n in numbers]
         return batch, batch.open(students, [self.name(number) for number in numbers], self.spec.purpose)
-
-    def scorer(self, opened: Sequence[Conversation]) -> CandidateScorer | None:
-        """The reward model over its own cache where it reads the tutor's tokens, else over text."""
-        if self.reward is None:
-            return None
-        return CachedScorer(self.reward, opened) if self._reward_reads_tokens else TextScorer(self.reward)
 
     def record(self, conversation: Conversation) -> Dialogue:
         """A finished dialogue as it is stored, with what the checks found."""
@@ -176,7 +178,32 @@ class RolloutModels:
             total.retries += usage.retries
         return total
 
-    def _tutor(self) -> Tutor:
+    def _guidance(self) -> Guidance | None:
+        """How turns are chosen by their scores; None without a reward model."""
+        if not self._rewards:
+            return None
+        play, scale = self.spec.play, ScoreScale.of(self._rewards)
+        weights = play.guidance or Weights.balanced(scale.objectives)
+        weights.over(scale.objectives)
+        temperature = play.score_temperature if play.continuation == "sampled" else None
+        return Guidance(scale, weights, temperature=temperature)
+
+    def _scorers(self) -> ScorerGroup | None:
+        """Reward models that follow a batch's dialogues: in the tutor's tokens where they can."""
+        if not self._rewards:
+            return None
+        if self._tutor_endpoint is not None:
+            return follow_texts(self._rewards)
+        return self._reward_models.follow()
+
+    @cached_property
+    def _reward_models(self) -> RewardModels:
+        tutor = self.spec.tutor
+        assert not isinstance(tutor, EndpointTutorConfig)
+        policy, chat = self._policy(tutor.path)
+        return RewardModels(self._rewards, TurnBoundary(), chat.tokenizer, policy.end_ids)
+
+    def _tutor(self, scorers: ScorerGroup | None) -> Tutor:
         play, tutor = self.spec.play, self.spec.tutor
         if self._tutor_endpoint is not None:
             return EndpointTutor(self._tutor_endpoint, play.sampling)
@@ -185,9 +212,8 @@ class RolloutModels:
         limits = [policy.max_context]
         if play.max_tokens is not None:
             limits.append(play.max_tokens)
-        if self.reward is not None and self._reward_reads_tokens:
-            closing = 0 if self.reward.step_separator is None else CLOSING_ROOM
-            limits.append(self.reward.max_length - closing)
+        if scorers is not None and scorers.max_context is not None:
+            limits.append(scorers.max_context)
         miniature = isinstance(self.spec.student, MiniatureStudentConfig)
         engine = Engine(policy, max_context=min(limits))
         return PolicyTutor(engine, chat, play.sampling, self._weights, sentences_are_moves=miniature)
@@ -215,20 +241,6 @@ class RolloutModels:
     def _keys(self) -> dict[str, AnswerKey]:
         """Task id -> answer key: for the checks after a dialogue, far from every prompt."""
         return {case.task.id: case.key for case in self._sampler.cases if case.key is not None}
-
-    @cached_property
-    def _reward_reads_tokens(self) -> bool:
-        """Whether the reward model reads the tutor's own tokens."""
-        assert self.reward is not None
-        tutor = self.spec.tutor
-        if isinstance(tutor, EndpointTutorConfig):
-            return False
-        ours, its = self._policy(tutor.path)[1].tokenizer, self.reward.tokenizer
-        return (
-            its is not None
-            and its.get_vocab() == ours.get_vocab()
-            and its.chat_template == ours.chat_template
-        )
 
     def _policy(self, path: str) -> tuple[Policy, ChatFormat]:
         """One copy of a model, also where tutor and students are the same."""
@@ -312,19 +324,14 @@ class RolloutWorker:
         usage = models.usage()
         seeds = chunk.to_play
         batch, opened = models.open(seeds)
-        sets = Collector(
-            batch,
-            play.candidates,
-            self.spec.continuations,
-            self.spec.gamma,
-            models.scorer(opened),
-            models.continuation,
-            play.branching,
-        ).run()
+        collector = Collector(
+            batch, models.selection, self.spec.continuations, self.spec.gamma, play.branching
+        )
+        batch.play(play.candidates, collector)
         failed = _failures(batch.conversations, {c.root: seed for c, seed in zip(opened, seeds, strict=True)})
         lost = {models.name(seed) for seed in failed}
         whole = [c for c in batch.conversations if c.root not in lost]
-        whole_sets = [candidate_set for candidate_set in sets if _root(candidate_set.dialogue) not in lost]
+        whole_sets = [turn_set for turn_set in collector.sets if _root(turn_set.dialogue) not in lost]
         self._write(chunk, whole_sets, [models.record(conversation) for conversation in whole])
         summary = DialogueSummary(
             **models.usage().since(usage),

@@ -1,85 +1,39 @@
-"""Many dialogues played at once by one tutor against simulated students. No Ray here.
+"""Many dialogues played at once by one tutor against simulated students, and what could be said in them.
 
 All conversations that wait for a tutor turn are sampled in one batch; students answer in between. Every draw
-is keyed by the dialogue's own seed, so results do not depend on which dialogues share a batch.
+is keyed by the dialogue's own seed, so results do not depend on which dialogues share a batch. No Ray here.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import numpy as np
+import torch
+from torch import Tensor
 
-from mahalo_ray.data.records import Dialogue, Message, Turn
+from mahalo_ray.config import BranchingConfig
+from mahalo_ray.data.records import Candidate, CandidateSet, Message, Turn
+from mahalo_ray.decoding.guidance import Choice, Guidance, Prompt, StepCandidate
+from mahalo_ray.decoding.scorers import ScorerGroup
+from mahalo_ray.decoding.stopping import StopReason
+from mahalo_ray.domains.tutoring.student import Episode
 from mahalo_ray.endpoints import Failure
-from mahalo_ray.objectives import Weights
-from mahalo_ray.rollouts.students import MiniatureStudents, PersonaStudent, Student, Students
-from mahalo_ray.rollouts.tutors import Offers, Opened, Tutor, TutorTurn
+from mahalo_ray.rollouts.students import MiniatureStudents, Student, Students
+from mahalo_ray.rollouts.tutors import BRANCH, Conversation, Ending, Exchange, Proposal, Tutor, TutorTurn
 from mahalo_ray.seeding import derived_seed, unit_draw
 
-Ending = Literal["student", "turns", "stop", "max_tokens"]
-BRANCH = "~"  # in the id of a dialogue: what follows says where it left its origin
+# Which candidates of every proposal are said: the first in its conversation, the others in dialogues that
+# branch off there.
+Choose = Callable[[Sequence[Proposal]], Sequence[Sequence[int]]]
+
+_SPEAKER: dict[str, Literal["tutor", "student"]] = {"assistant": "tutor", "user": "student"}
 
 
-@dataclass
-class Conversation:
-    """One dialogue in play: the student, the chat as the tutor reads it, and its row at the tutor.
-
-    `turns` begin with the opening, whose token ids (system message and all) are those of its last turn.
-    """
-
-    id: str
-    seed: int
-    student: Any  # a Student of the kind that the batch's `students` speak for
-    messages: list[Message]
-    turns: list[Turn]
-    opening_turns: int
-    row: int = -1
-    malformed: int = 0
-    ended: Ending | None = None
-    failure: Failure | None = None
-    post_test: str | None = None
-
-    @property
-    def over(self) -> bool:
-        return self.ended is not None or self.failure is not None
-
-    @property
-    def tutor_turns(self) -> int:
-        """Turns played, the opening's not counted."""
-        return (len(self.turns) - self.opening_turns) // 2
-
-    @property
-    def root(self) -> str:
-        """Id of the dialogue that this one branched from, or its own."""
-        return self.id.partition(BRANCH)[0]
-
-    def dialogue(self, source: str) -> Dialogue:
-        """The record of what was said so far."""
-        assert isinstance(self.student, Student)
-        persona = self.student.persona.traits() if isinstance(self.student, PersonaStudent) else None
-        return Dialogue(
-            id=self.id,
-            topic=self.student.topic,
-            turns=self.turns,
-            outcome=self.student.outcome(),
-            seed=self.student.seed,
-            source=source,
-            ended=self.ended,
-            persona=persona,
-        )
-
-
-@dataclass(frozen=True)
-class Offered:
-    """Candidate turns [i][k] of the conversations that got some."""
-
-    conversations: list[Conversation]
-    turns: list[list[TutorTurn]]
-    offers: Offers
+def first_candidate(proposals: Sequence[Proposal]) -> list[list[int]]:
+    """No choice at all: plain sampling."""
+    return [[0] for _ in proposals]
 
 
 @dataclass
@@ -87,7 +41,8 @@ class DialogueBatch:
     """Conversations of one tutor with students.
 
     `turns`: tutor turns per dialogue (None: until the student ends it). A student's reply that holds one of
-    `stop` ends the dialogue too. With `post_test`, students of finished dialogues are asked that.
+    `stop` ends the dialogue too. With `post_test`, students of finished dialogues are asked that. `scorers`:
+    reward models that score every proposal of the dialogues opened here.
     """
 
     tutor: Tutor
@@ -96,6 +51,7 @@ class DialogueBatch:
     stop: tuple[str, ...] = ()
     post_test: str | None = None
     instruction: str | None = None
+    scorers: ScorerGroup | None = None
     conversations: list[Conversation] = field(default_factory=list)
 
     def open(self, students: Sequence[Student], ids: Sequence[str], purpose: str) -> list[Conversation]:
@@ -104,17 +60,20 @@ class DialogueBatch:
         system = [] if self.instruction is None else [Message(role="system", content=self.instruction)]
         opened = []
         for student, name in zip(students, ids, strict=True):
-            said = student.opening_messages
-            turns = [Turn(speaker=_SPEAKER[message.role], content=message.content) for message in said]
+            messages = student.opening_messages
+            turns = [Turn(speaker=_SPEAKER[message.role], content=message.content) for message in messages]
             seed = derived_seed(purpose, student.seed)
-            opened.append(Conversation(name, seed, student, system + said, turns, len(turns)))
-        for conversation, kept in zip(opened, self.tutor.open([c.messages for c in opened]), strict=True):
-            if isinstance(kept, Opened):
-                conversation.row = kept.row
-                last = conversation.turns[-1]
-                conversation.turns[-1] = last.model_copy(update={"token_ids": kept.token_ids or None})
-            else:
-                conversation.failure = kept
+            opened.append(Conversation(name, seed, student, system + messages, turns, len(turns)))
+        for conversation, token_ids in zip(opened, self.tutor.start(opened), strict=True):
+            if isinstance(token_ids, Failure):
+                conversation.failure = token_ids
+                continue
+            last = conversation.turns[-1]
+            conversation.turns[-1] = last.model_copy(update={"token_ids": token_ids or None})
+        if self.scorers is not None:
+            rows = self.scorers.open([Prompt(c.messages, c.token_ids()) for c in opened])
+            for conversation, row in zip(opened, rows, strict=True):
+                conversation.scorer_row, conversation.turns_scored = row, len(conversation.turns)
         self.conversations += opened
         return opened
 
@@ -123,93 +82,124 @@ class DialogueBatch:
         """Conversations that wait for a tutor turn."""
         return [conversation for conversation in self.conversations if not conversation.over]
 
-    def sample(self, waiting: Sequence[Conversation], num_candidates: int) -> Offered:
-        """Candidate tutor turns, in one batch; a conversation that gets none has failed."""
-        offers = self.tutor.offer(
-            [c.row for c in waiting], [c.messages for c in waiting], [c.seed for c in waiting], num_candidates
-        )
-        for conversation, offer in zip(waiting, offers.each, strict=True):
-            conversation.failure = offer.failure
-        self._leave([c for c in waiting if c.failure is not None])
-        answered = [(c, o) for c, o in zip(waiting, offers.each, strict=True) if o.failure is None]
-        return Offered([c for c, _ in answered], [offer.turns for _, offer in answered], offers)
+    def play(self, num_candidates: int = 1, choose: Choose = first_candidate) -> None:
+        """Play all conversations to their ends; `choose` picks which candidates are said."""
+        while waiting := self.active:
+            if proposals := self.propose(waiting, num_candidates):
+                self.commit(proposals, choose(proposals))
 
-    def accept(self, offered: Offered, choice: Sequence[int]) -> None:
-        """Let the chosen candidates be said: the students reply, finished conversations leave."""
-        self.tutor.say(offered.offers, choice)
-        said = [own[k] for own, k in zip(offered.turns, choice, strict=True)]
-        self._students_reply(offered.conversations, said)
+    def propose(self, waiting: Sequence[Conversation], num_candidates: int) -> list[Proposal]:
+        """Candidate tutor turns, in one batch, scored where scorers follow; a conversation that gets none
+        has failed."""
+        answers = self.tutor.propose(waiting, num_candidates)
+        proposals = [answer for answer in answers if isinstance(answer, Proposal)]
+        for conversation, answer in zip(waiting, answers, strict=True):
+            if isinstance(answer, Failure):
+                self._fail(conversation, answer)
+        followed = [p for p in proposals if p.conversation.scorer_row >= 0]
+        if self.scorers is not None and followed:
+            for proposal, scores in zip(followed, self._scores(self.scorers, followed), strict=True):
+                if isinstance(scores, Tensor):
+                    proposal.scores = scores
+                else:
+                    failure = Failure("scoring", str(scores), 1)
+                    self.tutor.commit([Exchange(proposal, 0, proposal.conversation, None, is_last=True)])
+                    self._fail(proposal.conversation, failure)
+        return [proposal for proposal in proposals if proposal.conversation.failure is None]
 
-    def branch(
-        self, waiting: Sequence[Conversation], turns: Sequence[Sequence[TutorTurn]], copies: int
+    def commit(self, proposals: Sequence[Proposal], chosen: Sequence[Sequence[int]]) -> None:
+        """Let the chosen candidates be said: the students reply, finished conversations leave. Further ones
+        of a proposal are said in dialogues of their own, which are part of the batch from now on."""
+        said = [(p, picks[0], p.conversation) for p, picks in zip(proposals, chosen, strict=True)]
+        branches = [
+            [(p, k, self._branch(p.conversation, k)) for k in picks[1:]]
+            for p, picks in zip(proposals, chosen, strict=True)
+        ]
+        if self.scorers is not None:
+            self._tell_scorers(self.scorers, said, branches)
+        apart = [branch for own in branches for branch in own]
+        self.conversations += [conversation for _, _, conversation in apart]
+        self._say([*said, *apart])
+
+    def continue_copies(
+        self, proposals: Sequence[Proposal], chosen: Sequence[Sequence[int]], copies: int
     ) -> list[list[list[Conversation]]]:
-        """For conversation i and its candidate turn k: `copies` independent dialogues that go on after it.
+        """For proposal i and its candidate chosen[i][n]: `copies` independent dialogues that go on after it.
 
-        The originals stay as they are. Returns [i][k][copy]; play on with `play_out`. A turn's tokens are
-        encoded once for all its copies.
+        The originals stay as they are. Returns [i][n][copy], after the students' first replies; `play_out`
+        plays on. A turn's tokens are encoded once for all its copies.
         """
-        branched = [
-            (conversation, candidate)
-            for conversation, own in zip(waiting, turns, strict=True)
-            for candidate in range(len(own))
+        groups = [
+            [self._copies(proposal, k, number, copies) for number, k in enumerate(picks)]
+            for proposal, picks in zip(proposals, chosen, strict=True)
         ]
-        origins = [conversation for conversation, _ in branched]
-        said = [turn for own in turns for turn in own]
-        rows = self.tutor.fork([origin.row for origin in origins], said, copies)
-        # Copies are numbered from 1: copy 0 is the noise of the dialogue itself.
-        flat = [
-            [
-                self._fork(
-                    origin,
-                    origin.id,
-                    derived_seed("continue", origin.seed, origin.tutor_turns, candidate, copy),
-                    copy + 1,
-                    row,
-                )
-                for copy, row in enumerate(own)
-            ]
-            for (origin, candidate), own in zip(branched, rows, strict=True)
+        self._say([copy for own in groups for group in own for copy in group])
+        return [[[conversation for _, _, conversation in group] for group in own] for own in groups]
+
+    def _copies(
+        self, proposal: Proposal, k: int, number: int, copies: int
+    ) -> list[tuple[Proposal, int, Conversation]]:
+        """Copies in which candidate k, the `number`-th that is continued, is said. Copies are numbered from
+        1: copy 0 is the noise of the dialogue itself."""
+        origin = proposal.conversation
+        key = ("continue", origin.seed, origin.tutor_turns, number)
+        return [
+            (proposal, k, self._fork(origin, origin.id, derived_seed(*key, copy), copy + 1))
+            for copy in range(copies)
         ]
-        continued = [conversation for group in flat for conversation in group]
-        self._students_reply(continued, [turn for turn in said for _ in range(copies)])
-        groups = iter(flat)
-        return [[next(groups) for _ in own] for own in turns]
 
-    def split_off(self, offered: Offered, chosen: Sequence[Sequence[int]]) -> list[list[Conversation]]:
-        """Dialogues of their own in which candidates chosen[i] of conversation i are said instead: [i][j].
+    def play_out(self, copies: Sequence[Conversation]) -> None:
+        """Play dialogues of `continue_copies` to their ends, one sampled turn at a time."""
+        apart = DialogueBatch(
+            self.tutor, self.students, self.turns, self.stop, self.post_test, conversations=list(copies)
+        )
+        apart.play()
 
-        Call it before `accept`, and `go_on` after what follows them has taken note of them.
-        """
-        made = []
-        for conversation, own, picks in zip(offered.conversations, offered.turns, chosen, strict=True):
-            rows = self.tutor.fork([conversation.row] * len(picks), [own[k] for k in picks], 1)
-            at = conversation.tutor_turns
-            made.append(
-                [
-                    self._fork(
-                        conversation,
-                        f"{conversation.id}{BRANCH}{at}.{k}",
-                        derived_seed("branch", conversation.seed, at, k),
-                        k + 1,
-                        row,
-                    )
-                    for k, (row,) in zip(picks, rows, strict=True)
-                ]
-            )
-        return made
+    def _scores(self, scorers: ScorerGroup, proposals: Sequence[Proposal]) -> list[Tensor | ValueError]:
+        """[K, O] of every proposal's candidates. A turn is a whole answer: it is closed even if it was cut
+        off."""
+        behind = [
+            p.conversation for p in proposals if p.conversation.turns_scored < len(p.conversation.turns)
+        ]
+        scorers.hear(
+            [conversation.scorer_row for conversation in behind],
+            [Prompt(list(c.messages), c.token_ids(c.turns_scored)) for c in behind],
+        )
+        for conversation in behind:
+            conversation.turns_scored = len(conversation.turns)
+        choices = [
+            Choice(p.conversation.scorer_row, list(map(_candidate, p.turns)), [True] * len(p.turns))
+            for p in proposals
+        ]
+        return [found.scores for found in scorers.score(choices)]
 
-    def go_on(self, split: Sequence[Conversation], said: Sequence[TutorTurn]) -> None:
-        """Let dialogues made by `split_off` hear their students; from now on they are part of the batch."""
-        self.conversations += split
-        self._students_reply(split, said)
+    def _tell_scorers(
+        self,
+        scorers: ScorerGroup,
+        said: Sequence[tuple[Proposal, int, Conversation]],
+        branches: Sequence[Sequence[tuple[Proposal, int, Conversation]]],
+    ) -> None:
+        """Branches first: they begin where their origins are now."""
+        for own in branches:
+            followed = [(p, k, c) for p, k, c in own if p.conversation.scorer_row >= 0]
+            rows = scorers.duplicate([p.conversation.scorer_row for p, _, _ in followed])
+            for (_, _, conversation), row in zip(followed, rows, strict=True):
+                conversation.scorer_row = row
+        followed = [(p, k, c) for own in [*branches, said] for p, k, c in own if c.scorer_row >= 0]
+        scorers.accept(
+            [c.scorer_row for _, _, c in followed], [_candidate(p.turns[k]) for p, k, _ in followed]
+        )
+        for _, _, conversation in followed:
+            conversation.turns_scored += 1
 
-    def play_out(self, conversations: Sequence[Conversation]) -> None:
-        """Play the given conversations to their end, one sampled turn at a time."""
-        while waiting := [c for c in conversations if not c.over]:
-            offered = self.sample(waiting, 1)
-            self.accept(offered, [0] * len(offered.conversations))
+    def _branch(self, origin: Conversation, k: int) -> Conversation:
+        turn = origin.tutor_turns
+        name, seed = f"{origin.id}{BRANCH}{turn}.{k}", derived_seed("branch", origin.seed, turn, k)
+        branch = self._fork(origin, name, seed, k + 1)
+        branch.turns_scored = origin.turns_scored
+        return branch
 
-    def _fork(self, origin: Conversation, name: str, seed: int, copy: int, row: int) -> Conversation:
+    def _fork(self, origin: Conversation, name: str, seed: int, copy: int) -> Conversation:
         return Conversation(
             id=name,
             seed=seed,
@@ -217,47 +207,43 @@ class DialogueBatch:
             messages=list(origin.messages),
             turns=list(origin.turns),
             opening_turns=origin.opening_turns,
-            row=row,
         )
 
-    def _students_reply(self, spoken_to: Sequence[Conversation], said: Sequence[TutorTurn]) -> None:
-        replies = self.students.reply([c.student for c in spoken_to], [turn.text for turn in said])
-        going_on, heard = [], []
-        for conversation, turn, reply in zip(spoken_to, said, replies, strict=True):
-            conversation.malformed += self.tutor.malformed(turn)
+    def _say(self, said: Sequence[tuple[Proposal, int, Conversation]]) -> None:
+        """Students reply to what was said in their conversations, and the tutor reads the replies."""
+        students = [conversation.student for _, _, conversation in said]
+        replies = self.students.reply(students, [proposal.turns[k].text for proposal, k, _ in said])
+        exchanges = []
+        for (proposal, k, conversation), reply in zip(said, replies, strict=True):
+            conversation.malformed += proposal.turns[k].is_malformed
             if isinstance(reply, Failure):
                 conversation.failure = reply
+            else:
+                conversation.ended = self._ending(conversation, reply)
+            text = None if isinstance(reply, Failure) else reply
+            exchanges.append(Exchange(proposal, k, conversation, text, conversation.over))
+        for exchange, committed in zip(exchanges, self.tutor.commit(exchanges), strict=True):
+            if exchange.reply is None:
                 continue
-            ids = self._note(conversation, turn, reply)
-            conversation.ended = self._ending(conversation, reply, len(ids))
-            if not conversation.over:
-                going_on.append(conversation.row)
-                heard.append(ids)
-        self.tutor.hear(going_on, heard)
-        over = [conversation for conversation in spoken_to if conversation.over]
+            conversation = exchange.conversation
+            _write_down(conversation, exchange.turn, exchange.reply, committed.reply_ids)
+            if not conversation.over and not committed.has_room:
+                conversation.ended = "max_tokens"
+        over = [exchange.conversation for exchange in exchanges if exchange.conversation.over]
         self._examine([conversation for conversation in over if conversation.failure is None])
-        self._leave(over)
+        self.students.leave([conversation.student for conversation in over])
 
-    def _note(self, conversation: Conversation, turn: TutorTurn, reply: str) -> list[int]:
-        """Write down the tutor's turn and the student's reply; returns the latter's token ids."""
-        answer = Message(role="user", content=reply)
-        conversation.messages.append(Message(role="assistant", content=turn.text))
-        ids = self.tutor.following(conversation.messages, turn, answer)
-        conversation.messages.append(answer)
-        conversation.turns += [
-            Turn(speaker="tutor", content=turn.text, token_ids=list(turn.token_ids) or None),
-            Turn(speaker="student", content=reply, token_ids=ids or None),
-        ]
-        return ids
-
-    def _ending(self, conversation: Conversation, reply: str, tokens: int) -> Ending | None:
+    def _ending(self, conversation: Conversation, reply: str) -> Ending | None:
+        """Why the dialogue is over once this reply is written down; None if it may go on."""
         if conversation.student.over:
             return "student"
-        if self.turns is not None and conversation.tutor_turns >= self.turns:
+        if self.turns is not None and conversation.tutor_turns + 1 >= self.turns:
             return "turns"
-        if any(text in reply for text in self.stop):
-            return "stop"
-        return None if self.tutor.fits(conversation.row, tokens) else "max_tokens"
+        return "stop" if any(text in reply for text in self.stop) else None
+
+    def _fail(self, conversation: Conversation, failure: Failure) -> None:
+        conversation.failure = failure
+        self.students.leave([conversation.student])
 
     def _examine(self, finished: Sequence[Conversation]) -> None:
         if self.post_test is None or not finished:
@@ -269,66 +255,144 @@ class DialogueBatch:
             else:
                 conversation.post_test = answer
 
-    def _leave(self, over: Sequence[Conversation]) -> None:
-        self.tutor.leave([conversation.row for conversation in over])
-        self.students.leave([conversation.student for conversation in over])
+
+def _write_down(conversation: Conversation, turn: TutorTurn, reply: str, reply_ids: Sequence[int]) -> None:
+    conversation.messages += [
+        Message(role="assistant", content=turn.text),
+        Message(role="user", content=reply),
+    ]
+    conversation.turns += [
+        Turn(speaker="tutor", content=turn.text, token_ids=list(turn.token_ids) or None),
+        Turn(speaker="student", content=reply, token_ids=list(reply_ids) or None),
+    ]
 
 
-_SPEAKER: dict[str, Literal["tutor", "student"]] = {"assistant": "tutor", "user": "student"}
-
-Choose = Callable[[Offered], Sequence[int]]
-
-
-def play(batch: DialogueBatch, num_candidates: int, choose: Choose) -> None:
-    """Play all conversations of the batch to their end; `choose` picks which candidate of each is said."""
-    while waiting := batch.active:
-        offered = batch.sample(waiting, num_candidates)
-        batch.accept(offered, choose(offered))
-
-
-def first_candidate(offered: Offered) -> list[int]:
-    """No choice at all: plain sampling."""
-    return [0] * len(offered.conversations)
+def _candidate(turn: TutorTurn) -> StepCandidate:
+    return StepCandidate(turn.text, list(turn.token_ids), StopReason.TOKEN, {}, None)
 
 
 @dataclass(frozen=True)
-class Continuation:
-    """`guidance`: weights over the scores' objectives (None: all alike); `temperature`: of `sampled`."""
+class TurnSelection:
+    """Which candidate of a turn goes on. `best` and `sampled` choose as guided decoding does, by `guidance`;
+    `random` draws uniformly, so that later turns are met as the policy meets them."""
 
     kind: Literal["best", "sampled", "random"] = "random"
-    guidance: Weights | None = None
-    temperature: float = 1.0
+    guidance: Guidance | None = None
+
+    def __call__(self, proposals: Sequence[Proposal]) -> list[list[int]]:
+        """The first of every proposal's order alone: no branches."""
+        return [self.order(proposal)[:1] for proposal in proposals]
+
+    def order(self, proposal: Proposal) -> list[int]:
+        """The candidates, the one that goes on first; the others in the order in which they would follow.
+        Draws depend on the dialogue and the turn alone."""
+        count, seed = len(proposal.turns), proposal.conversation.seed
+        turn = proposal.conversation.tutor_turns
+        if self.kind == "random":
+            first = derived_seed("goes on", seed, turn) % count
+            return [first, *(k for k in range(count) if k != first)]
+        assert self.guidance is not None and proposal.scores is not None, "choosing by scores needs scorers"
+        totals = self.guidance.totals(proposal.scores)
+        silent = [not candidate.text.strip() for candidate in proposal.turns]
+        uniform = torch.tensor(
+            [unit_draw("sampled", seed, turn, k) for k in range(count)], dtype=torch.float64
+        )
+        return self.guidance.order(totals, silent, uniform)
 
 
-def totals(scores: Sequence[Mapping[str, float]], guidance: Weights | None) -> np.ndarray:
-    """Weighted sum [K] of scores, each objective standardised among the K candidates (0 where all agree)."""
-    objectives = list(scores[0])
-    values = np.array([[own[name] for name in objectives] for own in scores])
-    spread = values.std(axis=0)
-    standardised = (values - values.mean(axis=0)) / np.where(spread > 0, spread, 1.0)
-    weights = (guidance or Weights.balanced(objectives)).over(objectives)
-    total: np.ndarray = standardised @ np.array(weights)
-    return total
+Labels = dict[str, float]
 
 
-def continuing(
-    continuation: Continuation,
-    conversation: Conversation,
-    count: int,
-    scores: Sequence[Mapping[str, float]] | None,
-) -> list[int]:
-    """Candidates of one moment, the one that goes on first; the others in the order they would follow.
+@dataclass
+class Collector:
+    """Chooses what is said in a batch, and keeps every candidate turn: `batch.play(K, Collector(batch))`.
 
-    Draws depend on the dialogue and the turn alone. `sampled` draws all of them without replacement
-    (Gumbel-max), so that the first is distributed as softmax(total / temperature).
+    `continuations` M > 0 labels each distinct candidate by M independent continuations to the end (the
+    miniature's students only): accuracy is the mean checked outcome, discounted by `gamma` per tutor turn
+    that follows the candidate (`rollout_value`), engagement the mean judged rating of the dialogue right
+    after the candidate (`judged_prefix`). With `branching`, other candidates than the selected one go on too,
+    as dialogues of their own.
     """
-    seed, turn = conversation.seed, conversation.tutor_turns
-    if continuation.kind == "random":
-        first = derived_seed("goes on", seed, turn) % count
-        return [first, *(k for k in range(count) if k != first)]
-    assert scores is not None, "the configuration asks for a reward model"
-    total = totals(scores, continuation.guidance)
-    if continuation.kind == "sampled":
-        noise = [unit_draw("sampled", seed, turn, k) for k in range(count)]
-        total = total / continuation.temperature - np.array([math.log(-math.log(u or 0.5)) for u in noise])
-    return [int(k) for k in np.argsort(-total, kind="stable")]
+
+    batch: DialogueBatch
+    selection: TurnSelection = field(default_factory=TurnSelection)
+    continuations: int = 0
+    gamma: float = 1.0
+    branching: BranchingConfig | None = None
+    sets: list[CandidateSet] = field(default_factory=list)
+
+    def __call__(self, proposals: Sequence[Proposal]) -> list[list[int]]:
+        labels = self._labels(proposals) if self.continuations else [None] * len(proposals)
+        chosen = []
+        for proposal, own_labels in zip(proposals, labels, strict=True):
+            order = self.selection.order(proposal)
+            self.sets.append(self._candidate_set(proposal, own_labels, order[0]))
+            chosen.append([order[0], *self._branches(proposal, order)])
+        return chosen
+
+    def _branches(self, proposal: Proposal, order: Sequence[int]) -> list[int]:
+        """Which candidates besides the first of `order` go on: other words than those taken already."""
+        if self.branching is None or proposal.conversation.tutor_turns >= self.branching.depth:
+            return []
+        going_on = {proposal.turns[order[0]]: order[0]}
+        for k in order[1:]:
+            if len(going_on) < self.branching.width:
+                going_on.setdefault(proposal.turns[k], k)
+        return list(going_on.values())[1:]
+
+    def _labels(self, proposals: Sequence[Proposal]) -> list[list[Labels]]:
+        """Of every candidate [i][k]; candidates with the same words share theirs."""
+        distinct = [list(dict.fromkeys(proposal.turns)) for proposal in proposals]
+        firsts = [[p.turns.index(turn) for turn in own] for p, own in zip(proposals, distinct, strict=True)]
+        groups = self.batch.continue_copies(proposals, firsts, self.continuations)
+        ratings = [[_mean([_episode(c).judge_prefix() for c in copies]) for copies in own] for own in groups]
+        self.batch.play_out([c for own in groups for copies in own for c in copies])
+        labels = []
+        for proposal, turns, own, own_ratings in zip(proposals, distinct, groups, ratings, strict=True):
+            by_turn = {
+                turn: {
+                    "accuracy": _mean([self._value(copy, proposal.conversation) for copy in copies]),
+                    "engagement": rating,
+                }
+                for turn, copies, rating in zip(turns, own, own_ratings, strict=True)
+            }
+            labels.append([by_turn[turn] for turn in proposal.turns])
+        return labels
+
+    def _value(self, continued: Conversation, origin: Conversation) -> float:
+        later_turns = continued.tutor_turns - origin.tutor_turns - 1
+        return _episode(continued).outcome()["accuracy"] * self.gamma**later_turns
+
+    def _candidate_set(
+        self, proposal: Proposal, labels: Sequence[Labels] | None, chosen: int
+    ) -> CandidateSet:
+        conversation, scores = proposal.conversation, proposal.scores
+        objectives = () if self.batch.scorers is None else self.batch.scorers.objectives
+        candidates = [
+            Candidate(
+                content=turn.text,
+                token_ids=list(turn.token_ids),
+                labels=None if labels is None else labels[k],
+                scores=None if scores is None else dict(zip(objectives, scores[k].tolist(), strict=True)),
+            )
+            for k, turn in enumerate(proposal.turns)
+        ]
+        return CandidateSet(
+            id=f"{conversation.id}/{conversation.tutor_turns}",
+            dialogue=conversation.id,
+            topic=conversation.student.topic,
+            turn=conversation.tutor_turns,
+            prompt=list(conversation.messages),
+            prompt_ids=conversation.token_ids(),
+            candidates=candidates,
+            chosen=chosen,
+        )
+
+
+def _episode(conversation: Conversation) -> Episode:
+    assert isinstance(conversation.student, Episode), "labels by continuations are the miniature's"
+    return conversation.student
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -12,7 +12,7 @@ import numpy as np
 from mahalo_ray.config import PairsConfig
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import Candidate, CandidateSet, PreferencePair, StepTrace
-from mahalo_ray.rollouts.dialogues import BRANCH
+from mahalo_ray.rollouts.tutors import BRANCH
 
 ROLLOUTS = "rollouts"
 

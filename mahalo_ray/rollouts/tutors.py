@@ -1,95 +1,154 @@
-"""The tutors of many dialogues behind one protocol: local policies, token by token, and endpoints."""
+"""The tutors of many dialogues behind one protocol: local policies, token by token, and endpoints.
+
+A tutor `start`s dialogues, `propose`s candidate turns, and `commit`s to those that are said, with what the
+students replied. Nothing else is asked of it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Literal, Protocol
+
+from jinja2 import TemplateError
+from torch import Tensor
 
 from mahalo_ray.config import SamplingConfig
-from mahalo_ray.data.records import Message
+from mahalo_ray.data.records import Dialogue, Message, Turn
 from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.decoding.engine import Engine
 from mahalo_ray.decoding.token_loop import Candidates
 from mahalo_ray.domains.tutoring.moves import is_malformed
 from mahalo_ray.endpoints import ChatCall, Endpoint, EndpointReply, Failure
 from mahalo_ray.objectives import Weights
+from mahalo_ray.rollouts.students import PersonaStudent, Student
 from mahalo_ray.seeding import derived_seed, endpoint_seed
+
+Ending = Literal["student", "turns", "stop", "max_tokens"]
+BRANCH = "~"  # in the id of a dialogue: what follows says where it left its origin
+
+
+@dataclass(eq=False)
+class Conversation:
+    """One dialogue in play: the student, the chat as the tutor reads it, and its rows at tutor and scorers.
+
+    `turns` begin with the opening, whose token ids (system message and all) are those of its last turn.
+    `scorer_row` is -1 where nothing scores; `turns_scored` is how many turns the scorers have read.
+    """
+
+    id: str
+    seed: int
+    student: Any  # a Student of the kind that the batch's `students` speak for
+    messages: list[Message]
+    turns: list[Turn]
+    opening_turns: int
+    row: int = -1
+    scorer_row: int = -1
+    turns_scored: int = 0
+    malformed: int = 0
+    ended: Ending | None = None
+    failure: Failure | None = None
+    post_test: str | None = None
+
+    @property
+    def over(self) -> bool:
+        return self.ended is not None or self.failure is not None
+
+    @property
+    def tutor_turns(self) -> int:
+        """Turns played, the opening's not counted."""
+        return (len(self.turns) - self.opening_turns) // 2
+
+    @property
+    def root(self) -> str:
+        """Id of the dialogue that this one branched from, or its own."""
+        return self.id.partition(BRANCH)[0]
+
+    def token_ids(self, first_turn: int = 0) -> list[int]:
+        """What the tutor has read of the turns from this one on."""
+        return [token for turn in self.turns[first_turn:] for token in turn.token_ids or []]
+
+    def dialogue(self, source: str) -> Dialogue:
+        """The record of what was said so far."""
+        assert isinstance(self.student, Student)
+        persona = self.student.persona.traits() if isinstance(self.student, PersonaStudent) else None
+        return Dialogue(
+            id=self.id,
+            topic=self.student.topic,
+            turns=self.turns,
+            outcome=self.student.outcome(),
+            seed=self.student.seed,
+            source=source,
+            ended=self.ended,
+            persona=persona,
+        )
 
 
 @dataclass(frozen=True)
 class TutorTurn:
     """What a tutor might say. `token_ids` are the sampled ones, end token included; an endpoint's turn has
-    none."""
+    none. `is_malformed`: it was cut off, or holds what nobody should say."""
 
     text: str
     token_ids: tuple[int, ...] = ()
+    is_malformed: bool = False
 
 
-@dataclass(frozen=True)
-class Opened:
-    """A conversation as its tutor keeps it: its row, and the token ids of the opening (none at an
-    endpoint)."""
+@dataclass
+class Proposal:
+    """Candidate turns of one conversation. `sampled` and `place`: where a local model finds them again.
+    `scores` [K, O], where scorers follow the conversation."""
 
-    row: int
-    token_ids: list[int]
-
-
-@dataclass(frozen=True)
-class Offer:
-    """Candidate turns of one conversation, or why there are none."""
-
+    conversation: Conversation
     turns: list[TutorTurn]
-    failure: Failure | None = None
+    sampled: Candidates | None = None
+    place: int = 0
+    scores: Tensor | None = None
 
 
 @dataclass(frozen=True)
-class Offers:
-    """One offer per conversation asked; `drawn` is how a local model finds the chosen ones again."""
+class Exchange:
+    """Candidate `chosen` of a proposal is said, in its conversation or in a copy that leaves it here, and the
+    student replies (None: it failed). `is_last`: the dialogue is over then."""
 
-    each: list[Offer]
-    drawn: Candidates | None = None
+    proposal: Proposal
+    chosen: int
+    conversation: Conversation
+    reply: str | None
+    is_last: bool
+
+    @property
+    def turn(self) -> TutorTurn:
+        return self.proposal.turns[self.chosen]
+
+    @property
+    def branches_off(self) -> bool:
+        return self.conversation is not self.proposal.conversation
+
+
+@dataclass(frozen=True)
+class Committed:
+    """What the tutor made of an exchange: the token ids of the reply as it reads them, and whether there is
+    room for another turn."""
+
+    reply_ids: list[int]
+    has_room: bool
 
 
 class Tutor(Protocol):
-    """One side of the dialogues. Rows name conversations."""
+    """One side of the dialogues."""
 
-    def open(self, conversations: Sequence[Sequence[Message]]) -> list[Opened | Failure]:
-        """Read the messages before the first turn."""
+    def start(self, conversations: Sequence[Conversation]) -> list[list[int] | Failure]:
+        """Read what was said before the first turn: its token ids (none at an endpoint)."""
         ...
 
-    def offer(
-        self, rows: Sequence[int], messages: Sequence[Sequence[Message]], seeds: Sequence[int], count: int
-    ) -> Offers:
+    def propose(self, conversations: Sequence[Conversation], count: int) -> list[Proposal | Failure]:
         """`count` candidate turns of every conversation; nothing is said yet."""
         ...
 
-    def say(self, offers: Offers, choice: Sequence[int]) -> None:
-        """Candidate choice[i] of the i-th conversation that got an offer is said in it."""
-        ...
-
-    def fork(self, rows: Sequence[int], turns: Sequence[TutorTurn], copies: int) -> list[list[int]]:
-        """`copies` new rows for each given conversation in which this turn was said."""
-        ...
-
-    def following(self, messages: Sequence[Message], turn: TutorTurn, reply: Message) -> list[int]:
-        """Token ids of the student's reply to `turn` (the last of `messages`), as the tutor reads them."""
-        ...
-
-    def hear(self, rows: Sequence[int], token_ids: Sequence[list[int]]) -> None:
-        """The students' replies, as `following` encoded them."""
-        ...
-
-    def fits(self, row: int, tokens: int) -> bool:
-        """Whether `tokens` more leave room for another turn."""
-        ...
-
-    def leave(self, rows: Sequence[int]) -> None:
-        """These conversations are over."""
-        ...
-
-    def malformed(self, turn: TutorTurn) -> bool:
-        """A turn that was cut off, or holds what nobody should say."""
+    def commit(self, exchanges: Sequence[Exchange]) -> list[Committed]:
+        """These turns were said and answered. Conversations without an exchange stay as they are; those that
+        are over, or have no room for another turn, are forgotten."""
         ...
 
 
@@ -111,119 +170,138 @@ class PolicyTutor:
         self._special = set(chat.tokenizer.all_special_ids)
         self._sentences_are_moves = sentences_are_moves
 
-    def open(self, conversations: Sequence[Sequence[Message]]) -> list[Opened | Failure]:
-        prompts = [self.chat.prompt_ids(messages) for messages in conversations]
-        rows = iter(self.engine.add(sum(map(self._fits_empty, prompts)), self.weights))
-        opened: list[Opened | Failure] = [
-            Opened(next(rows), ids) if self._fits_empty(ids) else self._too_long(ids) for ids in prompts
+    def start(self, conversations: Sequence[Conversation]) -> list[list[int] | Failure]:
+        results = [self._opening_ids(conversation) for conversation in conversations]
+        opened = [(c, ids) for c, ids in zip(conversations, results, strict=True) if isinstance(ids, list)]
+        rows = self.engine.add(len(opened), self.weights)
+        for (conversation, _), row in zip(opened, rows, strict=True):
+            conversation.row = row
+        self.engine.append(rows, [ids for _, ids in opened])
+        return results
+
+    def propose(self, conversations: Sequence[Conversation], count: int) -> list[Proposal | Failure]:
+        sampled = self.engine.sample(
+            [conversation.row for conversation in conversations],
+            count,
+            self.sampling,
+            [conversation.seed for conversation in conversations],
+            self.sampling.max_new_tokens,
+            self.chat.end_ids,
+        )
+        return [
+            Proposal(conversation, [self._turn(ids) for ids in sampled.token_ids[place]], sampled, place)
+            for place, conversation in enumerate(conversations)
         ]
-        ready = [one for one in opened if isinstance(one, Opened)]
-        self.engine.append([one.row for one in ready], [one.token_ids for one in ready])
-        return opened
 
-    def offer(
-        self, rows: Sequence[int], messages: Sequence[Sequence[Message]], seeds: Sequence[int], count: int
-    ) -> Offers:
-        drawn = self.engine.sample(
-            rows, count, self.sampling, seeds, self.sampling.max_new_tokens, self.chat.end_ids
-        )
-        turns = [[TutorTurn(self.chat.decode(ids), tuple(ids)) for ids in own] for own in drawn.token_ids]
-        return Offers([Offer(own) for own in turns], drawn)
+    def commit(self, exchanges: Sequence[Exchange]) -> list[Committed]:
+        self._branch_off([exchange for exchange in exchanges if exchange.branches_off])
+        self._accept([exchange for exchange in exchanges if not exchange.branches_off])
+        results = [self._committed(exchange) for exchange in exchanges]
+        going_on = [
+            (exchange.conversation.row, committed.reply_ids)
+            for exchange, committed in zip(exchanges, results, strict=True)
+            if committed.has_room and not exchange.is_last
+        ]
+        self.engine.append([row for row, _ in going_on], [ids for _, ids in going_on])
+        stay = {row for row, _ in going_on}
+        rows = [exchange.conversation.row for exchange in exchanges]
+        self.engine.drop([row for row in rows if row not in stay])
+        return results
 
-    def say(self, offers: Offers, choice: Sequence[int]) -> None:
-        assert offers.drawn is not None
-        self.engine.accept(offers.drawn, choice)
+    def _branch_off(self, exchanges: Sequence[Exchange]) -> None:
+        """Rows for copies in which another candidate is said. A turn is encoded once for all its copies."""
+        groups: dict[tuple[str, int], list[Exchange]] = {}
+        for exchange in exchanges:
+            groups.setdefault((exchange.proposal.conversation.id, exchange.chosen), []).append(exchange)
+        leaders = [group[0] for group in groups.values()]
+        if not leaders:
+            return
+        first = self.engine.duplicate([leader.proposal.conversation.row for leader in leaders])
+        self.engine.append(first, [list(leader.turn.token_ids) for leader in leaders])
+        others = [
+            (exchange, row)
+            for group, row in zip(groups.values(), first, strict=True)
+            for exchange in group[1:]
+        ]
+        copies = self.engine.duplicate([row for _, row in others])
+        for leader, row in zip(leaders, first, strict=True):
+            leader.conversation.row = row
+        for (exchange, _), row in zip(others, copies, strict=True):
+            exchange.conversation.row = row
 
-    def fork(self, rows: Sequence[int], turns: Sequence[TutorTurn], copies: int) -> list[list[int]]:
-        first = self.engine.duplicate(rows)
-        self.engine.append(first, [list(turn.token_ids) for turn in turns])
-        more = iter(self.engine.duplicate([row for row in first for _ in range(copies - 1)]))
-        return [[row, *(next(more) for _ in range(copies - 1))] for row in first]
+    def _accept(self, exchanges: Sequence[Exchange]) -> None:
+        by_sample: dict[int, list[Exchange]] = {}
+        for exchange in exchanges:
+            by_sample.setdefault(id(exchange.proposal.sampled), []).append(exchange)
+        for group in by_sample.values():
+            sampled = group[0].proposal.sampled
+            assert sampled is not None
+            places = [exchange.proposal.place for exchange in group]
+            self.engine.accept(sampled.only(places), [exchange.chosen for exchange in group])
 
-    def following(self, messages: Sequence[Message], turn: TutorTurn, reply: Message) -> list[int]:
+    def _committed(self, exchange: Exchange) -> Committed:
+        if exchange.reply is None:
+            return Committed([], False)
+        conversation, turn = exchange.conversation, exchange.turn
         # A turn cut off at the token limit has no end token of its own.
-        return self.chat.missing_end(turn.token_ids) + self.chat.following_ids(messages, [reply])
+        messages = [*conversation.messages, Message(role="assistant", content=turn.text)]
+        reply = Message(role="user", content=exchange.reply)
+        ids = self.chat.missing_end(turn.token_ids) + self.chat.following_ids(messages, [reply])
+        return Committed(ids, self.engine.length(conversation.row) + len(ids) < self.engine.max_context)
 
-    def hear(self, rows: Sequence[int], token_ids: Sequence[list[int]]) -> None:
-        self.engine.append(rows, token_ids)
+    def _turn(self, ids: Sequence[int]) -> TutorTurn:
+        text = self.chat.decode(ids)
+        is_cut = bool(self.chat.missing_end(ids))
+        has_special = any(token in self._special for token in ids[:-1])
+        unknown = self._sentences_are_moves and is_malformed(text)
+        return TutorTurn(text, tuple(ids), is_cut or has_special or unknown)
 
-    def fits(self, row: int, tokens: int) -> bool:
-        return self.engine.length(row) + tokens < self.engine.max_context
-
-    def leave(self, rows: Sequence[int]) -> None:
-        self.engine.drop(rows)
-
-    def malformed(self, turn: TutorTurn) -> bool:
-        """Cut off, special tokens inside, or a sentence that the miniature's students do not understand."""
-        ids = turn.token_ids
-        return (
-            bool(self.chat.missing_end(ids))
-            or any(token in self._special for token in ids[:-1])
-            or (self._sentences_are_moves and is_malformed(turn.text))
-        )
-
-    def _fits_empty(self, ids: Sequence[int]) -> bool:
-        return len(ids) < self.engine.max_context
-
-    def _too_long(self, ids: Sequence[int]) -> Failure:
+    def _opening_ids(self, conversation: Conversation) -> list[int] | Failure:
+        """An opening that the chat template refuses, or that has no room, fails its own dialogue alone."""
+        try:
+            ids = self.chat.prompt_ids(conversation.messages)
+        except (ValueError, TemplateError) as error:
+            return Failure("template", str(error), 1)
         limit = self.engine.max_context
+        if len(ids) < limit:
+            return ids
         return Failure("opening_too_long", f"the opening has {len(ids)} tokens, the limit is {limit}", 1)
 
 
 class EndpointTutor:
-    """An endpoint that is asked for every candidate by itself (not every server knows `n`)."""
+    """An endpoint that is asked for every candidate by itself (not every server knows `n`). It is sent the
+    whole conversation each time, so nothing is kept."""
 
     def __init__(self, endpoint: Endpoint, sampling: SamplingConfig) -> None:
         self.endpoint, self.sampling = endpoint, sampling
 
-    def open(self, conversations: Sequence[Sequence[Message]]) -> list[Opened | Failure]:
-        return [Opened(row, []) for row in range(len(conversations))]
+    def start(self, conversations: Sequence[Conversation]) -> list[list[int] | Failure]:
+        return [[] for _ in conversations]
 
-    def offer(
-        self, rows: Sequence[int], messages: Sequence[Sequence[Message]], seeds: Sequence[int], count: int
-    ) -> Offers:
-        turns: list[list[TutorTurn | None]] = [[None] * count for _ in rows]
+    def propose(self, conversations: Sequence[Conversation], count: int) -> list[Proposal | Failure]:
+        turns: list[list[TutorTurn | None]] = [[None] * count for _ in conversations]
         failures: dict[int, Failure] = {}
-        requests = (
-            self._request(own, derived_seed(seed, len(own), k))
-            for own, seed in zip(messages, seeds, strict=True)
+        calls = (
+            self._request(c.messages, derived_seed(c.seed, len(c.messages), k))
+            for c in conversations
             for k in range(count)
         )
-        for number, answer in self.endpoint.chat(requests):
+        for number, answer in self.endpoint.chat(calls):
             i, k = divmod(number, count)
             if isinstance(answer, EndpointReply):
-                turns[i][k] = TutorTurn(answer.texts[0].strip())
-                if not answer.texts[0].strip():
+                text = answer.texts[0].strip()
+                turns[i][k] = TutorTurn(text)
+                if not text:
                     failures[i] = Failure("empty", "the endpoint gave a turn without words", 1)
             else:
                 failures[i] = answer
-        return Offers(
-            [
-                Offer([], failures[i]) if i in failures else Offer([turn for turn in own if turn is not None])
-                for i, own in enumerate(turns)
-            ]
-        )
+        return [
+            failures.get(i) or Proposal(conversation, [turn for turn in turns[i] if turn is not None])
+            for i, conversation in enumerate(conversations)
+        ]
 
-    def say(self, offers: Offers, choice: Sequence[int]) -> None:
-        """The next request brings the whole conversation."""
-
-    def fork(self, rows: Sequence[int], turns: Sequence[TutorTurn], copies: int) -> list[list[int]]:
-        return [[row] * copies for row in rows]
-
-    def following(self, messages: Sequence[Message], turn: TutorTurn, reply: Message) -> list[int]:
-        return []
-
-    def hear(self, rows: Sequence[int], token_ids: Sequence[list[int]]) -> None:
-        """The next request brings the whole conversation."""
-
-    def fits(self, row: int, tokens: int) -> bool:
-        return True
-
-    def leave(self, rows: Sequence[int]) -> None:
-        """Nothing is kept."""
-
-    def malformed(self, turn: TutorTurn) -> bool:
-        return False
+    def commit(self, exchanges: Sequence[Exchange]) -> list[Committed]:
+        return [Committed([], True) for _ in exchanges]
 
     def _request(self, messages: Sequence[Message], seed: int) -> ChatCall:
         return ChatCall(
