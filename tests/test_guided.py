@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny_guided import ASK, TEXT, as_read, memorised, message, model, reward, tokenizer
 
+from mahalo_ray.config import RequestConfig
 from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.decoding.beam import subtrees
 from mahalo_ray.decoding.guidance import GuidedRequest, Prompt, ScoreScale, StepCandidate, within_candidates
@@ -483,6 +484,34 @@ def test_a_forward_without_memory_costs_the_largest_request_alone(monkeypatch):
     assert isinstance(largest, ValueError) and "more memory than there is" in str(largest)
     for result, expected in zip(good, alone, strict=False):
         assert result.token_ids == expected.token_ids and result.text == expected.text
+
+
+def test_every_option_of_a_configuration_reaches_the_request():
+    options = {
+        "num_candidates": 6,
+        "strategy": "dvts",
+        "beam_width": 3,
+        "standardisation": "calibrated",
+        "guidance": {"accuracy": 1},
+        "weights": {"engagement": 1},
+        "seed": 5,
+        "max_new_tokens": 7,
+        "max_step_tokens": 3,
+        "max_steps": 2,
+        "stop": ["x"],
+        "temperature": 0.5,
+        "top_k": 4,
+        "top_p": 0.9,
+        "min_p": 0.1,
+        "score_temperature": 1.0,
+    }
+    assert options.keys() == RequestConfig.model_fields.keys()
+    config = RequestConfig.model_validate(options)
+    request = GuidedRequest.of(config, ASK, seed=8)
+    for name in options.keys() - SamplingParams.model_fields.keys() - {"seed", "stop"}:
+        assert getattr(request, name) == getattr(config, name)
+    assert request.seed == 8 and request.stop == ("x",)
+    assert request.sampling == SamplingParams(temperature=0.5, top_k=4, top_p=0.9, min_p=0.1)
 
 
 def test_equal_requests_are_cancelled_one_by_one():

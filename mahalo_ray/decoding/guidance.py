@@ -8,13 +8,13 @@ Decoding, serving, rollouts and evaluation all choose by `Guidance`:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import get_args
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from mahalo_ray.config import Standardisation, Strategy
+from mahalo_ray.config import RequestConfig, Standardisation, Strategy
 from mahalo_ray.data.records import Message
 from mahalo_ray.decoding.sampling import SamplingParams, draw_keys, uniforms
 from mahalo_ray.decoding.stopping import StopReason
@@ -80,6 +80,22 @@ class GuidedRequest:
             )
         if not self.messages:
             raise ValueError("messages are empty: give at least one message")
+
+    @classmethod
+    def of(
+        cls, options: RequestConfig, messages: Sequence[Message | Mapping[str, str]], **own: Any
+    ) -> GuidedRequest:
+        """A request with the options of a configuration; `own`: fields it has instead, such as its weights.
+
+        Options go by name: one that is added to `RequestConfig` and to this class needs no other line.
+        """
+        shared = {
+            option.name: getattr(options, option.name)
+            for option in fields(cls)
+            if option.name in RequestConfig.model_fields
+        }
+        sampling = SamplingParams(**{name: getattr(options, name) for name in SamplingParams.model_fields})
+        return cls(messages, **{**shared, "sampling": sampling, "stop": tuple(options.stop), **own})
 
     @property
     def candidates_per_step(self) -> int:

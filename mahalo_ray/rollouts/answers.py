@@ -286,19 +286,10 @@ def request_of(row: PromptRow, config: GenerateConfig) -> GuidedRequest:
     options = config.request
     served = None if config.server is None else config.server.weights
     common = served if options.weights is None else options.weights
-    return GuidedRequest(
+    return GuidedRequest.of(
+        options,
         row.messages,
         weights=row.weights or common,
         guidance=row.guidance or options.guidance,
-        num_candidates=options.num_candidates,
         seed=derived_seed("generate", options.seed, row.id) if row.seed is None else row.seed,
-        sampling=options,
-        max_new_tokens=options.max_new_tokens,
-        max_step_tokens=options.max_step_tokens,
-        max_steps=options.max_steps,
-        stop=tuple(options.stop),
-        strategy=options.strategy,
-        beam_width=options.beam_width,
-        score_temperature=options.score_temperature,
-        standardisation=options.standardisation,
     )
