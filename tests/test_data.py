@@ -69,9 +69,51 @@ def test_special_tokens_in_a_message_are_plain_text() -> None:
     assert chat.tokenizer.decode(ids) == "<|user|>a<|end|><|assistant|>b<|end|><|assistant|>"
 
 
-def test_a_template_that_rewrites_history_is_refused() -> None:
+def test_a_template_that_rewrites_history_answers_prompts_but_cannot_go_on_token_by_token() -> None:
+    chat = ChatFormat(tokenizer_with(UNSTABLE))
+    assert chat.prompt_ids(TALK[:3]) == rendered_ids(chat, TALK[:3])
     with pytest.raises(ValueError, match="changes what was rendered"):
-        ChatFormat(tokenizer_with(UNSTABLE)).prompt_ids(TALK[:3])
+        chat.following_ids(TALK[:2], TALK[2:3])
+
+
+def rendered_ids(chat: ChatFormat, messages: list[Message]) -> list[int]:
+    return chat.tokenizer.apply_chat_template(
+        [m.model_dump() for m in messages], add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+
+
+# What families leave out of earlier messages: outer spaces, newlines alone, an answer's reasoning.
+ANSWER = "(m.content.split('</think>')[-1] if m.role == 'assistant' else m.content)"
+CONTENTS = {
+    "nothing": "m.content",
+    "outer spaces": "m.content | trim",
+    "newlines before": "m.content.lstrip('\\n')",
+    "reasoning": ANSWER,
+    "reasoning and newlines": ANSWER + ".lstrip('\\n')",
+    "reasoning and spaces": ANSWER + " | trim",
+}
+
+
+@pytest.mark.parametrize("left_out", CONTENTS)
+def test_what_the_template_leaves_out_of_messages_is_left_out(left_out: str) -> None:
+    template = PLAIN.replace("m['content']", f"({CONTENTS[left_out]})")
+    chat = ChatFormat(tokenizer_with(template))
+    talk = [
+        message("user", "  2 + 2\n"),
+        message("assistant", "<think>2 and 2 <|end|></think>\n\n 4 "),
+        message("user", "\n\nand 3? "),
+        message("assistant", "yes"),
+        message("user", "ok"),
+    ]
+    for count in (1, 3, 5):
+        text = str(
+            chat.tokenizer.apply_chat_template(
+                [m.model_dump() for m in talk[:count]], tokenize=False, add_generation_prompt=True
+            )
+        )
+        assert chat.tokenizer.decode(chat.prompt_ids(talk[:count])) == text
+    grown = chat.prompt_ids(talk[:3]) + chat.encode_reply("yes") + chat.following_ids(talk[:4], talk[4:])
+    assert grown == chat.prompt_ids(talk)
 
 
 # The ways in which families close an assistant's message: (template, what a reply of "4" is trained on).

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from mahalo_ray.data.records import Message
 
 _MARK = "\x02{}\x03"
+_THOUGHT = "</think>"
 
 # Token ids of texts that were encoded: those of a dialogue's turns are asked for again and again. Bounded in
 # number and in length, as some 50 MB at most.
@@ -25,8 +26,11 @@ _LONGEST_KEPT = 2000  # characters
 class ChatFormat:
     """Encodes conversations for one tokenizer and its chat template.
 
-    The template must be prefix-stable: adding messages must not change what was rendered before. A template
-    that breaks this is refused, by name, at the first conversation that shows it.
+    Prompts are the template's own rendering, token for token: outer spaces of messages and the reasoning of
+    earlier answers (up to `</think>`) are left out where the template leaves them out. Conversations that go
+    on token by token (`following_ids`) need a prefix-stable template as well: adding messages must not change
+    what was rendered before. One that breaks this is refused, by name, at the first conversation that shows
+    it; it can still answer whole prompts, as an endpoint does.
 
     A reply ends where the template closes an assistant's message: `closing` are the tokens from its text to
     the end token, `end_id` (Gemma closes with <end_of_turn>, Phi-3 with <|end|>, neither of which is the
@@ -46,6 +50,7 @@ class ChatFormat:
         self._encode_text = lru_cache(maxsize=_TEXTS_KEPT)(self._encode_text_uncached)
         self._pieces = lru_cache(maxsize=1024)(self._pieces_uncached)
         self._encode_template = lru_cache(maxsize=1024)(self._encode_template_uncached)
+        self._stable: set[tuple[str, ...]] = set()
         markers = _marker_ids(tokenizer)
         self.closing = self._find_closing(markers)
         self.end_id = self.closing[-1]
@@ -55,7 +60,7 @@ class ChatFormat:
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation up to where the assistant speaks next."""
         pieces = self._pieces(tuple(message.role for message in messages))
-        return self._fill(pieces, messages)
+        return self._fill(pieces, self._as_rendered(messages, pieces))
 
     def following_ids(self, messages: Sequence[Message], replies: Sequence[Message]) -> list[int]:
         """Token ids from the end of the last (assistant) message of `messages`, whose end token was sampled,
@@ -63,12 +68,14 @@ class ChatFormat:
         before = tuple(message.role for message in messages)
         assert before and before[-1] == "assistant", "replies follow an assistant message"
         pieces = self._pieces(before + tuple(message.role for message in replies))
+        self._check_stable(before + tuple(message.role for message in replies))
         # pieces[i] precedes message i: the first one here follows the assistant's text, end token first.
         opening, closing = self._encode_template(pieces[len(before)]), self.closing
         if opening[: len(closing)] != closing:
             end = self.tokenizer.convert_ids_to_tokens(self.end_id)
             raise self._refusal(f"not every assistant message is closed by '{end}'")
-        return list(opening[len(closing) :]) + self._fill(("", *pieces[len(before) + 1 :]), replies)
+        contents = self._as_rendered([*messages, *replies], pieces)[len(before) :]
+        return list(opening[len(closing) :]) + self._fill(("", *pieces[len(before) + 1 :]), contents)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of sampled ids, without special tokens, spaces untouched."""
@@ -94,12 +101,49 @@ class ChatFormat:
             used |= {*self._encode_template(piece)}
         return _marker_ids(self.tokenizer) - used
 
-    def _fill(self, pieces: tuple[str, ...], messages: Sequence[Message]) -> list[int]:
+    def _fill(self, pieces: tuple[str, ...], contents: Sequence[str]) -> list[int]:
         ids = list(self._encode_template(pieces[0]))
-        for message, piece in zip(messages, pieces[1:], strict=True):
-            ids += self._ids_of(message.content)
+        for content, piece in zip(contents, pieces[1:], strict=True):
+            ids += self._ids_of(content)
             ids += self._encode_template(piece)
         return ids
+
+    def _as_rendered(self, messages: Sequence[Message], pieces: tuple[str, ...]) -> list[str]:
+        """The messages' contents, without what the template leaves out of them: spaces around a message, or
+        the reasoning before an earlier answer.
+
+        Only the outer parts go through the template, around a mark; the words stay data. What the template
+        does to an outer part is read off the text around the mark, against `pieces`, the text without any.
+        """
+        parts = [_outer_parts(message) for message in messages]
+        is_marked = any("\x02" in message.content for message in messages)
+        if is_marked or not any(before or after for before, _, after in parts):
+            return [message.content for message in messages]
+        marked = [
+            {"role": message.role, "content": before + _MARK.format(number) + after}
+            for number, (message, (before, _, after)) in enumerate(zip(messages, parts, strict=True))
+        ]
+        rendered = self._apply(marked, add_generation_prompt=True)
+        gaps = []
+        for number in range(len(messages)):
+            gap, _, rendered = rendered.partition(_MARK.format(number))
+            gaps.append(gap)
+        gaps.append(rendered)
+        contents = []
+        kept_before = kept_after = ""
+        for number, (gap, piece) in enumerate(zip(gaps, pieces, strict=True)):
+            after = parts[number - 1][2] if number else ""
+            before = parts[number][0] if number < len(parts) else ""
+            # Kept as it is, or the reasoning left out and some or all of the spaces.
+            words_end = len(before.rstrip())
+            befores = [before, *(before[start:] for start in range(words_end, len(before) + 1))]
+            afters = [after[:end] for end in range(len(after), -1, -1)]
+            ways = ((a, b) for b in befores for a in afters if a + piece + b == gap)
+            kept_after, next_before = next(ways, (after, before))
+            if number:
+                contents.append(kept_before + parts[number - 1][1] + kept_after)
+            kept_before = next_before
+        return contents
 
     def _find_closing(self, markers: set[int]) -> tuple[int, ...]:
         """The tokens that the template puts behind an assistant's text, up to the first marker."""
@@ -134,7 +178,8 @@ class ChatFormat:
 
     def _pieces_uncached(self, roles: tuple[str, ...]) -> tuple[str, ...]:
         """The template's own text before, between and after the messages; the last piece asks for a reply."""
-        rendered = self._render(roles)
+        marked = [{"role": role, "content": _MARK.format(i)} for i, role in enumerate(roles)]
+        rendered = self._apply(marked, add_generation_prompt=True)
         pieces: list[str] = []
         for number in range(len(roles)):
             mark = _MARK.format(number)
@@ -144,14 +189,26 @@ class ChatFormat:
             pieces.append(piece)
         return (*pieces, rendered)
 
-    def _render(self, roles: tuple[str, ...]) -> str:
+    def _check_stable(self, roles: tuple[str, ...]) -> None:
+        """ValueError unless every beginning of such a conversation is rendered alike however it goes on."""
+        if roles in self._stable:
+            return
         marked = [{"role": role, "content": _MARK.format(i)} for i, role in enumerate(roles)]
-        text = str(self.tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True))
+        text = self._apply(marked, add_generation_prompt=True)
         for cut in range(1, len(roles)):
-            shown = self.tokenizer.apply_chat_template(marked[:cut], tokenize=False)
-            if not text.startswith(shown):
+            if not text.startswith(self._apply(marked[:cut], add_generation_prompt=False)):
                 raise self._refusal(f"adding message {cut + 1} changes what was rendered before it")
-        return text
+        self._stable.add(roles)
+
+    def _apply(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
+            )
+        except TemplateError as error:
+            raise self._refusal(f"it refuses a conversation of these roles ({error})") from error
 
     def _encode_template_uncached(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False)) if text else ()
@@ -168,6 +225,18 @@ class ChatFormat:
             f"the chat template of tokenizer '{self.tokenizer.name_or_path}' cannot be used for token-exact "
             f"conversations: {why}. Set another chat_template on the tokenizer."
         )
+
+
+def _outer_parts(message: Message) -> tuple[str, str, str]:
+    """A message's content in three: spaces at its beginning (and an assistant's reasoning up to `</think>`),
+    its words, and spaces at its end."""
+    content, before = message.content, ""
+    if message.role == "assistant" and _THOUGHT in content:
+        end = content.rindex(_THOUGHT) + len(_THOUGHT)
+        before, content = content[:end], content[end:]
+    core = content.strip()
+    lead = content[: len(content) - len(content.lstrip())]
+    return before + lead, core, content[len(lead) + len(core) :]
 
 
 def _marker_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
