@@ -39,6 +39,9 @@ class Weights(Mapping[str, float]):
         for name, value in values.items():
             if not math.isfinite(value) or value < 0:
                 raise ValueError(f"weight of '{name}' is {value}: weights must be finite numbers >= 0")
+        largest = max(values.values())
+        if largest > 1e100:  # the sum might not be finite
+            values = {name: value / largest for name, value in values.items()}
         total = math.fsum(values.values())
         if total <= 0:
             raise ValueError(f"all weights are 0 ({', '.join(values)}): at least one must be above 0")

@@ -486,6 +486,60 @@ def test_a_forward_without_memory_costs_the_largest_request_alone(monkeypatch):
         assert result.token_ids == expected.token_ids and result.text == expected.text
 
 
+def test_weights_of_any_size_give_finite_totals():
+    made = decoder()
+    huge = Weights({"accuracy": 1e308, "engagement": 1e308})
+    assert list(huge.values()) == [0.5, 0.5]
+    for guidance in (huge, Weights({"accuracy": 5e-324, "engagement": 0.0})):
+        for strategy, temperature in (("argmax", 1.0), ("sample", 1e-300), ("sample", 1e300)):
+            options = {"guidance": guidance, "strategy": strategy, "score_temperature": temperature}
+            result = made.generate(ASK, seed=1, **SHORT | {"max_steps": 2} | options)
+            totals = [c.total for step in result.steps for c in step.candidates]
+            assert totals and torch.tensor(totals).isfinite().all()
+
+
+def test_steps_end_between_characters():
+    """A step that is cut inside one leaves it to the step that completes it."""
+    text = "Δ漢字🙂 2 + 3 = 5 ½."
+    for step_tokens in (1, 2, 3):
+        result = taught(text, "math", max_step_tokens=step_tokens)
+        assert result.text == text == "".join(step.text for step in result.steps)
+        texts = [candidate.text for step in result.steps for candidate in step.candidates]
+        assert not any("\ufffd" in piece for piece in texts)
+    made = GuidedDecoder(memorised(text), reward(), "math")
+    greedy = {"sampling": SamplingParams(temperature=0), "num_candidates": 1, "max_new_tokens": 100}
+    pieces = [step.text for step in made.stream(ASK, tokens=True, **greedy)]
+    assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)
+
+
+class CountingTokenizer:
+    """A tokenizer that counts the tokens it decodes."""
+
+    def __init__(self) -> None:
+        self.decoded = 0
+
+    def __len__(self) -> int:
+        return len(tokenizer())
+
+    def decode(self, ids, **options):
+        self.decoded += len(ids)
+        return tokenizer().decode(ids, **options)
+
+    def batch_decode(self, rows, **options):
+        return tokenizer().batch_decode(rows, **options)
+
+
+def test_finding_the_steps_of_a_long_answer_decodes_every_token_a_few_times():
+    counts = []
+    for times in (50, 400):
+        counting = CountingTokenizer()
+        ids = tokenizer()("So }}\n{ we add 2. " * times + "\n\nEnd.")["input_ids"]
+        starts = step_starts(ids, MathBoundary(), TokenTexts(counting))
+        assert len(starts) == 2 and tokenizer().decode(ids[starts[1] :]).strip().startswith("End")
+        counts.append(counting.decoded / len(ids))
+    assert counts[1] < 1.1 * counts[0]
+
+
 def test_every_option_of_a_configuration_reaches_the_request():
     options = {
         "num_candidates": 6,

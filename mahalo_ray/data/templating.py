@@ -16,6 +16,7 @@ from mahalo_ray.data.records import Message
 
 _MARK = "\x02{}\x03"
 _THOUGHT = "</think>"
+_MOST_SPACES = 32
 
 # Token ids of texts that were encoded: those of a dialogue's turns are asked for again and again. Bounded in
 # number and in length, as some 50 MB at most.
@@ -135,9 +136,9 @@ class ChatFormat:
             after = parts[number - 1][2] if number else ""
             before = parts[number][0] if number < len(parts) else ""
             # Kept as it is, or the reasoning left out and some or all of the spaces.
-            words_end = len(before.rstrip())
-            befores = [before, *(before[start:] for start in range(words_end, len(before) + 1))]
-            afters = [after[:end] for end in range(len(after), -1, -1)]
+            spaces = before[len(before.rstrip()) :]
+            befores = [before, *(spaces[start:] for start in _cuts(len(spaces)))]
+            afters = [after[:end] for end in reversed(_cuts(len(after)))]
             ways = ((a, b) for b in befores for a in afters if a + piece + b == gap)
             kept_after, next_before = next(ways, (after, before))
             if number:
@@ -225,6 +226,11 @@ class ChatFormat:
             f"the chat template of tokenizer '{self.tokenizer.name_or_path}' cannot be used for token-exact "
             f"conversations: {why}. Set another chat_template on the tokenizer."
         )
+
+
+def _cuts(length: int) -> list[int]:
+    """Where so many spaces may be cut: anywhere, or, if there are very many, at their ends."""
+    return list(range(length + 1)) if length <= _MOST_SPACES else [0, length]
 
 
 def _outer_parts(message: Message) -> tuple[str, str, str]:
