@@ -38,7 +38,7 @@ class ListedStudents:
     def fork(self, student: PersonaStudent, copy: int) -> PersonaStudent:
         return student.forked(copy)
 
-    def leave(self, students: Sequence[PersonaStudent]) -> None:
+    def drop(self, students: Sequence[PersonaStudent]) -> None:
         """Nothing is kept."""
 
 

@@ -311,8 +311,8 @@ def load_reward_model(url: str, placement: DeviceConfig) -> ProcessRewardModel:
     return model.eval()
 
 
-def load_guide(url: str, placement: DeviceConfig, objective: str | None = None) -> StepScorer:
-    """Any reward model that can guide decoding: ours, or a sequence or token classifier of another maker,
+def load_step_scorer(url: str, placement: DeviceConfig, objective: str | None = None) -> StepScorer:
+    """Any reward model that can guide decoding: ours, or a third-party sequence or token classifier,
     for which `objective` names what it scores.
     """
     return load_scorer(storage.local_copy(url), objective, placement.torch_dtype, placement.device)

@@ -22,7 +22,7 @@ from mahalo_ray.data.records import Message, Record
 from mahalo_ray.data.rows import SCHEMA as BAD_ROWS
 from mahalo_ray.decoding.guidance import GuidedRequest, GuidedResult, Step
 from mahalo_ray.decoding.guided import GuidedDecoder
-from mahalo_ray.decoding.policy import DeviceConfig, load_guide, load_policy
+from mahalo_ray.decoding.policy import DeviceConfig, load_policy, load_step_scorer
 from mahalo_ray.decoding.remote import CompletionDecoder
 from mahalo_ray.endpoints import Endpoint
 from mahalo_ray.models.backbone import load_tokenizer
@@ -217,7 +217,7 @@ class GenerateWorker:
         self.name = start_worker(max(1, math.floor(config.cluster.cpus_per_rollout_actor)))
         self.config = config
         placement = DeviceConfig(config.cluster.device, config.dtype)
-        rewards = [load_guide(source.model, placement, source.objective) for source in config.rewards]
+        rewards = [load_step_scorer(source.model, placement, source.objective) for source in config.rewards]
         self.decoder: GuidedDecoder | CompletionDecoder
         if config.server is not None:
             server = config.server

@@ -33,7 +33,7 @@ from mahalo_ray.data.records import CandidateSet, Dialogue
 from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.decoding.engine import Engine
 from mahalo_ray.decoding.guidance import Guidance, ScoreScale
-from mahalo_ray.decoding.policy import DeviceConfig, Policy, load_guide, load_policy
+from mahalo_ray.decoding.policy import DeviceConfig, Policy, load_policy, load_step_scorer
 from mahalo_ray.decoding.scorers import RewardModels, ScorerGroup, follow_texts
 from mahalo_ray.decoding.stopping import TurnBoundary
 from mahalo_ray.domains.tutoring.moves import consistency
@@ -109,7 +109,9 @@ class RolloutModels:
         self._endpoints: list[Endpoint] = []
         self._tutor_endpoint = self._student_endpoint = None
         self._rewards = (
-            [load_guide(spec.reward_url, spec.placement, spec.reward_objective)] if spec.reward_url else []
+            [load_step_scorer(spec.reward_url, spec.placement, spec.reward_objective)]
+            if spec.reward_url
+            else []
         )
         if isinstance(spec.tutor, EndpointTutorConfig):
             self._tutor_endpoint = self._endpoint(spec.tutor.endpoint)

@@ -231,7 +231,7 @@ class DialogueBatch:
                 conversation.ended = "max_tokens"
         over = [exchange.conversation for exchange in exchanges if exchange.conversation.over]
         self._examine([conversation for conversation in over if conversation.failure is None])
-        self.students.leave([conversation.student for conversation in over])
+        self.students.drop([conversation.student for conversation in over])
 
     def _ending(self, conversation: Conversation, reply: str) -> Ending | None:
         """Why the dialogue is over once this reply is written down; None if it may go on."""
@@ -243,7 +243,7 @@ class DialogueBatch:
 
     def _fail(self, conversation: Conversation, failure: Failure) -> None:
         conversation.failure = failure
-        self.students.leave([conversation.student])
+        self.students.drop([conversation.student])
 
     def _examine(self, finished: Sequence[Conversation]) -> None:
         if self.post_test is None or not finished:

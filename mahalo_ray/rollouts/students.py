@@ -66,7 +66,7 @@ class Students(Protocol[StudentT]):
         """An independent student in the same state, whose further noise is keyed by `copy` (from 1)."""
         ...
 
-    def leave(self, students: Sequence[StudentT]) -> None:
+    def drop(self, students: Sequence[StudentT]) -> None:
         """These dialogues are over: forget what was kept for them."""
         ...
 
@@ -80,7 +80,7 @@ class MiniatureStudents:
     def fork(self, student: Episode, copy: int) -> Episode:
         return student.fork(copy)
 
-    def leave(self, students: Sequence[Episode]) -> None:
+    def drop(self, students: Sequence[Episode]) -> None:
         """Nothing is kept."""
 
 
@@ -154,7 +154,7 @@ class ModelStudents:
             unread.append(ids)
         self.engine.append(rows, unread)
         speaking = [student for student in students if student not in replies]
-        for student, said_back in zip(speaking, self._speak(rows, speaking), strict=True):
+        for student, said_back in zip(speaking, self._sample_replies(rows, speaking), strict=True):
             student.say(said_back)
             replies[student] = said_back
         return [replies[student] for student in students]
@@ -165,7 +165,7 @@ class ModelStudents:
             (self._rows[made],) = self.engine.duplicate([self._rows[student]])
         return made
 
-    def leave(self, students: Sequence[PersonaStudent]) -> None:
+    def drop(self, students: Sequence[PersonaStudent]) -> None:
         self.engine.drop([self._rows.pop(student) for student in students if student in self._rows])
 
     def _unread(self, student: PersonaStudent) -> tuple[int, list[int]]:
@@ -178,7 +178,7 @@ class ModelStudents:
         # A reply cut off at the token limit has no end token of its own.
         return row, self.chat.missing_end(self.engine.token_ids(row)) + ids
 
-    def _speak(self, rows: Sequence[int], students: Sequence[PersonaStudent]) -> list[str]:
+    def _sample_replies(self, rows: Sequence[int], students: Sequence[PersonaStudent]) -> list[str]:
         if not rows:
             return []
         candidates = self.engine.sample(
@@ -214,7 +214,7 @@ class EndpointStudents:
     def fork(self, student: PersonaStudent, copy: int) -> PersonaStudent:
         return student.forked(copy)
 
-    def leave(self, students: Sequence[PersonaStudent]) -> None:
+    def drop(self, students: Sequence[PersonaStudent]) -> None:
         """Nothing is kept."""
 
     def _request(self, student: PersonaStudent) -> ChatCall:

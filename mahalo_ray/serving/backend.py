@@ -13,7 +13,7 @@ from mahalo_ray.config import Standardisation
 from mahalo_ray.data.records import Message
 from mahalo_ray.decoding.guidance import GuidedRequest, PromptTooLong
 from mahalo_ray.decoding.guided import GuidedDecoder
-from mahalo_ray.decoding.policy import DeviceConfig, MultiHeadPolicy, load_guide, load_policy
+from mahalo_ray.decoding.policy import DeviceConfig, MultiHeadPolicy, load_policy, load_step_scorer
 from mahalo_ray.decoding.session import GuidedSession, RequestState
 from mahalo_ray.decoding.stopping import TurnBoundary
 from mahalo_ray.objectives import Weights
@@ -127,7 +127,7 @@ class GuidedBackend:
     ) -> GuidedBackend:
         """Read the model folders, place the models and see that they answer."""
         policy, chat = load_policy(policy_url, placement)
-        reward_models = [] if reward_url is None else [load_guide(reward_url, placement)]
+        reward_models = [] if reward_url is None else [load_step_scorer(reward_url, placement)]
         backend = cls(GuidedDecoder(policy, reward_models, domain, chat.tokenizer, max_branches))
         backend.probe()
         return backend
