@@ -121,6 +121,21 @@ def test_a_text_that_outgrows_a_foreign_guide_ends_there_and_disturbs_no_other()
         made.generate([{"role": "user", "content": "2 + 3 " * 30}], **SHORT)
 
 
+def test_a_prompt_that_a_judges_template_refuses_fails_alone() -> None:
+    judge = sequence_classifier()
+    judge.tokenizer.chat_template = (
+        "{% if messages | length > 2 %}{{ raise_exception('one question only') }}{% endif %}"
+        "{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    talk = [*ASK, {"role": "assistant", "content": "5"}, {"role": "user", "content": "So?"}]
+    options = SHORT | {"max_steps": 1}
+    refused, fine = decoder(judge).generate_each(
+        [GuidedRequest(talk, **options), GuidedRequest(ASK, **options)]
+    )
+    assert isinstance(refused, ValueError) and "one question only" in str(refused)
+    assert not isinstance(fine, ValueError) and fine.steps
+
+
 def test_what_cannot_guide_together_is_refused() -> None:
     with pytest.raises(ValueError, match="two reward models score 'accuracy'"):
         decoder(reward(), sequence_classifier(objective="accuracy"))

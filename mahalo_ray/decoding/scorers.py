@@ -136,9 +136,12 @@ class TextScorer:
         self._next = 0
 
     def check(self, messages: Sequence[Message]) -> None:
-        length, limit = self._length(messages, _Reading(("x",), True)), self._scorer.max_length
+        try:
+            length, limit = self._length(messages, _Reading(("x",), True)), self._scorer.max_length
+        except TemplateError as error:
+            raise as_value_error(error) from error
         if length > limit:
-            raise ValueError(
+            raise PromptTooLong(
                 f"the prompt has {length} tokens for the reward model of "
                 f"{', '.join(self._scorer.objectives)}, which reads {limit}"
             )
@@ -400,10 +403,7 @@ class RewardModels:
         self._check_guidance(request)
         if request.is_guided:
             scorers.check(messages)
-        try:
-            prompt = Prompt(messages, self.format.prompt_ids(messages))
-        except TemplateError as error:
-            raise ValueError(f"the chat template cannot render this conversation: {error}") from error
+        prompt = Prompt(messages, self.format.prompt_ids(messages))
         if len(prompt.token_ids) >= limit:
             raise PromptTooLong(
                 f"the prompt has {len(prompt.token_ids)} tokens and the {whose} {limit}: there is no room "
