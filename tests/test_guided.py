@@ -540,6 +540,27 @@ def test_finding_the_steps_of_a_long_answer_decodes_every_token_a_few_times():
     assert counts[1] < 1.1 * counts[0]
 
 
+@pytest.mark.parametrize("separator", ["\n\n", None])
+@pytest.mark.parametrize("strategy", ["argmax", "best_of_n"])
+def test_a_turn_cut_at_the_answers_limit_is_read_closed(separator, strategy):
+    """As rollouts read it: nothing follows. Cut at a step's own limit, it is left open."""
+    judge = reward(separator)
+    made = GuidedDecoder(model(), judge, "tutoring")
+    options = {"num_candidates": 4, "max_new_tokens": 6, "seed": 3, "strategy": strategy}
+    whole, parts = made.generate(ASK, **options), made.generate(ASK, max_step_tokens=3, **options)
+    assert len(whole.steps) == 1 and (len(parts.steps) == 2) == (strategy == "argmax")
+    prompt = made.format.prompt_ids([message(ASK[0])])
+    for result in (whole, parts):
+        before = list(prompt)
+        for step in result.steps:
+            for candidate in step.candidates:
+                ids = before + as_read(candidate, len(before) - len(prompt), 6, separator)
+                trace = TokenTrace(ids, [len(before)], [len(ids) - 1])
+                expected = judge.score_traces([trace])[0][0].tolist()
+                assert list(candidate.scores.values()) == pytest.approx(expected, abs=1e-4)
+            before += step.accepted.token_ids
+
+
 def test_every_option_of_a_configuration_reaches_the_request():
     options = {
         "num_candidates": 6,

@@ -64,6 +64,9 @@ def as_read(candidate: StepCandidate, so_far: int, most: int, separator: str | N
     goes_on = candidate.reason is StopReason.LENGTH and so_far + len(candidate.token_ids) < most
     if goes_on or candidate.reason is StopReason.STEP:
         return candidate.token_ids
+    if separator is None:
+        end = tokenizer().eos_token_id
+        return candidate.token_ids + ([] if candidate.token_ids[-1] == end else [end])
     text = tokenizer().decode(candidate.token_ids, skip_special_tokens=True)
     return StepEncoder(tokenizer(), separator).step_ids(text)
 
