@@ -6,8 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray
 from ray import serve
+from typer.testing import CliRunner
 
+from mahalo_ray.cli import app
 from mahalo_ray.config import dump_config, load_config
 from mahalo_ray.data import storage
 from mahalo_ray.pipeline.serve import application
@@ -34,6 +37,14 @@ def test_a_finished_run_becomes_an_application(run: str) -> None:
     deployment = built._bound_deployment
     assert deployment.num_replicas == 3
     assert deployment.ray_actor_options["num_cpus"] == 0.5
+
+
+def test_a_missing_key_is_one_message_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MAHALO_TEST_KEY", raising=False)
+    answer = CliRunner().invoke(app, ["serve", str(EXAMPLE), "--set", "serve.api_key_env=MAHALO_TEST_KEY"])
+    assert answer.exit_code == 2
+    assert "'MAHALO_TEST_KEY', which is unset or empty" in answer.output
+    assert not ray.is_initialized() and "Traceback" not in answer.output
 
 
 def test_what_is_missing_is_named(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
