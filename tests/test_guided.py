@@ -5,12 +5,16 @@ refused.
 from __future__ import annotations
 
 import copy
+import functools
+import gc
+import weakref
 from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
 import torch
-from tiny_guided import ASK, TEXT, as_read, memorised, message, model, reward, tokenizer
+from tiny_guided import ASK, TEXT, as_read, memorised, memorised_by, message, model, reward, tokenizer
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, Qwen2Config
 
 from mahalo_ray.config import RequestConfig
 from mahalo_ray.data.templating import ChatFormat
@@ -30,6 +34,7 @@ from mahalo_ray.decoding.stopping import (
     step_starts,
 )
 from mahalo_ray.domains.tutoring.scripted import train_tokenizer
+from mahalo_ray.models.classifiers import SequenceClassifierScorer
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
 from mahalo_ray.models.reward import ProcessRewardModel
 from mahalo_ray.models.scoring import StepEncoder, TokenTrace, TraceScorer
@@ -676,3 +681,80 @@ def test_last_step_of_a_whole_response():
     ids = tokenizer()(TEXT[0])["input_ids"]
     start = step_starts(ids, MathBoundary(), TokenTexts(tokenizer()))[-1]
     assert tokenizer().decode(ids[start:]).strip() == "The answer is \\boxed{5}."
+
+
+# Every token is one byte: characters of several bytes are always cut.
+LETTERS = "¿Qué? ¡Sí! 数学は楽しい。\n\n五."
+
+
+def bytes_only():
+    """The tests' tokenizer without merges."""
+    return train_tokenizer([], 261)
+
+
+@functools.cache
+def memorised_bytes() -> PreTrainedModel:
+    return memorised_by(bytes_only(), LETTERS)
+
+
+def test_steps_cut_inside_characters_join_to_the_whole_text():
+    made = GuidedDecoder(memorised_bytes(), None, "math", bytes_only())
+    greedy = {"sampling": SamplingParams(temperature=0), "num_candidates": 1, "max_new_tokens": 100}
+    for limit in (1, 2, 3, 5, 100):
+        result = made.generate(ASK, max_step_tokens=limit, **greedy)
+        texts = [step.text for step in result.steps]
+        assert "".join(texts) == result.text == LETTERS
+        assert result.stop_reason == "stop_token"
+        assert not any("\ufffd" in text for text in texts)
+    told = [step.text for step in made.stream(ASK, tokens=True, **greedy)]
+    assert "".join(told) == LETTERS and not any("\ufffd" in text for text in told)
+    # An answer cut inside a character shows that it is incomplete, in its last step and in its text.
+    cut = made.generate(ASK, **greedy | {"max_new_tokens": len("¿Qué? ¡Sí! ".encode()) + 1})
+    assert cut.text == "".join(step.text for step in cut.steps) == "¿Qué? ¡Sí! \ufffd"
+
+
+@pytest.mark.parametrize("limit", [1, 4, 100])
+@pytest.mark.parametrize("stop", ["学", "は楽", "数学は"])
+def test_stop_strings_of_characters_that_no_token_holds_whole(stop: str, limit: int):
+    made = GuidedDecoder(memorised_bytes(), None, "math", bytes_only())
+    result = made.generate(
+        ASK,
+        sampling=SamplingParams(temperature=0),
+        num_candidates=1,
+        max_new_tokens=100,
+        max_step_tokens=limit,
+        stop=(stop,),
+    )
+    assert result.stop_reason == "stop_string" and result.text == LETTERS[: LETTERS.index(stop) + len(stop)]
+
+
+def test_a_text_scorer_reads_whole_characters():
+    """Candidates that end inside a character are scored without it."""
+    read: list[str] = []
+
+    class Listening(SequenceClassifierScorer):
+        def score_batch(self, traces):
+            read.extend(step for _, steps in traces for step in steps)
+            return super().score_batch(traces)
+
+    config = Qwen2Config(**model().config.to_dict() | {"num_labels": 1})
+    classifier = AutoModelForSequenceClassification.from_config(config).eval()
+    judge = Listening(classifier, tokenizer(), "helpful")
+    made = GuidedDecoder(memorised_bytes(), judge, "math", bytes_only())
+    result = made.generate(
+        ASK, sampling=SamplingParams(temperature=0.01), num_candidates=2, max_step_tokens=2, max_new_tokens=30
+    )
+    assert len(read) > 10 and result.text.startswith("¿Qué? ¡Sí! 数学")
+    assert not any("\ufffd" in text for text in read[:-2])
+
+
+def test_tables_of_stop_strings_are_bounded_whatever_requests_bring():
+    texts = TokenTexts(tokenizer())
+    plain = texts.table(StopRule(MathBoundary()))
+    held = []
+    for number in range(3000):
+        stop = chr(0x4E00 + number)
+        held.append(weakref.ref(texts.table(StopRule(MathBoundary(), (f"{number}{stop}",)))))
+    gc.collect()
+    assert sum(table() is not None for table in held) <= 64
+    assert texts.table(StopRule(MathBoundary())).equal(plain)

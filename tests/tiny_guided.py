@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config
 
 from mahalo_ray.data.records import Message
 from mahalo_ray.data.templating import ChatFormat
@@ -74,8 +74,13 @@ def as_read(candidate: StepCandidate, so_far: int, most: int, separator: str | N
 @functools.cache
 def memorised(text: str) -> PreTrainedModel:
     """A tiny model trained to answer ASK with one text, to meet boundaries in real sampling."""
+    return memorised_by(tokenizer(), text)
+
+
+def memorised_by(own: PreTrainedTokenizerBase, text: str) -> PreTrainedModel:
+    """The same for another tokenizer of at most as many tokens."""
     torch.manual_seed(0)
-    chat = ChatFormat(tokenizer())
+    chat = ChatFormat(own)
     prompt, reply = chat.prompt_ids([message(ASK[0])]), chat.encode_reply(text)
     taught = AutoModelForCausalLM.from_config(model().config)
     ids = torch.tensor([prompt + reply])

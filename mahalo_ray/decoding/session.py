@@ -23,7 +23,7 @@ from mahalo_ray.decoding.guidance import (
 )
 from mahalo_ray.decoding.policy import Policy
 from mahalo_ray.decoding.scorers import RewardModels, ScorerGroup
-from mahalo_ray.decoding.stopping import AnswerOnly, StopReason, StopRule, TextStop, TextTail
+from mahalo_ray.decoding.stopping import INCOMPLETE, AnswerOnly, StopReason, StopRule, TextStop, TextTail
 from mahalo_ray.decoding.token_loop import Candidates
 
 _STEP_GOES_ON = (StopReason.STEP, StopReason.LENGTH)
@@ -410,8 +410,15 @@ class GuidedSession:
     def _rule(self, state: RequestState) -> StopRule:
         """How this request's next candidates may end. Whole answers are not cut at steps."""
         boundary = AnswerOnly(self._boundary) if state.request.takes_whole_answers else self._boundary
-        begun = self._vocabulary.decode(state.open_step) if state.open_step else ""
-        return StopRule(boundary, state.request.stop, state.text, begun, len(state.open_step))
+        begun = self._vocabulary.decode(state.open_step).rstrip(INCOMPLETE) if state.open_step else ""
+        return StopRule(
+            boundary,
+            state.request.stop,
+            before=state.text,
+            begun=begun,
+            begun_tokens=len(state.open_step),
+            context_ids=state.tail.token_ids,
+        )
 
     def extend(self, state: RequestState, step: Step) -> None:
         """Write the chosen candidate into the answer."""

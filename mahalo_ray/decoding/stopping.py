@@ -6,12 +6,17 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from mahalo_ray.objectives import unknown_name
+
+INCOMPLETE = "\ufffd"  # how decoders show bytes that are not (yet) a character
+_WINDOW = 16  # tokens: what their decoding depends on lies within so many before them, mostly
+_BOUNDARIES_KEPT, _CHARACTERS_KEPT = 16, 64  # tables over the vocabulary, 1 byte per token each
 
 
 class StopReason(StrEnum):
@@ -222,14 +227,19 @@ def boundary_for(domain: str) -> Boundary:
 
 @dataclass(frozen=True)
 class StopRule:
-    """How one row's step may end: its boundary and its stop strings. `before` is the end of the response's
-    text so far, so that a stop string that began in an earlier step is found."""
+    """How the next step of one answer may end: its boundary and its stop strings.
+
+    `before` is the answer's text so far, so that a stop string that began in an earlier step is found, and
+    `context_ids` are its last tokens: what new tokens say can depend on those before them. `begun` and
+    `begun_tokens` are of the same step, where it is accepted token by token.
+    """
 
     boundary: Boundary
     stop_strings: tuple[str, ...] = ()
     before: str = ""
-    begun: str = ""  # text and tokens of the same step that were accepted earlier (token by token)
+    begun: str = ""
     begun_tokens: int = 0
+    context_ids: tuple[int, ...] = ()
 
     @property
     def key(self) -> tuple[Boundary, tuple[str, ...]]:
@@ -237,9 +247,11 @@ class StopRule:
         return self.boundary, self.stop_strings
 
     def is_trigger(self, piece: str) -> bool:
+        """Whether the text may end with a token of this text; `verdict` is asked after such tokens only."""
         return self.boundary.is_trigger(piece) or any(stop[-1] in piece for stop in self.stop_strings)
 
     def verdict(self, text: str, num_tokens: int) -> StopReason | None:
+        """Why the step ends after this text of so many tokens, all new; None if it goes on."""
         if self.stop_strings:
             longest = max(map(len, self.stop_strings))
             seam = self.before[-(longest - 1) :] if longest > 1 else ""
@@ -249,12 +261,22 @@ class StopRule:
 
 
 class TokenTexts:
-    """Texts of single tokens and of token sequences, with trigger tables cached per rule."""
+    """Texts of single tokens and of token sequences, and tables of the tokens that can end a step.
+
+    What is kept is bounded: the text of every token, and a table each for a few boundaries and characters. A
+    rule's table is put together from these, whatever stop strings it has.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self._pieces: list[str] | None = None
-        self._tables: dict[tuple[Boundary, tuple[str, ...]], Tensor] = {}
+        self._pieces = lru_cache(maxsize=1)(self._decode_vocabulary)
+        self._fragments = lru_cache(maxsize=1)(lambda: self._where(lambda piece: INCOMPLETE in piece))
+        self._can_end: Callable[..., Tensor] = lru_cache(maxsize=_BOUNDARIES_KEPT)(
+            lambda boundary: self._where(boundary.is_trigger)
+        )
+        self._holding = lru_cache(maxsize=_CHARACTERS_KEPT)(
+            lambda character: self._where(lambda piece: character in piece)
+        )
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of these tokens, special tokens included, spaces untouched."""
@@ -271,25 +293,38 @@ class TokenTexts:
         )
 
     def decode_many(self, token_ids: Sequence[Sequence[int]]) -> list[str]:
+        """`decode` of several sequences."""
         return self.tokenizer.batch_decode(
             list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
 
     def table(self, rule: StopRule) -> Tensor:
-        """[tokens] bool: tokens after which this rule must be asked. Fragments of characters always count."""
-        key = rule.key
-        if key not in self._tables:
-            if self._pieces is None:
-                self._pieces = self.decode_many([[i] for i in range(len(self.tokenizer))])
-            triggers = [rule.is_trigger(piece) for piece in self._pieces]
-            some = any(triggers)  # none: fragments of characters cannot end anything either
-            self._tables[key] = torch.tensor(
-                [some and (own or "\ufffd" in p) for own, p in zip(triggers, self._pieces, strict=True)]
-            )
-        return self._tables[key]
+        """[tokens] bool: tokens after which this rule must be asked.
 
+        A character can end with any token that holds a fragment of one, so these count wherever something
+        can end the step at all.
+        """
+        table = self._can_end(rule.boundary)
+        for stop in rule.stop_strings:
+            table = table | self._holding(stop[-1])
+        if rule.stop_strings or bool(table.any()):
+            table = table | self._fragments()
+        return table
 
-_WINDOW = 16  # tokens: what their decoding depends on lies within so many before them
+    def _where(self, holds: Callable[[str], bool]) -> Tensor:
+        return torch.tensor([holds(piece) for piece in self._pieces()], dtype=torch.bool)
+
+    def _decode_vocabulary(self) -> list[str]:
+        """The text of every token as it stands behind another one: alone, SentencePiece tokens lose the space
+        that they begin with."""
+        anchor = self.tokenizer.encode("a", add_special_tokens=False)[-1:]
+        head = self.decode(anchor)
+        alone = self.decode_many([[number] for number in range(len(self.tokenizer))])
+        behind = self.decode_many([[*anchor, number] for number in range(len(self.tokenizer))])
+        return [
+            both[len(head) :] if both.startswith(head) else piece
+            for both, piece in zip(behind, alone, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -307,14 +342,29 @@ class TextTail:
         until it is complete or, with `is_last`, nothing follows."""
         ids = (*self.token_ids, *token_ids)
         text = _complete(decode(ids), is_last)
-        added = text[len(self.shown) :] if text.startswith(self.shown) else decode(token_ids)
-        window = ids[-_WINDOW:]
-        return added, TextTail(window, _complete(decode(window), is_last))
+        if text.startswith(self.shown):
+            added = text[len(self.shown) :]
+        elif not is_last:
+            return "", TextTail(ids, self.shown)  # a run of bytes, all shown as incomplete until it is not
+        else:
+            added = text[_common_length(text, self.shown) :]
+        if len(ids) > 2 * _WINDOW:
+            window = ids[-_WINDOW:]
+            end = _complete(decode(window), is_last)
+            # Only a window that says the same as it does at the end of all: it may begin inside a character.
+            if end and text.endswith(end):
+                return added, TextTail(window, end)
+        return added, TextTail(ids, text)
 
 
 def _complete(text: str, is_last: bool) -> str:
     """Without the replacement characters at its end, which stand for what is incomplete."""
-    return text if is_last else text.rstrip("\ufffd")
+    return text if is_last else text.rstrip(INCOMPLETE)
+
+
+def _common_length(text: str, other: str) -> int:
+    pairs = enumerate(zip(text, other, strict=False))
+    return next((number for number, (a, b) in pairs if a != b), min(len(text), len(other)))
 
 
 def step_starts(token_ids: Sequence[int], boundary: Boundary, texts: TokenTexts) -> list[int]:
@@ -332,13 +382,13 @@ def step_starts(token_ids: Sequence[int], boundary: Boundary, texts: TokenTexts)
 
 
 class TextStop:
-    """The stop rules of the rows of one `sample` call, in its order (None: no text rule for that row)."""
+    """The stop rules of several requests, in their order (None: no text ends that one)."""
 
     def __init__(self, texts: TokenTexts, rules: Sequence[StopRule | None]) -> None:
         self.texts, self.rules = texts, list(rules)
 
     def trigger_table(self, vocab_size: int) -> Tensor:
-        """[vocab_size] bool, the union over rows; the model's vocabulary may be padded beyond the
+        """[vocab_size] bool, the union over requests; the model's vocabulary may be padded beyond the
         tokenizer's."""
         table = torch.zeros(vocab_size, dtype=torch.bool)
         for rule in {rule.key: rule for rule in self.rules if rule is not None}.values():
@@ -347,9 +397,14 @@ class TextStop:
         return table
 
     def verdicts(self, rows: Sequence[int], token_ids: Sequence[Sequence[int]]) -> list[StopReason | None]:
-        """For the step so far of each suspect candidate of row rows[i]: why it ends here, or None."""
+        """For the new tokens of each suspect candidate of request rows[i]: why it ends here, or None."""
+        rules = [self.rules[row] for row in rows]
+        contexts = [() if rule is None else rule.context_ids for rule in rules]
+        heads = self.texts.decode_many(contexts)
+        wholes = self.texts.decode_many([(*c, *ids) for c, ids in zip(contexts, token_ids, strict=True)])
         verdicts: list[StopReason | None] = []
-        for row, ids, text in zip(rows, token_ids, self.texts.decode_many(token_ids), strict=True):
-            rule = self.rules[row]
+        for rule, ids, head, whole in zip(rules, token_ids, heads, wholes, strict=True):
+            known = head.rstrip(INCOMPLETE)
+            text = whole[len(known) :] if whole.startswith(known) else self.texts.decode(ids)
             verdicts.append(None if rule is None else rule.verdict(text, len(ids)))
         return verdicts
