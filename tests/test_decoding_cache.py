@@ -4,6 +4,7 @@ architectures."""
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from mahalo_ray.decoding import kv_cache
 from mahalo_ray.decoding.engine import Engine
 from mahalo_ray.decoding.kv_cache import Branches, BranchRef, RaggedCache
 from mahalo_ray.decoding.policy import CachedBackbone, CausalPolicy, MultiHeadPolicy
@@ -152,6 +154,64 @@ def test_branches_extended_by_several_tokens_at_once(name):
     places = [BranchRef(branches.block(), 0, 0), BranchRef(branches.block(), 1, 1)]
     cache.accept(slots, places, np.array([3, 3]))
     assert cache.lengths.tolist() == [7, 4]
+
+
+def test_attention_in_parts_is_attention_at_once(monkeypatch: pytest.MonkeyPatch):
+    """Rows, branches and queries are halved until few scores are held at once: the same numbers."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    rows, columns, heads, width, length, own = 3, 4, 2, 5, 7, 6
+    query, prefix = normal(rows * columns, 2 * heads, width, 8), normal(rows, heads, length, 8)
+    branch = normal(rows, heads, columns, own, 8)
+    hidden = torch.zeros(rows, 1, 1, length).masked_fill(torch.rand(rows, 1, 1, length) > 0.7, float("-inf"))
+    behind = torch.arange(own) > torch.arange(own - width, own)[:, None]
+    own_bias = torch.zeros(width, own).masked_fill(behind, float("-inf")).expand(rows, 1, 1, 1, width, own)
+    arguments = (query, (prefix, prefix + 1), (branch, branch - 1), hidden, own_bias, 0.3, 20.0)
+    whole = kv_cache.shared_prefix_attention(*arguments)
+    largest: list[int] = []
+    softmax = torch.softmax
+
+    def counted(scores: torch.Tensor, **options: Any) -> torch.Tensor:
+        largest.append(scores.numel())
+        return softmax(scores, **options)
+
+    monkeypatch.setattr(torch, "softmax", counted)
+    for most in (1000, 200, 60, 1):
+        monkeypatch.setattr(kv_cache, "_MOST_SCORES", most)
+        largest.clear()
+        torch.testing.assert_close(kv_cache.shared_prefix_attention(*arguments), whole)
+        # One query of one branch, for all heads, is the smallest part there is.
+        assert max(largest) <= max(most, 2 * heads * (length + own)) and len(largest) > 1
+
+
+def test_memory_is_given_back_while_others_go_on():
+    """Forty long conversations leave a short one behind: it goes on as if they had not been there."""
+    alone, engine = Engine(policy("llama")), Engine(policy("llama"))
+    (expected,) = alone.add(1)
+    alone.append([expected], [[3, 4, 5]])
+    sequences = engine.add(41)
+    engine.append(sequences, [[7] * 60] * 40 + [[3, 4, 5]])
+    full, kept = engine.cache.nbytes, sequences[-1]
+    settings = ([2] * 41, [SamplingParams()] * 41, [9] * 41, [12] * 41, [None] * 41)
+    engine.start(sequences, *settings)
+    for _ in range(4):
+        engine.step()
+    engine.drop(sequences[:-1])  # in the middle of everybody's candidates
+    assert engine.cache.nbytes < full / 20
+    while engine.is_busy:
+        done = engine.step()
+    found = engine.collect(done)
+    assert found.token_ids == alone.sample([expected], 2, SamplingParams(), [9], 12, []).token_ids
+    engine.accept(found, [1])
+    assert engine.length(kept) == 15
+    engine.drop([kept])
+    assert engine.cache.nbytes == 0 and len(engine) == 0
+    again = engine.add(1)
+    engine.append(again, [[3, 4, 5]])
+    assert engine.sample(again, 2, SamplingParams(), [9], 12, []).token_ids == found.token_ids
 
 
 def test_prefix_is_stored_once_however_many_branches():

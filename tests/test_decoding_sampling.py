@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mahalo_ray.decoding.engine import Engine
@@ -199,6 +200,36 @@ def test_stop_tokens_and_limits_per_row():
             assert len(ids) <= limit and not {5, 6} & set(ids[:-1])
             assert reason == ("stop_token" if ids[-1] in (5, 6) else "length")
             assert reason == "stop_token" or len(ids) == limit
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the operations for whose result a host would wait for its device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        names = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "is_nonzero")
+        by_mask = func.overloadpacket.__name__ == "index" and any(
+            index is not None and index.dtype is torch.bool for index in args[1]
+        )
+        self.count += by_mask or func.overloadpacket.__name__ in names
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_waits_at_most_once_for_a_token_that_ends_nothing():
+    batch = engine()
+    sequences = batch.add(3)
+    batch.append(sequences, PROMPTS[:3])
+    params = SamplingParams(temperature=0.7, top_k=30, top_p=0.9, min_p=0.01)
+    batch.start(sequences, [4, 1, 2], [params] * 3, [0, 1, 2], [20] * 3, [None] * 3)
+    for _ in range(3):
+        assert batch.step() == []
+    for _ in range(5):
+        with HostReads() as reads:
+            assert batch.step() == []
+        assert reads.count <= 1
 
 
 def test_duplicates_go_on_independently_and_nothing_is_left_after_drop():

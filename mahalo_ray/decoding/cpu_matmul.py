@@ -1,4 +1,4 @@
-"""fp32 matrix products on processors where torch's own choice, MKL, leaves half the speed unused.
+"""Faster fp32 matrix products on AMD processors with AVX-512: linear layers through oneDNN instead of MKL.
 
 MKL takes AVX2 on AMD processors even where they have AVX-512; oneDNN, which torch carries too, does not. Only
 the kernel differs, so results differ by rounding alone. Nothing here changes a model or its training.
@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from mahalo_ray.models.reward import ProcessRewardModel
 
-# oneDNN's call is the dearer one: smaller matrices are left to MKL.
+# oneDNN's call costs more than MKL's: smaller matrices are left to MKL.
 _SMALLEST_WEIGHT = 100_000  # numbers of a layer
 _SMALLEST_WIDTH = 256  # of a vocabulary head
 _MOST_PACKED = 1 << 30  # bytes of a model's weights, or of a head's: of larger ones there is no second copy
@@ -40,10 +40,10 @@ def onednn_is_faster() -> bool:
 
 
 class PackedWeights:
-    """Weights as oneDNN reads them fastest: with few rows, whose products wait for memory, in half the time.
+    """Weights in oneDNN's own layout. A product of few rows waits for memory and takes half the time with it.
 
-    A weight is packed at its second use, so that what is used once costs nothing, and again when it has
-    changed in place. Packed weights are copies, so the store of a large model packs nothing.
+    A weight is packed at its second use, so that one that is used once costs nothing, and again when it has
+    changed in place. Packed weights are copies, so nothing is packed for a large model.
     """
 
     def __init__(self, bytes_to_pack: int) -> None:
@@ -73,10 +73,10 @@ class PackedWeights:
 
 
 class OneDNNLinears:
-    """A context in which the linear layers of a module use faster kernels, where there are any.
+    """A context in which the linear layers of a module multiply through oneDNN, where that is faster.
 
-    The layers of a backbone are called for every token: they are given the other forward for the time being,
-    which costs nothing per call. Layers are as they were outside.
+    The layers of a backbone are called for every token. Inside the context their `forward` is replaced, which
+    costs nothing per call; outside they are as they were.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -109,10 +109,9 @@ def _forward(store: PackedWeights, layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 class OneDNNHead:
-    """The same for a vocabulary head, which is a function of its parameters and not a linear layer."""
+    """The same for a vocabulary head [vocab_size, width], which calls `F.linear` and is no linear layer."""
 
     def __init__(self, width: int, vocab_size: int) -> None:
-        """Of a head [vocab_size, width]."""
         self._store = PackedWeights(4 * width * vocab_size)
         self._fast = width >= _SMALLEST_WIDTH and onednn_is_faster()
 
@@ -126,7 +125,8 @@ class OneDNNHead:
 
 
 class OneDNNRewardModel:
-    """Both for a reward model that reads whole texts: keep it as long as the model is read."""
+    """Both for a reward model that reads whole texts; keep the object, and its packed weights, between
+    calls."""
 
     def __init__(self, reward: ProcessRewardModel) -> None:
         text = reward.config.get_text_config()

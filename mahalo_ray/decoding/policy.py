@@ -1,4 +1,4 @@
-"""What the decoder needs of a language model: hidden states over a cache, and logits with weights per row."""
+"""Language models for the engine: hidden states over its cache, logits with weights per sequence, loading."""
 
 from __future__ import annotations
 
@@ -35,13 +35,14 @@ from mahalo_ray.models.reward import ProcessRewardModel
 from mahalo_ray.models.scoring import StepScorer
 from mahalo_ray.objectives import Weights
 
-RowWeights = Sequence[Weights | None]  # one per conversation; None where the policy has a single head
+RowWeights = Sequence[Weights | None]  # one per request; None where the policy has a single head
 
 
 class LogitFunction(Protocol):
+    """The logits of a batch of requests, whose weights were given to `Policy.head`."""
+
     def __call__(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """hidden [B, D] of conversations rows [B] (places in the weights given to `head`) -> logits [B,
-        V]."""
+        """hidden [B, D], rows [B] (each one's number among those weights) -> logits [B, V]."""
         ...
 
 
@@ -62,13 +63,13 @@ class Policy(Protocol):
         ...
 
     def head(self, weights: RowWeights) -> LogitFunction:
-        """The logits of these conversations; built once per batch, called once per token."""
+        """The logits of requests with these weights; built once per batch, called once per token."""
         ...
 
 
 class CachedBackbone:
-    """A transformers base model (no head) run over the decoding cache; refuses architectures it would get
-    wrong."""
+    """A transformers base model (no head) run over the decoding cache. Architectures for which the cache
+    would give other hidden states than the model itself are refused at load, by name (ValueError)."""
 
     def __init__(
         self, backbone: nn.Module, around: Callable[[], AbstractContextManager[object]] = nullcontext
@@ -76,7 +77,7 @@ class CachedBackbone:
         """`around` gives a context for every forward (an adapter switched off)."""
         config = cast(PretrainedConfig, backbone.config)
         self.model, self.config, self._around = backbone, config, around
-        self._fast_products = OneDNNLinears(backbone)
+        self._onednn = OneDNNLinears(backbone)
         self.name = type(backbone).__name__
         values = config.to_dict()
         unsupported = sorted(set(values.get("layer_types") or ()) - {"full_attention", "sliding_attention"})
@@ -93,7 +94,7 @@ class CachedBackbone:
 
     def __call__(self, input_ids: Tensor, position_ids: Tensor, kv_cache: View) -> Tensor:
         """[B, T] -> [B, T, D], no gradients."""
-        with torch.no_grad(), cached_attention(self.config), self._around(), self._fast_products():
+        with torch.no_grad(), cached_attention(self.config), self._around(), self._onednn():
             out = self.model(
                 input_ids=input_ids,
                 position_ids=position_ids,
@@ -156,7 +157,7 @@ class CausalPolicy:
         text = model.config.get_text_config()
         self.vocab_size: int = text.vocab_size
         self.end_ids = _end_ids(model.generation_config)
-        self._fast_head = OneDNNHead(text.hidden_size, self.vocab_size)
+        self._onednn_head = OneDNNHead(text.hidden_size, self.vocab_size)
 
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor, kv_cache: View) -> Tensor:
         return self._backbone(input_ids, position_ids, kv_cache)
@@ -164,7 +165,7 @@ class CausalPolicy:
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """[.., D] -> [.., V]."""
-        with self._fast_head():
+        with self._onednn_head():
             return self._transform(self._head(hidden))
 
     def check_weights(self, weights: Weights | None) -> None:
@@ -191,7 +192,7 @@ class MultiHeadPolicy:
         text = model.config.get_text_config()
         self.vocab_size: int = text.vocab_size
         self.end_ids = _end_ids(model.generation_config)
-        self._fast_head = OneDNNHead(text.hidden_size, self.vocab_size)
+        self._onednn_head = OneDNNHead(text.hidden_size, self.vocab_size)
         self._merged: OrderedDict[Weights, FullHead] = OrderedDict()
         self._merged_heads_kept = merged_heads_kept
 
@@ -227,7 +228,7 @@ class MultiHeadPolicy:
 
     @torch.no_grad()
     def _logits(self, head: FullHead, hidden: Tensor) -> Tensor:
-        with self._fast_head():
+        with self._onednn_head():
             logits: Tensor = head(hidden)
         return logits
 
