@@ -257,6 +257,8 @@ def test_empty_conversation_and_bad_counts_are_refused():
         batch.sample(rows, 1, SamplingParams(), [0], 4, [])
     with pytest.raises(ValueError, match="num_candidates is 0"):
         batch.sample(rows, 0, SamplingParams(), [0], 4, [])
+    with pytest.raises(ValueError, match=r"token id 40 is not one of the model's 40: .* another model"):
+        batch.append(rows, [[1, 40]])
     with pytest.raises(ValueError, match="max_new_tokens is 0"):
         batch.sample(rows, 1, SamplingParams(), [0], 0, [])
 

@@ -142,9 +142,15 @@ class Engine:
     def append(self, sequences: Sequence[int], token_ids: Sequence[Sequence[int]]) -> None:
         """Add given tokens to sequences: prompts, headers, the other speaker's turns. Several calls add up.
 
-        ValueError if a sequence would not fit the model's context.
+        ValueError if a sequence would not fit the model's context, or for tokens that the model does not
+        have.
         """
         for sequence, ids in zip(sequences, token_ids, strict=True):
+            if ids and max(ids) >= self.policy.vocab_size:
+                raise ValueError(
+                    f"token id {max(ids)} is not one of the model's {self.policy.vocab_size}: the text was "
+                    "encoded by the tokenizer of another model"
+                )
             length = len(self._ids[sequence])
             if length + len(ids) > self.max_context:
                 raise ValueError(

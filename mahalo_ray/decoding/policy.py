@@ -287,7 +287,8 @@ def load_policy(url: str, placement: DeviceConfig) -> tuple[Policy, ChatFormat]:
     """A multi-head policy (folder with mahalo.json) or an ordinary causal language model, and its chat
     format.
 
-    `url` is a local path or an fsspec URL; raises FileNotFoundError if nothing is there.
+    `url` is a local path or an fsspec URL. FileNotFoundError if nothing is there; ValueError if the tokenizer
+    has more tokens than the model, or its chat template does not say where a reply ends.
     """
     folder = storage.local_copy(url)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -309,6 +310,7 @@ def load_reward_model(url: str, placement: DeviceConfig) -> ProcessRewardModel:
     """A process reward model saved by us; raises FileNotFoundError if nothing is there."""
     folder = storage.local_copy(url)
     model = ProcessRewardModel.from_pretrained(folder, dtype=placement.torch_dtype, device=placement.device)
+    _check_reward_vocabulary(model)
     return model.eval()
 
 
@@ -316,4 +318,12 @@ def load_step_scorer(url: str, placement: DeviceConfig, objective: str | None = 
     """Any reward model that can guide decoding: ours, or a third-party sequence or token classifier,
     for which `objective` names what it scores.
     """
-    return load_scorer(storage.local_copy(url), objective, placement.torch_dtype, placement.device)
+    scorer = load_scorer(storage.local_copy(url), objective, placement.torch_dtype, placement.device)
+    if isinstance(scorer, ProcessRewardModel):
+        _check_reward_vocabulary(scorer)
+    return scorer
+
+
+def _check_reward_vocabulary(model: ProcessRewardModel) -> None:
+    if model.tokenizer is not None:
+        check_vocabulary(ChatFormat(model.tokenizer), model.config.get_text_config().vocab_size)
