@@ -146,6 +146,17 @@ def test_metrics_reach_tensorboard(base: str, tmp_path: Path) -> None:
     assert written["learning_rate/heads", 1] > 0
 
 
+def test_metrics_reach_mlflow(base: str, tmp_path: Path) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    trainer = make(base, rows(), config(report_to=["mlflow"]), output_dir=tmp_path / "demo")
+    trainer.train()
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/demo/tracking/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("mahalo_ray").experiment_id])
+    losses = [metric.value for metric in client.get_metric_history(run.info.run_id, "loss")]
+    assert losses == pytest.approx([entry["loss"] for entry in trainer.history])
+    assert run.data.params["batch_size"] == "8"
+
+
 def read_events(file: Path) -> dict[tuple[str, int], float]:
     """Scalars by (name, step). A record: length (8 bytes), its checksum (4), the event, its checksum (4)."""
     data, found, position = file.read_bytes(), {}, 0

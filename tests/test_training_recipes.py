@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 import training_world as world
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mahalo_ray.config import PolicyConfig, RewardConfig, TrainingConfig
+from mahalo_ray.data.records import Message
 from mahalo_ray.training.batches import split_batch
-from mahalo_ray.training.checkpoints import WorkerSplit
+from mahalo_ray.training.checkpoints import WorkerSplit, restore_random_states
 from mahalo_ray.training.engine import check_finite
 from mahalo_ray.training.loop import NonFiniteError, stop_unless_finite
 from mahalo_ray.training.pairs import pair_inputs, split_key
@@ -309,6 +310,30 @@ def test_bad_pairs_are_named(base: str, tmp_path: Path) -> None:
     url = world.save_pairs(tmp_path / "one", [pair for pair in pairs if pair.objective == "accuracy"])
     with pytest.raises(ValueError, match="'engagement' has no preference pairs"):
         PolicyRecipe(world.policy_settings(url, base, PolicyConfig(training=TRAINING), 0.0, world.MODEL))
+
+
+def test_a_pair_that_the_chat_template_refuses_is_named(tmp_path: Path) -> None:
+    base = world.make_base(tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    strict = "{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    tokenizer.chat_template = world.TEMPLATE.replace("<{{ m.role }}>", strict + "<{{ m.role }}>")
+    tokenizer.save_pretrained(base)
+    pairs = world.make_pairs()
+    prompt = [Message(role="system", content="be kind"), *pairs[3].prompt]
+    pairs[3] = pairs[3].model_copy(update={"prompt": prompt})
+    url = world.save_pairs(tmp_path / "pairs", pairs)
+    with pytest.raises(ValueError, match=r"pair 'a3': .*no system role"):
+        PolicyRecipe(world.policy_settings(url, base, PolicyConfig(training=TRAINING)))
+
+
+def test_a_checkpoint_of_cpus_goes_on_on_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds no random state of a GPU; the CPU's is restored."""
+    state = torch.get_rng_state()
+    torch.save({"cpu": state}, tmp_path / "random_0.pt")
+    torch.rand(3)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    restore_random_states(tmp_path / "random_0.pt")
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_too_long_pairs_are_cut_and_counted(base: str, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def resume(engine: Any, split: WorkerSplit, folder: Path, where: str) -> Trainin
     loaded, _ = engine.load_checkpoint(str(folder), tag=TAG)
     if loaded is None:
         raise ValueError(f"DeepSpeed could not read the checkpoint in {where}: delete it")
-    _restore_random_states(folder / f"random_{torch.distributed.get_rank()}.pt")
+    restore_random_states(folder / f"random_{torch.distributed.get_rank()}.pt")
     return TrainingProgress(state["step"], state["history"])
 
 
@@ -91,7 +91,7 @@ def _random_states() -> dict[str, torch.Tensor]:
     return states
 
 
-def _restore_random_states(file: Path) -> None:
+def restore_random_states(file: Path) -> None:
     """A run of CPUs may go on on GPUs and the other way round; the other device's numbers then begin anew."""
     states = torch.load(file, weights_only=True)
     torch.set_rng_state(states["cpu"])
