@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -28,6 +29,7 @@ from mahalo_ray.config import (
     PolicyTutorConfig,
 )
 from mahalo_ray.data.records import CandidateSet, Dialogue
+from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.decoding.engine import Engine
 from mahalo_ray.decoding.policy import CausalPolicy, DeviceConfig
 from mahalo_ray.domains.tutoring.personas import PersonaSampler, load_cases
@@ -66,7 +68,7 @@ def two_models(numbers: Sequence[int], turns: int = 3) -> tuple[DialogueBatch, l
     tutor = PolicyTutor(Engine(CausalPolicy(TUTOR)), CHAT, SAMPLING, sentences_are_moves=False)
     students = ModelStudents(CausalPolicy(model(seed=3)), CHAT, STUDENT)
     batch = DialogueBatch(tutor, students, turns, instruction="You tutor.")
-    everybody = persona_students(max(numbers) + 1)
+    everybody = persona_students(max(numbers, default=-1) + 1)
     return batch, batch.open([everybody[n] for n in numbers], [f"d{n}" for n in numbers], "test")
 
 
@@ -107,6 +109,27 @@ def test_a_student_whose_context_is_full_fails_alone() -> None:
     batch.commit(batch.propose(conversations, 1), [[0], [0], [0]])
     failed = conversations[1].failure
     assert failed is not None and failed.kind == "student_context"
+
+
+def test_a_template_that_rewrites_history_fails_dialogues_with_its_name() -> None:
+    """Before the tutor says a word; the student's, at its second reply."""
+    rewriting = copy.deepcopy(TOKENIZER)
+    rewriting.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{% if loop.last %}!{% endif %}{{ m.content }}<|end|>"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    for side in ("tutor", "student"):
+        batch, _ = two_models([], turns=3)
+        assert isinstance(batch.tutor, PolicyTutor) and isinstance(batch.students, ModelStudents)
+        (batch.tutor if side == "tutor" else batch.students).chat = ChatFormat(rewriting)
+        conversations = batch.open(persona_students(2), ["a", "b"], "test")
+        batch.play()
+        for conversation in conversations:
+            assert conversation.failure is not None and conversation.failure.kind == "template"
+            assert "changes what was rendered" in conversation.failure.message
+            assert conversation.tutor_turns == (0 if side == "tutor" else 1)
+        assert len(batch.tutor.engine) == len(batch.students.engine) == 0
 
 
 def reward_folder(folder: Path) -> str:

@@ -69,7 +69,7 @@ class ChatFormat:
         before = tuple(message.role for message in messages)
         assert before and before[-1] == "assistant", "replies follow an assistant message"
         pieces = self._pieces(before + tuple(message.role for message in replies))
-        self._check_stable(before + tuple(message.role for message in replies))
+        self.check_stable([*before, *(message.role for message in replies)])
         # pieces[i] precedes message i: the first one here follows the assistant's text, end token first.
         opening, closing = self._encode_template(pieces[len(before)]), self.closing
         if opening[: len(closing)] != closing:
@@ -190,8 +190,10 @@ class ChatFormat:
             pieces.append(piece)
         return (*pieces, rendered)
 
-    def _check_stable(self, roles: tuple[str, ...]) -> None:
-        """ValueError unless every beginning of such a conversation is rendered alike however it goes on."""
+    def check_stable(self, speakers: Sequence[str]) -> None:
+        """ValueError unless every beginning of a conversation of these roles is rendered alike however it
+        goes on."""
+        roles = tuple(speakers)
         if roles in self._stable:
             return
         marked = [{"role": role, "content": _MARK.format(i)} for i, role in enumerate(roles)]

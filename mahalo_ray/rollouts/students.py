@@ -143,7 +143,11 @@ class ModelStudents:
         rows, unread = [], []
         for student, text in zip(students, said, strict=True):
             student.hear(text)
-            row, ids = self._unread(student)
+            try:
+                row, ids = self._unread(student)
+            except ValueError as error:  # the chat template refuses it
+                replies[student] = Failure("template", str(error), 1)
+                continue
             missing = self.engine.length(row) + len(ids) + 1 - self.engine.max_context
             if missing > 0:
                 replies[student] = Failure(
@@ -171,8 +175,9 @@ class ModelStudents:
     def _unread(self, student: PersonaStudent) -> tuple[int, list[int]]:
         """The student's row and what the model has not read of its conversation."""
         if student not in self._rows:
+            ids = self.chat.prompt_ids(student.heard)
             (self._rows[student],) = self.engine.add(1)
-            return self._rows[student], self.chat.prompt_ids(student.heard)
+            return self._rows[student], ids
         row = self._rows[student]
         ids = self.chat.following_ids(student.heard[:-1], student.heard[-1:])
         # A reply cut off at the token limit has no end token of its own.

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from jinja2 import TemplateError
 from torch import Tensor
 
 from mahalo_ray.config import SamplingConfig
@@ -260,7 +259,9 @@ class PolicyTutor:
         """An opening that the chat template refuses, or that has no room, fails its own dialogue alone."""
         try:
             ids = self.chat.prompt_ids(conversation.messages)
-        except (ValueError, TemplateError) as error:
+            roles = [message.role for message in conversation.messages]
+            self.chat.check_stable([*roles, "assistant", "user"])  # so that it can go on
+        except ValueError as error:
             return Failure("template", str(error), 1)
         limit = self.engine.max_context
         if len(ids) < limit:
