@@ -24,9 +24,9 @@ from transformers import (
 from mahalo_ray.data import storage
 from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.decoding.cpu_matmul import OneDNNHead, OneDNNLinears
-from mahalo_ray.decoding.kv_cache import RaggedCache, cached_attention
+from mahalo_ray.decoding.kv_cache import Branches, RaggedCache, cached_attention
 from mahalo_ray.models.attention import View
-from mahalo_ray.models.backbone import split_causal_lm
+from mahalo_ray.models.backbone import row_independent_context, split_causal_lm
 from mahalo_ray.models.classifiers import load_scorer
 from mahalo_ray.models.folder import METADATA_FILE
 from mahalo_ray.models.heads import FullHead
@@ -75,22 +75,24 @@ class CachedBackbone:
         self, backbone: nn.Module, around: Callable[[], AbstractContextManager[object]] = nullcontext
     ) -> None:
         """`around` gives a context for every forward (an adapter switched off)."""
-        config = cast(PretrainedConfig, backbone.config)
+        # Models that also see keep their language model's settings one level down.
+        config = cast(PretrainedConfig, backbone.config).get_text_config()
         self.model, self.config, self._around = backbone, config, around
         self._onednn = OneDNNLinears(backbone)
         self.name = type(backbone).__name__
         values = config.to_dict()
         unsupported = sorted(set(values.get("layer_types") or ()) - {"full_attention", "sliding_attention"})
         if unsupported:
-            raise ValueError(
-                f"{self.name} has {', '.join(unsupported)} layers: the decoding cache keeps keys and values "
-                "only, so hybrid and linear-attention models cannot be decoded with it"
+            raise self._refusal(
+                f"it has {', '.join(unsupported)} layers, and the decoding cache keeps keys and values only"
             )
         self.device = next(backbone.parameters()).device
         self._check()
         if not hasattr(config, "max_position_embeddings"):
-            raise ValueError(f"the config of {self.name} does not say how long a context may be")
-        self.max_context = min(config.max_position_embeddings, _window(values))
+            raise self._refusal("its config does not say how long a context may be")
+        self.max_context = min(
+            config.max_position_embeddings, _window(values), row_independent_context(config)
+        )
 
     def __call__(self, input_ids: Tensor, position_ids: Tensor, kv_cache: View) -> Tensor:
         """[B, T] -> [B, T, D], no gradients."""
@@ -104,30 +106,65 @@ class CachedBackbone:
         return out.last_hidden_state
 
     def _check(self) -> None:
-        """One forward of two tokens with and without the cache: the same hidden states, every layer
-        cached."""
+        """Decode a few tokens over the cache and compare every state with one whole forward.
+
+        Two prompts of different lengths are read together, then each is continued by two branches, token by
+        token: a family may be right in a prefill and wrong in what follows (a state of its own that the cache
+        does not keep), for one row and wrong for its neighbours, or crash at the first single token.
+        ValueError, naming the family and what to do, for one that differs or cannot be called this way.
+        """
         was_training = self.model.training
         self.model.eval()
-        ids = torch.tensor([[0, 1 % self.config.vocab_size]], device=self.device)
-        with torch.no_grad(), self._around():
-            expected = self.model(input_ids=ids, use_cache=False).last_hidden_state
-        cache = RaggedCache(initial_capacity=2)
-        view = cache.append(cache.add(1), np.array([2]), 2)
         try:
-            found = self(ids, view.positions(2, self.device), view)
-        except TypeError as error:
-            raise ValueError(
-                f"{self.name} does not accept position_ids or attention arguments: {error}"
-            ) from error
+            decoded, expected, cached = self._probe()
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            # What the families' own code does when it meets a cache that it does not know.
+            raise self._refusal(f"{type(error).__name__}: {error}") from error
         finally:
             self.model.train(was_training)
-        cached = len(cache.keys)
-        if cached != self.config.num_hidden_layers or not same_numbers(found, expected):
-            raise ValueError(
-                f"{self.name} cannot be decoded over the shared cache: {cached} of its "
-                f"{self.config.num_hidden_layers} layers use transformers' attention interface as expected; "
-                "choose a Llama-like, Qwen, Gemma or GPT-2 model"
-            )
+        if cached != self.config.num_hidden_layers:
+            layers = self.config.num_hidden_layers
+            raise self._refusal(f"{cached} of its {layers} layers use transformers' attention interface")
+        if not same_states(decoded, expected):
+            raise self._refusal("its states differ from those of one forward over the whole text")
+
+    def _probe(self) -> tuple[Tensor, Tensor, int]:
+        """States [N, D] of the same tokens over the cache and by whole forwards, and the layers cached."""
+        vocabulary, device = self.config.vocab_size, self.device
+        prompts = torch.tensor([[0, 1], [2, 0]], device=device) % vocabulary
+        lengths, width = np.array([2, 1]), 2  # the second row is padded
+        # Two steps of 2 rows x 2 branches.
+        steps = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]], device=device) % vocabulary
+        cache = RaggedCache(initial_capacity=2)
+        slots = cache.add(2)
+        view = cache.append(slots, lengths, width)
+        states = self(prompts, view.positions(width, device), view)
+        view.commit()
+        decoded = [states[0, :2], states[1, :1]]
+        branches = Branches(cache, slots, columns=2)
+        following = []
+        for tokens in steps:
+            following.append(self(tokens[:, None], branches.positions(1, device), branches)[:, 0])
+            branches.advance(1)
+        expected: list[Tensor] = []
+        whole_states = []
+        for row, length in enumerate(lengths.tolist()):
+            for branch in range(2):
+                ids = torch.cat([prompts[row, :length], steps[:, 2 * row + branch]])[None]
+                with torch.no_grad(), self._around():
+                    whole_states.append(self.model(input_ids=ids, use_cache=False).last_hidden_state[0])
+            expected.append(whole_states[2 * row][:length])
+        decoded += following
+        expected += [torch.stack([states[number - 2] for states in whole_states]) for number in range(2)]
+        return torch.cat(decoded), torch.cat(expected), len(cache.keys)
+
+    def _refusal(self, reason: str) -> ValueError:
+        return ValueError(
+            f"{self.name} cannot be decoded over the shared cache: {reason}. Choose a Llama-like, Qwen, "
+            "Gemma or GPT-2 model, or let a completion server decode this one (`CompletionDecoder`)"
+        )
 
 
 def _window(config: dict[str, Any]) -> int:
@@ -139,11 +176,16 @@ def _window(config: dict[str, Any]) -> int:
     return int(window) if used and window else sys.maxsize
 
 
-def same_numbers(found: Tensor, expected: Tensor) -> bool:
-    """Equal up to the rounding of the dtype, relative to the largest value."""
-    tolerance = 1e-3 if expected.dtype == torch.float32 else 0.05
-    scale = float(expected.abs().max())
-    return bool((found - expected).abs().max() <= tolerance * max(scale, 1e-6))
+def same_states(decoded: Tensor, expected: Tensor) -> bool:
+    """Whether states [N, D] are equal up to rounding, relative to the largest value.
+
+    In half precision a quarter of the tokens may differ: where a router chooses among experts, rounding alone
+    can send a token to another one.
+    """
+    exact = expected.dtype == torch.float32
+    tolerance = (1e-4 if exact else 0.05) * max(float(expected.abs().max()), 1e-6)
+    different = ((decoded - expected).abs().amax(dim=-1) > tolerance).float().mean()
+    return bool(different <= (0.0 if exact else 0.25)) and bool(decoded.isfinite().all())
 
 
 class CausalPolicy:

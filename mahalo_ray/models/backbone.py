@@ -4,8 +4,10 @@ a model with heads of its own is saved in."""
 from __future__ import annotations
 
 import copy
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -39,7 +41,7 @@ from mahalo_ray.models.folder import (
 from mahalo_ray.models.heads import LogitTransform
 from mahalo_ray.models.lora import load_adapter
 from mahalo_ray.models.pair_attention import enable_pair_packing, packed_arguments, sequence_numbers
-from mahalo_ray.models.sharding import is_sharded
+from mahalo_ray.models.sharding import whole_modules
 
 
 def load_causal_lm(
@@ -105,10 +107,12 @@ def split_causal_lm(model: PreTrainedModel) -> tuple[PreTrainedModel, nn.Module,
     head = model.get_output_embeddings()
     backbone = model.base_model
     if model.config.is_encoder_decoder or head is None or backbone is model:
-        raise ValueError(f"{type(model).__name__} is not a causal language model with a backbone and a head")
+        raise ValueError(
+            f"{type(model).__name__} is not a causal language model with a backbone and a head: choose one "
+            "that transformers loads as a base model with a language modelling head"
+        )
     transform = LogitTransform.of(model.config)
-    if not any(is_sharded(parameter) for parameter in model.parameters()):
-        _check_split(model, backbone, head, transform)
+    _check_split(model, backbone, head, transform)
     return backbone, head, transform
 
 
@@ -122,15 +126,60 @@ def _check_split(
     training = model.training
     model.eval()
     ids = torch.tensor([[1, 2]], device=model.device) % model.config.get_text_config().vocab_size
-    whole = model(input_ids=ids, use_cache=False).logits.float()
-    parts = transform(head(backbone(input_ids=ids, use_cache=False).last_hidden_state)).float()
+    with whole_modules(model), _attention_of_device(model):
+        whole = model(input_ids=ids, use_cache=False).logits.float()
+        parts = transform(head(backbone(input_ids=ids, use_cache=False).last_hidden_state)).float()
     model.train(training)
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.05
+    if not whole.isfinite().all():
+        raise ValueError(
+            f"the model of '{model.config._name_or_path}' gives logits that are not finite: its weights are "
+            f"damaged, or {model.dtype} cannot hold them"
+        )
     if (whole - parts).abs().max() > tolerance * whole.abs().max():
         raise ValueError(
             f"{type(model).__name__}: head(backbone(x)) differs from the model's own logits by up to "
             f"{(whole - parts).abs().max():.3g}; what this family does between the two is not supported"
         )
+
+
+@contextmanager
+def _attention_of_device(model: PreTrainedModel) -> Iterator[None]:
+    """Flash attention runs on GPUs only; on the CPU, where a model may still be, SDPA computes the same."""
+    chosen = model.config._attn_implementation
+    if model.device.type != "cpu" or not str(chosen).startswith("flash"):
+        yield
+        return
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(chosen)
+
+
+def row_independent_context(config: PretrainedConfig) -> int:
+    """Tokens up to which a row's position encoding does not depend on the longest row of its batch.
+
+    `longrope` (Phi-3, Phi-4-mini) takes other frequencies for the whole batch as soon as one row passes the
+    original context, `dynamic` when one passes the configured one: beyond it, a row's result would depend on
+    its neighbours, and keys that are cached already would have the old frequencies.
+    """
+    text = config.get_text_config()
+    values = text.to_dict()
+    parameters = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    # Families with several kinds of layers keep one set of parameters per kind.
+    sets = [parameters, *(each for each in parameters.values() if isinstance(each, dict))]
+    limits = [sys.maxsize]
+    for each in sets:
+        kind = each.get("rope_type", each.get("type"))
+        if kind == "longrope":
+            original = each.get("original_max_position_embeddings")
+            limits.append(
+                original or values.get("original_max_position_embeddings") or text.max_position_embeddings
+            )
+        elif kind == "dynamic":
+            limits.append(text.max_position_embeddings)
+    return min(limits)
 
 
 def assemble_causal_lm(backbone: nn.Module, weight: Tensor, bias: Tensor | None) -> PreTrainedModel:
@@ -146,7 +195,8 @@ def assemble_causal_lm(backbone: nn.Module, weight: Tensor, bias: Tensor | None)
     setattr(model, model.base_model_prefix, backbone)
     model.set_output_embeddings(head)
     model.config = copy.deepcopy(config)
-    model.config.tie_word_embeddings = False
+    for level in {id(part): part for part in (model.config, model.config.get_text_config())}.values():
+        level.tie_word_embeddings = False
     model.config.architectures = [type(model).__name__]
     unfilled = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if unfilled:

@@ -29,7 +29,7 @@ class LogitTransform:
         """Read it from a transformers config: Gemma and nanochat soft-cap, Cohere, Granite and Falcon-H1
         scale.
         """
-        values = config.to_dict()
+        values = config.get_text_config().to_dict()
         scale = 1.0
         for key, power in (("logit_scale", 1), ("lm_head_multiplier", 1), ("logits_scaling", -1)):
             if values.get(key) is not None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mahalo_ray.models.attention import prefix_attention, register_attention
-from mahalo_ray.models.sharding import is_sharded
+from mahalo_ray.models.sharding import whole_modules
 
 IMPLEMENTATION = "mahalo_pairs"
 
@@ -120,15 +120,13 @@ def packing_unsupported_reason(
 
 def enable_pair_packing(backbone: PreTrainedModel) -> None:
     """Give a backbone the attention of packed pairs; ValueError if it computes something else with it (seen
-    on one small pair, where its parameters are whole)."""
-    if any(is_sharded(parameter) for parameter in backbone.parameters()):
+    on one small pair)."""
+    with whole_modules(backbone):
+        expected = _states_of_a_pair(backbone, packed=False)
         backbone.set_attn_implementation(IMPLEMENTATION)
-        return
-    expected = _states_of_a_pair(backbone, packed=False)
-    backbone.set_attn_implementation(IMPLEMENTATION)
-    found = _states_of_a_pair(backbone, packed=True)
+        packed = _states_of_a_pair(backbone, packed=True)
     tolerance = 1e-3 if backbone.dtype == torch.float32 else 0.05
-    if (found - expected).abs().max() > tolerance * expected.abs().max():
+    if (packed - expected).abs().max() > tolerance * expected.abs().max():
         raise ValueError(f"{type(backbone).__name__} computes something else when pairs share their prompt")
 
 

@@ -7,8 +7,8 @@ shards what it loads, and these helpers do the same for our own modules. Without
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import cast
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -35,6 +35,35 @@ def is_sharded(parameter: nn.Parameter) -> bool:
 def full_shape(parameter: nn.Parameter) -> torch.Size:
     """The parameter's shape, also where ZeRO-3 holds only a shard of it."""
     return cast(torch.Size, parameter.ds_shape) if hasattr(parameter, "ds_shape") else parameter.shape
+
+
+@contextmanager
+def whole_modules(model: nn.Module) -> Iterator[None]:
+    """Inside, the model can be called although ZeRO-3 has sharded it and no engine is around it yet.
+
+    Every module's own parameters are gathered while it runs, and no longer, so that few of them are whole at
+    a time. Every rank must make the same calls.
+    """
+    running: dict[nn.Module, list[AbstractContextManager[None]]] = {}
+
+    def gather(module: nn.Module, args: Any) -> None:
+        context = gathered(list(module.parameters(recurse=False)))
+        context.__enter__()
+        running.setdefault(module, []).append(context)
+
+    def release(module: nn.Module, args: Any, output: Any) -> None:
+        running[module].pop().__exit__(None, None, None)
+
+    hooks = []
+    for module in model.modules():
+        if any(is_sharded(parameter) for parameter in module.parameters(recurse=False)):
+            hooks.append(module.register_forward_pre_hook(gather))
+            hooks.append(module.register_forward_hook(release, always_call=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager
