@@ -371,7 +371,7 @@ _BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 
 def _document_rows(text: str) -> list[tuple[int, Row | UnreadableRow]]:
     """The rows of one JSON document: the elements of an array by number, or objects one after another by the
-    line they begin in. FileError, without the file's name, if it is neither."""
+    line they begin in (by number where a line holds several). FileError, without the name, if neither."""
     at = _skip_space(text, 0)
     if text[at : at + 1] == "[":
         return list(enumerate(_elements(text, at), start=1))
@@ -383,7 +383,9 @@ def _document_rows(text: str) -> list[tuple[int, Row | UnreadableRow]]:
         rows.append((line, _as_row(value, text[counted:at])))
         at = _skip_space(text, at)
     contained = _container(rows[0][1]) if len(rows) == 1 else None
-    return rows if contained is None else list(enumerate(contained, start=1))
+    if contained is not None or len({line for line, _ in rows}) < len(rows):
+        return list(enumerate(contained or [row for _, row in rows], start=1))
+    return rows
 
 
 def _elements(text: str, at: int) -> Iterator[Row | UnreadableRow]:
