@@ -22,7 +22,7 @@ TINY = [
 ]
 
 
-def mahalo(*arguments: str, output: Path) -> str:
+def mahalo(*arguments: str, output: Path | str) -> str:
     """What `mahalo ARGUMENTS` prints at this size; it must not fail."""
     command = [sys.executable, "-c", "from mahalo_ray.cli import main; main()", *arguments]
     overrides = [part for setting in [*TINY, f"output={output}"] for part in ("--set", setting)]
