@@ -218,7 +218,9 @@ def test_the_answers_do_not_depend_on_actors_and_a_job_goes_on(folders: Path, tm
         for name, actors in (("alone", 1), ("three", 3)):
             config = job(folders, prompts, tmp_path / name, cluster={"rollout_actors": actors})
             manifest = generate(config, _open, RunProgress(quiet))
+            data = manifest.metrics.pop("data")  # the long prompt is read, and quarantined by its actor
             assert manifest.metrics == {"answered": 4, "quarantined": 1, "actor_deaths": 0}
+            assert (data["rows"], data["read"], data["quarantined"], data["left_out"]) == (5, 5, 0, 0)
             outputs.append(answers(tmp_path / name))
         assert outputs[0] == outputs[1]
         lost = tmp_path / "three" / "answers" / "part-000001.parquet"

@@ -302,10 +302,9 @@ def dialogues(config: DialoguesFile, set_: Overrides = None, debug: Debug = Fals
 
     def work() -> None:
         from mahalo_ray.pipeline.cluster import ray_session
-        from mahalo_ray.pipeline.make_dialogues import check_sources, make_dialogues
+        from mahalo_ray.pipeline.make_dialogues import make_dialogues
 
         loaded = load_document(config, DialoguesConfig, set_)
-        check_sources(loaded)
         manifest = make_dialogues(loaded, lambda: ray_session(loaded.cluster), RunProgress(out))
         figures = manifest.metrics
         say(f"dialogues: {figures['dialogues']}, candidates: {figures['candidates']}")

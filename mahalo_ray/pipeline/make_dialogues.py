@@ -49,8 +49,10 @@ MAX_BAD_CASES = 0.01  # share of rows that cannot be used before they are an err
 def make_dialogues(config: DialoguesConfig, session: Session, progress: RunProgress) -> Manifest:
     """Bring the output up to date; finished chunks are kept, failed dialogues are played again.
 
-    ValueError if the output holds dialogues of other settings.
+    ValueError for models that are not there or of the wrong kind, endpoints too small for the actors, and an
+    output that holds dialogues of other settings.
     """
+    _check_sources(config)
     stages = []
     if config.cases is not None:
         stages.append(Stage("cases", "Read cases", _read_cases, _cases_settings, uses_ray=False))
@@ -82,7 +84,7 @@ def _make(context: Context[DialoguesConfig]) -> StageResult:
     return StageResult(metrics, outputs)
 
 
-def check_sources(config: DialoguesConfig) -> None:
+def _check_sources(config: DialoguesConfig) -> None:
     """ValueError for models that are not there or of the wrong kind, and for endpoints too small for the
     actors: before anything starts."""
     actors = min(config.cluster.rollout_actors, len(_chunks(config)))
