@@ -248,7 +248,7 @@ def play_baselines(context: Context[RunConfig]) -> StageResult:
 
 
 def _policy_rows(config: RunConfig) -> list[Method]:
-    """MAH-DPO at the baselines' weight vectors that the run itself plays it not at."""
+    """MAH-DPO at those weight vectors of the baselines at which the run itself has not played it."""
     known = [m.weights for m in (*sweep_methods(config), *other_methods(config)) if m.kind != "guided"]
     vectors = [weights for weights in known if weights is not None]
     missing: list[Weights] = []
@@ -317,7 +317,7 @@ def _parameter_bytes(model: str) -> int:
 
 
 def print_comparison(console: Console, config: RunConfig, manifests: Mapping[str, Manifest]) -> None:
-    """What the comparison shows, for the terminal, and where the page lies."""
+    """Print the tables and claims of a finished comparison, and the path of its page."""
     output = storage.absolute(config.output)
     upstream = {name: (storage.join(output, name), manifest) for name, manifest in manifests.items()}
     _, table, fronts = _comparison(config, upstream)

@@ -47,7 +47,8 @@ def in_order(config: RunConfig, weights: Weights) -> str:
 
 
 def other_methods(config: RunConfig) -> list[Method]:
-    """SFT, guided SFT, each head alone, the guided policy, and that one unguided if the sweep has it not."""
+    """SFT, guided SFT, each head alone, the guided policy, and the same policy unguided unless the sweep has
+    it."""
     guided = config.guided
     weights, guidance = guided.point
     methods = [
@@ -86,7 +87,7 @@ def sweep(context: Context[RunConfig]) -> StageResult:
 
 
 def evaluate(context: Context[RunConfig]) -> StageResult:
-    """All that the sweep is compared with, against the same students as the sweep."""
+    """The methods that the sweep is compared with, against the same students as the sweep."""
     return play(context, other_methods(context.config))
 
 
@@ -204,7 +205,7 @@ def _reward_metrics(metrics: dict[str, float], objectives: tuple[str, ...]) -> d
 
 
 def print_outcome(console: Console, config: RunConfig, manifests: dict[str, Manifest]) -> None:
-    """What a finished report shows, for the terminal: table, claims, and where the page lies."""
+    """Print the table and the claims of a finished report, and the path of its page."""
     output = storage.absolute(config.output)
     documents = []
     for stage in ("evaluate", "sweep"):

@@ -1,4 +1,4 @@
-"""The stages of a run: what each needs, which settings it depends on, and which room does the work."""
+"""The stages of a run: what each needs, which settings it depends on, and which package does the work."""
 
 from __future__ import annotations
 
