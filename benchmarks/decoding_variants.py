@@ -27,7 +27,6 @@ class _Baseline:
     def __init__(self, models: Models, task: Task) -> None:
         self.models, self.task = models, task
         self.device = models.policy.device
-        self.keys = draw_keys([task.seed], task.candidates, self.device)[0]
         self.done = Outcome()
 
     def forward(self, input_ids: Tensor, cache: DynamicCache) -> Tensor:
@@ -35,6 +34,12 @@ class _Baseline:
         self.done.policy_tokens += input_ids.numel()
         out = self.models.policy(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return without(out.logits[:, -1], self.models.shape.end_id)
+
+    @property
+    def keys(self) -> Tensor:
+        """Keys [K] of the next step's draws, as the engine's: the step counts where there is a choice."""
+        step = len(self.done.choices) if self.task.candidates > 1 else 0
+        return draw_keys([self.task.seed], self.task.candidates, self.device, [step])[0]
 
     def decode(self, logits: Tensor, cache: DynamicCache, keys: Tensor, position: int) -> list[list[int]]:
         """A step of every row. The last token has not gone through the model yet."""
@@ -50,8 +55,10 @@ class _Baseline:
 
     def score(self, ids: list[int], candidates: list[list[int]]) -> Tensor:
         """Scores [n, H] of candidates as the next step after `ids`; the whole texts are encoded, as one
-        batch."""
-        traces = [TokenTrace(ids + own, [len(ids)], [len(ids) + len(own) - 1]) for own in candidates]
+        batch. The last step is read with the end of the turn behind it, as in training."""
+        is_last = len(self.done.choices) == self.task.steps - 1
+        steps = [[*own, self.models.shape.end_id] if is_last else own for own in candidates]
+        traces = [TokenTrace(ids + step, [len(ids)], [len(ids) + len(step) - 1]) for step in steps]
         self.done.reward_tokens += sum(len(trace.input_ids) for trace in traces)
         return torch.cat(self.models.reward.score_traces(traces, batch_size=len(traces)))
 

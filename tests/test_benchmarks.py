@@ -94,13 +94,13 @@ def test_every_way_of_guided_decoding_gives_one_answer(tmp_path, temperature):
             assert cell["agreement"][name]["largest_score_difference"] < 1e-4
         assert {way["output_tokens"] for way in cell["ways"].values()} == {15}
     assert results["at_once"][0]["same_first_answer"]
-    # Counted by hand: prompt 20, 3 steps of 5 tokens, 3 candidates.
+    # Counted by hand: prompt 20, 3 steps of 5 tokens, 3 candidates; the last ones are read with an end token.
     ours, published = guided["ways"]["ours"], guided["ways"]["published"]
     assert published["policy_tokens"] == 20 + 3 * 3 * 4 + 2
-    assert published["reward_tokens"] == 3 * (25 + 30 + 35)
+    assert published["reward_tokens"] == 3 * (25 + 30 + 36)
     assert ours["policy_tokens"] == published["policy_tokens"]
     # Candidates that are the same are scored once: greedy ones all are.
-    assert ours["reward_tokens"] == 20 + 3 * 5 * (1 if temperature == "0" else 3)
+    assert ours["reward_tokens"] == 20 + (3 * 5 + 1) * (1 if temperature == "0" else 3)
     assert alone["ways"]["ours"]["reward_tokens"] == 0
     assert "published: the same answer" in results["printed"]
 
