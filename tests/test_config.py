@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from mahalo_ray.config import (
     ConfigError,
     Domain,
+    LabelConfig,
     PolicyMethod,
     PreferenceLoss,
     RunConfig,
@@ -28,6 +31,9 @@ from mahalo_ray.losses import DPOKind
 from mahalo_ray.objectives import Weights
 from mahalo_ray.training.methods import METHOD_VERSIONS
 
+ALIASES = b"".join(
+    b"%c: &%c [%s]\n" % (name + 1, name + 1, b", ".join([b"*%c" % name] * 9)) for name in b"abcdef"
+)
 MINIMAL = """
 name: demo
 output: runs/demo
@@ -193,8 +199,8 @@ def test_overrides_that_cannot_be_read_are_named(file: Path, override: str, mess
     ("text", "message"),
     [
         ("a: [1", "not valid YAML"),
-        ("- 1\n- 2\n", "must hold a mapping of sections, not list"),
-        ("", "must hold a mapping of sections, not NoneType"),
+        ("- 1\n- 2\n", "must hold a mapping of sections, not a list"),
+        ("", "must hold a mapping of sections, not nothing: it is empty"),
     ],
 )
 def test_files_that_are_no_document(tmp_path: Path, text: str, message: str) -> None:
@@ -289,3 +295,161 @@ def test_the_reference_page_is_current() -> None:
 def test_the_examples_load(example: Path) -> None:
     document = yaml.safe_load(example.read_text(encoding="utf-8"))
     load_document(example, DOCUMENTS[kind_of(document)].schema)
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "message"),
+    [
+        (b"name: a\nseed: 1\nname: b\n", 3, "the key 'name' is given twice, first in line 1"),
+        (b"policy: {beta: 1, beta: 2}\n", 1, "the key 'beta' is given twice"),
+        (b"name: a\npolicy:\n\tbeta: 1\n", 3, "never with tabs"),
+        (b"name: 'a\n", 2, "not valid YAML"),
+        (b"name: a\nyes: 1\n", 2, "the key yes is not a text"),
+        (b"name: a\n? [1, 2]\n: 3\n", 2, "a list or mapping"),
+        (b"name: 2024-01-31\n", 1, "'timestamp'"),
+        (b"name: !!python/object/apply:os.system [ls]\n", 1, "python/object"),
+        (b"name: a\nseed: " + b"9" * 5000 + b"\n", 2, "cannot read the value"),
+        (b"seed: 9999999999999999999999\n", 1, "64 bits"),
+        (b'name: "\\ud800"\n', 1, "half of a character"),
+        (b"a: &a [*a]\n", 1, "part of"),
+        (b"a: &a [1, 2, 3, 4, 5, 6, 7, 8, 9]\n" + ALIASES, 6, "more than 100000 values"),
+        (b"a: " + b"[" * 5000, 1, "more than 50 levels"),
+        (b"name: a\nseed: \xff\n", 2, "not UTF-8 text (byte 0xff)"),
+    ],
+)
+def test_broken_files_are_told_by_line(tmp_path: Path, content: bytes, line: int, message: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    text = str(caught.value)
+    assert text.startswith(str(path)) and f"line {line}" in text and message in text
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_other_encodings_are_named(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "other.yaml"
+    path.write_text(MINIMAL, encoding=encoding)
+    with pytest.raises(ConfigError, match=f"is {encoding.upper()} text: save it as UTF-8"):
+        load_config(path)
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_read_over(file: Path) -> None:
+    plain = load_config(file)
+    file.write_bytes(b"\xef\xbb\xbf" + MINIMAL.replace("\n", "\r\n").encode())
+    assert load_config(file) == plain
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed=.inf", "finite number (got inf)"),
+        ("policy.beta=.nan", "finite number (got nan)"),
+        ("policy.training.learning_rate=1e999", "finite number"),
+        ("evaluation.confidence=.nan", "finite number"),
+        ("evaluation.sampling.temperature=1e-39", "too small to divide by"),
+        ("seed=true", "not true or false"),
+        ("output=''", "at least 1 character"),
+        ("output='  '", "the text is empty"),
+        ("model={base: ''}", "at least 1 character"),
+        ("serve.api_key_env=sk-secret", "should match pattern"),
+        ("guided.weights={accuracy: -1}", "greater than or equal to 0"),
+        ("guided.weights=accuracy", "write objective=number"),
+    ],
+)
+def test_values_out_of_range_are_refused(file: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, [override])
+    text = str(caught.value)
+    assert message in text and f"(--set {override})" in text
+    assert "got 'sk-secret'" not in text  # somebody may have written the key itself
+
+
+def test_numbers_written_as_text_and_weights_written_as_on_the_command_line(file: Path) -> None:
+    config = load_config(file, ["seed='7'", "guided.weights=accuracy=3,engagement=1"])
+    assert config.seed == 7 and config.guided.point[0] == Weights({"accuracy": 3, "engagement": 1})
+    given = yaml.safe_load(dump_config(config))["guided"]["weights"]
+    assert given == {"accuracy": 0.75, "engagement": 0.25}
+
+
+def test_errors_say_the_line_of_the_key(tmp_path: Path) -> None:
+    path = tmp_path / "demo.yaml"
+    path.write_text(MINIMAL + "policy:\n  training:\n    batch_sise: 3\n  beta: -1\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["guided.weights.speed=1"])
+    lines = str(caught.value).splitlines()
+    assert "  policy.training.batch_sise (line 12): unknown key" in "\n".join(lines)
+    assert any(line.startswith("  policy.beta.number (line 13):") for line in lines)
+
+
+def test_an_anchor_used_twice_is_overridden_once(file: Path) -> None:
+    shared = "reward_rollouts: &rollouts {dialogues: 5, continuations: 1}\npair_rollouts: *rollouts\n"
+    file.write_text(MINIMAL + shared)
+    config = load_config(file, ["pair_rollouts.dialogues=9"])
+    assert (config.reward_rollouts.dialogues, config.pair_rollouts.dialogues) == (5, 9)
+
+
+def test_what_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    for path, message in (
+        (tmp_path, "is a folder"),
+        (tmp_path / ("x" * 300), "File name too long"),
+        (tmp_path / "a\0b", "cannot read"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_config(path)
+
+
+@pytest.mark.parametrize("scale", [[1, 1], [2, 1], [0, ".inf"]])
+def test_ranges_of_labels_ascend(scale: list[float], tmp_path: Path) -> None:
+    path = tmp_path / "label.yaml"
+    path.write_text(commented_config("label"))
+    calibration = f"calibration={{objective: accuracy, ratings: r.jsonl, label_range: {scale}}}".replace(
+        "'", ""
+    )
+    with pytest.raises(ConfigError, match=r"calibration\.label_range"):
+        load_document(path, LabelConfig, [calibration])
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=6,
+)
+PATHS = [
+    f"{section}.{name}" if section else name
+    for section, schema in (
+        ("", RunConfig),
+        *((name, info.annotation) for name, info in RunConfig.model_fields.items()),
+    )
+    if isinstance(schema, type) and issubclass(schema, Section)
+    for name in schema.model_fields
+]
+
+
+def load_or_refuse(path: Path, overrides: list[str] | None = None) -> None:
+    try:
+        config = load_config(path, overrides)
+    except ConfigError as error:
+        str(error).encode("utf-8")
+    else:
+        path.write_text(dump_config(config), encoding="utf-8")
+        assert load_config(path) == config
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    content=st.binary(max_size=60)
+    | st.text(alphabet="ab:-[]{}&*!|>%@`'\"\n\t ,?#<=0.~", max_size=60).map(str.encode)
+)
+def test_no_text_raises_anything_else(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "any.yaml"
+    path.write_bytes(content)
+    load_or_refuse(path)
+
+
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(key=st.sampled_from(PATHS), value=VALUES)
+def test_no_value_of_any_key_raises_anything_else(tmp_path: Path, key: str, value: Any) -> None:
+    path = tmp_path / "demo.yaml"
+    path.write_text(MINIMAL)
+    load_or_refuse(path, [f"{key}={yaml.safe_dump(value, default_flow_style=True)}"])

@@ -18,7 +18,7 @@ from tiny_reward_models import CONFIG, byte_tokenizer
 from typer.testing import CliRunner
 
 from mahalo_ray.cli import app
-from mahalo_ray.config import ConfigError, GenerateConfig, RewardSource, validate_document
+from mahalo_ray.config import ConfigError, Draft, GenerateConfig, RewardSource
 from mahalo_ray.data import storage
 from mahalo_ray.data.prompts import read_prompts
 from mahalo_ray.decoding.guided import GuidedDecoder
@@ -71,7 +71,7 @@ def job(folders: Path, prompts: str, output: Path, **fields: Any) -> GenerateCon
         "chunk_rows": 2,
         "max_bad_fraction": 0.5,
     }
-    return validate_document(document | fields, GenerateConfig, "test")
+    return Draft("test", document | fields).validate(GenerateConfig)
 
 
 def answers(output: Path) -> list[Generation]:

@@ -33,7 +33,6 @@ from mahalo_ray.config import (
     RunConfig,
     load_document,
     read_document,
-    validate_document,
 )
 from mahalo_ray.config.describe import DOCUMENTS, commented_config, kind_of
 from mahalo_ray.data import storage
@@ -219,14 +218,15 @@ def validate(config: ConfigFile, set_: Overrides = None, debug: Debug = False) -
 
     def work() -> None:
         document = read_document(config, set_)
-        kind = kind_of(document)
+        kind = kind_of(document.values)
         if DOCUMENTS[kind].schema is RunConfig:
             loaded = load(config, set_)
             objectives = ", ".join(loaded.objective_names)
             say(f"{config} is valid: run '{loaded.name}', objectives {objectives}, output {loaded.output}")
             return
-        validate_document(document, DOCUMENTS[kind].schema, str(config))
-        say(f"{config} is valid: a configuration of {DOCUMENTS[kind].title}, output {document['output']}")
+        document.validate(DOCUMENTS[kind].schema)
+        what, output = DOCUMENTS[kind].title, document.values["output"]
+        say(f"{config} is valid: a configuration of {what}, output {output}")
 
     guarded(work, debug)
 
@@ -405,6 +405,9 @@ File = Annotated[
 ]
 
 
+_OPTION_NAMES = {"num_candidates": "candidates", "rollout_actors": "actors", "rewards": "reward"}
+
+
 def generate(
     prompts: Prompts,
     output: Output,
@@ -452,18 +455,15 @@ def generate(
         from mahalo_ray.pipeline.generate import generate as answer
 
         given: dict[str, Any] = {"prompts": prompts, "output": output, "policy": policy, "domain": domain}
-        given["rewards"] = [RewardSource.parse(one).model_dump() for one in reward or []] or None
-        parsed = {
-            name: dict(Weights.parse(value)) if name in ("weights", "guidance") else value
-            for name, value in request.items()
-            if value is not None
-        }
+        given["rewards"] = [RewardSource.parse(text).model_dump() for text in reward or []] or None
+        options: dict[tuple[str, ...], Any] = {(name,): value for name, value in given.items()}
+        options |= {("request", name): value for name, value in request.items()}
+        options["cluster", "rollout_actors"] = actors
         document = read_document(config, set_)
-        document |= {name: value for name, value in given.items() if value is not None}
-        document["request"] = document.get("request", {}) | parsed
-        if actors is not None:
-            document["cluster"] = document.get("cluster", {}) | {"rollout_actors": actors}
-        job = validate_document(document, GenerateConfig, "the command" if config is None else str(config))
+        for key, value in options.items():
+            if value is not None:
+                document.put(key, value, f"--{_OPTION_NAMES.get(key[-1], key[-1]).replace('_', '-')}")
+        job = document.validate(GenerateConfig)
         manifest = answer(job, lambda: ray_session(job.cluster), RunProgress(out))
         say(f"answered: {manifest.metrics['answered']}, quarantined: {manifest.metrics['quarantined']}")
         for name, path in manifest.outputs.items():

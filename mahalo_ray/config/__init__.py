@@ -21,11 +21,11 @@ from mahalo_ray.config.label_config import (
     ProgramJudgeConfig,
 )
 from mahalo_ray.config.loading import (
+    Draft,
     dump_config,
     load_config,
     load_document,
     read_document,
-    validate_document,
 )
 from mahalo_ray.config.rollout_config import (
     BranchingConfig,
@@ -123,6 +123,7 @@ __all__ = [
     "DataConfig",
     "DialoguesConfig",
     "Domain",
+    "Draft",
     "Dtype",
     "EndpointConfig",
     "EndpointJudgeConfig",
@@ -193,5 +194,4 @@ __all__ = [
     "load_config",
     "load_document",
     "read_document",
-    "validate_document",
 ]

@@ -362,7 +362,8 @@ def reference_page() -> str:
 
 
 def _doc(section: type[Section]) -> str:
-    return " ".join(inspect.cleandoc(section.__doc__ or "").split())
+    text, _, _ = inspect.cleandoc(section.__doc__ or "").partition(">>>")
+    return " ".join(text.split())
 
 
 def _meaning(info: FieldInfo) -> str:

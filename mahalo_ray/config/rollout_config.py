@@ -352,6 +352,8 @@ class RewardSource(Section):
     def parse(cls, text: str) -> RewardSource:
         """`FOLDER`, or `objective=FOLDER` for a model of another maker."""
         name, equals, folder = text.partition("=")
+        if not text.strip() or (equals and not folder.strip()):
+            raise ValueError(f"'{text}' names no reward model: write FOLDER, or objective=FOLDER")
         return cls(model=folder, objective=name) if equals and name.isidentifier() else cls(model=text)
 
 

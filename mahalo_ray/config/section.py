@@ -150,6 +150,10 @@ OptionalWeights = Annotated[
 class ConfigError(ValueError):
     """The run's configuration cannot be used; the message says which key, where, and what to do."""
 
+    def __init__(self, message: str) -> None:
+        # A command line may hold bytes that are no text, which no terminal or log could take back.
+        super().__init__(message.encode("utf-8", "backslashreplace").decode("utf-8"))
+
 
 class Section(BaseModel):
     """Base of every section: immutable, every number finite, and unknown keys are errors."""
