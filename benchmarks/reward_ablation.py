@@ -35,7 +35,7 @@ from mahalo_ray.evaluation.statistics import bootstrap_means, percentile_interva
 from mahalo_ray.metrics import best_against_worst_accuracy, within_group_rank_correlation
 from mahalo_ray.training.batches import accumulation_steps, split_batch
 from mahalo_ray.training.deepspeed_config import optimizer_and_schedule
-from mahalo_ray.training.reward import RewardRecipe
+from mahalo_ray.training.reward_recipe import RewardRecipe
 from mahalo_ray.training.settings import RewardSettings
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart.yaml"

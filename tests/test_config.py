@@ -29,7 +29,7 @@ from mahalo_ray.data.step_readers import FORMATS
 from mahalo_ray.decoding.stopping import BOUNDARIES
 from mahalo_ray.losses import DPOKind
 from mahalo_ray.objectives import Weights
-from mahalo_ray.training.methods import METHOD_VERSIONS
+from mahalo_ray.training.policy_methods import METHOD_VERSIONS
 
 ALIASES = b"".join(
     b"%c: &%c [%s]\n" % (name + 1, name + 1, b", ".join([b"*%c" % name] * 9)) for name in b"abcdef"

@@ -119,7 +119,7 @@ class PlanRecipe:
 def test_deepspeed_holds_what_the_plan_says(
     stage: int, dtype: torch.dtype, base: str, deepspeed_alone: None
 ) -> None:
-    from mahalo_ray.training.engine import build_engine
+    from mahalo_ray.training.deepspeed_engine import build_engine
 
     training = TrainingConfig(zero_stage=stage, gradient_clipping=0.0, warmup_fraction=0.0)  # type: ignore[arg-type]
     engine = build_engine(PlanRecipe(base), training, dtype, seed=0, accumulation=1)  # type: ignore[arg-type]

@@ -19,8 +19,8 @@ from mahalo_ray.config import ConfigError, ObjectiveConfig, RewardConfig, Traini
 from mahalo_ray.data import storage
 from mahalo_ray.evaluation.reward_report import score_rows
 from mahalo_ray.models.scoring import StepEncoder
-from mahalo_ray.training import reward_evaluation
-from mahalo_ray.training.reward import RewardRecipe
+from mahalo_ray.training import reward_recipe
+from mahalo_ray.training.reward_recipe import RewardRecipe
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -145,7 +145,7 @@ def test_kept_features_give_the_same_loss_gradient_and_scores(base: str, tmp_pat
 def test_features_are_stored_part_by_part_and_told(
     base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reward_evaluation, "_PART_TOKENS", 100)
+    monkeypatch.setattr(reward_recipe, "_PART_TOKENS", 100)
     store = tmp_path / "features"
     recipe = make_recipe(base, tmp_path, features=str(store), backbone="frozen")
     _, infer = build(recipe)

@@ -21,7 +21,7 @@ from mahalo_ray.pipeline.run import PIPELINE, make_sft_data
 from mahalo_ray.pipeline.seed_blocks import BLOCKS, check_domain, first_seed, fresh_students
 from mahalo_ray.pipeline.stages import Context, Manifest
 from mahalo_ray.rollouts.dialogue_job import DialogueChunks
-from mahalo_ray.training.methods import METHOD_VERSIONS
+from mahalo_ray.training.policy_methods import METHOD_VERSIONS
 
 
 def example(*overrides: str) -> RunConfig:

@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 from mahalo_ray.config import ClusterConfig, PolicyConfig, RewardConfig, TrainingConfig
 from mahalo_ray.training.deepspeed_config import optimizer_and_schedule
 from mahalo_ray.training.loop import NonFiniteError
-from mahalo_ray.training.policy import PolicyRecipe
+from mahalo_ray.training.policy_recipe import PolicyRecipe
 from mahalo_ray.training.ray_train import TrainingResult, run_stage
 from mahalo_ray.training.recipe import Recipe
-from mahalo_ray.training.reference import read_store, write_store
-from mahalo_ray.training.reward import RewardRecipe
-from mahalo_ray.training.sft import SftRecipe
+from mahalo_ray.training.reference_logps import read_store, write_store
+from mahalo_ray.training.reward_recipe import RewardRecipe
+from mahalo_ray.training.sft_recipe import SftRecipe
 from mahalo_ray.training.trainer import PolicyTrainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_process")]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mahalo_ray.config import TrainingConfig
 from mahalo_ray.training.batches import Indices, RowGroups
 from mahalo_ray.training.deepspeed_config import parameter_group
-from mahalo_ray.training.engine import build_engine, infer, optimizer_step, whole_state_dict
+from mahalo_ray.training.deepspeed_engine import build_engine, infer, optimizer_step, whole_state_dict
 from mahalo_ray.training.recipe import LossOutput, Tensors
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("deepspeed_alone")]

@@ -11,8 +11,8 @@ import training_world as world
 from test_training_distributed import COMMON, SEED, plain_losses
 
 from mahalo_ray.config import PolicyConfig, TrainingConfig
-from mahalo_ray.training.engine import build_engine, infer, optimizer_step, whole_state_dict
-from mahalo_ray.training.policy import PolicyRecipe
+from mahalo_ray.training.deepspeed_engine import build_engine, infer, optimizer_step, whole_state_dict
+from mahalo_ray.training.policy_recipe import PolicyRecipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("deepspeed_alone")]
 

@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from mahalo_ray.config import LoraConfig, PolicyConfig, TrainingConfig
 from mahalo_ray.models.pair_attention import packed_arguments
-from mahalo_ray.training.policy import PolicyRecipe
-from mahalo_ray.training.policy_metrics import cosines
+from mahalo_ray.training.policy_recipe import PolicyRecipe, cosines
 
 pytestmark = pytest.mark.usefixtures("deepspeed_alone")
 
@@ -131,7 +130,7 @@ def test_the_saved_model_has_no_extra_head(base: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_figures_under_deepspeed(base: str, tmp_path: Path, stage: int) -> None:
     """Between steps, at the values of the plain model, and without touching training."""
-    from mahalo_ray.training.engine import build_engine, infer, optimizer_step
+    from mahalo_ray.training.deepspeed_engine import build_engine, infer, optimizer_step
 
     runs: list[list[dict[str, float]]] = []
     for measured in (True, False):

@@ -17,16 +17,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mahalo_ray.config import PolicyConfig, RewardConfig, TrainingConfig
 from mahalo_ray.data.records import Message
 from mahalo_ray.training.batches import split_batch
-from mahalo_ray.training.checkpoints import WorkerSplit, restore_random_states
-from mahalo_ray.training.engine import check_finite
-from mahalo_ray.training.loop import NonFiniteError, stop_unless_finite
+from mahalo_ray.training.deepspeed_engine import check_finite
+from mahalo_ray.training.loop import NonFiniteError, WorkerSplit, restore_random_states, stop_unless_finite
 from mahalo_ray.training.pairs import pair_inputs, split_key
-from mahalo_ray.training.policy import PolicyRecipe
+from mahalo_ray.training.policy_recipe import PolicyRecipe
 from mahalo_ray.training.recipe import Recipe
-from mahalo_ray.training.reference import read_store, write_store
-from mahalo_ray.training.reward import RewardRecipe
+from mahalo_ray.training.reference_logps import read_store, write_store
 from mahalo_ray.training.reward_data import LabelledTraces, add_traces
-from mahalo_ray.training.sft import SftRecipe
+from mahalo_ray.training.reward_recipe import RewardRecipe
+from mahalo_ray.training.sft_recipe import SftRecipe
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

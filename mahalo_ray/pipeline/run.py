@@ -35,7 +35,7 @@ from mahalo_ray.pipeline.serve import try_serving
 from mahalo_ray.pipeline.stages import Context, Pipeline, Stage, StageResult
 from mahalo_ray.rollouts.dialogue_job import CANDIDATES, DialogueChunks, RolloutSpec, run_rollouts
 from mahalo_ray.rollouts.pair_building import build_pairs, labelled_traces
-from mahalo_ray.training.methods import METHOD_VERSIONS
+from mahalo_ray.training.policy_methods import METHOD_VERSIONS
 from mahalo_ray.training.ray_train import TrainingResult, run_stage
 from mahalo_ray.training.settings import PolicySettings, RewardSettings, SftSettings, StageSettings
 

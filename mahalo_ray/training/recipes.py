@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from mahalo_ray.training.policy import PolicyRecipe
+from mahalo_ray.training.policy_recipe import PolicyRecipe
 from mahalo_ray.training.recipe import Recipe
-from mahalo_ray.training.reward import RewardRecipe
+from mahalo_ray.training.reward_recipe import RewardRecipe
 from mahalo_ray.training.settings import PolicySettings, RewardSettings, SftSettings, StageSettings
-from mahalo_ray.training.sft import SftRecipe
+from mahalo_ray.training.sft_recipe import SftRecipe
 
 
 def build_recipe(settings: StageSettings) -> Recipe:

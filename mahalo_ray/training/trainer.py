@@ -26,7 +26,7 @@ from mahalo_ray.data.records import PreferencePair
 from mahalo_ray.models import MultiHeadCausalLM
 from mahalo_ray.models.folder import local_folder
 from mahalo_ray.training.loop import train
-from mahalo_ray.training.policy import PolicyRecipe
+from mahalo_ray.training.policy_recipe import PolicyRecipe
 from mahalo_ray.training.settings import PolicySettings, ProgressFunction
 
 Pairs = str | Path | Iterable[PreferencePair | Mapping[str, Any]]

@@ -29,7 +29,7 @@ from mahalo_ray.models import ChunkedCausalLM, MultiHeadCausalLM
 from mahalo_ray.models.backbone import completion_states, load_causal_lm
 from mahalo_ray.training.batches import Indices, shard
 from mahalo_ray.training.deepspeed_config import deepspeed_config
-from mahalo_ray.training.engine import loaded_in_turn, sharded_loading, to_device
+from mahalo_ray.training.deepspeed_engine import loaded_in_turn, sharded_loading, to_device
 from mahalo_ray.training.pairs import PackedPairs, PairInputs, pair_inputs, pair_logps
 
 SCHEMA = pa.schema(
