@@ -18,7 +18,7 @@ from mahalo_ray.decoding.guidance import GuidedRequest, GuidedResult, Step
 from mahalo_ray.decoding.policy import Policy, as_policy, check_vocabulary
 from mahalo_ray.decoding.scorers import RewardModels
 from mahalo_ray.decoding.session import GuidedSession, RequestState
-from mahalo_ray.decoding.stopping import Boundary
+from mahalo_ray.decoding.stopping import Boundary, StopRule
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
 from mahalo_ray.models.scoring import StepScorer
 
@@ -62,6 +62,7 @@ class GuidedDecoder:
         self.reward_models, self.scale = self._models.models, self._models.scale
         self.boundary, self.format = self._models.boundary, self._models.format
         self.vocabulary = self._models.vocabulary
+        self.vocabulary.table(StopRule(self.boundary))  # decoded now and not in a request's time
         self.max_branches, self.max_context = max_branches, max_context
 
     def session(self) -> GuidedSession:
