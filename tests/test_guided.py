@@ -18,9 +18,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Qw
 
 from mahalo_ray.config import RequestConfig
 from mahalo_ray.data.templating import ChatFormat
-from mahalo_ray.decoding.beam import subtrees
 from mahalo_ray.decoding.guidance import GuidedRequest, Prompt, ScoreScale, StepCandidate, within_candidates
-from mahalo_ray.decoding.guided import GuidedDecoder
+from mahalo_ray.decoding.guided import GuidedDecoder, subtrees
 from mahalo_ray.decoding.sampling import SamplingParams
 from mahalo_ray.decoding.session import RequestState
 from mahalo_ray.decoding.stopping import (

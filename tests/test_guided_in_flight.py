@@ -18,7 +18,7 @@ from mahalo_ray.decoding.session import GuidedSession, RequestState
 from mahalo_ray.models.scoring import TokenTrace
 from mahalo_ray.objectives import Weights
 from mahalo_ray.serving.backend import GuidedBackend
-from mahalo_ray.serving.worker import Job
+from mahalo_ray.serving.model_thread import Job
 
 
 def decoder() -> GuidedDecoder:

@@ -18,6 +18,7 @@ from mahalo_ray.data.records import Message
 from mahalo_ray.objectives import Weights
 from mahalo_ray.serving.backend import VisibleText
 from mahalo_ray.serving.launch import ServeError, free_port
+from mahalo_ray.serving.model_thread import MAX_FAILURES_IN_A_ROW, Job, ModelThread
 from mahalo_ray.serving.schema import (
     ApiError,
     ChatCompletionRequest,
@@ -27,7 +28,6 @@ from mahalo_ray.serving.schema import (
     weights_of,
 )
 from mahalo_ray.serving.service import KeyDigest
-from mahalo_ray.serving.worker import MAX_FAILURES_IN_A_ROW, Job, Worker
 
 LIMITS = RequestLimits(max_candidates=4, max_new_tokens=16, max_messages=3)
 MINIMAL = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
@@ -356,7 +356,7 @@ def run_with_worker(scenario, max_active=4, max_waiting=4, window_s=0.05):
     engine = Steps()
 
     async def main():
-        worker = Worker(engine, max_active, max_waiting, window_s)
+        worker = ModelThread(engine, max_active, max_waiting, window_s)
 
         def submit(payload, timeout_s=10.0):
             job = Job(payload, timeout_s, streams=True)

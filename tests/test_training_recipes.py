@@ -127,7 +127,7 @@ def test_sft_loads_the_weights_of_a_base_without_safetensors(tmp_path: Path) -> 
         SftRecipe(settings).build_model()
     # A NaN is found before the first step.
     torch.save(expected | {"model.norm.weight": norm * torch.nan}, base / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"not finite \(NaN or infinity\) in model\.model\.norm\.weight"):
+    with pytest.raises(ValueError, match=rf"the model of '{base}' gives logits that are not finite"):
         check_finite(SftRecipe(settings).build_model())
     (base / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\nsize 3\n")
     with pytest.raises(ValueError, match=rf"the weights in '{base}' cannot be read .* Git LFS pointer"):

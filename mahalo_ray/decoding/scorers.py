@@ -87,7 +87,7 @@ class StepFollower(Protocol):
 
 
 @dataclass(frozen=True)
-class _Answer:
+class _FollowedAnswer:
     """An answer as a text scorer knows it: its steps, the last of which may go on."""
 
     messages: Sequence[Message]
@@ -132,7 +132,7 @@ class TextScorer:
         self._scorer, self._boundary, self._vocabulary = scorer, boundary, vocabulary
         self._around = around
         self.tokens_forwarded = 0
-        self._answers: dict[int, _Answer] = {}
+        self._answers: dict[int, _FollowedAnswer] = {}
         self._next = 0
 
     def check(self, messages: Sequence[Message]) -> None:
@@ -191,11 +191,13 @@ class TextScorer:
         for row, candidate in zip(rows, chosen, strict=True):
             answer = self._answers[row]
             steps = tuple(answer.extended([candidate.text]))
-            self._answers[row] = _Answer(answer.messages, steps, candidate.reason is StopReason.LENGTH)
+            self._answers[row] = _FollowedAnswer(
+                answer.messages, steps, candidate.reason is StopReason.LENGTH
+            )
 
     def hear(self, rows: Sequence[int], prompts: Sequence[Prompt]) -> None:
         for row, prompt in zip(rows, prompts, strict=True):
-            self._answers[row] = _Answer(list(prompt.messages))
+            self._answers[row] = _FollowedAnswer(list(prompt.messages))
 
     def duplicate(self, rows: Sequence[int]) -> list[int]:
         copies = list(range(self._next, self._next + len(rows)))
@@ -207,7 +209,7 @@ class TextScorer:
         for row in rows:
             del self._answers[row]
 
-    def _as_read(self, answer: _Answer, choice: Choice, k: int) -> _Reading | None:
+    def _as_read(self, answer: _FollowedAnswer, choice: Choice, k: int) -> _Reading | None:
         """Steps with words, or the whole answer for a sequence classifier; None if nothing is said."""
         candidate = choice.candidates[k]
         if isinstance(self._scorer, SequenceClassifierScorer):
@@ -238,7 +240,7 @@ class TextScorer:
             return self._scorer.encoder.encode_answer(messages, reading.steps, reading.is_closed)
         return self._scorer.encoder.encode(messages, reading.steps)
 
-    def _score(self, texts: Sequence[tuple[_Answer, _Reading]]) -> list[Tensor]:
+    def _score(self, texts: Sequence[tuple[_FollowedAnswer, _Reading]]) -> list[Tensor]:
         """[O] of the last step each."""
         if isinstance(self._scorer, TraceScorer):
             traces = [self._trace(answer.messages, reading) for answer, reading in texts]

@@ -202,7 +202,7 @@ class AnswerSummary(AnswerCounts, ChunkSummary):
         return self.tokens
 
 
-class AnswerReport(AnswerCounts, JobReport):
+class AnswerJobReport(AnswerCounts, JobReport):
     """What a job of answers came to."""
 
     @property
@@ -260,7 +260,7 @@ class GenerateWorker:
         return summary
 
 
-class AnswerJob(ChunkJob[PromptChunk, AnswerSummary, AnswerReport]):
+class AnswerJob(ChunkJob[PromptChunk, AnswerSummary, AnswerJobReport]):
     """Answers on actors. What cannot be answered is no failure of the job: it goes to quarantine."""
 
     worker_class = GenerateWorker
@@ -272,11 +272,13 @@ class AnswerJob(ChunkJob[PromptChunk, AnswerSummary, AnswerReport]):
         """A finished chunk stays as it is."""
 
 
-def answer_prompts(config: GenerateConfig, prompts: Sequence[PromptRow], progress: Progress) -> AnswerReport:
+def answer_prompts(
+    config: GenerateConfig, prompts: Sequence[PromptRow], progress: Progress
+) -> AnswerJobReport:
     """Answer all prompts on Ray actors (see `ChunkJob.run`); `config.output` is absolute. `progress(done,
     total, note)` counts prompts."""
     chunks = cut_into_chunks(prompts, config.chunk_rows)
-    report = AnswerReport()
+    report = AnswerJobReport()
     return AnswerJob(config.output, config, chunks, len(prompts), config.cluster, progress, report).run()
 
 

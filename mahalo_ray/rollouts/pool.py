@@ -56,7 +56,7 @@ def summary_url(output_url: str, name: str) -> str:
     return storage.join(output_url, SUMMARIES, f"{name}.json")
 
 
-class Worker(Protocol):
+class ChunkWorker(Protocol):
     """What plays chunks, in an actor of its own: an ordinary class made from the job's `spec`."""
 
     def __init__(self, spec: Any) -> None: ...
@@ -71,7 +71,7 @@ class WorkerActor:
     it raises (a damaged model, for example) comes back as it is, while an error in an actor's constructor
     would only be a death, to be tried again."""
 
-    def __init__(self, worker_class: type[Worker], spec: Any) -> None:
+    def __init__(self, worker_class: type[ChunkWorker], spec: Any) -> None:
         self._worker_class, self._spec = worker_class, spec
 
     def make_worker(self) -> None:
@@ -79,7 +79,7 @@ class WorkerActor:
         self._worker = self._worker_class(self._spec)
 
     def play(self, chunk: Any) -> ChunkSummary:
-        """See `Worker.play`."""
+        """See `ChunkWorker.play`."""
         return self._worker.play(chunk)
 
 
@@ -182,7 +182,7 @@ class ChunkJob(ABC, Generic[ChunkT, SummaryT, ReportT]):
     report: ReportT
     max_failed_fraction: float = 0.0
 
-    worker_class: ClassVar[type[Worker]]
+    worker_class: ClassVar[type[ChunkWorker]]
     summary_class: ClassVar[type[ChunkSummary]]
     shards: ClassVar[tuple[str, ...]]  # the kinds of files that a finished chunk has
     failures_called: ClassVar[str]  # for messages: "dialogues failed"
@@ -280,7 +280,7 @@ class ActorPool(Generic[ChunkT]):
     chunks when its worker is made: where a lost node leaves no room for a new actor, the others do its work.
     """
 
-    worker_class: type[Worker]
+    worker_class: type[ChunkWorker]
     spec: Any
     cluster: ActorsConfig
     waiting: Iterable[ChunkT]

@@ -23,6 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from mahalo_ray.serving.model_thread import Job
 from mahalo_ray.serving.responses import (
     END_OF_STREAM,
     ChatCompletion,
@@ -45,7 +46,6 @@ from mahalo_ray.serving.schema import (
     parse,
 )
 from mahalo_ray.serving.service import ChatService
-from mahalo_ray.serving.worker import Job
 
 logger = logging.getLogger(__name__)
 

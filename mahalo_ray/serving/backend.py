@@ -17,9 +17,9 @@ from mahalo_ray.decoding.policy import DeviceConfig, MultiHeadPolicy, load_polic
 from mahalo_ray.decoding.session import GuidedSession, RequestState
 from mahalo_ray.decoding.stopping import TurnBoundary
 from mahalo_ray.objectives import Weights
+from mahalo_ray.serving.model_thread import Job
 from mahalo_ray.serving.responses import AnswerPart, ScoredCandidate, TokenUsage
 from mahalo_ray.serving.schema import ApiError, ScoreRequest, internal_error
-from mahalo_ray.serving.worker import Job
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class VisibleText:
         )
 
 
-class _Answer:
+class _AnswerInPlay:
     """A chat job in play."""
 
     def __init__(self, job: Job, state: RequestState) -> None:
@@ -135,7 +135,7 @@ class GuidedBackend:
     def reset(self) -> None:
         """An empty batch."""
         self._session: GuidedSession = self._decoder.session()
-        self._answers: list[_Answer] = []
+        self._answers: list[_AnswerInPlay] = []
         self._scorings: list[_Scoring] = []
 
     def probe(self) -> None:
@@ -166,8 +166,8 @@ class GuidedBackend:
                 logger.exception("error %s: a request could not be begun", reference)
                 job.fail(internal_error(reference))
 
-    def _begin(self, job: Job, request: GuidedRequest) -> _Answer:
-        return _Answer(
+    def _begin(self, job: Job, request: GuidedRequest) -> _AnswerInPlay:
+        return _AnswerInPlay(
             job, self._session.submit(request, token_by_token=job.streams and not request.is_guided)
         )
 

@@ -33,14 +33,14 @@ class OpenAIErrors:
         if scope["type"] != "http" or scope["path"].startswith("/-/"):  # the proxy's own addresses
             await self._app(scope, receive, send)
             return
-        answer = _Answer(send)
+        answer = _OutgoingAnswer(send)
         try:
             await self._app(scope, receive, answer.send)
         finally:
             await answer.end_broken_stream()
 
 
-class _Answer:
+class _OutgoingAnswer:
     """One answer on its way out."""
 
     def __init__(self, send: Send) -> None:

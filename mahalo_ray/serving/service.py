@@ -13,6 +13,7 @@ from typing import Protocol
 from mahalo_ray.config import SamplingConfig, SamplingParams, ServeConfig
 from mahalo_ray.decoding.guidance import GuidedRequest, Standardisation
 from mahalo_ray.objectives import Weights
+from mahalo_ray.serving.model_thread import Job, JobRunner, ModelThread
 from mahalo_ray.serving.responses import Completion, ServedDefaults, ServedLimits, ServedModel
 from mahalo_ray.serving.schema import (
     ApiError,
@@ -23,7 +24,6 @@ from mahalo_ray.serving.schema import (
     shorten,
     weights_of,
 )
-from mahalo_ray.serving.worker import Engine, Job, Worker
 
 
 @dataclass(frozen=True, repr=False)
@@ -101,7 +101,7 @@ class ServiceSettings:
     key: KeyDigest | None = None
 
 
-class Backend(Engine, Protocol):
+class Backend(JobRunner, Protocol):
     """The models: an engine for `GuidedRequest` and `ScoreRequest` payloads, run by the model's thread."""
 
     objectives: tuple[str, ...]  # empty: an ordinary model with a single head
@@ -133,7 +133,7 @@ class ChatService:
                 f"({config.max_candidates})"
             )
         self.created = int(time.time())
-        self.worker = Worker(
+        self.worker = ModelThread(
             backend,
             config.max_ongoing_requests,
             config.max_queued_requests,

@@ -117,7 +117,7 @@ class Job:
         raise AssertionError("events end with 'done' or an exception")
 
 
-class Engine(Protocol):
+class JobRunner(Protocol):
     """What the thread drives. A job ends by `finish` or `fail`."""
 
     def admit(self, jobs: Sequence[Job]) -> None:
@@ -137,7 +137,7 @@ class Engine(Protocol):
         ...
 
 
-class Worker:
+class ModelThread:
     """Drives an engine in a thread of its own.
 
     Beside `max_active` jobs that run, `max_waiting` may wait; a request whose body is still being read holds
@@ -145,7 +145,7 @@ class Worker:
     start, so that requests sent at once start together.
     """
 
-    def __init__(self, engine: Engine, max_active: int, max_waiting: int, window_s: float) -> None:
+    def __init__(self, engine: JobRunner, max_active: int, max_waiting: int, window_s: float) -> None:
         self._engine = engine
         self._max_active, self._max_waiting, self._window_s = max_active, max_waiting, window_s
         self._waiting: deque[Job] = deque()
