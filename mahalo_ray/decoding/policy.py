@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
@@ -26,7 +25,7 @@ from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.decoding.cpu_matmul import OneDNNHead, OneDNNLinears
 from mahalo_ray.decoding.kv_cache import Branches, RaggedCache, cached_attention
 from mahalo_ray.models.attention import View
-from mahalo_ray.models.backbone import row_independent_context, split_causal_lm
+from mahalo_ray.models.backbone import load_causal_lm, row_independent_context, split_causal_lm
 from mahalo_ray.models.classifiers import load_scorer
 from mahalo_ray.models.folder import METADATA_FILE
 from mahalo_ray.models.heads import FullHead
@@ -341,7 +340,7 @@ def load_policy(url: str, placement: DeviceConfig) -> tuple[Policy, ChatFormat]:
         )
         policy = MultiHeadPolicy(heads.eval())
     else:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=placement.torch_dtype)
+        model = load_causal_lm(folder, placement.torch_dtype)
         policy = CausalPolicy(model.to(placement.device).eval())
     chat = ChatFormat(tokenizer, policy.end_ids)
     check_vocabulary(chat, policy.vocab_size)

@@ -31,17 +31,21 @@ from mahalo_ray.models.folder import (
     HEADS_FILE,
     Card,
     Metrics,
+    check_finite,
+    check_tokenizer_fits,
+    check_weight_files,
     fill_parameters,
     local_folder,
     read_metadata,
     save_tensors,
+    weights_fingerprint,
     write_card,
     write_metadata,
 )
 from mahalo_ray.models.heads import LogitTransform
 from mahalo_ray.models.lora import load_adapter
 from mahalo_ray.models.pair_attention import enable_pair_packing, packed_arguments, sequence_numbers
-from mahalo_ray.models.sharding import whole_modules
+from mahalo_ray.models.sharding import full_shape, whole_modules
 
 
 def load_causal_lm(
@@ -49,14 +53,20 @@ def load_causal_lm(
     dtype: torch.dtype | None = None,
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
-    """A causal LM from a folder or hub id (dtype None: as stored); a model object is returned as it is."""
+    """A causal LM from a folder or hub id (dtype None: as stored); a model object is returned as it is.
+
+    ValueError, naming the path, for weights that are damaged, missing or not finite, a LoRA adapter alone,
+    and a tokenizer beside them that is larger than the embedding.
+    """
     if isinstance(base, PreTrainedModel):
         if dtype is not None:
             base = base.to(dtype)
         if attn_implementation is not None:
             base.set_attn_implementation(attn_implementation)
         return base
-    return _from_pretrained(AutoModelForCausalLM, base, dtype, attn_implementation)
+    model = _from_pretrained(AutoModelForCausalLM, base, dtype, attn_implementation)
+    check_tokenizer_of(Path(base), model)
+    return model
 
 
 def load_backbone(
@@ -74,6 +84,8 @@ def _from_pretrained(
 ) -> PreTrainedModel:
     """Load with every parameter from the files; ValueError, naming the source, for weights that are absent,
     damaged or incomplete (transformers would make up what is missing, and only log it)."""
+    if Path(source).is_dir():
+        check_weight_files(Path(source))
     try:
         model, info = kind.from_pretrained(
             str(source),
@@ -94,7 +106,15 @@ def _from_pretrained(
             f"the weights in '{source}' lack {', '.join(missing[:3])}{more}: they are cut short, or belong "
             f"to another kind of model than {type(model).__name__}"
         )
+    check_finite(model, source)
     return model
+
+
+def check_tokenizer_of(folder: Path, model: PreTrainedModel) -> None:
+    """ValueError if the folder has a tokenizer that is larger than the model's embedding."""
+    if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        rows = full_shape(model.get_input_embeddings().weight)[0]
+        check_tokenizer_fits(load_tokenizer(folder), rows, folder)
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
@@ -284,9 +304,16 @@ def save_backbone(
             for name, tensor in state.items()
             if ".lora_" not in name
         }
+    fingerprint = None
     if with_backbone:
         plain.save_pretrained(str(folder / BACKBONE_FOLDER), state_dict=plain_state)
+    else:
+        names = {
+            name.replace(".base_layer.", ".") for name, _ in plain.named_parameters() if ".lora_" not in name
+        }
+        fingerprint = weights_fingerprint({name: plain_state[name] for name in names})
     return {
+        "base_fingerprint": fingerprint,
         "base": None if with_backbone else base_name,
         "saved_backbone": with_backbone,
         "adapter": adapter,
@@ -324,6 +351,13 @@ def load_saved_backbone(
             f"{folder} was saved without its backbone, which cannot be loaded from '{source}': pass "
             f"backbone=, the folder or hub id of that model ({error})"
         ) from error
+    expected = metadata.get("base_fingerprint")  # folders of earlier versions have none
+    if expected is not None and weights_fingerprint(dict(backbone.named_parameters())) != expected:
+        raise ValueError(
+            f"the adapter in {folder} was trained on '{metadata['base']}', and the model in '{source}' has "
+            "other weights: pass backbone=, the folder or hub id of the model it was trained on"
+        )
+    check_tokenizer_of(folder, backbone)
     if metadata["adapter"]:
         backbone = load_adapter(backbone, folder / ADAPTER_FOLDER)
     return SavedModel(folder, metadata, backbone, str(source), dtype, attn_implementation)

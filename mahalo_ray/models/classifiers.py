@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from mahalo_ray.data.records import Message
-from mahalo_ray.models.backbone import load_tokenizer
-from mahalo_ray.models.folder import METADATA_FILE
+from mahalo_ray.models.backbone import check_tokenizer_of, load_tokenizer
+from mahalo_ray.models.folder import METADATA_FILE, check_finite, check_weight_files
 from mahalo_ray.models.reward import ProcessRewardModel
 from mahalo_ray.models.reward_heads import OutputKind
 from mahalo_ray.models.scoring import (
@@ -52,7 +52,12 @@ class _Classifier(nn.Module):
     @property
     def max_length(self) -> int:
         """The longest text the model reads, in tokens."""
-        return int(self.model.config.max_position_embeddings)
+        for module in self.model.modules():
+            positions = getattr(module, "position_embeddings", None)
+            if isinstance(positions, nn.Embedding) and positions.padding_idx is not None:
+                # RoBERTa and its kin count positions from behind the padding's: 514 of them are 512 tokens.
+                return positions.num_embeddings - positions.padding_idx - 1
+        return int(self.model.config.get_text_config().max_position_embeddings)
 
 
 class SequenceClassifierScorer(_Classifier, StepScorer):
@@ -219,6 +224,8 @@ def load_scorer(
         return ProcessRewardModel.from_pretrained(source, dtype, device=device).eval()
     if objective is None:
         raise ValueError(f"{source} is not a mahalo_ray model: say which objective it scores")
+    if Path(source).is_dir():
+        check_weight_files(Path(source))
     architecture = (AutoConfig.from_pretrained(str(source)).architectures or ["no architecture"])[0]
     chosen = "auto" if dtype is None else dtype
     scorer: SequenceClassifierScorer | TokenClassifierScorer
@@ -235,4 +242,6 @@ def load_scorer(
             f"{source} is a {architecture}: a scorer is a mahalo_ray reward model, a sequence classifier or "
             "a token classifier"
         )
+    check_finite(scorer.model, source)
+    check_tokenizer_of(Path(source), scorer.model)
     return scorer if device is None else scorer.to(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from mahalo_ray.data import storage
 from mahalo_ray.models.sharding import full_shape, gathered
@@ -37,6 +39,71 @@ def local_folder(name: str | Path) -> Path:
     return Path(snapshot_download(str(name)))
 
 
+def check_weight_files(folder: Path) -> None:
+    """ValueError, with the path, for a folder without a whole model: a LoRA adapter alone, or weights that
+    are git-LFS pointers or damaged."""
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} holds a LoRA adapter, not a whole model: merge it into its base (peft's "
+            "merge_and_unload) and save that, or give the base itself"
+        )
+    for file in sorted(folder.glob("*.safetensors")):
+        check_weight_file(file)
+
+
+def check_weight_file(file: Path) -> None:
+    """ValueError for a safetensors file that is a git-LFS pointer, cut or otherwise unreadable."""
+    with file.open("rb") as content:
+        if content.read(7) == b"version":
+            raise ValueError(
+                f"{file} is a git-LFS pointer, not the weights: run 'git lfs pull' in its folder"
+            )
+    try:
+        with safe_open(str(file), framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or incomplete ({error}): download or copy it again") from error
+
+
+def check_finite(model: nn.Module, source: str | Path) -> None:
+    """ValueError naming a parameter that holds NaN or infinity."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ValueError(
+                f"'{name}' of the model in '{source}' holds values that are not finite: its training "
+                "diverged, or the file is damaged; take an earlier checkpoint"
+            )
+
+
+def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, rows: int, source: str | Path) -> None:
+    """ValueError if the tokenizer can give an id that the embedding of `rows` tokens lacks. Padding and
+    unknown tokens may: tokenizer classes add them by themselves, and byte-level ones never write them."""
+    outside = {name: number for name, number in tokenizer.get_vocab().items() if number >= rows}
+    for unread in (tokenizer.pad_token, tokenizer.unk_token):
+        outside.pop(str(unread), None)
+    if outside:
+        first = sorted(outside, key=outside.__getitem__)[:3]
+        examples = ", ".join(f"'{name}' ({outside[name]})" for name in first)
+        raise ValueError(
+            f"the tokenizer of '{source}' has {len(outside)} tokens that the model's embedding of {rows} "
+            f"lacks, such as {examples}: call resize_token_embeddings({max(outside.values()) + 1}) on the "
+            "model, train, and save both, or use the tokenizer the model was trained with"
+        )
+
+
+def weights_fingerprint(parameters: Mapping[str, Tensor]) -> str:
+    """A hash over names, shapes and some values of parameters, the same in any precision."""
+    digest = hashlib.sha256()
+    for name in sorted(parameters):
+        tensor = parameters[name]
+        with gathered([tensor] if isinstance(tensor, nn.Parameter) else []):
+            values = (
+                tensor.detach().flatten()[:: max(1, tensor.numel() // 16)].cpu().to(torch.bfloat16).float()
+            )
+            digest.update(f"{name} {list(tensor.shape)} {values.tolist()}".encode())
+    return digest.hexdigest()[:16]
+
+
 def write_metadata(folder: Path, kind: str, values: Mapping[str, Any]) -> None:
     """Write `mahalo.json`: kind and format version first, then the values."""
     document = {"kind": kind, "format_version": FORMAT_VERSION, **values}
@@ -48,7 +115,12 @@ def read_metadata(folder: Path, kind: str) -> dict[str, Any]:
     file = folder / METADATA_FILE
     if not file.is_file():
         raise ValueError(f"{folder} holds no {METADATA_FILE}: it is not a folder saved by mahalo_ray")
-    document = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}): copy or save the model's folder again") from error
+    if not isinstance(document, dict) or not {"kind", "format_version"} <= document.keys():
+        raise ValueError(f"{file} is damaged: it says neither kind nor format_version; save the model again")
     if document["kind"] != kind:
         raise ValueError(f"{file} says this is a '{document['kind']}', not a '{kind}'")
     if document["format_version"] > FORMAT_VERSION:
@@ -74,6 +146,7 @@ def fill_parameters(file: Path, parameters: Mapping[str, nn.Parameter]) -> None:
     """
     if not file.is_file():
         raise ValueError(f"{file} is missing")
+    check_weight_file(file)
     with safe_open(str(file), framework="pt") as reader:
         found = {name: torch.Size(reader.get_slice(name).get_shape()) for name in reader.keys()}  # noqa: SIM118
         expected = {name: full_shape(parameter) for name, parameter in parameters.items()}
