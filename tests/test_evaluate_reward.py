@@ -120,7 +120,7 @@ def test_records_and_pairs_of_all_objectives(
 
 
 @pytest.mark.parametrize("kind", ["sequence", "token"])
-def test_foreign_models(kind: str, files: dict[str, str], tmp_path: Path) -> None:
+def test_third_party_models(kind: str, files: dict[str, str], tmp_path: Path) -> None:
     torch.manual_seed(1)
     classes = {
         "sequence": tf.AutoModelForSequenceClassification,

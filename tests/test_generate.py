@@ -116,7 +116,7 @@ def test_answers_are_those_of_the_decoder_with_all_that_was_offered(folders: Pat
     assert rejected[0]["line"] == 4 and "there is no room for an answer" in rejected[0]["reason"]
 
 
-def test_several_reward_models_and_a_foreign_one_guide_together(folders: Path, tmp_path: Path) -> None:
+def test_several_reward_models_and_a_classifier_guide_together(folders: Path, tmp_path: Path) -> None:
     rewards = [
         {"model": str(folders / "reward")},
         RewardSource.parse(f"helpful={folders / 'classifier'}").model_dump(),

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mahalo_ray.config import PolicyConfig, RewardConfig, TrainingConfig
 from mahalo_ray.data.records import Message
 from mahalo_ray.training.batches import split_batch
-from mahalo_ray.training.deepspeed_engine import check_finite
+from mahalo_ray.training.deepspeed_engine import check_shards_finite
 from mahalo_ray.training.loop import NonFiniteError, WorkerSplit, restore_random_states, stop_unless_finite
 from mahalo_ray.training.pairs import pair_inputs, split_key
 from mahalo_ray.training.policy_recipe import PolicyRecipe
@@ -130,7 +130,7 @@ def test_sft_loads_the_weights_of_a_base_without_safetensors(tmp_path: Path) -> 
     with pytest.raises(
         ValueError, match=rf"'model\.norm\.weight' of the model in '{base}' holds values that are not finite"
     ):
-        check_finite(SftRecipe(settings).build_model())
+        check_shards_finite(SftRecipe(settings).build_model())
     (base / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\nsize 3\n")
     with pytest.raises(ValueError, match=rf"{base}/model\.safetensors is a git-LFS pointer"):
         SftRecipe(settings).build_model()

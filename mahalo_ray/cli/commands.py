@@ -176,10 +176,13 @@ def compare(config: ConfigFile, set_: Overrides = None, debug: Debug = False) ->
 
 
 def evaluate_reward(
-    model: Annotated[str, typer.Argument(help="A reward model's folder, or a foreign one's (or hub id).")],
+    model: Annotated[
+        str, typer.Argument(help="Folder of a reward model, or of a classifier (or its hub id).")
+    ],
     data: Annotated[list[str], typer.Argument(help="Files or folders of step traces or preference pairs.")],
     objective: Annotated[
-        str | None, typer.Option(help="Of rows that name none; what a foreign model scores.")
+        str | None,
+        typer.Option(help="Objective of rows that name none, and what a third-party classifier scores."),
     ] = None,
     format_: Annotated[
         str, typer.Option("--format", help="Of step traces; default: by their fields.")
@@ -388,7 +391,7 @@ Output = Annotated[str, typer.Option("--output", "-o", help="The new folder, or 
 Policy = Annotated[str | None, typer.Option(help="A run's output, or a model folder.")]
 Reward = Annotated[
     list[str] | None,
-    typer.Option(help="A run's output or a reward model; objective=FOLDER for a foreign classifier."),
+    typer.Option(help="A run's output or a reward model; objective=FOLDER for a third-party classifier."),
 ]
 OverHeads = Annotated[str | None, typer.Option(help="Over the policy's heads: accuracy=0.7,engagement=0.3.")]
 OverScores = Annotated[str | None, typer.Option(help="Over the reward models' objectives.")]

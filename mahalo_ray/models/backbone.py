@@ -31,9 +31,9 @@ from mahalo_ray.models.folder import (
     HEADS_FILE,
     Card,
     Metrics,
-    check_finite,
     check_tokenizer_fits,
     check_weight_files,
+    check_weights_finite,
     fill_parameters,
     local_folder,
     read_metadata,
@@ -106,7 +106,7 @@ def _from_pretrained(
             f"the weights in '{source}' lack {', '.join(missing[:3])}{more}: they are cut short, or belong "
             f"to another kind of model than {type(model).__name__}"
         )
-    check_finite(model, source)
+    check_weights_finite(model, source)
     return model
 
 

@@ -23,7 +23,7 @@ from transformers import (
 
 from mahalo_ray.data.records import Message
 from mahalo_ray.models.backbone import check_tokenizer_of, load_tokenizer
-from mahalo_ray.models.folder import METADATA_FILE, check_finite, check_weight_files
+from mahalo_ray.models.folder import METADATA_FILE, check_weight_files, check_weights_finite
 from mahalo_ray.models.reward import ProcessRewardModel
 from mahalo_ray.models.reward_heads import OutputKind
 from mahalo_ray.models.scoring import (
@@ -242,6 +242,6 @@ def load_scorer(
             f"{source} is a {architecture}: a scorer is a mahalo_ray reward model, a sequence classifier or "
             "a token classifier"
         )
-    check_finite(scorer.model, source)
+    check_weights_finite(scorer.model, source)
     check_tokenizer_of(Path(source), scorer.model)
     return scorer if device is None else scorer.to(device)

@@ -65,7 +65,7 @@ def check_weight_file(file: Path) -> None:
         raise ValueError(f"{file} is damaged or incomplete ({error}): download or copy it again") from error
 
 
-def check_finite(model: nn.Module, source: str | Path) -> None:
+def check_weights_finite(model: nn.Module, source: str | Path) -> None:
     """ValueError naming a parameter that holds NaN or infinity."""
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():

@@ -105,8 +105,8 @@ class ModelJudge(Judge):
 
     def __init__(self, config: ModelJudgeConfig, placement: DeviceConfig) -> None:
         folder = model_folder(config.path)
-        foreign = None if (folder / METADATA_FILE).is_file() else config.objective
-        self._scorer = load_scorer(folder, foreign, placement.torch_dtype, placement.device)
+        classifier_objective = None if (folder / METADATA_FILE).is_file() else config.objective
+        self._scorer = load_scorer(folder, classifier_objective, placement.torch_dtype, placement.device)
         names, self._batch_size = self._scorer.objectives, config.batch_size
         chosen = config.objective if config.objective is not None else names[0] if len(names) == 1 else None
         if chosen is None:

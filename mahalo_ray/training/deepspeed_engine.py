@@ -45,7 +45,7 @@ def build_engine(
             model = loaded_in_turn(recipe.build_model, training_device())
         else:
             model = recipe.build_model()
-    check_finite(model)
+    check_shards_finite(model)
     if training.gradient_checkpointing:
         recipe.enable_gradient_checkpointing(model)
     groups = recipe.parameter_groups(model)
@@ -58,7 +58,7 @@ def build_engine(
     return engine
 
 
-def check_finite(model: nn.Module) -> None:
+def check_shards_finite(model: nn.Module) -> None:
     """ValueError naming the parameters (of this worker's shard, under ZeRO-3) that hold a NaN or an
     infinity."""
     damaged = [

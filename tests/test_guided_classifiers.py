@@ -1,4 +1,4 @@
-"""Classifiers of other makers as guides, alone and beside a process reward model."""
+"""Third-party classifiers as guides, alone and beside a process reward model."""
 
 from __future__ import annotations
 
@@ -66,9 +66,9 @@ def test_a_token_classifier_reads_steps_and_a_cut_step_goes_on_in_the_next() -> 
 
 
 def test_guides_side_by_side_are_added_by_their_spread() -> None:
-    ours, foreign = reward(), sequence_classifier()
+    own_reward_model, classifier = reward(), sequence_classifier()
     guidance = Weights.parse("accuracy=1,helpful=1")
-    result = decoder(ours, foreign).generate(ASK, guidance=guidance, seed=2, **SHORT)
+    result = decoder(own_reward_model, classifier).generate(ASK, guidance=guidance, seed=2, **SHORT)
     for step in result.steps:
         columns = {
             name: torch.tensor([c.scores[name] for c in step.candidates], dtype=torch.float64)
@@ -79,7 +79,7 @@ def test_guides_side_by_side_are_added_by_their_spread() -> None:
         found = torch.tensor([c.total for c in step.candidates], dtype=torch.float64)
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
         assert step.chosen == int(expected.argmax())
-    alone = decoder(ours).generate(ASK, guidance=Weights.one("accuracy"), seed=2, **SHORT)
+    alone = decoder(own_reward_model).generate(ASK, guidance=Weights.one("accuracy"), seed=2, **SHORT)
     assert alone.steps[0].candidates[0].scores.items() <= result.steps[0].candidates[0].scores.items()
 
 
@@ -100,7 +100,7 @@ def test_a_batch_gives_each_request_what_it_gets_alone() -> None:
         assert (alone.token_ids, alone.reward_tokens) == (result.token_ids, result.reward_tokens)
 
 
-def test_a_text_that_outgrows_a_foreign_guide_ends_there_and_disturbs_no_other() -> None:
+def test_a_text_that_outgrows_a_classifier_ends_there_and_disturbs_no_other() -> None:
     short = len(byte_tokenizer().apply_chat_template(ASK, tokenize=True)["input_ids"]) + 40
     made = decoder(sequence_classifier(context=short))
     options = SHORT | {"max_new_tokens": 100}

@@ -1,4 +1,4 @@
-"""Sequence and token classifiers of other makers behind the `score` door."""
+"""Third-party sequence and token classifiers as scorers, asked through `score`."""
 
 from __future__ import annotations
 
