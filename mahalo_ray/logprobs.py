@@ -1,4 +1,7 @@
-"""Log-probabilities of given tokens, in chunks, so that [tokens, vocabulary] never exists whole.
+"""Log-probabilities of given tokens, in chunks, so that logits [tokens, vocabulary] never exist whole.
+
+Shapes: N tokens, D hidden size, V vocabulary, r rank of a low-rank head, C tokens of a chunk, B rows of T
+positions. Log-probs are natural logarithms (nats) in fp32.
 
 One projection serves every head: `logits = cap(scale * (h W^T + b + u A^T))`, where the low-rank part `u A^T`
 and all of bias, scale and soft-cap are optional. The forward pass keeps nothing but its inputs; the backward
@@ -22,10 +25,12 @@ DEFAULT_CHUNK_SIZE = 256
 
 @dataclass
 class _Projection:
-    """Hidden states to fp32 logits, chunk by chunk, in buffers of its own. Used without autograd.
+    """Hidden states [N, D] to fp32 logits [C, V], chunk by chunk, in buffers that are reused. Used without
+    autograd.
 
-    `linear`: the product is a call of `F.linear`, for which a reader may have put a faster kernel
-    (`decoding/cpu_matmul.py`); it has memory of its own.
+    weight [V, D]; bias [V]; inner [N, r] and outer [V, r] are the low-rank part. `linear`: multiply by
+    `F.linear`, which decoding replaces with a faster kernel on some processors (`decoding/cpu_matmul.py`),
+    instead of writing the product into a buffer.
     """
 
     hidden: Tensor
@@ -56,20 +61,20 @@ class _Projection:
         count = self.hidden.shape[0]
         return [slice(i, min(i + self.chunk_size, count)) for i in range(0, count, self.chunk_size)]
 
-    def rows(self, tensor: Tensor, at: slice) -> Tensor:
+    def rows(self, tensor: Tensor, chunk: slice) -> Tensor:
         """One chunk of hidden or inner states, in the dtype of the products."""
-        return tensor[at].to(self.dtype)
+        return tensor[chunk].to(self.dtype)
 
-    def logits(self, at: slice) -> Tensor:
-        """[C, V] in fp32, valid until the next call."""
-        hidden = self.rows(self.hidden, at)
+    def logits(self, chunk: slice) -> Tensor:
+        """The logits [C, V] of one chunk, fp32; the next call overwrites them."""
+        hidden = self.rows(self.hidden, chunk)
         if self._product is None:
             product = F.linear(hidden, self.weight)
         else:
             product = torch.mm(hidden, self.weight.T, out=self._product[: len(hidden)])
         if self.inner is not None:
             assert self.outer is not None
-            product.addmm_(self.rows(self.inner, at), self.outer.T)
+            product.addmm_(self.rows(self.inner, chunk), self.outer.T)
         if self.bias is not None:
             product += self.bias
         logits = product if self._logits is None else self._logits[: len(hidden)].copy_(product)
@@ -81,11 +86,16 @@ class _Projection:
 
 
 class _TokenLogps(torch.autograd.Function):
-    """log p(label) per token [N] with the logits recomputed in backward.
+    """log p(label) per token [N], with the logits computed again in backward."""
 
-    The weights must reach `apply` as the module's own parameters: autograd then saves the parameter itself,
-    not its storage, which is what lets ZeRO-3 free it after forward and gather it again before backward.
-    """
+    # Autograd would keep fp32 logits [N, V] and their softmax until backward: 2.4 GB each for 4,096 tokens of
+    # a vocabulary of 150,000. So forward saves its inputs only, and backward computes each chunk's logits
+    # [C, V] again and turns them into their gradient in place: one more matrix product for C / N of the
+    # memory. Without chunks in backward too, the peak would merely move from forward to backward.
+    #
+    # The weights must reach `apply` as the module's own parameters: autograd then saves the parameter itself,
+    # not its storage. ZeRO-3 frees the storage after forward and gathers it again before backward; a view or
+    # a cast copy saved here would keep the whole weight alive, or be empty when backward reads it.
 
     @staticmethod
     def forward(
@@ -99,7 +109,7 @@ class _TokenLogps(torch.autograd.Function):
         chunk_size: int,
         scale: float,
         softcap: float | None,
-        learns: bool,
+        grad_enabled: bool,
     ) -> Tensor:
         device_type = hidden.device.type
         autocast = torch.is_autocast_enabled(device_type)
@@ -108,13 +118,13 @@ class _TokenLogps(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, inner, outer, labels)
         logps = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
         with torch.autocast(device_type, enabled=False):
-            options = (chunk_size, scale, softcap, dtype, not learns)
+            options = (chunk_size, scale, softcap, dtype, not grad_enabled)
             projection = _Projection(hidden, weight, bias, inner, outer, *options)
             normal = projection.buffer(torch.float32)
-            for at in projection.chunks():
-                logits = projection.logits(at)
+            for chunk in projection.chunks():
+                logits = projection.logits(chunk)
                 torch.log_softmax(logits, -1, out=normal[: len(logits)])
-                logps[at] = normal[: len(logits)].gather(1, labels[at, None])[:, 0]
+                logps[chunk] = normal[: len(logits)].gather(1, labels[chunk, None])[:, 0]
         return logps
 
     @staticmethod
@@ -123,18 +133,21 @@ class _TokenLogps(torch.autograd.Function):
         hidden, weight, bias, inner, outer, labels = ctx.saved_tensors
         projection = _Projection(hidden, weight, bias, inner, outer, *ctx.options)
         softcap, scale = projection.softcap, projection.scale
-        wants_hidden, wants_weight, wants_bias, wants_inner, wants_outer = ctx.needs_input_grad[:5]
-        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_inner = torch.empty_like(inner) if wants_inner else None
-        grad_weight = _RowSum(weight) if wants_weight else None
-        grad_outer = _RowSum(outer) if wants_outer else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
+        needs_hidden, needs_weight, needs_bias, needs_inner, needs_outer = ctx.needs_input_grad[:5]
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_inner = torch.empty_like(inner) if needs_inner else None
+        grad_weight = _RowSum(weight) if needs_weight else None
+        grad_outer = _RowSum(outer) if needs_outer else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
         gradients = projection.buffer(torch.float32)
-        for at in projection.chunks():
-            logits = projection.logits(at)
+        for chunk in projection.chunks():
+            logits = projection.logits(chunk)
             # d log p(y) / d logits = onehot(y) - softmax(logits), times the gradient that arrives per token.
+            # A soft cap z = c tanh(x / c) has dz/dx = 1 - (z / c)^2, and `logits` holds z; it is overwritten
+            # there, so nothing may read it afterwards. Products run in the dtype of forward (bf16 under
+            # autocast); sums over chunks stay in fp32.
             g = torch.softmax(logits, -1, out=gradients[: len(logits)])
-            g.mul_(-grad[at, None]).scatter_add_(1, labels[at, None], grad[at, None])
+            g.mul_(-grad[chunk, None]).scatter_add_(1, labels[chunk, None], grad[chunk, None])
             if softcap is not None:
                 g -= g * logits.div_(softcap).square_()
             if scale != 1.0:
@@ -143,14 +156,14 @@ class _TokenLogps(torch.autograd.Function):
                 grad_bias += g.sum(0)
             g = g.to(projection.dtype)
             if grad_hidden is not None:
-                grad_hidden[at] = (g @ projection.weight).to(hidden.dtype)
+                grad_hidden[chunk] = (g @ projection.weight).to(hidden.dtype)
             if grad_weight is not None:
-                grad_weight.add(g, projection.rows(hidden, at))
+                grad_weight.add(g, projection.rows(hidden, chunk))
             if grad_inner is not None:
                 assert projection.outer is not None
-                grad_inner[at] = (g @ projection.outer).to(inner.dtype)
+                grad_inner[chunk] = (g @ projection.outer).to(inner.dtype)
             if grad_outer is not None:
-                grad_outer.add(g, projection.rows(inner, at))
+                grad_outer.add(g, projection.rows(inner, chunk))
         return (
             grad_hidden,
             None if grad_weight is None else grad_weight.total(),
@@ -162,8 +175,8 @@ class _TokenLogps(torch.autograd.Function):
 
 
 class _RowSum:
-    """The gradient of a weight, summed over chunks in fp32: adding chunk after chunk in bf16 would round each
-    time.
+    """The gradient of a weight [V, D] (or [V, r]), summed over chunks in fp32: a sum kept in bf16 would round
+    at every chunk and lose small contributions.
     """
 
     def __init__(self, like: Tensor) -> None:
@@ -171,7 +184,7 @@ class _RowSum:
         self._sum: Tensor | None = None
 
     def add(self, g: Tensor, rows: Tensor) -> None:
-        """Add g^T rows; in fp32 without a temporary of the weight's size."""
+        """Add g^T rows for g [C, V] and rows [C, D]; in fp32 without a temporary of the weight's size."""
         if self._sum is None:
             self._sum = (g.T @ rows).float()
         elif g.dtype == torch.float32:
@@ -199,8 +212,13 @@ def token_logps(
 
     hidden [N, D]; head_weight [V, D]; labels [N] in 0..V-1; bias [V]. `low_rank` = (A [V, r], B [r, D]) adds
     `A B` to the head weight without forming it. At most `chunk_size` rows of logits exist at a time, forward
-    and backward. N = 0 is legal and gives zero gradients. Raises ValueError on a chunk size below 1 or on
-    shapes that do not fit.
+    and backward. N = 0 is legal and gives zero gradients: under ZeRO-3 every worker calls every head. Raises
+    ValueError for a chunk size below 1 and for shapes that do not fit.
+
+    >>> import torch
+    >>> hidden, head_weight = torch.zeros(2, 4), torch.zeros(8, 4)
+    >>> token_logps(hidden, head_weight, torch.tensor([0, 3])).exp()
+    tensor([0.1250, 0.1250])
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}: it counts tokens and must be at least 1")
@@ -213,9 +231,9 @@ def token_logps(
     if low_rank is not None:
         outer = low_rank[0]
         inner = hidden.to(low_rank[1].dtype) @ low_rank[1].T
-    learns = torch.is_grad_enabled()
+    grad_enabled = torch.is_grad_enabled()
     return _TokenLogps.apply(
-        hidden, head_weight, bias, inner, outer, labels, chunk_size, logit_scale, logit_softcap, learns
+        hidden, head_weight, bias, inner, outer, labels, chunk_size, logit_scale, logit_softcap, grad_enabled
     )
 
 
@@ -228,7 +246,8 @@ def completion_logps(
     logit_softcap: float | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Log-probability of every row's counted tokens, fp32 [B]: their sum, or with `average` their mean.
+    """Log-probability of every row's counted tokens, fp32 [B] in nats: their sum, or with `average` their
+    mean.
 
     hidden [B, T, D]; labels [B, T], already shifted (labels[b, t] is the token that hidden[b, t] predicts),
     -100 where a token does not count. Only counted tokens touch the head. A row without any gives 0.
@@ -241,7 +260,9 @@ def completion_logps(
 
 
 def sum_rows(logps: Tensor, rows: Tensor, count: int, average: bool = False) -> Tensor:
-    """Per-row sums (or means) [count] of values [N] that belong to rows [N]; 0 for a row without values."""
+    """Sums (or means) [count] of values [N] by the row that each belongs to (`rows` [N], 0 .. count - 1); 0
+    for a row without values.
+    """
     totals = logps.new_zeros(count).index_add(0, rows, logps)
     if average:
         totals = totals / torch.bincount(rows, minlength=count).clamp(min=1)
@@ -249,5 +270,7 @@ def sum_rows(logps: Tensor, rows: Tensor, count: int, average: bool = False) -> 
 
 
 def shift_labels(labels: Tensor) -> Tensor:
-    """Labels aligned with the input ids [B, T] -> labels aligned with the states that predict them [B, T]."""
+    """Labels [B, T] aligned with the input ids -> labels [B, T] aligned with the states that predict them:
+    one position earlier, the last one -100.
+    """
     return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORE_INDEX)], dim=1)

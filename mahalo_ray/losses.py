@@ -56,11 +56,22 @@ def dpo_loss(
 ) -> Tensor:
     """Direct preference optimisation on per-row log-probs, [B].
 
-    With h = (log pi(c) - log ref(c)) - (log pi(r) - log ref(r)) and x = beta h - margin:
-    `sigmoid` (Rafailov et al. 2023, eq. 7) is -log sigmoid(x); `ipo` (Azar et al. 2023, eq. 17) is
-    (x / beta - 1 / (2 beta))^2. `label_smoothing` e (Mitchell 2023, conservative DPO) is the assumed share of
-    swapped pairs: (1 - e) loss(x) + e loss(-x), for both kinds. beta is a number or one per row [B]; margin
-    [B] is in units of beta h. Length-normalised variants take averaged log-probs.
+    Log-probs are summed over an answer's tokens, in nats, [B] each: of the policy pi and of the frozen
+    reference ref, for the chosen answer c and the rejected answer r of one prompt. With
+    h = (log pi(c) - log ref(c)) - (log pi(r) - log ref(r)) and x = beta h - margin:
+    `sigmoid` (Rafailov et al. 2023, arXiv 2305.18290, eq. 7) is -log sigmoid(x); `ipo` (Azar et al. 2023,
+    arXiv 2310.12036, eq. 17) is (x / beta - 1 / (2 beta))^2. MAH-DPO (MAHALO, arXiv 2510.01167) takes this
+    loss under the head of each pair's objective.
+
+    `label_smoothing` e (Mitchell 2023, conservative DPO) is the assumed share of swapped pairs:
+    (1 - e) loss(x) + e loss(-x), for both kinds. beta is a number or one per row [B]; margin [B] is in units
+    of beta h. Length-normalised variants take averaged log-probs. ValueError for an unknown
+    kind, a beta not above 0, or a smoothing outside [0, 0.5).
+
+    >>> import torch
+    >>> same = torch.tensor([-10.0])
+    >>> dpo_loss(same, same, same, same, beta=0.1)  # nothing learned yet: log 2
+    tensor([0.6931])
     """
     if not 0.0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing is {label_smoothing}: the share of swapped pairs lies in [0, 0.5)")
@@ -83,20 +94,24 @@ def dpo_loss(
 def modpo_margin(
     chosen_scores: Tensor, rejected_scores: Tensor, weights: Sequence[float], index: int
 ) -> Tensor:
-    """The margin [B] of multi-objective DPO (Zhou et al. 2024) for pairs of objective `index`.
+    """The margin [B] of multi-objective DPO (MODPO, Zhou et al. 2024, arXiv 2310.03708) for pairs of
+    objective `index`.
 
     scores [B, H] are rewards of all objectives; weights has H entries summing to 1; the objective's own
     column is not used. margin = sum over j != index of w_j (r_j(chosen) - r_j(rejected)) / w_index.
+    ValueError if w_index is not above 0.
     """
-    own = weights[index]
-    if own <= 0:
-        raise ValueError(f"weight {index} is {own}: MODPO divides by the weight of the pairs' own objective")
+    pair_weight = weights[index]
+    if pair_weight <= 0:
+        raise ValueError(
+            f"weight {index} is {pair_weight}: MODPO divides by the weight of the pairs' own objective"
+        )
     others = torch.as_tensor(weights, dtype=chosen_scores.dtype, device=chosen_scores.device).clone()
     others[index] = 0.0
     difference = chosen_scores - rejected_scores
     # A missing score (NaN) of the pair's own objective must not reach the sum through 0 * NaN.
     difference = difference.index_fill(1, torch.tensor([index], device=difference.device), 0.0)
-    return difference @ others / own
+    return difference @ others / pair_weight
 
 
 def modpo_loss(
@@ -111,7 +126,10 @@ def modpo_loss(
     beta: float,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Multi-objective DPO (Zhou et al. 2024), [B]: DPO with beta / w_index and `modpo_margin`."""
+    """MODPO (Zhou et al. 2024, arXiv 2310.03708), [B]: DPO with beta / w_index and `modpo_margin`.
+
+    Log-probs [B] as in `dpo_loss`, scores [B, H] and errors as in `modpo_margin`.
+    """
     margin = modpo_margin(chosen_scores, rejected_scores, weights, index)
     return dpo_loss(
         policy_chosen,
@@ -141,20 +159,24 @@ def labelled(targets: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def value_mse(values: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Squared error, shape of `values`; 0 (and no gradient) where no label exists."""
+    """Squared error, shape of `values`; 0 (and no gradient) where no label exists. ValueError if the shapes
+    differ.
+    """
     return _pointwise(lambda v, t: (v - t) ** 2, values, targets, mask)
 
 
 def step_bce(logits: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Binary cross entropy of logits against targets in [0, 1], shape of `logits`; 0 where unlabelled."""
+    """Binary cross entropy in nats of logits against targets in [0, 1], shape of `logits`; 0 (and no
+    gradient) where no label exists. A target may be a fraction: the mean of several judgements.
+    """
     return _pointwise(
         lambda x, t: F.binary_cross_entropy_with_logits(x, t, reduction="none"), logits, targets, mask
     )
 
 
 def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | None = None) -> Tensor:
-    """-log sigmoid(chosen - rejected - margin), [B] (Bradley and Terry 1952; margin as in Touvron et al.
-    2023).
+    """-log sigmoid(chosen - rejected - margin), [B], of the scores [B] of both answers (Bradley and Terry
+    1952; margin [B] as in Touvron et al. 2023, arXiv 2307.09288).
     """
     difference = chosen - rejected
     return -F.logsigmoid(difference if margin is None else difference - margin)
@@ -177,6 +199,7 @@ def within_prompt_ranking(
         raise ValueError(f"threshold is {threshold}: a difference of targets cannot be below 0")
     present = labelled(targets, mask).flatten()
     scores, targets, groups = (tensor.flatten()[present] for tensor in (scores, targets, groups))
+    # All pairs at once as [N, N] comparisons of the N labelled scores: a micro-batch holds few candidates.
     better = (groups[:, None] == groups[None, :]) & (targets[:, None] - targets[None, :] > threshold)
     high, low = better.nonzero(as_tuple=True)
     return -F.logsigmoid(scores[high] - scores[low])

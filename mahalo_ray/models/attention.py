@@ -1,5 +1,8 @@
-"""What our own transformers attention implementations are made of: how they are called, what they refuse, and
-plain attention."""
+"""The base of this package's attention implementations for transformers: how they are called, what they
+refuse, and causal attention behind a prefix.
+
+Shapes: B rows, Hq query heads, Hkv key/value heads, S new tokens, L keys, D size of a head.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ _UNSUPPORTED = ("s_aux", "position_bias", "head_mask", "encoder_hidden_states")
 
 
 class View(Protocol):
-    """What the queries of one forward may look at."""
+    """What the queries of one forward may look at: packed pairs, or a prefix in the decoding cache."""
 
     @property
     def context(self) -> int:
@@ -34,8 +37,8 @@ def register_attention(implementation: str, argument: str, by: str) -> None:
     """Register an attention implementation that leaves everything to the View a model is called with.
 
     `argument` names it among the model's keyword arguments; `by` names the implementation in errors. No mask
-    is built by transformers: what may be seen belongs to the view. ValueError, when a model is called, for a
-    module that does not pass the view on, or that wants something which would change the result.
+    is built by transformers: the view decides what may be seen. ValueError, when a model is called, for a
+    module that does not pass the view on, or that asks for something which would change the result.
     """
 
     def forward(
@@ -92,6 +95,10 @@ def prefix_attention(
     query [B, Hq, S, D]; key, value [B, Hkv, L, D]; starts [B]: the position of each row's first query among
     its keys (None: 0 for every row and L = S, the plain causal case). Returns [B, S, Hq, D].
     """
+    # Query i of row b sees keys 0 .. starts[b] + i. SDPA's `is_causal` lines query 0 up with key 0, whatever
+    # L is, so it is right only without a prefix; with one it would hide most of it. The mask [B, 1, S, L] is
+    # then made here. It also hides what stands behind a shorter row's tokens, which other sequences left in
+    # the buffer.
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_heads(key, groups), repeat_heads(value, groups)
     mask = None if starts is None else _visible(starts, query.shape[2], key.shape[2])
@@ -99,7 +106,10 @@ def prefix_attention(
         out = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling
         )
-    else:  # SDPA has no soft cap
+    else:
+        # SDPA has no soft cap, so scores [B, Hq, S, L] are formed. The cap comes before the mask: tanh would
+        # turn a masked -inf into -softcap, and hidden keys would keep some weight. The softmax sums in fp32,
+        # as transformers' own attention does.
         if mask is None:
             mask = _visible(
                 torch.zeros(1, dtype=torch.long, device=query.device), query.shape[2], key.shape[2]
@@ -117,4 +127,7 @@ def _visible(starts: Tensor, width: int, length: int) -> Tensor:
 
 
 def softcapped(scores: Tensor, softcap: float | None) -> Tensor:
+    """softcap * tanh(scores / softcap), which lies within +-softcap (Gemma 2, arXiv 2408.00118); None: as
+    they are.
+    """
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)

@@ -21,6 +21,10 @@ from mahalo_ray.models.sharding import full_shape, gathered
 class LogitTransform:
     """What a model does after its head: logits = softcap * tanh(scale * (W h + b) / softcap)."""
 
+    # tanh is not linear: the weighted sum of capped logits is not the capped output of any matrix. Heads are
+    # therefore mixed before it, sum_i w_i (W_i h + b_i), and the cap is applied once. Mixed behind the cap,
+    # `merge` could not give an ordinary model with the same logits as the mixture.
+
     scale: float = 1.0
     softcap: float | None = None
 
@@ -181,11 +185,12 @@ def initialise_full(head: FullHead, weight: Tensor, bias: Tensor | None, noise: 
 
 @torch.no_grad()
 def initialise_low_rank(head: LowRankHead, noise: float, seed: int) -> None:
-    """B has rows of unit length, A is small: an entry of A B has standard deviation `noise`, as in a full
-    head.
-
-    Neither factor is zero (for noise > 0), so both get a gradient from the first step on.
+    """B [r, D] has rows of about unit length, A [V, r] is small: an entry of A B has standard deviation
+    `noise`, as in a full head.
     """
+    # Variances: 1 / D in B, noise^2 D / r in A; an entry of A B sums r products: r (noise^2 D / r) / D. The
+    # usual start of LoRA, one factor at zero, is not taken: the other one would have no gradient in the first
+    # step, and all heads would start as the same function. So neither is zero (for noise > 0).
     generator = torch.Generator().manual_seed(seed)
     (rank, hidden_size), vocab_size = head.factor_b.shape, head.factor_a.shape[0]
     factor_b = torch.randn(rank, hidden_size, generator=generator) / hidden_size**0.5
@@ -195,7 +200,7 @@ def initialise_low_rank(head: LowRankHead, noise: float, seed: int) -> None:
 
 
 def head_seed(seed: int, objective: str) -> int:
-    """A seed of its own for every objective, whatever their order and number."""
+    """A seed per objective that does not change with the order and number of the others."""
     return zlib.crc32(f"{seed}:{objective}".encode())
 
 
@@ -207,14 +212,16 @@ def initialise_heads(
     noise: float,
     seed: int,
 ) -> None:
-    """Start every head from the base weight [V, D] (bias [V]) plus noise; ZeRO-3 gathers one at a time."""
+    """Start every head from the base weight [V, D] (bias [V]) plus noise of standard deviation `noise`.
+    ZeRO-3 gathers one head at a time.
+    """
     source = [weight] if bias is None else [weight, bias]
     if base_head is not None:
         with gathered([*source, *base_head.parameters()], writable=True):
             initialise_full(base_head, weight, bias, 0.0, 0)
     for objective, head in heads.items():
-        own = [parameter for parameter in head.parameters() if parameter.requires_grad]
-        with gathered([*source, *own], writable=True):
+        head_parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
+        with gathered([*source, *head_parameters], writable=True):
             if isinstance(head, FullHead):
                 initialise_full(head, weight, bias, noise, head_seed(seed, objective))
             else:
@@ -237,9 +244,14 @@ def check_objectives(objectives: Sequence[str]) -> None:
 
 
 def weighted_projection(heads: Sequence[Head], hidden: Tensor, columns: Sequence[Tensor]) -> Tensor:
-    """sum_i w_i (W_i h + b_i), [..., V]; columns[i] broadcasts against hidden [..., D]. Low-rank heads read
-    W_0 once.
+    """sum_i w_i (W_i h + b_i), [..., V], of H heads; columns[i] broadcasts against hidden [..., D].
+
+    The mixture of MAHALO (arXiv 2510.01167, section 3.2), before scale and soft cap.
     """
+    # Weights may differ from row to row, so no merged matrix serves all; H full heads cost H products with
+    # [V, D]. Low-rank heads share W_0: sum_i w_i (W_0 h + A_i B_i h) = (sum_i w_i) W_0 h + [A_1 .. A_H] u,
+    # where u [..., H r] stacks w_i B_i h. That is one product with [V, D] and one with [V, H r]. Weighting u
+    # instead of the outputs saves H passes over [..., V].
     if isinstance(heads[0], FullHead):
         products = [w * head.project(hidden) for head, w in zip(heads, columns, strict=True)]
         return sum(products[1:], products[0])
@@ -252,7 +264,13 @@ def weighted_projection(heads: Sequence[Head], hidden: Tensor, columns: Sequence
 
 @torch.no_grad()
 def merge_heads(heads: Sequence[Head], weights: Sequence[float]) -> FullHead:
-    """One frozen head with sum_i w_i W_i and sum_i w_i b_i, summed in fp32 and stored in the heads' dtype."""
+    """One frozen head with sum_i w_i W_i and sum_i w_i b_i, summed in fp32 and stored in the heads' dtype.
+
+    `weights`: one number per head; heads of weight 0 are not read.
+    """
+    # Summed in bf16, every addition would round to 8 significant bits: the merged head would depend on the
+    # order of the heads, and a small w_i W_i could be lost. Heads are added one at a time into one fp32
+    # matrix [V, D], so that H copies of it are never held.
     shares = [(head, w) for head, w in zip(heads, weights, strict=True) if w != 0]
     first = shares[0][0]
     weight = torch.zeros(first.weight.shape, dtype=torch.float32, device=first.weight.device)

@@ -28,20 +28,24 @@ IMPLEMENTATION = "mahalo_pairs"
 
 @dataclass(frozen=True)
 class PairLayout:
-    """Where pairs lie in their packed sequence, and what each token of it attends to (a View). `lengths`
-    [R][3]: tokens of prompt, chosen and rejected as packed; each may be 0."""
+    """Where R pairs lie in their packed sequence of N tokens, and what each token attends to (a View).
+
+    `lengths` [R][3]: tokens of prompt, chosen and rejected as packed (the prompt's last token is counted with
+    each answer, an answer's last one not at all); each may be 0.
+    """
 
     lengths: list[list[int]]
 
     @cached_property
     def spans(self) -> list[tuple[int, int, int, int]]:
-        """(prompt's begin, chosen's begin, rejected's begin, end) of every pair."""
-        found, at = [], 0
+        """Positions in the packed sequence of every pair: where prompt, chosen and rejected begin, and the
+        end."""
+        spans, begin = [], 0
         for prompt, chosen, rejected in self.lengths:
-            bounds = (at, at + prompt, at + prompt + chosen, at + prompt + chosen + rejected)
-            found.append(bounds)
-            at = bounds[-1]
-        return found
+            bounds = (begin, begin + prompt, begin + prompt + chosen, begin + prompt + chosen + rejected)
+            spans.append(bounds)
+            begin = bounds[-1]
+        return spans
 
     @property
     def context(self) -> int:
@@ -52,21 +56,29 @@ class PairLayout:
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None
     ) -> Tensor:
         """query [1, Hq, N, D]; key, value [1, Hkv, N, D] -> [1, N, Hq, D]."""
-        found = []
-        for first, middle, last, end in self.spans:
-            q, k, v = (states[:, :, first:end] for states in (query, key, value))
-            prompt, whole = middle - first, last - first
-            found.append(
-                prefix_attention(q[:, :, :whole], k[:, :, :whole], v[:, :, :whole], None, scaling, softcap)
+        # Two small attentions per pair instead of one over the whole sequence. [prompt, chosen] is plain
+        # causal attention; the R' rejected queries look at P prompt keys and R' of their own, and begin at
+        # position P of these. One causal attention over all N tokens would show the rejected answer the
+        # chosen one, and each pair those before it; a mask against that would cost N^2 scores.
+        outputs = []
+        for pair_begin, chosen_begin, rejected_begin, pair_end in self.spans:
+            q, k, v = (states[:, :, pair_begin:pair_end] for states in (query, key, value))
+            prompt, first_row = chosen_begin - pair_begin, rejected_begin - pair_begin
+            outputs.append(
+                prefix_attention(
+                    q[:, :, :first_row], k[:, :, :first_row], v[:, :, :first_row], None, scaling, softcap
+                )
             )
-            if end > last:
-                keys, values = (torch.cat([s[:, :, :prompt], s[:, :, whole:]], dim=2) for s in (k, v))
+            if pair_end > rejected_begin:
+                keys, values = (torch.cat([s[:, :, :prompt], s[:, :, first_row:]], dim=2) for s in (k, v))
                 starts = torch.tensor([prompt], device=query.device)
-                found.append(prefix_attention(q[:, :, whole:], keys, values, starts, scaling, softcap))
-        return torch.cat(found, dim=1)
+                outputs.append(prefix_attention(q[:, :, first_row:], keys, values, starts, scaling, softcap))
+        return torch.cat(outputs, dim=1)
 
     def positions(self, device: torch.device) -> Tensor:
-        """Position ids [1, N]: both answers begin where their prompt ends."""
+        """Position ids [1, N]: both answers begin where their prompt ends. Counted through the packed
+        sequence, a rejected answer would stand behind the chosen one and be encoded for other positions.
+        """
         parts = []
         for prompt, chosen, rejected in self.lengths:
             parts += [torch.arange(prompt + chosen), torch.arange(prompt, prompt + rejected)]
@@ -82,7 +94,8 @@ class PairLayout:
 
 
 def packed_arguments(pair_lengths: Tensor | None) -> dict[str, Any]:
-    """What a backbone needs beside the input ids of packed pairs [R, 3]; nothing for ordinary rows (None)."""
+    """Keyword arguments of a backbone that reads packed pairs of lengths [R, 3]; none for ordinary rows
+    (None)."""
     if pair_lengths is None:
         return {}
     layout = PairLayout(pair_lengths.tolist())
@@ -90,7 +103,8 @@ def packed_arguments(pair_lengths: Tensor | None) -> dict[str, Any]:
 
 
 def sequence_numbers(labels: Tensor, pair_lengths: Tensor | None) -> Tensor:
-    """The sequence that every token belongs to, shaped as the labels: its row, or as packed pairs have it."""
+    """The number of the sequence that every token belongs to, shaped as the labels [B, T] or [1, N]: its row,
+    or for packed pairs `PairLayout.rows`."""
     if pair_lengths is None:
         return torch.arange(labels.shape[0], device=labels.device)[:, None].expand_as(labels)
     return PairLayout(pair_lengths.tolist()).rows(labels.device)
@@ -119,8 +133,8 @@ def packing_unsupported_reason(
 
 
 def enable_pair_packing(backbone: PreTrainedModel) -> None:
-    """Give a backbone the attention of packed pairs; ValueError if it computes something else with it (seen
-    on one small pair)."""
+    """Give a backbone the attention of packed pairs. ValueError if its states of one small pair then differ
+    from those of two ordinary sequences, by more than 1e-3 of the largest (5 % in half precision)."""
     with whole_modules(backbone):
         expected = _states_of_a_pair(backbone, packed=False)
         backbone.set_attn_implementation(IMPLEMENTATION)

@@ -41,9 +41,12 @@ def full_shape(parameter: nn.Parameter) -> torch.Size:
 def whole_modules(model: nn.Module) -> Iterator[None]:
     """Inside, the model can be called although ZeRO-3 has sharded it and no engine is around it yet.
 
-    Every module's own parameters are gathered while it runs, and no longer, so that few of them are whole at
-    a time. Every rank must make the same calls.
+    The parameters of each module are gathered while it runs. Every rank must make the same calls.
     """
+    # Until an engine exists nothing gathers by itself, and a forward would meet parameters with no elements.
+    # Gathering the model as a whole would need all of it on every rank, which ZeRO-3 is there to avoid. So a
+    # hook gathers what a module holds directly (`recurse=False`: the root would gather everything), and
+    # another one frees it, also after an error (`always_call`). A list per module, since one may run nested.
     running: dict[nn.Module, list[AbstractContextManager[None]]] = {}
 
     def gather(module: nn.Module, args: Any) -> None:
@@ -68,7 +71,10 @@ def whole_modules(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def gathered(parameters: Iterable[nn.Parameter], writable: bool = False) -> Iterator[None]:
-    """Whole parameters inside the block; with `writable`, what rank 0 wrote is what every rank gets."""
+    """Whole parameters inside the block; with `writable`, what rank 0 wrote is what every rank gets.
+
+    Gathering is a collective operation: a rank that does not come here leaves the others waiting for ever.
+    """
     sharded = [parameter for parameter in parameters if is_sharded(parameter)]
     if not sharded:
         yield
