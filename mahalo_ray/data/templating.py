@@ -6,8 +6,11 @@ Message text is data: a special token written inside a message is encoded as pla
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
+from datetime import datetime
 from functools import lru_cache
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +21,10 @@ _MARK = "\x02{}\x03"
 _THOUGHT = "</think>"
 _MOST_SPACES = 32
 
+# Given to templates that write today's date: tokens that change at midnight would make a resumed run another
+# one. It is the date that Llama-3.2's template falls back to.
+FIXED_DATE = datetime(2024, 7, 26)
+
 # Token ids of texts that were encoded: those of a dialogue's turns are asked for again and again. Bounded in
 # number and in length, as some 50 MB at most.
 _TEXTS_KEPT = 2048
@@ -27,8 +34,11 @@ _LONGEST_KEPT = 2000  # characters
 class ChatFormat:
     """Encodes conversations for one tokenizer and its chat template.
 
-    Prompts are the template's own rendering, token for token: outer spaces of messages and the reasoning of
-    earlier answers (up to `</think>`) are left out where the template leaves them out. Conversations that go
+    Prompts are the template's own rendering, token for token as `apply_chat_template` tokenises it: words may
+    join the template's text around them ("[INST] Hi"), outer spaces of messages and the reasoning of earlier
+    answers (up to `</think>`) are left out where the template leaves them out. Only a message that holds the
+    text of a special token is encoded apart, as characters. A template that writes today's date is given
+    `FIXED_DATE`. Conversations that go
     on token by token (`following_ids`) need a prefix-stable template as well: adding messages must not change
     what was rendered before. One that breaks this is refused, by name, at the first conversation that shows
     it; it can still answer whole prompts, as an endpoint does.
@@ -49,19 +59,31 @@ class ChatFormat:
             raise ValueError(f"tokenizer '{tokenizer.name_or_path}' has no chat template")
         self.tokenizer = tokenizer
         self._encode_text = lru_cache(maxsize=_TEXTS_KEPT)(self._encode_text_uncached)
+        self._encode_rendered = lru_cache(maxsize=_TEXTS_KEPT)(self._encode_rendered_uncached)
         self._pieces = lru_cache(maxsize=1024)(self._pieces_uncached)
         self._encode_template = lru_cache(maxsize=1024)(self._encode_template_uncached)
         self._stable: set[tuple[str, ...]] = set()
+        # None: the tokenizer's own (of several named templates, the one it chooses itself).
+        template = tokenizer.chat_template
+        self._dated_template = _with_fixed_date(template) if isinstance(template, str) else None
         markers = _marker_ids(tokenizer)
+        texts = sorted(
+            map(str, tokenizer.convert_ids_to_tokens(sorted(markers | set(tokenizer.all_special_ids))))
+        )
+        self._marker_text = re.compile("|".join(map(re.escape, texts)) or r"(?!)")
         self.closing = self._find_closing(markers)
         self.end_id = self.closing[-1]
+        self._end_text = str(tokenizer.convert_ids_to_tokens(self.end_id))
         known_ends = {self.end_id, tokenizer.eos_token_id, *(markers & set(end_ids))}
         self.end_ids = frozenset(known_ends - {None})
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation up to where the assistant speaks next."""
         pieces = self._pieces(tuple(message.role for message in messages))
-        return self._fill(pieces, self._as_rendered(messages, pieces))
+        contents = self._as_rendered(messages, pieces)
+        if any(map(self._marker_text.search, contents)):
+            return self._fill(pieces, contents)
+        return list(self._rendered_ids(_joined(pieces, contents)))
 
     def following_ids(self, messages: Sequence[Message], replies: Sequence[Message]) -> list[int]:
         """Token ids from the end of the last (assistant) message of `messages`, whose end token was sampled,
@@ -73,10 +95,14 @@ class ChatFormat:
         # pieces[i] precedes message i: the first one here follows the assistant's text, end token first.
         opening, closing = self._encode_template(pieces[len(before)]), self.closing
         if opening[: len(closing)] != closing:
-            end = self.tokenizer.convert_ids_to_tokens(self.end_id)
-            raise self._refusal(f"not every assistant message is closed by '{end}'")
+            raise self._refusal(f"not every assistant message is closed by '{self._end_text}'")
         contents = self._as_rendered([*messages, *replies], pieces)[len(before) :]
-        return list(opening[len(closing) :]) + self._fill(("", *pieces[len(before) + 1 :]), contents)
+        rest = (pieces[len(before)].partition(self._end_text)[2], *pieces[len(before) + 1 :])
+        # Behind the end token, so that no space is put before the text as before the first of a sequence.
+        ids = self._rendered_ids(self._end_text + _joined(rest, contents))
+        if any(map(self._marker_text.search, contents)) or ids[0] != self.end_id:
+            return list(opening[len(closing) :]) + self._fill(("", *rest[1:]), contents)
+        return list(ids[1:])
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of sampled ids, without special tokens, spaces untouched."""
@@ -167,12 +193,12 @@ class ChatFormat:
         asked = [{"role": "user", "content": first}, {"role": "assistant", "content": answer}]
         try:
             talk = [*asked, {"role": "user", "content": second}]
-            rendered = str(self.tokenizer.apply_chat_template(talk, tokenize=False))
+            rendered = self._render(talk)
         except TemplateError:  # a template for one question and one answer
             rendered = ""
         if answer not in rendered or second not in rendered:
             try:
-                rendered = str(self.tokenizer.apply_chat_template(asked, tokenize=False))
+                rendered = self._render(asked)
             except TemplateError as error:
                 raise self._refusal(f"it cannot render a question and its answer ({error})") from error
         return rendered.partition(answer)[2].partition(second)[0]
@@ -199,22 +225,33 @@ class ChatFormat:
         marked = [{"role": role, "content": _MARK.format(i)} for i, role in enumerate(roles)]
         text = self._apply(marked, add_generation_prompt=True)
         for cut in range(1, len(roles)):
-            if not text.startswith(self._apply(marked[:cut], add_generation_prompt=False)):
+            # What asks for an answer stands before that answer in the history, too.
+            asks = roles[cut] == "assistant"
+            if not text.startswith(self._apply(marked[:cut], add_generation_prompt=asks)):
                 raise self._refusal(f"adding message {cut + 1} changes what was rendered before it")
         self._stable.add(roles)
 
     def _apply(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=add_generation_prompt
-                )
-            )
+            return self._render(messages, add_generation_prompt=add_generation_prompt)
         except TemplateError as error:
             raise self._refusal(f"it refuses a conversation of these roles ({error})") from error
 
+    def _render(self, messages: list[dict[str, str]], **options: Any) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
+                messages, tokenize=False, chat_template=self._dated_template, **options
+            )
+        )
+
     def _encode_template_uncached(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False)) if text else ()
+
+    def _rendered_ids(self, text: str) -> tuple[int, ...]:
+        return (self._encode_rendered if len(text) <= _LONGEST_KEPT else self._encode_rendered_uncached)(text)
+
+    def _encode_rendered_uncached(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
     def _ids_of(self, text: str) -> tuple[int, ...]:
         return (self._encode_text if len(text) <= _LONGEST_KEPT else self._encode_text_uncached)(text)
@@ -228,6 +265,17 @@ class ChatFormat:
             f"the chat template of tokenizer '{self.tokenizer.name_or_path}' cannot be used for token-exact "
             f"conversations: {why}. Set another chat_template on the tokenizer."
         )
+
+
+def _with_fixed_date(template: str) -> str:
+    """The template with `FIXED_DATE` for every `strftime_now('...')`."""
+    written = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+    return written.sub(lambda call: repr(FIXED_DATE.strftime(call[2])), template)
+
+
+def _joined(pieces: Sequence[str], contents: Sequence[str]) -> str:
+    """The template's text with the contents between its pieces."""
+    return pieces[0] + "".join(content + piece for content, piece in zip(contents, pieces[1:], strict=True))
 
 
 def _cuts(length: int) -> list[int]:
