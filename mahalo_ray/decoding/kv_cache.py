@@ -161,6 +161,7 @@ class RaggedCache:
         rows, columns = np.array([(ref.row, ref.column) for ref in refs]).T
         for block_id, block in blocks.items():
             in_block = np.flatnonzero(block_of_ref == block_id)
+            # One entry per token to copy: which sequence, and the token's offset in its branch.
             which, offset = np.nonzero(np.arange(int(counts.max())) < counts[in_block][:, None])
             if len(which) == 0:
                 continue
@@ -295,7 +296,10 @@ def shared_prefix_attention(
         if parts is not None:
             halves = [shared_prefix_attention(*part, scaling, softcap) for part in parts]
             return torch.cat(halves, dim=0 if rows * branches > 1 else 1)
-    # The K branches become K*G*S query rows of ONE matmul against the prefix they share.
+    # The K branches of a row, times G query heads per key/value head, times S tokens become K*G*S query rows
+    # of one product [K*G*S, D] @ [D, L] with the prefix that they share, [N, Hkv, L, D]. Giving every branch
+    # a copy would hold and read the prefix K times. A branch's own few keys cannot be shared, so they are a
+    # second product, batched over branches.
     query = query.view(rows, branches, kv_heads, groups, width, dim).permute(0, 2, 1, 3, 4, 5) * scaling
     query = query.reshape(rows, kv_heads, branches * groups * width, dim)
     to_prefix = query @ prefix[0].transpose(-1, -2)
@@ -306,6 +310,9 @@ def shared_prefix_attention(
     if own_bias is not None:
         to_own = to_own.view(rows, kv_heads, branches, groups, width, own_length) + own_bias
     to_own = to_own.reshape(rows, kv_heads, branches * groups * width, own_length)
+    # Both parts are joined before the softmax, [N, Hkv, K*G*S, L + T]. Two softmaxes, averaged, would each
+    # sum to 1 and give the few own tokens as much weight as the whole prefix. Merged by their log-sum-exps
+    # they would be right, with more passes over the outputs and rounding of its own.
     scores = torch.cat([to_prefix, to_own], dim=-1)
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     out = weights[..., :length] @ prefix[1]
@@ -328,7 +335,11 @@ def _halves(
     own_bias: Tensor | None,
 ) -> list[_Attention] | None:
     """The arguments of `shared_prefix_attention` for each half of the rows; of one row's branches; or of one
-    branch's queries. None for a single query."""
+    branch's queries. None for a single query.
+    """
+    # Queries are halved, never keys: a softmax runs over all keys of one query, so halves of queries are
+    # independent and their results are put behind each other. Halves of keys would have to be merged with
+    # running maxima and sums. Views only: nothing is copied, and only the scores are bounded by this.
     rows, _, branches, _, _ = own[0].shape
     width = query.shape[2]
     if rows > 1:
@@ -428,10 +439,14 @@ class Branches:
         New row i belongs to the prefix of the old row source_rows[i] (-1: a new one, `restart` it), now at
         slots[i]. source [N', K'] has the old grid index of every new place (-1: an empty one).
         """
-        kept = np.flatnonzero(source_rows >= 0)
+        # Every layer's [N, Hkv, K, T, D] is gathered into a new buffer, not shuffled in place: moves may go
+        # both ways, so a place could be overwritten before it was read, and `block` has handed out the old
+        # buffers. New places are zero, not uninitialised: a bias of -inf gives them weight 0, but 0 * NaN is
+        # NaN and would reach the sum over values.
+        old_rows = np.flatnonzero(source_rows >= 0)
         lengths, prefix_lengths = np.zeros((2, len(source_rows)), dtype=np.int64)
-        lengths[kept] = self.lengths[source_rows[kept]]
-        prefix_lengths[kept] = self.prefix_lengths[source_rows[kept]]
+        lengths[old_rows] = self.lengths[source_rows[old_rows]]
+        prefix_lengths[old_rows] = self.prefix_lengths[source_rows[old_rows]]
         self.lengths, self.prefix_lengths = lengths, prefix_lengths
         self._capacity = int(lengths.max(initial=0))
         columns = source.shape[1]

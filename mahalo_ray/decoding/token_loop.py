@@ -199,10 +199,10 @@ class SampleBuffers:
 
     def regrid(self, source: np.ndarray, columns: int) -> None:
         """Row i was row source[i] (-1: a new one), in a grid with another number of columns."""
-        kept = source >= 0
+        is_old = source >= 0
         common = np.arange(min(columns, self.columns))
-        new = (np.flatnonzero(kept)[:, None] * columns + common).reshape(-1)
-        old = (source[kept][:, None] * self.columns + common).reshape(-1)
+        new = (np.flatnonzero(is_old)[:, None] * columns + common).reshape(-1)
+        old = (source[is_old][:, None] * self.columns + common).reshape(-1)
         self.columns = columns
         if len(source) == 0:
             self.length = 0  # nobody is left: the next requests may be shorter
@@ -456,6 +456,8 @@ class BranchDecoder:
         columns = self.grid.columns
         new = [row * columns + k for row, n in zip(rows, num_candidates, strict=True) for k in range(n)]
         live = torch.cat([self._live, torch.tensor(new, device=self.device)])
+        # A started row has one state, from which all its candidates draw their first token; a live branch has
+        # its own. Branches are then sorted by number, the order in which the grid expects its tokens.
         repeats = torch.tensor([1] * count + num_candidates, device=self.device)
         order = live.argsort()
         hidden = torch.cat(states).repeat_interleave(repeats, dim=0)[order]
@@ -566,6 +568,11 @@ class CompactingDecoder(BranchDecoder):
 
     def _compact(self, size: int) -> None:
         """Lay the live branches out in the smallest grid."""
+        # Attention works on whole grids, so ended branches cost as much as live ones. Their keys and values
+        # are copied aside first, since a candidate that has ended may be the one accepted. From then on a
+        # branch's number and its grid index differ: buffers keep the number, the grid has the index, and
+        # `_index` and `_branch_at` translate. A grid that would shrink by less than a quarter is not worth
+        # the copy.
         alive = np.zeros(size, dtype=bool)
         alive[self._live_index.cpu().numpy()] = True
         source_rows, source = smallest_grid(alive, self.grid.columns, len(self._requests))

@@ -1,5 +1,6 @@
-"""The part of a transformers causal LM below its head, the way back to a whole causal LM, and the folder that
-a model with heads of its own is saved in."""
+"""The backbone of a transformers causal LM: split from its head, run, put together with a head again, and
+saved in the folder of a model with other heads.
+"""
 
 from __future__ import annotations
 
@@ -123,7 +124,9 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
 
 
 def split_causal_lm(model: PreTrainedModel) -> tuple[PreTrainedModel, nn.Module, LogitTransform]:
-    """(backbone, output layer, what follows it). ValueError if the model is not built that way."""
+    """(backbone, output layer, scale and soft cap behind it). ValueError for a model that is not
+    head(backbone(x)) up to these two, or whose logits are not finite.
+    """
     head = model.get_output_embeddings()
     backbone = model.base_model
     if model.config.is_encoder_decoder or head is None or backbone is model:
@@ -140,9 +143,14 @@ def split_causal_lm(model: PreTrainedModel) -> tuple[PreTrainedModel, nn.Module,
 def _check_split(
     model: PreTrainedModel, backbone: PreTrainedModel, head: nn.Module, transform: LogitTransform
 ) -> None:
-    """Two tokens through the whole model and through its parts: a family with other tricks must not pass
-    silently.
+    """ValueError unless the whole model and its parts give the same logits [1, 2, V] for two tokens.
+
+    Largest difference allowed: 1e-3 of the largest logit in fp32, 5 % in half precision.
     """
+    # Families differ in what they do between backbone and logits (a scale, a cap, a second norm), and config
+    # keys for it are not standardised. Reading the known keys is therefore not enough: a family with another
+    # one would train and decode with wrong logits, and nothing would say so. Two tokens suffice, since a head
+    # works on single states; the ids exist in every vocabulary (they are taken modulo its size).
     training = model.training
     model.eval()
     ids = torch.tensor([[1, 2]], device=model.device) % model.config.get_text_config().vocab_size
@@ -178,7 +186,8 @@ def _attention_of_device(model: PreTrainedModel) -> Iterator[None]:
 
 
 def row_independent_context(config: PretrainedConfig) -> int:
-    """Tokens up to which a row's position encoding does not depend on the longest row of its batch.
+    """Tokens up to which a row's position encoding does not depend on the longest row of its batch; a number
+    beyond every context if it never does.
 
     `longrope` (Phi-3, Phi-4-mini) takes other frequencies for the whole batch as soon as one row passes the
     original context, `dynamic` when one passes the configured one: beyond it, a row's result would depend on
@@ -188,12 +197,12 @@ def row_independent_context(config: PretrainedConfig) -> int:
     values = text.to_dict()
     parameters = values.get("rope_parameters") or values.get("rope_scaling") or {}
     # Families with several kinds of layers keep one set of parameters per kind.
-    sets = [parameters, *(each for each in parameters.values() if isinstance(each, dict))]
+    rope_settings = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
     limits = [sys.maxsize]
-    for each in sets:
-        kind = each.get("rope_type", each.get("type"))
+    for rope in rope_settings:
+        kind = rope.get("rope_type", rope.get("type"))
         if kind == "longrope":
-            original = each.get("original_max_position_embeddings")
+            original = rope.get("original_max_position_embeddings")
             limits.append(
                 original or values.get("original_max_position_embeddings") or text.max_position_embeddings
             )
@@ -203,9 +212,11 @@ def row_independent_context(config: PretrainedConfig) -> int:
 
 
 def assemble_causal_lm(backbone: nn.Module, weight: Tensor, bias: Tensor | None) -> PreTrainedModel:
-    """An ordinary untied causal LM from a plain backbone and a head weight [V, D] (bias [V])."""
+    """An ordinary causal LM from a plain backbone and a head weight [V, D] (bias [V]). The backbone is used,
+    not copied; the head is a copy, not tied to the embedding. ValueError for a family with other parameters.
+    """
     config: PretrainedConfig = backbone.config
-    # Built without memory; its only real parts are put in below.
+    # Built on the meta device, without memory; backbone and head are put in below.
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     head = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
@@ -229,13 +240,13 @@ def assemble_causal_lm(backbone: nn.Module, weight: Tensor, bias: Tensor | None)
 def run_backbone(
     backbone: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]
 ) -> Tensor:
-    """Final normalised hidden states [B, T, D]; kwargs reach the backbone and its attention function."""
+    """Hidden states [B, T, D] behind the final norm; kwargs reach the backbone and its attention function."""
     kwargs.setdefault("use_cache", False)
     return backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs).last_hidden_state
 
 
 class CompletionStates(NamedTuple):
-    """What a batch's completion log-probs are computed from: one entry per counted token, N in all.
+    """Inputs of a batch's completion log-probs: one entry per counted token, N in all.
 
     `hidden` [N, D]: the states that predict them; `labels` [N]: the tokens; `sequences` [N]: which of the
     `completions` each belongs to.
@@ -260,6 +271,10 @@ def completion_states(
     `pair_lengths` [R, 3] the tokens [1, N] are packed pairs (see `models/pair_attention.py`) and there are
     2 R completions: first all chosen, then all rejected ones.
     """
+    # Selecting by a mask reads [B, T] row by row, so states, labels and sequence numbers stay in one order.
+    # The head then sees N counted tokens instead of B * T: prompts are most of a batch, and a row of logits
+    # has V entries where a state has D. Numbering the sequences lets padded rows and packed pairs share all
+    # that follows: a sum by number gives the log-prob of a completion wherever its tokens lie.
     sequences = sequence_numbers(labels, pair_lengths)
     count = labels.shape[0] if pair_lengths is None else 2 * len(pair_lengths)
     hidden = hidden_states(input_ids, attention_mask, **packed_arguments(pair_lengths))
@@ -275,8 +290,8 @@ def save_backbone(
     base_name: str | None,
     unchanged: bool,
 ) -> dict[str, Any]:
-    """Write the backbone as a plain transformers folder and its LoRA adapter, if any, as a plain peft folder;
-    returns what `load_saved_backbone` needs to know.
+    """Write the backbone as a plain transformers folder and its LoRA adapter, if any, as a plain peft folder.
+    Returns the metadata that `load_saved_backbone` reads.
 
     `state` holds the whole model's parameters, the backbone's under `backbone.` (under ZeRO-3 the modules
     hold only shards). `with_backbone` None saves the backbone unless there is an adapter on a base that has a
@@ -340,7 +355,8 @@ def load_saved_backbone(
 ) -> SavedModel:
     """The backbone of a folder written by `save_backbone`; `source` overrides where its base is found.
 
-    An adapter comes trainable, so that training can go on.
+    An adapter is trainable, so that training can go on. ValueError for a base that cannot be loaded or has
+    other weights than the adapter was trained on.
     """
     if source is None:
         source = folder / BACKBONE_FOLDER if metadata["saved_backbone"] else metadata["base"]
@@ -369,7 +385,7 @@ def prefixed(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 class BackboneModel(nn.Module, ABC):
-    """A transformers base model (no head), perhaps with a LoRA adapter, under heads of our own.
+    """A transformers base model (no head), perhaps with a LoRA adapter, under this package's heads.
 
     Its folder holds `backbone/` (an ordinary transformers folder) or the name of the base, `adapter/` (an
     ordinary peft folder), `heads.safetensors` with every other parameter, `mahalo.json` and a model card.
@@ -405,8 +421,8 @@ class BackboneModel(nn.Module, ABC):
         return run_backbone(self.backbone, input_ids, attention_mask, kwargs)
 
     def enable_pair_packing(self) -> None:
-        """Switch to the attention of packed pairs, once it has been seen to compute the same (with whole
-        parameters); ValueError if it does not."""
+        """Switch to the attention of packed pairs. ValueError if one small pair shows that the model computes
+        something else with it."""
         enable_pair_packing(self.plain_backbone)
 
     def set_attn_implementation(self, name: str) -> None:
@@ -448,7 +464,7 @@ class BackboneModel(nn.Module, ABC):
         `tokenizer` is saved beside the weights (None: the model's own, if it has one); `metrics` go into the
         model card. `state_dict` replaces the model's own (whole) parameters under the same names: what a
         ZeRO-3 engine gathered. `with_backbone` None leaves the backbone out where an adapter was trained on a
-        base that has a name; True and False say so themselves. ValueError if it cannot be left out.
+        base that has a name; True saves it, False does not. ValueError if it cannot be left out.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -492,16 +508,16 @@ class BackboneModel(nn.Module, ABC):
 
     @abstractmethod
     def _metadata(self) -> dict[str, Any]:
-        """What `_from_saved` needs besides weights, for mahalo.json."""
+        """The entries of mahalo.json, besides weights, from which `_from_saved` builds the model."""
 
     @abstractmethod
     def _card(self) -> Card:
         """The model card's text."""
 
     def _save_extras(self, folder: Path, state: Mapping[str, Tensor]) -> None:
-        """Write what this kind of model keeps besides backbone, heads and tokenizer."""
+        """Write the files that this kind of model has besides backbone, heads and tokenizer."""
 
     @classmethod
     @abstractmethod
     def _from_saved(cls, saved: SavedModel) -> Self:
-        """The model as its folder describes it, its own parameters not yet filled."""
+        """The model as its folder describes it; the parameters of `heads.safetensors` are not filled yet."""

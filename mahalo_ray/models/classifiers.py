@@ -1,4 +1,4 @@
-"""Reward models of third parties as scorers: transformers classifiers.
+"""Third-party reward models as scorers: transformers classifiers.
 
 A sequence classifier judges whole conversations: every prefix of steps is one sequence. A token classifier in
 TRL's PRM format reads all steps in one forward, at the last token of the separator that follows each.
@@ -37,7 +37,7 @@ from mahalo_ray.models.scoring import (
 
 
 class _Classifier(nn.Module):
-    """A transformers classifier that judges by one objective."""
+    """A transformers classifier that scores one objective."""
 
     def __init__(
         self, model: PreTrainedModel, objective: str, output_kind: OutputKind, positive_label: int
@@ -191,12 +191,13 @@ class TokenClassifierScorer(_Classifier, TraceScorer):
 
     def final_scores(self, input_ids: Tensor, attention_mask: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
         logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits.float()
-        at = ends.clamp(min=0)[..., None].expand(-1, -1, logits.shape[-1])
-        return logits.gather(1, at).softmax(-1)[..., self.positive_label, None]
+        # Steps that do not exist have end -1: they read token 0, and their scores are cut off afterwards.
+        last_token = ends.clamp(min=0)[..., None].expand(-1, -1, logits.shape[-1])
+        return logits.gather(1, last_token).softmax(-1)[..., self.positive_label, None]
 
 
 def is_own_model(source: str | Path) -> bool:
-    """Whether a folder holds a reward model of ours, which knows its objectives."""
+    """Whether a folder holds a reward model saved by mahalo_ray, which knows its objectives."""
     return (Path(source) / METADATA_FILE).is_file()
 
 
@@ -207,10 +208,13 @@ def load_scorer(
     device: torch.device | str | None = None,
     step_separator: str | None = None,
 ) -> StepScorer:
-    """A scorer from a folder or hub id: our own reward model, or a sequence or token classifier.
+    """A scorer from a folder or hub id: a process reward model, or a third-party sequence or token
+    classifier.
 
-    `objective` names what a classifier scores and is required for one; our own models know their objectives.
-    `step_separator` None takes the format's usual one.
+    `objective` names what a classifier scores and is required for one; a process reward model knows its
+    objectives. `step_separator` None takes the usual one: a blank line for sequence classifiers, a line break
+    for token classifiers. ValueError, naming the source, for other architectures, an objective or separator
+    that is missing or not asked for, and damaged or non-finite weights.
 
     >>> from mahalo_ray import load_scorer
     >>> scorer = load_scorer("classifier", objective="helpful")

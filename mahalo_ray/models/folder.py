@@ -76,8 +76,10 @@ def check_weights_finite(model: nn.Module, source: str | Path) -> None:
 
 
 def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, rows: int, source: str | Path) -> None:
-    """ValueError if the tokenizer can give an id that the embedding of `rows` tokens lacks. Padding and
-    unknown tokens may: tokenizer classes add them by themselves, and byte-level ones never write them."""
+    """ValueError if the tokenizer can give an id that the embedding [rows, D] lacks. The ids of the padding
+    and unknown tokens may lie outside: tokenizer classes add them by themselves, and byte-level ones never
+    write them.
+    """
     outside = {name: number for name, number in tokenizer.get_vocab().items() if number >= rows}
     for unread in (tokenizer.pad_token, tokenizer.unk_token):
         outside.pop(str(unread), None)
@@ -92,7 +94,9 @@ def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, rows: int, source: 
 
 
 def weights_fingerprint(parameters: Mapping[str, Tensor]) -> str:
-    """A hash over names, shapes and some values of parameters, the same in any precision."""
+    """A hash over names, shapes and 16 to 31 values of every parameter, rounded to bf16: the same for a model
+    stored in fp32 or bf16. 16 hexadecimal digits.
+    """
     digest = hashlib.sha256()
     for name in sorted(parameters):
         tensor = parameters[name]
@@ -148,14 +152,14 @@ def fill_parameters(file: Path, parameters: Mapping[str, nn.Parameter]) -> None:
         raise ValueError(f"{file} is missing")
     check_weight_file(file)
     with safe_open(str(file), framework="pt") as reader:
-        found = {name: torch.Size(reader.get_slice(name).get_shape()) for name in reader.keys()}  # noqa: SIM118
+        saved = {name: torch.Size(reader.get_slice(name).get_shape()) for name in reader.keys()}  # noqa: SIM118
         expected = {name: full_shape(parameter) for name, parameter in parameters.items()}
-        problems = [f"'{name}' is missing" for name in expected if name not in found]
-        problems += [f"'{name}' is unknown" for name in found if name not in expected]
+        problems = [f"'{name}' is missing" for name in expected if name not in saved]
+        problems += [f"'{name}' is unknown" for name in saved if name not in expected]
         problems += [
-            f"'{name}' has shape {list(found[name])}, not {list(shape)}"
+            f"'{name}' has shape {list(saved[name])}, not {list(shape)}"
             for name, shape in expected.items()
-            if name in found and found[name] != shape
+            if name in saved and saved[name] != shape
         ]
         if problems:
             raise ValueError(f"{file} does not fit the model: {'; '.join(problems)}")

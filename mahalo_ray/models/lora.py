@@ -22,8 +22,8 @@ def check_no_adapter(model: nn.Module) -> None:
 
 
 def with_lora(backbone: nn.Module, settings: LoraConfig) -> PeftModel:
-    """The backbone with a fresh, trainable adapter; its own parameters are frozen. Changed in place and
-    wrapped.
+    """The backbone wrapped with a new, trainable adapter (LoRA, Hu et al. 2021, arXiv 2106.09685). It is
+    changed in place and its own parameters are frozen. ValueError if it has an adapter already.
     """
     check_no_adapter(backbone)
     targets = settings.target_modules

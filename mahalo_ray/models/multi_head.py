@@ -1,5 +1,6 @@
-"""The multi-action-head policy: one shared backbone, one vocabulary head per objective (MAHALO, arXiv
-2510.01167).
+"""The multi-head policy: one shared backbone, one vocabulary head per objective (MAHALO, arXiv 2510.01167).
+
+Shapes: B rows of T tokens, D hidden size, V vocabulary, H objectives.
 """
 
 from __future__ import annotations
@@ -261,7 +262,8 @@ class MultiHeadCausalLM(BackboneModel):
         input_ids[b, t]) and -100 where a token does not count; head_index [B] numbers `objectives`. One
         backbone forward; every row goes through its own head only, completion tokens only, `chunk_size`
         tokens at a time. With `pair_lengths` [R, 3] the tokens [1, N] are packed pairs and head_index [2 R]
-        has first all chosen, then all rejected answers (see `completion_states`).
+        has first all chosen, then all rejected answers (see `completion_states`). ValueError for a head that
+        does not exist.
         """
         if head_index.numel() and not 0 <= int(head_index.min()) <= int(head_index.max()) < len(
             self.objectives
@@ -313,7 +315,7 @@ class MultiHeadCausalLM(BackboneModel):
             model.generation_config = self.generation_config
         return model
 
-    # -- its folder ------------------------------------------------------------------------------------------
+    # -- folder ----------------------------------------------------------------------------------------------
 
     def _backbone_is_as_loaded(self) -> bool:
         return self.has_lora

@@ -29,7 +29,7 @@ REFERENCE_FOLDER = "reference"
 
 
 def output_head(output: nn.Module, transform: LogitTransform) -> FullHead:
-    """A transformers output layer as a head of ours; the parameters are shared."""
+    """A transformers output layer as a `FullHead`; the parameters are shared."""
     weight, bias = cast(nn.Parameter, output.weight), cast(nn.Parameter | None, output.bias)
     return FullHead(weight, bias, transform)
 
@@ -77,7 +77,7 @@ class ChunkedCausalLM(nn.Module):
 class FrozenReference(nn.Module):
     """A causal LM whose token log-probs are inputs of a reward model's heads; never trained.
 
-    `backbone` None: it reads the reward model's own backbone, frozen or with its adapter off.
+    `backbone` None: the reward model's own backbone is read, which is frozen or has its adapter switched off.
     """
 
     def __init__(self, backbone: PreTrainedModel | None, head: FullHead) -> None:
@@ -118,7 +118,7 @@ class FrozenReference(nn.Module):
         return cls.of_causal_lm(load_causal_lm(source, dtype, attn_implementation), shared=False)
 
     def metadata(self, reward_backbone: PreTrainedModel) -> dict[str, Any]:
-        """What `from_saved` needs besides weights."""
+        """The entries of mahalo.json from which `from_saved` builds the reference."""
         vocab_size, hidden_size = full_shape(self.head.weight)
         reader = reward_backbone if self.backbone is None else self.backbone
         return {

@@ -1,4 +1,6 @@
-"""The process reward model: one causal backbone, one score per objective and step, one forward per trace."""
+"""The process reward model: one causal backbone, one score per objective and step, one forward per trace
+(MAHALO, arXiv 2510.01167, section 3.1).
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,8 @@ TUNINGS: tuple[Tuning, ...] = get_args(Tuning)
 
 
 class ProcessRewardModel(BackboneModel, TraceScorer):
-    """Scores every step of a trace for every objective in one forward pass (MAHALO, section 3.1).
+    """Scores every step of a trace for every objective in one forward pass (MAHALO, arXiv 2510.01167, section
+    3.1).
 
     `objectives` maps a name to what its raw score is: a `value` (fitted by squared error), the logit of a
     `probability` (cross entropy; its score is the sigmoid) or a `preference` (Bradley-Terry). The heads read,
@@ -50,7 +53,7 @@ class ProcessRewardModel(BackboneModel, TraceScorer):
     `reference_logps`, `step_features`, `heads`) can be called one by one by a decoder that keeps caches of
     its own.
 
-    Three ways to ask: `score(prompt, steps)` takes texts and gives {objective: [score per step]};
+    Three ways to call it: `score(prompt, steps)` takes texts and gives {objective: [score per step]};
     `score_traces` takes token ids; `step_scores` (and `forward`, which is the same) takes padded tensors and
     gives raw scores [B, S, H] with gradients, for training.
 
@@ -239,7 +242,7 @@ class ProcessRewardModel(BackboneModel, TraceScorer):
         step_ends: Tensor,
         chunk_size: int = DEFAULT_CHUNK_SIZE,
     ) -> Tensor:
-        """Head inputs [B, S, F] of all steps: all that a frozen backbone has to compute, once for ever."""
+        """Head inputs [B, S, F] of all steps. Of a frozen backbone they can be computed once and kept."""
         hidden, logps = self._read(input_ids, attention_mask, step_starts, step_ends, chunk_size)
         return self.step_features(hidden, logps, step_starts, step_ends)
 
@@ -260,6 +263,8 @@ class ProcessRewardModel(BackboneModel, TraceScorer):
             in_a_step = step_tokens(step_starts, step_ends, input_ids.shape[1]).any(dim=1)
             in_a_step[:, 0] = False  # nothing predicts the first token
             rows, positions = in_a_step.nonzero(as_tuple=True)
+            # Only the steps' tokens go through the reference's vocabulary; the state one position earlier
+            # predicts each. Prompt and padding keep 0, which no feature reads.
             logps = torch.zeros(input_ids.shape, device=input_ids.device)
             logps[rows, positions] = self.reference_logps(
                 states[rows, positions - 1], input_ids[rows, positions], chunk_size

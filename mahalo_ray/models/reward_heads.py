@@ -1,4 +1,7 @@
-"""What a process reward model reads from its backbones, per step, and the heads that score it."""
+"""The features of a step that a process reward model reads from its backbones, and the heads that score them.
+
+Shapes: B traces of T tokens and S steps, D hidden size, F features, H objectives.
+"""
 
 from __future__ import annotations
 
@@ -65,9 +68,12 @@ def step_features(
     inside = step_tokens(starts, ends, hidden.shape[1])
     last = pooled = logps = None
     if "last" in inputs:
-        at = ends.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1])
-        last = hidden.gather(1, at)
+        # `gather` needs an index that exists: where there is no step (-1) token 0 is read and zeroed below.
+        last_token = ends.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1])
+        last = hidden.gather(1, last_token)
     if "pooled" in inputs:
+        # The means of all steps as one product [B, S, T] @ [B, T, D]: selecting the states of every step
+        # would need them [B, S, T, D].
         shares = inside.to(hidden.dtype) / inside.sum(-1, keepdim=True).clamp(min=1)
         pooled = shares @ hidden
     if "reference_logps" in inputs:
@@ -83,19 +89,22 @@ def span_features(last: Tensor | None, pooled: Tensor | None, logps: Tensor | No
     """
     parts = [_normalised(states) for states in (last, pooled) if states is not None]
     if logps is not None:
-        # log-probs reach into the hundreds, features must not
+        # Sums of log-probs reach into the hundreds, and would drown the normalised states beside them.
         squashed = -torch.log1p(-logps.clamp(max=0))
         parts.append(squashed.to(parts[0].dtype) if parts else squashed)
     return torch.cat(parts, dim=-1)
 
 
 def _normalised(states: Tensor) -> Tensor:
-    """Zero mean, unit variance per state: backbones differ by orders of magnitude in the scale of theirs."""
+    """Zero mean, unit variance per state [..., D]: backbones differ by orders of magnitude in their states'
+    scale.
+    """
     return F.layer_norm(states, states.shape[-1:])
 
 
 def _logp_statistics(token_logps: Tensor, inside: Tensor) -> Tensor:
     """Mean, minimum and sum [B, S, 3] of the log-probs of each span's tokens."""
+    # 0 is neutral in the sum and never the minimum, since log-probs are at most 0.
     values = token_logps[:, None, :].masked_fill(~inside, 0.0)
     total = values.sum(-1)
     mean = total / inside.sum(-1).clamp(min=1)
@@ -119,7 +128,7 @@ class ScoreHead(nn.Module):
 
 
 class ScoreHeads(nn.ModuleDict):
-    """One `ScoreHead` per objective, with seeds of their own; all are called for every batch, in order."""
+    """One `ScoreHead` per objective, seeded by its name; all are called for every batch, in order."""
 
     def __init__(self, objectives: Mapping[str, str], features: int, hidden_size: int, seed: int) -> None:
         check_objectives(list(objectives))

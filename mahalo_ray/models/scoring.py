@@ -1,4 +1,4 @@
-"""The door every scorer of steps has: messages and steps in, calibrated scores per objective out."""
+"""The interface of every scorer of steps: messages and steps in, calibrated scores per objective out."""
 
 from __future__ import annotations
 
@@ -151,9 +151,9 @@ def _within_std(values: np.ndarray, groups: Sequence[Hashable]) -> float:
     for value, group in zip(values, groups, strict=True):
         members.setdefault(group, []).append(float(value))
     squares, freedom = 0.0, 0
-    for own in members.values():
-        squares += float(np.square(np.asarray(own) - np.mean(own)).sum())
-        freedom += len(own) - 1
+    for group_scores in members.values():
+        squares += float(np.square(np.asarray(group_scores) - np.mean(group_scores)).sum())
+        freedom += len(group_scores) - 1
     if freedom == 0 or squares == 0:
         raise ValueError("no group has two different scores: the within-prompt spread cannot be measured")
     return math.sqrt(squares / freedom)
@@ -165,7 +165,8 @@ def standardised(
     calibration: Mapping[str, ObjectiveCalibration],
     spread: Spread = "overall",
 ) -> Tensor:
-    """(score - mean) / spread for scores [..., H] in the order of `objectives`.
+    """(score - mean) / spread, [..., H], for scores [..., H] in the order of `objectives`. ValueError for an
+    objective that is not calibrated, or not for this spread.
 
     `within_prompt` divides by the spread among candidates of one prompt, which is what guidance compares.
     """
@@ -175,12 +176,12 @@ def standardised(
             raise ValueError(
                 f"scores of '{name}' are not calibrated: call fit_calibration on held-out scores"
             )
-        own = calibration[name]
-        chosen = own["std"] if spread == "overall" else own["within_prompt_std"]
-        if chosen is None:
+        statistics = calibration[name]
+        scale = statistics["std"] if spread == "overall" else statistics["within_prompt_std"]
+        if scale is None:
             raise ValueError(f"'{name}' was calibrated without groups: its within-prompt spread is unknown")
-        means.append(own["mean"])
-        spreads.append(chosen)
+        means.append(statistics["mean"])
+        spreads.append(scale)
     return (scores - scores.new_tensor(means)) / scores.new_tensor(spreads)
 
 
@@ -198,7 +199,9 @@ class StepScorer(ABC):
         """`score` for many (prompt, steps), in their order."""
 
     def score(self, prompt: Messages, steps: Sequence[str]) -> dict[str, list[float]]:
-        """One score per step and objective. `prompt`: messages with role and content."""
+        """{objective: one score per step}. `prompt`: messages with role and content. ValueError for steps
+        that are missing or empty, and for a text that is longer than the model reads.
+        """
         return self.score_batch([(prompt, steps)])[0]
 
     def fit_calibration(
@@ -239,7 +242,11 @@ class TraceScorer(StepScorer):
 
     @abstractmethod
     def final_scores(self, input_ids: Tensor, attention_mask: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
-        """Scores people read [B, S, H] of right-padded traces, one forward."""
+        """Activated scores [B, S, H] of right-padded traces (probabilities, not logits), one forward.
+
+        input_ids, attention_mask [B, T]; starts, ends [B, S]: first and last token of every step, ends -1
+        where there is none (its scores mean nothing).
+        """
 
     def score_batch(
         self, traces: Sequence[tuple[Messages, Sequence[str]]], batch_size: int = 16
@@ -269,6 +276,8 @@ class TraceScorer(StepScorer):
         order = sorted(range(len(traces)), key=lambda number: len(traces[number].input_ids))
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
+            # Padding stands on the right and is masked, so no step's score depends on it. Id 0 exists in
+            # every embedding; the tokenizer's padding id may be missing or lie above it.
             scores = self.final_scores(*pad_traces([traces[number] for number in chosen], 0, device)).cpu()
             for row, number in enumerate(chosen):
                 results[number] = scores[row, : len(traces[number].ends)]

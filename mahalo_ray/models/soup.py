@@ -21,7 +21,8 @@ def average_models(
     output: str | Path,
     dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
-    """Average single-objective models (DPO soup; rewarded soups, Ramé et al. 2023) and save the result.
+    """Average single-objective models (DPO soup; rewarded soups, Ramé et al. 2023, arXiv 2306.04488) and save
+    the result: theta = sum_i w_i theta_i over whole models, heads included.
 
     `folders`: objective -> its model's folder, a policy with one head or an ordinary causal LM. `output`
     becomes an ordinary transformers folder with the first model's tokenizer. Sums are in fp32; one model is
@@ -60,8 +61,10 @@ def _single_model(folder: str | Path, dtype: torch.dtype | None) -> PreTrainedMo
 
 
 def _check_fits(name: str, model: PreTrainedModel, first_name: str, first: PreTrainedModel) -> None:
-    own, wanted = ({key: t.shape for key, t in m.state_dict().items()} for m in (model, first))
-    different = sorted(key for key in own.keys() | wanted.keys() if own.get(key) != wanted.get(key))
+    shapes, first_shapes = ({key: t.shape for key, t in m.state_dict().items()} for m in (model, first))
+    different = sorted(
+        key for key in shapes.keys() | first_shapes.keys() if shapes.get(key) != first_shapes.get(key)
+    )
     if different:
         raise ValueError(
             f"the models of '{name}' and '{first_name}' cannot be averaged: '{different[0]}' is not in both "

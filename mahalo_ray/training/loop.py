@@ -186,11 +186,14 @@ def train(
                 if number > 0:
                     engine.step()  # between micro-batches this only counts
                 counted = len(of_workers[rank]) > 0
+                # A worker without rows runs one of weight 0: forward and backward are collective operations.
                 groups = of_workers[rank] if counted else batch[:1]
                 tensors = to_device(recipe.collate(groups, denominators, counted), engine.device)
                 output: LossOutput = engine(**tensors)
-                # DeepSpeed averages over workers and micro-batches; the rows' weights sum to the whole
-                # already.
+                # `output[0]` sums loss x weight over rows [R], and a row's weight already has the denominator
+                # of the global batch. DeepSpeed divides by workers and micro-batches, which is multiplied
+                # back. A mean per micro-batch would weigh a row by how full its micro-batch is, and an
+                # objective by how many workers happen to have it.
                 engine.backward(output[0] * (workers * accumulation))
                 outputs.append((groups, output))
             stop_unless_finite(recipe, outputs, step)

@@ -171,7 +171,12 @@ def _packed(pairs: Sequence[tuple[TokenIds, TokenIds, TokenIds]]) -> Tensors:
 
     The prompt's last token predicts the first token of both answers, so it opens each answer's span and is
     left out of the prompt's; the last token of an answer predicts nothing that counts and is left out. Every
-    position then predicts exactly one token, and labels need no further shift.
+    position then predicts exactly one token, and labels need no further shift. Prompt a b c, chosen x y and
+    rejected z become
+
+        input_ids     a b | c x | c
+        labels        - - | x y | z        (- is -100)
+        pair_lengths  2     2     1
     """
     ids: TokenIds = []
     labels: TokenIds = []

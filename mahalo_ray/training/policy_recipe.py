@@ -380,6 +380,10 @@ class PolicyRecipe:
         return dict(zip(self._objectives, sums.tolist(), strict=True))
 
     def collate(self, groups: Indices, loss_denominators: Mapping[str, float], counted: bool) -> Tensors:
+        # Pair n of objective i weighs alpha_i w_n / (sum of w over the objective's pairs in the global
+        # batch), so the losses [R] of all micro-batches and workers add up to L. Denominators of the
+        # micro-batch would give an objective that has few pairs there the full alpha_i each time. One that is
+        # absent from the batch has sum 0; no row divides by it, and 1 keeps 0 / 0 away.
         sums = torch.tensor([loss_denominators[name] or 1.0 for name in self._objectives])
         objective = torch.from_numpy(self._pairs.objective[groups])
         weight = torch.from_numpy(self._pairs.weights[groups]).float()
