@@ -541,8 +541,8 @@ class BranchDecoder:
 
 
 class CompactingDecoder(BranchDecoder):
-    """Decodes requests to their ends. No others join, so that attention need not work on a grid of which most
-    has ended: what is left of it is laid out again now and then, and what has ended is put aside."""
+    """Decodes requests to their ends. No others join, so the grid can shrink: when most of its branches have
+    ended, their keys and values are put aside and the live ones are laid out in a smaller grid."""
 
     def run(self, requests: Sequence[SampleRequest]) -> Candidates:
         """The candidates of these requests' sequences."""

@@ -504,7 +504,7 @@ class BackboneModel(nn.Module, ABC):
 
     @abstractmethod
     def _backbone_is_as_loaded(self) -> bool:
-        """Whether nothing has trained the backbone itself, an adapter on it aside."""
+        """Whether the backbone has its original weights (an adapter on it may be trained)."""
 
     @abstractmethod
     def _metadata(self) -> dict[str, Any]:

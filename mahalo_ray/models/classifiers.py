@@ -55,7 +55,8 @@ class _Classifier(nn.Module):
         for module in self.model.modules():
             positions = getattr(module, "position_embeddings", None)
             if isinstance(positions, nn.Embedding) and positions.padding_idx is not None:
-                # RoBERTa and its kin count positions from behind the padding's: 514 of them are 512 tokens.
+                # RoBERTa's family starts counting positions behind the padding id: 514 positions hold 512
+                # tokens.
                 return positions.num_embeddings - positions.padding_idx - 1
         return int(self.model.config.get_text_config().max_position_embeddings)
 

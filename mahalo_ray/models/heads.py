@@ -19,7 +19,7 @@ from mahalo_ray.models.sharding import full_shape, gathered
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a model does after its head: logits = softcap * tanh(scale * (W h + b) / softcap)."""
+    """The scale and soft cap behind a model's head: logits = softcap * tanh(scale * (W h + b) / softcap)."""
 
     # tanh is not linear: the weighted sum of capped logits is not the capped output of any matrix. Heads are
     # therefore mixed before it, sum_i w_i (W_i h + b_i), and the cap is applied once. Mixed behind the cap,
@@ -75,7 +75,7 @@ class Head(nn.Module, ABC):
 
     @abstractmethod
     def project(self, hidden: Tensor) -> Tensor:
-        """W h + b, [..., V]: what is weighted and summed over heads, before scale and soft-cap."""
+        """W h + b, [..., V], before scale and soft cap: heads are weighted and summed here."""
 
     @abstractmethod
     def token_logps(self, hidden: Tensor, labels: Tensor, chunk_size: int) -> Tensor:

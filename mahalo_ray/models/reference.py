@@ -133,7 +133,7 @@ class FrozenReference(nn.Module):
 
     @classmethod
     def from_saved(cls, saved: SavedModel) -> Self | None:
-        """The reference that a reward model's folder describes, None if it has none. A backbone of its own is
+        """The reference that a reward model's folder describes, None if it has none. A second backbone is
         read here; the head is filled with the reward model's other heads."""
         described = saved.metadata["reference"]
         if described is None:

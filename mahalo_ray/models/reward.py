@@ -165,7 +165,7 @@ class ProcessRewardModel(BackboneModel, TraceScorer):
     # -- one forward -----------------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> ProcessRewardModel:
-        """Frozen parts stay in evaluation mode: their dropout must not disturb what is read from them."""
+        """Frozen parts stay in evaluation mode: their dropout must not disturb the features."""
         super().train(mode)
         if self.tuning == "frozen":
             self.backbone.eval()
@@ -175,7 +175,7 @@ class ProcessRewardModel(BackboneModel, TraceScorer):
 
     @property
     def reference_is_backbone(self) -> bool:
-        """Whether the backbone's own states serve the reference, so that it needs no forward of its own."""
+        """Whether the reference reads the backbone's states, so that it needs no second forward."""
         return self.reference is not None and self.reference.backbone is None and self.tuning == "frozen"
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:

@@ -1,7 +1,8 @@
 """Parameters that may be sharded by ZeRO-3: created sharded, and whole only inside `gathered`.
 
 ZeRO-3 is on when a `transformers.integrations.HfDeepSpeedConfig` of stage 3 is alive; transformers then
-shards what it loads, and these helpers do the same for our own modules. Without ZeRO-3 both are no-ops.
+shards what it loads, and these helpers do the same for this package's modules. Without ZeRO-3 both are
+no-ops.
 """
 
 from __future__ import annotations

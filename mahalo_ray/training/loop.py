@@ -42,7 +42,9 @@ class TrainingProgress:
 
 @dataclass(frozen=True)
 class WorkerSplit:
-    """How a batch is shared: what must not change between a checkpoint and the run that resumes it."""
+    """How workers and micro-batches share a batch; it must be the same in a checkpoint and the run that
+    resumes it.
+    """
 
     workers: int
     accumulation: int
@@ -226,8 +228,9 @@ def save_model(recipe: Recipe, engine: Any, output_url: str) -> None:
 
 
 class Reporter:
-    """Where the run stands: sums metrics up, tells the session (and so the driver) and the trackers, keeps
-    history and checkpoints."""
+    """Sums metrics up, reports them to the session (and so the driver) and the trackers, and keeps history
+    and checkpoints.
+    """
 
     def __init__(
         self,

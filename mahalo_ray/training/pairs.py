@@ -80,7 +80,7 @@ class TokenPairs:
         return len(self.ids)
 
     def row_hash(self, row: int) -> str:
-        """What a stored log-prob of a pair depends on, besides the model: its token ids."""
+        """A hash of the pair's token ids: besides the model, a stored log-prob depends on nothing else."""
         parts = (self.prompts[row], self.chosen[row], self.rejected[row])
         return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
@@ -102,7 +102,7 @@ class PairInputs(ABC):
 
     @abstractmethod
     def tensors(self, rows: Indices) -> Tensors:
-        """What a model reads of R pairs, for log-probs [2R]: first all chosen, then all rejected sequences.
+        """A model's inputs of R pairs, for log-probs [2R]: first all chosen, then all rejected sequences.
 
         Labels are shifted; only the completions' tokens count.
         """
@@ -316,7 +316,7 @@ def pair_token_ids(pair: PreferencePair, chat: ChatFormat) -> tuple[TokenIds, To
 
 
 class CompletionTensors(TypedDict):
-    """What `completion_logps` reads of a micro-batch: padded rows have a mask, packed pairs their lengths."""
+    """A micro-batch's inputs of `completion_logps`: padded rows have a mask, packed pairs their lengths."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor | None
