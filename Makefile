@@ -24,11 +24,14 @@ quickstart: setup
 serve: setup
 	$(BIN)/mahalo serve $(CONFIG)
 
+# Two processes share the tests: much of their time is spent waiting for Ray to start and stop.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: setup-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: setup-dev
 	$(BIN)/ruff check .
