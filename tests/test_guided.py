@@ -525,6 +525,9 @@ class CountingTokenizer:
     def __len__(self) -> int:
         return len(tokenizer())
 
+    def encode(self, text, **options):
+        return tokenizer().encode(text, **options)
+
     def decode(self, ids, **options):
         self.decoded += len(ids)
         return tokenizer().decode(ids, **options)

@@ -74,7 +74,7 @@ def test_every_file_of_a_folder_is_read_or_named(tmp_path: Path) -> None:
     (blobs / "4567").write_bytes(text[4])
     (folder / "part-4.jsonl").symlink_to(blobs / "4567")
     (folder / "part-5.ndjson").write_bytes(text[5])
-    (folder / "part-6.jsonl.gz").write_bytes(gzip.compress(text[6]))
+    (folder / "part-6.jsonl.gz").write_bytes(gzip.compress(text[6], mtime=0))
     (folder / "part-7.json.bz2").write_bytes(bz2.compress(text[7]))
     (folder / "part-8.jsonl.XZ").write_bytes(lzma.compress(text[8]))
     left_out = {
@@ -157,7 +157,7 @@ def test_a_file_is_read_where_its_form_is_clear(name: str, tmp_path: Path) -> No
         ("a.jsonl", b"prompt,chosen,rejected\n1,2,3\n", "is not valid JSON"),
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         ("a.jsonl", '{"a": 1}'.encode("utf-16")[:-1], "not valid utf-16"),
-        ("a.jsonl.gz", gzip.compress(b"{}" * 99)[:20], "not a whole gz file"),
+        ("a.jsonl.gz", gzip.compress(b"{}" * 99, mtime=0)[:20], "not a whole gz file"),
         ("a.jsonl.xz", b"{}", "not a whole xz file"),
         ("a.parquet", b"PAR1", "not a Parquet file"),
     ],

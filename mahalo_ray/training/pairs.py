@@ -289,7 +289,7 @@ class RoleCheck:
             self._reasons[roles] = self._refusal(pair.prompt)
         reason = self._reasons[roles]
         if reason is not None:
-            raise RowError(f"the chat template refuses the roles {', '.join(roles)}: {reason}")
+            raise RowError(f"roles {', '.join(roles)}: {reason}")
 
     def _refusal(self, prompt: Sequence[Message]) -> str | None:
         try:
