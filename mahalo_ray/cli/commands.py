@@ -211,7 +211,7 @@ def evaluate_reward(
             scorer, data, objective, format_, threshold_from or [], output, batch_size, max_bad_fraction
         )
         print_report(out, output)
-        say(f"figures and picture: {output}")
+        say(f"metrics and picture: {output}")
 
     guarded(work, debug)
 
@@ -309,10 +309,10 @@ def dialogues(config: DialoguesFile, set_: Overrides = None, debug: Debug = Fals
 
         loaded = load_document(config, DialoguesConfig, set_)
         manifest = make_dialogues(loaded, lambda: ray_session(loaded.cluster), RunProgress(out))
-        figures = manifest.metrics
-        say(f"dialogues: {figures['dialogues']}, candidates: {figures['candidates']}")
-        if figures["failed"]:
-            kinds = ", ".join(f"{kind} {count}" for kind, count in figures["failed"].items())
+        metrics = manifest.metrics
+        say(f"dialogues: {metrics['dialogues']}, candidates: {metrics['candidates']}")
+        if metrics["failed"]:
+            kinds = ", ".join(f"{kind} {count}" for kind, count in metrics["failed"].items())
             say(f"failed: {kinds}; the same command plays them again")
         for name, path in manifest.outputs.items():
             say(f"{name}: {storage.join(loaded.output, path)}")
@@ -342,25 +342,25 @@ def label(config: LabelFile, set_: Overrides = None, debug: Debug = False) -> No
     guarded(work, debug)
 
 
-def print_labels(figures: dict[str, Any]) -> None:
+def print_labels(metrics: dict[str, Any]) -> None:
     """What a labelling job came to, in lines."""
-    say(f"traces: {figures['traces']}")
-    for name, judge in figures["judges"].items():
-        made, without = (figures[kind].get(name, 0) for kind in ("labels", "unjudged"))
+    say(f"traces: {metrics['traces']}")
+    for name, judge in metrics["judges"].items():
+        made, without = (metrics[kind].get(name, 0) for kind in ("labels", "unjudged"))
         say(f"{name}: {made} labels ({judge['supervision']}), {without} without verdict")
         if not judge["calibrated"]:
             err.print(
                 f"[bold yellow]warning:[/] the judge of '{name}' is not calibrated (threshold "
                 f"{judge['threshold']:g}): `mahalo calibrate` fits it to human ratings"
             )
-    sampling = figures["sampling"]
+    sampling = metrics["sampling"]
     if sampling:
         say(
             f"continuations: {sampling['samples']} of at most {sampling['samples_full']} "
             f"({sampling['samples_saved']:.0%} saved), for {sampling['prefixes']} distinct prefixes of "
             f"{sampling['steps']}"
         )
-    for name, asked in figures["endpoints"].items():
+    for name, asked in metrics["endpoints"].items():
         cost = "" if asked["cost"] is None else f", cost {asked['cost']:.4g}"
         say(f"{name}: {asked['requests']} requests, {sum(asked['failures'].values())} failed{cost}")
 

@@ -50,7 +50,7 @@ _COLORS = ("#2f7de1", "#e0562b", "#c98500", "#8b62d0", "#2a9d6f", "#7b7f86", "#d
 
 
 def reward_png(results: Mapping[str, ObjectiveMetrics]) -> bytes:
-    """Left, per objective, the figures that are 0.5 by chance, with intervals; right the calibration curves
+    """Left, per objective, the metrics that are 0.5 by chance, with intervals; right the calibration curves
     of probabilities (that panel only where there are any)."""
     curves = {name: result.calibration for name, result in results.items() if result.calibration}
     figure = Figure(figsize=(10.5 if curves else 5.8, 0.5 + 0.32 * _rows(results) + 0.7), facecolor=SURFACE)
@@ -361,7 +361,7 @@ def write_report(
     dedicated: Mapping[str, ObjectiveMetrics],
     notes: Mapping[str, Any] | None = None,
 ) -> None:
-    """`reward.json` and `reward.png` in `folder`; `dedicated`, by objective, are figures of other models on
+    """`reward.json` and `reward.png` in `folder`; `dedicated`, by objective, are metrics of other models on
     the same rows, `notes` go into the JSON as they are."""
     document: dict[str, Any] = {
         "notes": dict(notes or {}),
@@ -373,7 +373,7 @@ def write_report(
 
 
 def compared(unified: ObjectiveMetrics, dedicated: ObjectiveMetrics) -> dict[str, Any]:
-    """Both models' figures of one objective and their paired difference (unified - dedicated)."""
+    """Both models' metrics of one objective and their paired difference (unified - dedicated)."""
     both = {}
     for name, estimate in unified.metrics.items():
         other = dedicated.metrics.get(name)

@@ -1,5 +1,4 @@
-"""Jobs made of chunks, on Ray actors: few chunks in flight, finished ones are skipped, what dies is redone.
-dies is redone.
+"""Jobs made of chunks, on Ray actors: few chunks in flight, finished ones are skipped, lost ones are redone.
 
 A chunk ends as files that its actor writes, the summary last: a chunk with a summary is finished. Nothing but
 summaries goes through the driver, and which actor plays a chunk, and when, changes nothing in it.
