@@ -25,7 +25,7 @@ serve: setup
 	$(BIN)/mahalo serve $(CONFIG)
 
 # Two processes share the tests: much of their time is spent waiting for Ray to start and stop.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test: lint
 	$(PYTEST)

@@ -25,15 +25,6 @@ def pytest_configure() -> None:
     settings.load_profile("mahalo")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two workers share the suite (`-n 2 --dist loadgroup`): a file stays on one of them with its fixtures,
-    and so do all tests of the one finished run."""
-    for item in items:
-        assert isinstance(item, pytest.Function)
-        group = "whole run" if "whole_run" in item.fixturenames else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session")
 def one_process() -> Iterator[None]:
     """A process group of one, as long as the session: DeepSpeed holds on to the first it sees."""

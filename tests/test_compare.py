@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import training_world as world
-from tiny_run import EXAMPLE, mahalo
+from tiny_run import EXAMPLE
 from tiny_tutor import SAMPLING, TOKENIZER, model
 from typer.testing import CliRunner
 
@@ -219,28 +218,3 @@ def test_the_kl_of_guided_rows_is_measured_on_what_guidance_chose(
     assert played.result.kl_to_reference == pytest.approx(expected, rel=1e-4)
     monkeypatch.setattr(methods, "KL_CHUNK_LOGITS", 1)  # one position at a time
     assert player.run(method).result.kl_to_reference == pytest.approx(expected, rel=1e-4)
-
-
-@pytest.mark.slow
-def test_a_finished_run_is_compared_and_then_nothing_is_left_to_do(whole_run: Path) -> None:
-    half = "weights: [{accuracy: 1, engagement: 1}]"
-    baselines = f"[{{method: dpo}}, {{method: modpo, {half}}}, {{method: soup, {half}}}]"
-    arguments = ("compare", str(EXAMPLE), "--set", f"compare.baselines={baselines}")
-    text = mahalo(*arguments, output=whole_run)
-    assert text.count("done before, skipped") == 9  # the run's own stages but serve and report
-    assert "DPO soup" in text and "MAH-DPO covers more than MODPO" in text
-    document = json.loads((whole_run / "compare" / "report" / "results.json").read_text())
-    rows = {row["name"]: row for row in document["rows"]}
-    assert set(rows) >= {"DPO accuracy", "DPO engagement", "MODPO 0.5 / 0.5", "soup 0.5 / 0.5"}
-    divergences = [rows[name]["kl_to_reference"] for name in rows if name != "SFT"]
-    assert min(divergences) > 0 and len(set(divergences)) == len(divergences)
-    students = {tuple(method["student_ids"]) for method in document["methods"]}
-    assert len(students) == 1
-    costs = {family["family"]: family["cost"] for family in document["families"]}
-    assert [costs[name]["training_runs"] for name in ("mah_dpo", "dpo", "modpo", "soup")] == [1, 2, 1, 2]
-    assert [costs[name]["models"] for name in ("mah_dpo", "dpo", "modpo", "soup")] == [1, 2, 1, 1]
-    sizes = [costs[name]["parameter_bytes"] for name in ("soup", "mah_dpo", "dpo")]
-    assert sizes[0] < sizes[1] < sizes[2]  # one head, two heads, two models
-    again = mahalo(*arguments, output=whole_run)
-    assert again.count("done before, skipped") == 9 + 3 + 3
-    assert again.splitlines()[-1] == text.splitlines()[-1]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 import pytest
-from tiny_run import EXAMPLE, mahalo
+from tiny_run import EXAMPLE
 from transformers import AutoConfig, AutoTokenizer
 
 from mahalo_ray.config import ConfigError, RunConfig, load_config
@@ -19,7 +18,7 @@ from mahalo_ray.pipeline.evaluating import other_methods, sweep_methods
 from mahalo_ray.pipeline.progress import RunProgress
 from mahalo_ray.pipeline.run import PIPELINE, make_sft_data
 from mahalo_ray.pipeline.seed_blocks import BLOCKS, check_domain, first_seed, fresh_students
-from mahalo_ray.pipeline.stages import Context, Manifest
+from mahalo_ray.pipeline.stages import Context
 from mahalo_ray.rollouts.dialogue_job import DialogueChunks
 from mahalo_ray.training.policy_methods import METHOD_VERSIONS
 
@@ -155,20 +154,3 @@ def test_sft_data_is_readable_and_made_from_the_seed(tmp_path: Path) -> None:
     assert model.vocab_size == len(tokenizer) and model.hidden_size == 96
     assert max(max(ids) for ids in tables[0]["input_ids"].to_pylist()) < model.vocab_size
     assert model.eos_token_id == tokenizer.eos_token_id
-
-
-@pytest.mark.slow
-def test_a_whole_run_and_then_nothing_left_to_do(whole_run: Path) -> None:
-    for name in PIPELINE.stages:
-        manifest = Manifest.read(str(whole_run / name))
-        assert manifest is not None and manifest.seconds > 0
-        assert all((whole_run / name / path).exists() for path in manifest.outputs.values())
-    document = json.loads((whole_run / "report" / "results.json").read_text())
-    assert len(document["rows"]) == 7 and document["dialogues_per_method"] == 4
-    assert set(document["history"]) == {"sft", "reward", "policy"}
-    assert document["reward_metrics"]["accuracy"]
-    answers = json.loads((whole_run / "serve" / "answers.json").read_text())
-    assert len(answers["answers"]) == 3
-    again = mahalo("run", str(EXAMPLE), output=whole_run)
-    assert again.count("done before, skipped") == len(PIPELINE.stages)
-    assert "guided policy" in again and "Report: " in again and "mahalo serve" in again

@@ -1,0 +1,104 @@
+"""What a whole tiny run leaves: stages to skip, a comparison, and the same in an object store, killed and
+resumed.
+
+All tests of the one finished run stand in this file, so that one process of the suite makes it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_run import EXAMPLE, TINY, mahalo
+
+from mahalo_ray.data import storage
+from mahalo_ray.data.records import Dialogue, PreferencePair
+from mahalo_ray.pipeline.run import PIPELINE
+from mahalo_ray.pipeline.stages import Manifest
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_whole_run_and_then_nothing_left_to_do(whole_run: Path) -> None:
+    for name in PIPELINE.stages:
+        manifest = Manifest.read(str(whole_run / name))
+        assert manifest is not None and manifest.seconds > 0
+        assert all((whole_run / name / path).exists() for path in manifest.outputs.values())
+    document = json.loads((whole_run / "report" / "results.json").read_text())
+    assert len(document["rows"]) == 7 and document["dialogues_per_method"] == 4
+    assert set(document["history"]) == {"sft", "reward", "policy"}
+    assert document["reward_metrics"]["accuracy"]
+    answers = json.loads((whole_run / "serve" / "answers.json").read_text())
+    assert len(answers["answers"]) == 3
+    again = mahalo("run", str(EXAMPLE), output=whole_run)
+    assert again.count("done before, skipped") == len(PIPELINE.stages)
+    assert "guided policy" in again and "Report: " in again and "mahalo serve" in again
+
+
+def test_a_finished_run_is_compared_and_then_nothing_is_left_to_do(whole_run: Path) -> None:
+    half = "weights: [{accuracy: 1, engagement: 1}]"
+    baselines = f"[{{method: dpo}}, {{method: modpo, {half}}}, {{method: soup, {half}}}]"
+    arguments = ("compare", str(EXAMPLE), "--set", f"compare.baselines={baselines}")
+    text = mahalo(*arguments, output=whole_run)
+    assert text.count("done before, skipped") == 9  # the run's own stages but serve and report
+    assert "DPO soup" in text and "MAH-DPO covers more than MODPO" in text
+    document = json.loads((whole_run / "compare" / "report" / "results.json").read_text())
+    rows = {row["name"]: row for row in document["rows"]}
+    assert set(rows) >= {"DPO accuracy", "DPO engagement", "MODPO 0.5 / 0.5", "soup 0.5 / 0.5"}
+    divergences = [rows[name]["kl_to_reference"] for name in rows if name != "SFT"]
+    assert min(divergences) > 0 and len(set(divergences)) == len(divergences)
+    students = {tuple(method["student_ids"]) for method in document["methods"]}
+    assert len(students) == 1
+    costs = {family["family"]: family["cost"] for family in document["families"]}
+    assert [costs[name]["training_runs"] for name in ("mah_dpo", "dpo", "modpo", "soup")] == [1, 2, 1, 2]
+    assert [costs[name]["models"] for name in ("mah_dpo", "dpo", "modpo", "soup")] == [1, 2, 1, 1]
+    sizes = [costs[name]["parameter_bytes"] for name in ("soup", "mah_dpo", "dpo")]
+    assert sizes[0] < sizes[1] < sizes[2]  # one head, two heads, two models
+    again = mahalo(*arguments, output=whole_run)
+    assert again.count("done before, skipped") == 9 + 3 + 3
+    assert again.splitlines()[-1] == text.splitlines()[-1]
+
+
+def test_a_run_in_a_store_equals_the_one_on_disk(whole_run: Path, s3: str) -> None:
+    """Killed without warning while it plays dialogues; the next run takes its lease over and goes on."""
+    output = f"{s3}/runs/tiny"
+    command = [sys.executable, "-c", "from mahalo_ray.cli import main; main()", "run", str(EXAMPLE)]
+    overrides = [part for setting in [*TINY, f"output={output}"] for part in ("--set", setting)]
+    with subprocess.Popen(
+        [*command, *overrides],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    ) as killed:
+        try:
+            while not storage.exists(f"{output}/sft/manifest.json"):
+                assert killed.poll() is None, "the run ended by itself"
+                time.sleep(0.2)
+        finally:
+            os.killpg(killed.pid, signal.SIGKILL)
+    finished = storage.fingerprint(f"{output}/sft/manifest.json")
+    said = mahalo("run", str(EXAMPLE), output=output)
+    assert "done before, skipped" in said
+    assert storage.fingerprint(f"{output}/sft/manifest.json") == finished
+    on_disk = str(whole_run)
+    results = [storage.read_json(f"{folder}/report/results.json") for folder in (output, on_disk)]
+    assert without_times(results[0]) == without_times(results[1])
+    assert results[0]["rows"] and results[0]["methods"]
+    for kind, part in ((PreferencePair, "pairs/pairs"), (Dialogue, "reward_rollouts/dialogues")):
+        assert kind.load(f"{output}/{part}") == kind.load(f"{on_disk}/{part}")
+
+
+def without_times(results: Any) -> Any:
+    """All of it but what measures time."""
+    if isinstance(results, dict):
+        timed = ("timings_s", "tokens_per_second", "pairs_per_second", "seconds")
+        return {name: without_times(value) for name, value in results.items() if name not in timed}
+    return [without_times(value) for value in results] if isinstance(results, list) else results
