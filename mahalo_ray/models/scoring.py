@@ -82,7 +82,7 @@ class StepEncoder:
 def check_steps(steps: Sequence[str]) -> None:
     """ValueError for no steps or an empty one."""
     if isinstance(steps, str) or not steps or any(not step.strip() for step in steps):
-        raise ValueError(f"steps {steps!r}: give a list of at least one step, none of them empty")
+        raise ValueError(f"steps {steps!r}: give a list of at least one step; none may be empty")
 
 
 def pad_traces(
