@@ -92,7 +92,7 @@ def _connected(address: str, needs: Needs) -> Iterator[None]:
             _check_size(needs)
             yield
         finally:
-            ray.shutdown()
+            _disconnect()
 
 
 def _check_answers(address: str) -> None:
@@ -135,7 +135,7 @@ def _private(needs: Needs) -> Iterator[None]:
             _check_size(needs)
             yield
         finally:
-            _shut_down(before)
+            _end_private(before)
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -254,15 +254,26 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _shut_down(before: set[int]) -> None:
+def _disconnect() -> None:
+    """Leave Ray, except when the process is being stopped (called while the block's exception is handled).
+
+    A stage's thread is then still inside Ray's C++ code, and `ray.shutdown` would free under it what it works
+    with: one stop in three ended as a segmentation fault. The end of the process disconnects it just as well.
+    """
+    if not isinstance(sys.exc_info()[1], KeyboardInterrupt | SystemExit):
+        ray.shutdown()
+
+
+def _end_private(before: set[int]) -> None:
     """Stop the private Ray and wait until every process it started is gone; a second Ctrl-C has to wait."""
     main = threading.current_thread() is threading.main_thread()
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
     started = [child for child in psutil.Process().children() if child.pid not in before]
     processes = started + [grandchild for child in started for grandchild in _descendants(child)]
     try:
-        ray.shutdown()
-        _, alive = psutil.wait_procs(processes, timeout=5)
+        _disconnect()
+        # `ray.shutdown` has told them to end; after a stop nobody has.
+        alive = psutil.wait_procs(processes, timeout=5)[1] if not ray.is_initialized() else processes
         for process in alive:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
