@@ -78,13 +78,20 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+def nodes() -> Iterator[Cluster]:
     """Two nodes on this machine: an actor fits on the first, two on the second."""
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    ray.init(address=made.address, log_to_driver=False)
+    head = {"num_cpus": 1, "include_dashboard": False, "dashboard_agent_listen_port": 0}
+    made = Cluster(initialize_head=True, head_node_args=head)
     yield made
-    ray.shutdown()
     made.shutdown()
+
+
+@pytest.fixture
+def cluster(nodes: Cluster) -> Iterator[Cluster]:
+    """The nodes, with this process as their driver."""
+    ray.init(address=nodes.address, log_to_driver=False)
+    yield nodes
+    ray.shutdown()
 
 
 def spec_of(base: Path, endpoint: EndpointConfig, output: Path) -> RolloutSpec:

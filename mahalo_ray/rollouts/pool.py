@@ -28,6 +28,7 @@ from mahalo_ray.data import storage
 from mahalo_ray.errors import StageError
 
 IN_FLIGHT_PER_ACTOR = 2  # one playing, one waiting: enough to keep an actor busy
+LONGEST_PAUSE_S = 8.0  # before an actor is started in place of one that died while starting
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SUMMARIES = "chunks"
 JUDGED_FROM = 50  # attempts before a share of failures says anything
@@ -309,6 +310,8 @@ class ActorPool(Generic[ChunkT]):
                     summary = ray.get(reference)
                 except RayActorError as death:
                     self._on_actor_death(actor, played, death)
+                    if played is None:  # what ended one start at once would end the next ones too
+                        time.sleep(min(2.0 ** (self._failed_starts - 1), LONGEST_PAUSE_S))
                     self._start_actor()
                     for other in self._started:
                         self._hand_out(other, ahead)
