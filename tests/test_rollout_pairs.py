@@ -108,6 +108,41 @@ def test_the_largest_gaps_are_kept_where_there_are_too_many() -> None:
     assert report.dropped_over_limit == 1
 
 
+def test_all_pairs_above_the_gap() -> None:
+    """Scores 0.1, 0.5, 0.9 with two of the same words: three candidates, three pairs, two of them wide."""
+    one = candidate_set("a/0", "a", [0.1, 0.9, 0.5])
+    one.candidates.append(one.candidates[1])
+    every = PairsConfig(min_gap_std=0.0, selection="all")
+    pairs, report = build_pairs([one], "accuracy", every)
+    assert {(p.chosen, p.rejected) for p in pairs} == {("c1", "c0"), ("c2", "c0"), ("c1", "c2")}
+    assert (report.prompts, report.possible, report.pairs) == (1, 3, 3)
+    wide = every.model_copy(update={"min_gap_std": 2.0})  # 2 * 0.327: only best against worst
+    pairs, report = build_pairs([one], "accuracy", wide)
+    assert [(p.id, p.chosen, p.rejected) for p in pairs] == [("a/0/accuracy/1-0", "c1", "c0")]
+    assert report.dropped_small_gap == 2
+    balanced, report = build_pairs([one], "accuracy", every.model_copy(update={"balance_length": True}))
+    # c1 against c2 is the one pair whose chosen turn is shorter; c1 against c0 stands against it.
+    assert {(p.chosen, p.rejected) for p in balanced} == {("c1", "c2"), ("c1", "c0")}
+
+
+def test_pairs_that_another_objective_would_turn_round_are_counted() -> None:
+    sets = [candidate_set(f"{n}/0", f"d{n}", [0.1, 0.9]) for n in range(4)]
+    for number, one in enumerate(sets):
+        for candidate, engagement in zip(one.candidates, (0.5, 0.4 if number == 0 else 0.6), strict=True):
+            assert candidate.scores is not None
+            candidate.scores["engagement"] = engagement
+    _, report = build_pairs(sets, "accuracy", ALL)
+    assert report.conflict == {"engagement": 0.25}
+    assert "25% against engagement" in report.describe()
+    assert build_pairs(sets, "engagement", ALL)[1].conflict == {"accuracy": 0.25}
+
+
+def test_a_margin_grows_with_the_gap() -> None:
+    sets = [candidate_set(f"{n}/0", f"d{n}", [0.0, gap]) for n, gap in enumerate([0.2, 0.6])]
+    pairs, _ = build_pairs(sets, "accuracy", ALL.model_copy(update={"gap_margin": 0.5}))
+    assert [pair.margin for pair in pairs] == pytest.approx([0.5, 1.5])  # the mean spread is 0.2
+
+
 def test_what_a_split_keeps_together() -> None:
     branches = [candidate_set(f"{d}/0", d, [0.1, 0.9], topic="t") for d in ("a", "a~0.1", "a~0.1~1.2", "b")]
     by_dialogue, _ = build_pairs(branches, "accuracy", ALL)

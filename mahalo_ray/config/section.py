@@ -95,6 +95,7 @@ OutcomeLabels = Literal["last", "all"]
 PolicyMethod = Literal["mah_dpo", "dpo", "scalarised", "modpo"]
 BaselineName = Literal["dpo", "scalarised", "modpo", "soup"]
 PreferenceLoss = Literal["sigmoid", "ipo"]  # `losses.DPOKind`: the losses know torch alone
+PairSelection = Literal["best_worst", "all"]
 HeadKind = Literal["full", "low_rank"]
 HeadInput = Literal["last", "pooled", "reference_logps"]
 Tuning = Literal["full", "lora", "frozen"]

@@ -18,6 +18,7 @@ from mahalo_ray.config.section import (
     NonNegativeFloat,
     NonNegativeInt,
     OptionalWeights,
+    PairSelection,
     PerObjective,
     PolicyMethod,
     PositiveFloat,
@@ -379,7 +380,11 @@ class RewardConfig(Section):
 
 
 class PairsConfig(Section):
-    """Preference pairs per objective: best against worst candidate of one prompt by reward-model score."""
+    """Preference pairs per objective, of candidates of one prompt, by reward-model score."""
+
+    selection: PairSelection = "best_worst"
+    """Which candidates of a prompt make pairs: the best against the worst (`best_worst`), or `all` two whose
+    gap is wide enough. `all` gives several times the pairs, and as many more training steps per epoch."""
 
     min_gap_std: NonNegativeFloat = 1.0
     """Smallest gap of reward-model scores between chosen and rejected, in mean standard deviations of the
@@ -390,6 +395,10 @@ class PairsConfig(Section):
 
     balance_length: bool = False
     """Whether as many pairs are taken with the longer turn chosen as with it rejected."""
+
+    gap_margin: NonNegativeFloat = 0.0
+    """Margin of each pair's loss: this times its gap, in mean standard deviations of the scores within a
+    prompt. Pairs with a wider gap are then pushed further apart. 0: no margin."""
 
     split_by: Literal["dialogue", "topic"] = "dialogue"
     """What stays together when pairs are held out: all pairs of a dialogue, or of a topic."""

@@ -209,7 +209,7 @@ def pair_rollouts(context: Context[RunConfig]) -> StageResult:
 
 
 def pairs(context: Context[RunConfig]) -> StageResult:
-    """Preference pairs: per objective, best against worst candidate of a prompt."""
+    """Preference pairs per objective of the candidates of one prompt."""
     config = context.config
     sets = CandidateSet.load(context.input("pair_rollouts", "candidates"))
     context.progress.start(len(config.objectives), "objectives")
@@ -224,6 +224,7 @@ def pairs(context: Context[RunConfig]) -> StageResult:
             )
         collected += of_objective
         metrics[objective] = asdict(figures)
+        context.progress.say(figures.describe())
         context.progress.advance()
     PreferencePair.save(collected, context.path("pairs", "part-000000.parquet"))
     return StageResult(metrics, {"pairs": "pairs"})
@@ -258,7 +259,9 @@ def _play(
 
 def _pairs_settings(config: RunConfig) -> dict[str, Any]:
     """Options that came later count where they are set: pairs made before them stay valid."""
-    later = config.pairs.model_dump(include={"balance_length", "split_by"}, exclude_defaults=True)
+    later = config.pairs.model_dump(
+        include={"balance_length", "split_by", "selection", "gap_margin"}, exclude_defaults=True
+    )
     settings = sections("pairs.min_gap_std", "pairs.max_pairs_per_objective", "objective_names")(config)
     return {**settings, **{f"pairs.{name}": value for name, value in later.items()}}
 

@@ -6,10 +6,12 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import combinations
+from typing import Any
 
 import numpy as np
 
-from mahalo_ray.config import PairsConfig
+from mahalo_ray.config import PairsConfig, PairSelection
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import Candidate, CandidateSet, PreferencePair, StepTrace
 from mahalo_ray.rollouts.tutors import BRANCH
@@ -51,14 +53,17 @@ def labelled_traces(sets: Iterable[CandidateSet], objectives: Sequence[str]) -> 
 class PairReport:
     """What became of the candidate sets of one objective, and what its pairs look like.
 
-    Of `prompts`, `ties` have no best and worst, `dropped_small_gap` too small a gap, `duplicates` the same
-    words as another's pair; then come those beyond the largest allowed number (`dropped_over_limit`) and
-    those left out to balance lengths (`dropped_for_balance`). Lengths are in tokens, or in characters where
-    turns have no token ids. `length_correlation`: of score with length, over all candidates, within prompts.
+    `possible` pairs were looked at: one per prompt (best against worst) or every two candidates of it. Of
+    these, `ties` have equal scores, `dropped_small_gap` too small a gap, `duplicates` the same words as
+    another pair; then come those beyond the largest allowed number (`dropped_over_limit`) and those left out
+    to balance lengths (`dropped_for_balance`). Lengths are in tokens, or in characters where turns have no
+    token ids. `length_correlation`: of score with length, over all candidates, within prompts.
+    `conflict`: other objective -> share of these pairs whose rejected turn it scores higher.
     """
 
     objective: str
     prompts: int
+    possible: int
     pairs: int
     ties: int
     dropped_small_gap: int
@@ -70,6 +75,15 @@ class PairReport:
     mean_rejected_tokens: float
     chosen_longer: float
     length_correlation: float
+    conflict: dict[str, float]
+
+    def describe(self) -> str:
+        """One line for people."""
+        conflict = "".join(f", {share:.0%} against {name}" for name, share in self.conflict.items())
+        return (
+            f"{self.objective}: {self.pairs} pairs of {self.prompts} prompts, chosen longer in "
+            f"{self.chosen_longer:.0%}{conflict}"
+        )
 
 
 @dataclass(frozen=True)
@@ -86,42 +100,61 @@ class CandidateShards:
 def build_pairs(
     sets: Iterable[CandidateSet], objective: str, config: PairsConfig
 ) -> tuple[Iterator[PreferencePair], PairReport]:
-    """Best against worst distinct candidate of every prompt by reward-model score.
+    """Pairs of distinct candidates of one prompt by reward-model score: the best against the worst, or with
+    `selection: all` every two of them.
 
     A pair is kept if its gap reaches `min_gap_std` mean within-prompt standard deviations; the largest gaps
     are kept when `max_pairs_per_objective` is reached. With `balance_length`, as many pairs have the longer
     turn chosen as rejected, at every size of the difference.
-    `sets` are read twice and not kept: what stays in memory is a few numbers per prompt.
+    `sets` are read twice and not kept: what stays in memory is a few numbers per possible pair.
     """
-    survey = _Survey(sets, objective)
-    chosen, counts = _selected(survey, config)
-    lengths = survey.lengths[chosen]
+    survey = _Survey(sets, objective, config.selection)
+    selected, counts = _selected(survey, config)
+    lengths, conflict = survey.lengths[selected], survey.against[selected]
     report = PairReport(
         objective=objective,
-        prompts=len(survey.gaps),
-        pairs=int(chosen.sum()),
+        prompts=survey.prompts,
+        possible=len(survey.gaps),
+        pairs=int(selected.sum()),
         **counts,
-        mean_gap=_mean(survey.gaps[chosen]),
+        mean_gap=_mean(survey.gaps[selected]),
         mean_chosen_tokens=_mean(lengths[:, 0]),
         mean_rejected_tokens=_mean(lengths[:, 1]),
         chosen_longer=_mean(lengths[:, 0] > lengths[:, 1]),
         length_correlation=survey.length_correlation,
+        conflict={name: _mean(conflict[:, column]) for column, name in enumerate(survey.others)},
     )
-    return _pairs(sets, objective, config, chosen), report
+    margin = config.gap_margin / survey.spread if survey.spread else 0.0
+    return _pairs(sets, objective, config, selected, margin), report
+
+
+def _possible_pairs(values: np.ndarray, selection: PairSelection) -> list[tuple[int, int]]:
+    """(chosen, rejected) of a prompt's candidates by their scores [K]; equal scores in the order given."""
+    if selection == "best_worst":
+        return [(int(values.argmax()), int(values.argmin()))]
+    return [(i, j) if values[i] >= values[j] else (j, i) for i, j in combinations(range(len(values)), 2)]
 
 
 class _Survey:
-    """What decides about pairs, per prompt: gap, lengths [n, 2] of best and worst turn, the pair's hash."""
+    """What decides about N possible pairs: gaps [N], lengths [N, 2] of chosen and rejected, hashes [N], and
+    whether each of the other objectives scores the rejected turn higher, [N, others]."""
 
-    def __init__(self, sets: Iterable[CandidateSet], objective: str) -> None:
+    def __init__(self, sets: Iterable[CandidateSet], objective: str, selection: PairSelection) -> None:
         gaps, lengths, keys, spreads = array("d"), array("q"), array("q"), array("d")
+        against = array("b")
         moments = np.zeros(3)  # of (score, length), each prompt's mean taken out: xy, xx, yy
+        self.prompts, self.others = 0, tuple[str, ...]()
         for candidate_set in sets:
             candidates, values = _distinct_scored(candidate_set, objective)
-            best, worst = candidates[int(values.argmax())], candidates[int(values.argmin())]
-            gaps.append(float(values.max() - values.min()))
-            lengths.extend((_length(best), _length(worst)))
-            keys.append(_pair_hash(candidate_set, best, worst))
+            if not self.prompts:
+                self.others = tuple(name for name in candidates[0].scores or {} if name != objective)
+            self.prompts += 1
+            for i, j in _possible_pairs(values, selection):
+                chosen, rejected = candidates[i], candidates[j]
+                gaps.append(float(values[i] - values[j]))
+                lengths.extend((_length(chosen), _length(rejected)))
+                keys.append(_pair_hash(candidate_set, chosen, rejected))
+                against.extend(_score(rejected, name) > _score(chosen, name) for name in self.others)
             spreads.append(float(values.std()))
             sizes = np.array([_length(candidate) for candidate in candidates], dtype=float)
             x, y = values - values.mean(), sizes - sizes.mean()
@@ -129,13 +162,14 @@ class _Survey:
         self.gaps = np.array(gaps)
         self.lengths = np.array(lengths, dtype=np.int64).reshape(-1, 2)
         self.keys = np.array(keys, dtype=np.int64)
+        self.against = np.array(against, dtype=bool).reshape(len(gaps), len(self.others))
         self.spread = _mean(spreads)
         scale = float(np.sqrt(moments[1] * moments[2]))
         self.length_correlation = float(moments[0]) / scale if scale else 0.0
 
 
 def _selected(survey: _Survey, config: PairsConfig) -> tuple[np.ndarray, dict[str, int]]:
-    """Which prompts give a pair [n], and how many do not, by reason."""
+    """Which possible pairs are taken [N], and how many are not, by reason."""
     chosen = survey.gaps > 0
     counts = {"ties": int((~chosen).sum())}
     steps = {
@@ -152,7 +186,7 @@ def _selected(survey: _Survey, config: PairsConfig) -> tuple[np.ndarray, dict[st
 
 
 def _first_of_each(keys: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """Of prompts among `kept` with the same key, the first."""
+    """Of pairs with the same key among the chosen ones, the first."""
     places = np.flatnonzero(chosen)
     _, first = np.unique(keys[places], return_index=True)
     return _at(places[first], len(keys))
@@ -184,13 +218,24 @@ def _at(places: np.ndarray, size: int) -> np.ndarray:
 
 
 def _pairs(
-    sets: Iterable[CandidateSet], objective: str, config: PairsConfig, chosen_prompts: np.ndarray
+    sets: Iterable[CandidateSet],
+    objective: str,
+    config: PairsConfig,
+    selected: np.ndarray,
+    margin_per_gap: float,
 ) -> Iterator[PreferencePair]:
-    for candidate_set, keep in zip(sets, chosen_prompts, strict=True):
-        if keep:
-            candidates, values = _distinct_scored(candidate_set, objective)
-            chosen, rejected = candidates[int(values.argmax())], candidates[int(values.argmin())]
-            yield _pair(candidate_set, objective, chosen, rejected, config.split_by)
+    wanted = iter(selected)
+    for candidate_set in sets:
+        candidates, values = _distinct_scored(candidate_set, objective)
+        for i, j in _possible_pairs(values, config.selection):
+            if next(wanted):
+                pair = _pair(candidate_set, objective, candidates[i], candidates[j], config.split_by)
+                update: dict[str, Any] = {}
+                if config.selection == "all":
+                    update["id"] = f"{pair.id}/{i}-{j}"
+                if margin_per_gap:
+                    update["margin"] = margin_per_gap * float(values[i] - values[j])
+                yield pair.model_copy(update=update) if update else pair
 
 
 def _pair(
