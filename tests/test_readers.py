@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mahalo_ray.data.inspection import inspect
 from mahalo_ray.data.pair_readers import ReadPairs, read_pairs
 from mahalo_ray.data.records import Message
 from mahalo_ray.data.row_fields import split_turns
@@ -28,6 +29,15 @@ ROWS: dict[str, dict[str, Any]] = {
     "text prompt repeated": {"prompt": "2+2?", "chosen": ASKED + FOUR, "rejected": ASKED + FIVE},
     "implicit prompt": {"chosen": ASKED + FOUR, "rejected": ASKED + FIVE},
     "question": {"question": "Student: 2+2?\n\nAssistant:", "chosen": "4", "rejected": "5"},
+    "ShareGPT's names": {
+        "prompt": [{"from": "human", "value": "2+2?"}],
+        "chosen": [{"from": "gpt", "value": "4"}],
+        "rejected": [{"from": "gpt", "value": "5"}],
+    },
+    "HH-RLHF": {
+        "chosen": "\n\nHuman: 2+2?\n\nAssistant: 4",
+        "rejected": "\n\nHuman: 2+2?\n\nAssistant: 5",
+    },
     "plain question": {"question": "2+2?", "chosen": "4", "rejected": "5"},
 }
 
@@ -172,3 +182,50 @@ def test_real_pairs_are_read() -> None:
     rated = read(SHARED / "human_values" / "ultrafeedback_overall_pairs.jsonl", "trl")
     assert {row.reason.split(" ", 1)[1] for row in rated.bad} <= {"is empty", "and 'rejected' are the same"}
     assert len(rated.pairs) + len(rated.bad) == 1000 and rated.pairs[0].chosen_score == 9.0
+
+
+def test_answers_rated_by_aspect(tmp_path: Path) -> None:
+    """UltraFeedback and HelpSteer: the aspect decides which answer is better, and equal ones are left out."""
+    rated = [("4", {"helpfulness": {"Rating": "5"}}), ("5", {"helpfulness": {"Rating": "2"}, "honesty": {}})]
+    ultrafeedback = {
+        "instruction": "2+2?",
+        "completions": [{"response": answer, "annotations": ratings} for answer, ratings in rated],
+    }
+    helpsteer = [
+        {"prompt": "2+2?", "response": answer, "helpfulness": n} for answer, n in (("5", 0), ("4", 3))
+    ]
+    path = lines(tmp_path / "a.jsonl", ultrafeedback, *helpsteer, {**helpsteer[0], "helpfulness": 3})
+    found = ReadPairs()
+    read_pairs(str(path), "auto", ["accuracy"], "accuracy", None, "0", found, aspect="helpfulness")
+    assert [(pair.chosen, pair.rejected) for pair in found.pairs] == [("4", "5")] * 2
+    assert [(pair.chosen_score, pair.rejected_score) for pair in found.pairs] == [(5.0, 2.0), (3.0, 0.0)]
+    (counts,) = found.report.files.values()
+    assert (counts.rows, counts.read, sum(counts.left_out.values())) == (4, 2, 2)
+    without = read(path)
+    assert "say which decides ('aspect')" in without.bad[0].reason
+
+
+def test_what_a_file_holds(tmp_path: Path) -> None:
+    question = "A farmer has seven cows and buys five more at the market, how many cows has he now?"
+    path = lines(
+        tmp_path / "a.jsonl",
+        {**ROWS["text"], "objective": "honest"},
+        {"prompt": question, "completions": ["7 + 5", "12"], "labels": [True, False]},
+        {"question": question, "answer": "#### 12"},
+        {"colour": "red"},
+    )
+    exam = lines(tmp_path / "exam.jsonl", {"problem": f"Read closely. {question.upper()}", "answer": "12"})
+    found = inspect(str(path), against=str(exam), samples=1)
+    assert dict(found.formats) == {
+        ("preference pairs", "trl"): 1,
+        ("step traces", "trl"): 1,
+        ("prompts", "prompts"): 1,
+    }
+    assert found.overlaps == ["a.jsonl:2", "a.jsonl:3"]
+    assert found.labels["step wrong"] == found.labels["objective honest"] == 1
+    assert found.lengths["step"] == [5, 2] and len(found.samples) == 1
+    (bad,) = found.report.bad
+    assert bad.line == 4 and "colour" in bad.reason
+    document = found.as_json()
+    assert document["data"]["read"] == 3 and document["contamination"]["rows"] == 2
+    assert any("contamination: 2 rows" in line for line in found.describe())

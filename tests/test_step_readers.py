@@ -54,6 +54,23 @@ ROWS: dict[str, tuple[str, dict[str, Any], list[float | None]]] = {
         {"input": "2+2+1?", "steps": STEPS, "mistake_index": None},
         [1, 1, 1],
     ),
+    "PRM800K": (
+        "prm800k",
+        {
+            "question": {"problem": "2+2+1?"},
+            "label": {
+                "steps": [
+                    {
+                        "completions": [{"text": "2", "rating": -1}, {"text": STEPS[0], "rating": 0}],
+                        "chosen_completion": 1,
+                    },
+                    {"completions": [{"text": STEPS[1], "rating": None}], "chosen_completion": 0},
+                    {"completions": [{"text": STEPS[2], "rating": -1}], "chosen_completion": None},
+                ]
+            },
+        },
+        [1, None, 0],
+    ),
     "signs": ("conversation", {"prompt": "2+2+1?", "conversation": SIGNED}, [1, 0, 0]),
     "signs, asked first": ("conversation", {"conversation": [USER, *SIGNED]}, [1, 0, 0]),
     "list of labels": ("steps", {"problem": "2+2+1?", "steps": STEPS, "labels": [1, 0, None]}, [1, 0, None]),
@@ -63,6 +80,22 @@ ROWS: dict[str, tuple[str, dict[str, Any], list[float | None]]] = {
         [1, 0, None],
     ),
 }
+
+
+def test_math_shepherd_marks(tmp_path: Path) -> None:
+    """The question ends where "Step 1:" begins; every mark of the input is a sign of the label."""
+    row = {
+        "input": "2+2+1? Step 1: 2+2=4 ки\nStep 2: The answer is 6 ки",
+        "label": "2+2+1? Step 1: 2+2=4 +\nStep 2: The answer is 6 -",
+    }
+    shifted = {**row, "label": row["label"].replace("2+2=4", "2+2=5")}
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in (row, shifted)))
+    found = read(tmp_path / "a.jsonl")
+    (trace,) = found.traces
+    assert [m.content for m in trace.prompt] == ["2+2+1?"]
+    assert list(trace.steps) == ["Step 1: 2+2=4", "Step 2: The answer is 6"]
+    assert trace.labels == {"accuracy": [1.0, 0.0]}
+    assert "end of step 1" in found.bad[0].reason
 
 
 def read(path: Path | str, row_format: str = "auto", **settings: Any) -> ReadTraces:

@@ -5,6 +5,7 @@ Imports that take seconds (torch, transformers, Ray) are inside the verbs: help 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -68,8 +69,35 @@ def register(app: typer.Typer) -> None:
     group.command(_STAGE, hidden=True)(stage_verb("evaluate"))
     group.command("reward")(evaluate_reward)
     app.add_typer(group, name="evaluate")
+    data = typer.Typer(no_args_is_help=True, help="`data inspect`: what a file or folder of rows holds.")
+    data.command("inspect")(inspect_data)
+    app.add_typer(data, name="data")
     for verb in (serve, compare, config, validate, export, plan, dialogues, label, calibrate, generate):
         app.command()(verb)
+
+
+def inspect_data(
+    path: Annotated[str, typer.Argument(help="File, folder, URL or hub:OWNER/NAME.")],
+    against: Annotated[
+        str | None, typer.Option(help="An evaluation set: name the rows that share text with its prompts.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=0, max=100, help="Rows to show.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """What rows are: format, counts, lengths, bad rows, samples, and what an evaluation set contains too."""
+
+    def work() -> None:
+        from mahalo_ray.data.inspection import inspect
+
+        inspection = inspect(path, against, samples)
+        if as_json:
+            say(json.dumps(inspection.as_json(), indent=2, ensure_ascii=False))
+            return
+        for line in inspection.describe():
+            say(line)
+
+    guarded(work, debug)
 
 
 def stage_verb(name: str) -> Callable[..., None]:

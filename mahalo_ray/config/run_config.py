@@ -177,6 +177,10 @@ class PairsSource(Section):
     objective_field: Text | None = None
     """The field of each row that names its objective. Either this or `objective`."""
 
+    aspect: Text | None = None
+    """Formats with ratings of several aspects (`ultrafeedback`, `helpsteer`): the aspect that says which
+    answer is better, such as `helpfulness`, `honesty` or `truthfulness`."""
+
     sample: PositiveFraction = 1.0
     """Share of the dialogues that is used, whole dialogues, chosen by the run's seed."""
 
@@ -189,6 +193,8 @@ class PairsSource(Section):
             )
         if self.format == "truthfulqa" and self.objective is None:
             raise ValueError("rows of TruthfulQA name no objective: give 'objective'")
+        if self.aspect is not None and self.format not in ("auto", "ultrafeedback", "helpsteer"):
+            raise ValueError(f"rows of format '{self.format}' have no ratings by 'aspect'")
         return self
 
 

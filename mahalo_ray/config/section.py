@@ -78,12 +78,16 @@ FunctionName = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
 Dtype = Literal["float32", "bfloat16"]
 Domain = Literal["math", "human_values", "tutoring"]
 Supervision = Literal["rollout_value", "judged_rollouts", "judged_prefix", "pairwise"]
-PairFormat = Literal["auto", "trl", "mahalo", "records", "truthfulqa"]
+PairFormat = Literal[
+    "auto", "trl", "mahalo", "hh_rlhf", "ultrafeedback", "helpsteer", "records", "truthfulqa"
+]
 TraceFormat = Literal[
     "auto",
     "trl",
     "mahalo",
     "processbench",
+    "prm800k",
+    "math_shepherd",
     "big_bench_mistake",
     "model_solutions",
     "mathdial",

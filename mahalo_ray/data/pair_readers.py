@@ -1,12 +1,17 @@
 """Preference pairs in the formats people have, as our records.
 
-trl      `prompt`, `chosen`, `rejected` as TRL takes them: text, or lists of messages, whose completions may
-         repeat the prompt; without `prompt`, it is what both conversations begin with
-mahalo   `question`, `chosen`, `rejected` as in the MAHALO code: the question is a text of turns, each opened
-         by `Student:`, `Assistant:` (or User, Human, Tutor, Teacher) at its beginning or after a blank line
-records  pairs that this project wrote (Parquet of `PreferencePair`): taken as they are, token ids and all
+trl            `prompt`, `chosen`, `rejected` as TRL takes them: text, or lists of messages, whose completions
+               may repeat the prompt; without `prompt`, it is what both conversations begin with
+mahalo         `question`, `chosen`, `rejected` as in the MAHALO code: the question is a text of turns, each
+               opened by `Student:`, `Assistant:` (or User, Human, Tutor, Teacher) at its beginning or after a
+               blank line
+hh_rlhf        `chosen` and `rejected` are whole conversations as text, opened by `Human:` and `Assistant:`;
+               they differ in the last answer
+ultrafeedback  `instruction` and rated `completions`: the best answer by `aspect` against the worst
+helpsteer      `prompt`, `response` and ratings: rows of one prompt that follow each other are compared
+records        pairs that this project wrote (Parquet of `PreferencePair`): taken as they are, token ids too
 
-The first two may have `id`, `dialogue` (else pairs whose conversations open alike count as one dialogue,
+All but the last may have `id`, `dialogue` (else pairs whose conversations open alike count as one dialogue,
 which a held-out split keeps together), `weight` and `margin` of the loss, and scores: `chosen_score` or
 `score_chosen`, `rejected_score` or `score_rejected`, in the row or its `metadata`.
 """
@@ -14,6 +19,7 @@ which a held-out split keeps together), `weight` and `margin` of the loss, and s
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +30,7 @@ from mahalo_ray.data.row_fields import (
     RowError,
     as_name,
     get_id,
+    get_list,
     get_text,
     make_record,
     opening,
@@ -76,31 +83,79 @@ def read_pairs(
     objective_field: str | None,
     name: str,
     into: ReadPairs,
+    *,
+    aspect: str | None = None,
 ) -> None:
     """Add the pairs of a file or folder to `into`; rows that are none become its `bad` rows.
 
-    `row_format`: "trl", "mahalo", "records" or "auto" (by the fields of each row). One of `objective` (of
-    all rows) and `objective_field` (which field of a row names it) is given; rows of objectives outside
-    `objectives` are left out and counted. A pair without an `id` gets "name/file:line". ValueError when there
-    is nothing to read.
+    `row_format`: a name above, or "auto" (by the fields of each row). One of `objective` (of all rows) and
+    `objective_field` (which field of a row names it) is given; rows of objectives outside `objectives` are
+    left out and counted, as are rated answers that do not differ in the `aspect`. A pair without an `id` gets
+    "name/file:line". ValueError when there is nothing to read.
     """
     assert (objective is None) != (objective_field is None)
+    parser = PairParser(row_format, aspect)
 
     def use(row: Row, place: Place) -> None:
         of_row = objective or get_text(row, str(objective_field))
         if of_row not in objectives:
             into.left_out[of_row] = into.left_out.get(of_row, 0) + 1
             raise RowLeftOut(f"objective {show(of_row)}")
-        into.add(_pair(row, row_format, of_row, f"{name}/{place}", path), place, name)
+        into.add(parser.parse(row, of_row, f"{name}/{place}", path), place, name)
 
     use_rows(path, use, into.report)
 
 
-def _pair(row: Row, row_format: str, objective: str, default_id: str, source: str) -> PreferencePair:
-    if row_format == "records" or (row_format == "auto" and "chosen_ids" in row):
-        return _record(row, objective)
-    chosen_format = row_format if row_format != "auto" else "mahalo" if "question" in row else "trl"
-    prompt, chosen, rejected = _FORMATS[chosen_format](row)
+@dataclass(frozen=True)
+class ParsedPair:
+    """A pair as its format gives it: nothing is checked yet."""
+
+    prompt: list[Message]
+    chosen: str
+    rejected: str
+    scores: tuple[float, float] | None = None  # of chosen and rejected, where the format itself has them
+
+
+def pair_format_of(row: Row) -> str:
+    """The format of a row of pairs, by its fields; RowError if it is of none."""
+    if "chosen_ids" in row:
+        return "records"
+    if isinstance(row.get("completions"), list) and "instruction" in row:
+        return "ultrafeedback"
+    if isinstance(row.get("response"), str) and "prompt" in row and "chosen" not in row:
+        return "helpsteer"
+    if "question" in row:
+        return "mahalo"
+    transcripts = [row.get(name) for name in ("chosen", "rejected")]
+    if row.get("prompt") is None and all(isinstance(t, str) and _HH_TURN.match(t) for t in transcripts):
+        return "hh_rlhf"
+    return "trl"
+
+
+class PairParser:
+    """Rows of one source as pairs, one after the other: a format may compare a row with the row before."""
+
+    def __init__(self, row_format: str = "auto", aspect: str | None = None) -> None:
+        self._format, self._aspect = row_format, aspect
+        self._before: Row | None = None
+
+    def parse(self, row: Row, objective: str, default_id: str, source: str) -> PreferencePair:
+        """The pair of a row; RowError if it is none, RowLeftOut where rated answers give none."""
+        row_format = pair_format_of(row) if self._format == "auto" else self._format
+        before, self._before = self._before, row
+        if row_format == "records":
+            return _record(row, objective)
+        if row_format == "ultrafeedback":
+            choice = _ultrafeedback(row, self._aspect)
+        elif row_format == "helpsteer":
+            choice = _helpsteer(row, before, self._aspect)
+        else:
+            choice = _FORMATS[row_format](row)
+        return _checked(row, choice, objective, default_id, source)
+
+
+def _checked(row: Row, choice: ParsedPair, objective: str, default_id: str, source: str) -> PreferencePair:
+    prompt, chosen, rejected = choice.prompt, choice.chosen, choice.rejected
     for name, text in (("chosen", chosen), ("rejected", rejected)):
         if not text.strip():
             raise RowError(f"'{name}' is empty")
@@ -111,6 +166,7 @@ def _pair(row: Row, row_format: str, objective: str, default_id: str, source: st
     metadata = row.get("metadata")
     places = [row, metadata] if isinstance(metadata, Mapping) else [row]
     extra = {name: row[name] for name in ("weight", "margin") if row.get(name) is not None}
+    scores = choice.scores or (_score(places, "chosen"), _score(places, "rejected"))
     return make_record(
         PreferencePair,
         dialogue=opening(prompt) if row.get("dialogue") is None else as_name(row["dialogue"], "dialogue"),
@@ -119,8 +175,8 @@ def _pair(row: Row, row_format: str, objective: str, default_id: str, source: st
         prompt=prompt,
         chosen=chosen,
         rejected=rejected,
-        chosen_score=_score(places, "chosen"),
-        rejected_score=_score(places, "rejected"),
+        chosen_score=scores[0],
+        rejected_score=scores[1],
         source=source,
         **extra,
     )
@@ -137,10 +193,10 @@ def _as_dict(value: Any) -> Any:
     return dict(value) if pairs else value
 
 
-def _trl(row: Row) -> tuple[list[Message], str, str]:
+def _trl(row: Row) -> ParsedPair:
     answers = [require(row, name) for name in ("chosen", "rejected")]
     if all(isinstance(answer, str) for answer in answers):
-        return parse_prompt(require(row, "prompt")), answers[0], answers[1]
+        return ParsedPair(parse_prompt(require(row, "prompt")), answers[0], answers[1])
     chosen, rejected = (parse_messages(answer) for answer in answers)
     prompt = row.get("prompt")
     if prompt is None:
@@ -148,7 +204,7 @@ def _trl(row: Row) -> tuple[list[Message], str, str]:
         messages = [a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both)]
     else:
         messages = parse_prompt(prompt)
-    return messages, _reply(messages, chosen, "chosen"), _reply(messages, rejected, "rejected")
+    return ParsedPair(messages, _reply(messages, chosen, "chosen"), _reply(messages, rejected, "rejected"))
 
 
 def _reply(prompt: list[Message], conversation: list[Message], name: str) -> str:
@@ -159,11 +215,83 @@ def _reply(prompt: list[Message], conversation: list[Message], name: str) -> str
     return rest[0].content
 
 
-def _mahalo(row: Row) -> tuple[list[Message], str, str]:
-    return split_turns(get_text(row, "question")), get_text(row, "chosen"), get_text(row, "rejected")
+def _mahalo(row: Row) -> ParsedPair:
+    return ParsedPair(
+        split_turns(get_text(row, "question")), get_text(row, "chosen"), get_text(row, "rejected")
+    )
 
 
-_FORMATS: dict[str, Callable[[Row], tuple[list[Message], str, str]]] = {"trl": _trl, "mahalo": _mahalo}
+def _hh_rlhf(row: Row) -> ParsedPair:
+    """Anthropic's HH-RLHF: two transcripts; what both say before their last answer is the prompt."""
+    chosen, rejected = (_transcript(get_text(row, name), name) for name in ("chosen", "rejected"))
+    if chosen[:-1] != rejected[:-1]:
+        raise RowError("'chosen' and 'rejected' differ before their last answer")
+    return ParsedPair(chosen[:-1], chosen[-1].content, rejected[-1].content)
+
+
+def _transcript(text: str, name: str) -> list[Message]:
+    opening_text, *parts = _HH_TURN.split(text)
+    if opening_text.strip() or not parts:
+        raise RowError(f"'{name}' does not open with 'Human:'")
+    turns = zip(parts[::2], parts[1::2], strict=True)
+    messages = [
+        Message(role="user" if speaker == "Human" else "assistant", content=said.strip())
+        for speaker, said in turns
+    ]
+    if len(messages) < 2 or messages[-1].role != "assistant":
+        raise RowError(f"'{name}' does not end with an answer of the assistant")
+    return messages
+
+
+def _ultrafeedback(row: Row, aspect: str | None) -> ParsedPair:
+    """UltraFeedback: the best completion by the aspect's rating against the worst, the first among equals."""
+    aspect = _given(aspect, "a row of UltraFeedback")
+    rated = []
+    for number, completion in enumerate(get_list(row, "completions"), start=1):
+        if not isinstance(completion, Mapping):
+            raise RowError(f"completion {number} is {type(completion).__name__}, not an object")
+        annotations = completion.get("annotations")
+        judged = annotations.get(aspect) if isinstance(annotations, Mapping) else None
+        rating = judged.get("Rating") if isinstance(judged, Mapping) else completion.get(f"{aspect}_score")
+        if rating is not None and rating != "N/A":
+            rated.append((_rating(rating, aspect), get_text(dict(completion), "response")))
+    if not rated:
+        raise RowError(f"no completion is rated for '{aspect}'")
+    best, worst = max(rated, key=lambda item: item[0]), min(rated, key=lambda item: item[0])
+    if best[0] == worst[0]:
+        raise RowLeftOut(f"no two answers differ in '{aspect}'")
+    return ParsedPair(parse_prompt(require(row, "instruction")), best[1], worst[1], (best[0], worst[0]))
+
+
+def _helpsteer(row: Row, before: Row | None, aspect: str | None) -> ParsedPair:
+    """HelpSteer: an answer against the answer to the same prompt in the row before."""
+    aspect = _given(aspect, "a row of HelpSteer")
+    rating, answer = _rating(require(row, aspect), aspect), get_text(row, "response")
+    if before is None or before.get("prompt") != require(row, "prompt"):
+        raise RowLeftOut("the first answer to its prompt: the row after it is compared with it")
+    other = (_rating(require(before, aspect), aspect), get_text(before, "response"))
+    if other[0] == rating:
+        raise RowLeftOut(f"no two answers differ in '{aspect}'")
+    best, worst = sorted([(rating, answer), other], key=lambda item: -item[0])
+    return ParsedPair(parse_prompt(row["prompt"]), best[1], worst[1], (best[0], worst[0]))
+
+
+def _given(aspect: str | None, what: str) -> str:
+    if aspect is None:
+        raise RowError(f"{what} has ratings of several aspects: say which decides ('aspect')")
+    return aspect
+
+
+def _rating(value: Any, aspect: str) -> float:
+    """A rating as a number; UltraFeedback writes some as text."""
+    try:
+        return to_finite(float(value) if isinstance(value, str) else value, aspect)
+    except ValueError as error:
+        raise RowError(f"the rating of '{aspect}' is {show(value)}, not a number") from error
+
+
+_HH_TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
+_FORMATS: dict[str, Callable[[Row], ParsedPair]] = {"trl": _trl, "mahalo": _mahalo, "hh_rlhf": _hh_rlhf}
 
 
 def _score(places: Sequence[Mapping[str, Any]], answer: str) -> float | None:

@@ -80,7 +80,7 @@ def read_prompts(
 
     def use(row: Row, place: Place) -> None:
         default_id = f"{name}/{place}" if name else str(place)
-        prompt = _parse_row(row, default_id, place, with_answers)
+        prompt = parse_prompt_row(row, default_id, place, with_answers)
         read.prompts.append(replace(prompt, id=read.ids.claim(prompt.id, place, name)))
 
     use_rows(path, use, read.report)
@@ -91,7 +91,8 @@ def read_prompts(
     return read
 
 
-def _parse_row(row: Row, default_id: str, place: Place, with_answers: bool) -> PromptRow:
+def parse_prompt_row(row: Row, default_id: str, place: Place, with_answers: bool) -> PromptRow:
+    """The prompt of one row; RowError if it is none."""
     for name in row:
         if name not in _OPTIONS and (close := difflib.get_close_matches(name, _OPTIONS, n=1, cutoff=0.85)):
             raise RowError(f"unknown field '{name}'. Did you mean '{close[0]}'?")

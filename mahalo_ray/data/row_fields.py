@@ -23,6 +23,7 @@ _ROLES: dict[str, Literal["user", "assistant"]] = {
     **dict.fromkeys(("student", "user", "human"), "user"),
     **dict.fromkeys(("assistant", "tutor", "teacher"), "assistant"),
 }
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 _SPEAKER = re.compile(rf"(?:\A|\n[ \t]*\n)\s*({'|'.join(_ROLES)}):[ \t]*", re.IGNORECASE)
 
 
@@ -101,7 +102,7 @@ def to_finite(value: Any, name: str) -> float:
 
 
 def parse_messages(value: Any) -> list[Message]:
-    """A list of chat messages, as the OpenAI API and data sets write them.
+    """A list of chat messages, as the OpenAI API and data sets write them, ShareGPT's `from` and `value` too.
 
     `content` is text or a list of text parts. Other keys are taken where they say nothing (null, empty), and
     `name` is left out; anything else in them (tool calls, audio) is a RowError that names it.
@@ -114,6 +115,11 @@ def parse_messages(value: Any) -> list[Message]:
 def _parse_message(value: Any, number: int) -> Message:
     if not isinstance(value, Mapping):
         raise RowError(f"not a list of messages: message {number} is {type(value).__name__}")
+    if "from" in value and "role" not in value:
+        speaker = value["from"]
+        role = _SHAREGPT_ROLES.get(speaker, speaker) if isinstance(speaker, str) else speaker
+        rest = {key: content for key, content in value.items() if key not in ("from", "value")}
+        value = {"role": role, "content": value.get("value"), **rest}
     for key, content in value.items():
         if key not in ("role", "content", "name") and content not in (None, "", [], {}, False):
             raise RowError(f"message {number} has '{key}', which cannot be used here")

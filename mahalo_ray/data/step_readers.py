@@ -3,6 +3,8 @@
 trl                `prompt`, `completions`, `labels` as TRL's PRM trainer takes them
 mahalo             `question` (a text of turns), `response_steps`, `step_value` as in the MAHALO code
 processbench       `problem`, `steps`, `label`: the first wrong step, -1 for none (steps after it: unknown)
+prm800k            PRM800K: `question` and `label`, whose steps have rated completions (0 counts as right)
+math_shepherd      Math-Shepherd: `input`, whose steps end with a mark, and `label` with + or - in its place
 big_bench_mistake  `input`, `steps`, `mistake_index`: the same, null for none
 model_solutions    `question` and several fields with a `solution` and whether it `is_correct`
 mathdial           MathDial: every teacher turn with what was said before, and whether the student solved it
@@ -49,6 +51,7 @@ OWN: str | None = None  # stands for the source's own objective
 _EOM = "|EOM|"
 _MATHDIAL_OUTCOMES = {"Yes": 1.0, "Yes, but I had to reveal the answer": 0.5, "No": 0.0}
 _SIGNS = {"+": True, "-": False}
+_STEP_MARK = "ки"  # of Math-Shepherd
 _PROMPT_FIELDS = ("prompt", "question", "problem", "input")
 
 
@@ -117,6 +120,66 @@ def _big_bench_mistake(row: Row) -> list[Parsed]:
         verdict = str(row["answer"]).strip() == str(row["target"]).strip()
     target = None if row.get("target") is None else str(row["target"])
     return [_math(get_text(row, "input"), steps, labels, verdict, target)]
+
+
+def _prm800k(row: Row) -> list[Parsed]:
+    """The chosen completion of every step, rated 1 or 0 (right) or -1 (wrong). Where none was chosen, a
+    person's own completion, or else the first one, stands for the step."""
+    question, label = (require(row, name) for name in ("question", "label"))
+    if not isinstance(question, Mapping) or not isinstance(label, Mapping):
+        raise RowError("'question' and 'label' must be objects")
+    steps, signs = [], list[bool | None]()
+    for number, step in enumerate(get_list(dict(label), "steps"), start=1):
+        if not isinstance(step, Mapping):
+            raise RowError(f"step {number} is {type(step).__name__}, not an object")
+        completions, chosen = step.get("completions") or [], step.get("chosen_completion")
+        written = step.get("human_completion")
+        if chosen is None and written is not None:
+            completion = (
+                {"rating": 1, **written} if isinstance(written, Mapping) else {"text": written, "rating": 1}
+            )
+        else:
+            number_chosen = 0 if chosen is None else chosen
+            if not isinstance(number_chosen, int) or not 0 <= number_chosen < len(completions):
+                raise RowError(
+                    f"step {number} has {len(completions)} completions, and {show(chosen)} is chosen"
+                )
+            completion = completions[number_chosen]
+        rating = completion.get("rating") if isinstance(completion, Mapping) else None
+        if not isinstance(completion, Mapping) or rating not in (None, 1, 0, -1):
+            raise RowError(f"step {number} is rated {show(rating)}: known are 1, 0, -1")
+        steps.append(completion.get("text"))
+        signs.append(None if rating is None else rating >= 0)
+    answer = question.get("ground_truth_answer")
+    return [
+        Parsed(
+            parse_prompt(get_text(dict(question), "problem")),
+            steps,
+            {OWN: signs},
+            answer=None if answer is None else str(answer),
+        )
+    ]
+
+
+def _math_shepherd(row: Row) -> list[Parsed]:
+    """`label` is `input` with a sign in place of every mark. What comes before "Step 1:" is the question."""
+    marked, signed = get_text(row, "input"), get_text(row, "label")
+    question, first, _ = marked.partition("Step 1:")
+    if not first or not question.strip():
+        raise RowError("'input' has no 'Step 1:' after a question")
+    *pieces, rest = marked.split(_STEP_MARK)
+    if rest.strip() or not pieces:
+        raise RowError(f"a step of 'input' does not end with the mark '{_STEP_MARK}'")
+    signs, at = [], 0
+    for number, piece in enumerate(pieces, start=1):
+        at += len(piece)
+        sign = signed[at : at + 1]
+        if sign not in _SIGNS or signed[at - len(piece) : at] != piece:
+            raise RowError(f"'label' does not repeat 'input' with + or - at the end of step {number}")
+        signs.append(_SIGNS[sign])
+        at += 1
+    steps = [pieces[0].removeprefix(question).strip(), *(piece.strip() for piece in pieces[1:])]
+    return [Parsed(parse_prompt(question.strip()), steps, {OWN: signs})]
 
 
 def _math(
@@ -209,7 +272,7 @@ def _conversation(row: Row) -> list[Parsed]:
     """Steps as user messages, each answered by + or -. The question is a field of its own, a message of its
     own, or what stands before "Step 1" in the first message."""
     name = "conversation" if row.get("conversation") is not None else "conversations"
-    said = parse_messages([_plain(message) for message in get_list(row, name)])
+    said = parse_messages(get_list(row, name))
     question = next((get_text(row, name) for name in _PROMPT_FIELDS if row.get(name) is not None), None)
     opened = question is None and len(said) > 1 and said[1].content.strip() not in _SIGNS
     if opened:
@@ -228,16 +291,6 @@ def _conversation(row: Row) -> list[Parsed]:
         first = marker + rest
     texts = [first.removeprefix(question).strip(), *(message.content for message in steps[1:])]
     return [Parsed(parse_prompt(question.strip()), texts, {OWN: [_SIGNS[sign] for sign in signs]})]
-
-
-def _plain(message: Any) -> Any:
-    """Messages in ShareGPT's names."""
-    if not isinstance(message, Mapping) or "from" not in message:
-        return message
-    roles = {"human": "user", "gpt": "assistant"}
-    speaker = message["from"]
-    role = roles.get(speaker, speaker) if isinstance(speaker, str) else speaker
-    return {"role": role, "content": message.get("value")}
 
 
 def _rated(row: Row) -> list[Parsed]:
@@ -277,6 +330,8 @@ FORMATS: dict[str, Callable[[Row], list[Parsed]]] = {
     "trl": _trl_steps,
     "mahalo": _mahalo_steps,
     "processbench": _processbench,
+    "prm800k": _prm800k,
+    "math_shepherd": _math_shepherd,
     "big_bench_mistake": _big_bench_mistake,
     "model_solutions": _model_solutions,
     "mathdial": _mathdial,
@@ -305,6 +360,10 @@ def format_of(row: Row) -> str:
     for name, fields in _SIGNATURES:
         if all(field in row for field in fields):
             return name
+    if isinstance(row.get("label"), Mapping) and isinstance(row.get("question"), Mapping):
+        return "prm800k"
+    if isinstance(row.get("label"), str) and _STEP_MARK in str(row.get("input")):
+        return "math_shepherd"
     if any(_is_solution(value) for value in row.values()):
         return "model_solutions"
     if isinstance(row.get("metadata"), Mapping) and {"rating", "ratings"} & set(row["metadata"]):

@@ -137,7 +137,16 @@ def _read_source(source: PairsSource, objectives: Sequence[str], name: str, into
         assert source.objective is not None
         read_truthfulqa(source.path, source.objective, 1, into)
         return
-    read_pairs(source.path, source.format, objectives, source.objective, source.objective_field, name, into)
+    read_pairs(
+        source.path,
+        source.format,
+        objectives,
+        source.objective,
+        source.objective_field,
+        name,
+        into,
+        aspect=source.aspect,
+    )
 
 
 def labelled(trace: StepTrace, objective: str) -> bool:
