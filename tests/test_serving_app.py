@@ -20,11 +20,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mahalo_ray.config import SamplingConfig, ServeConfig
+from mahalo_ray.data import storage
 from mahalo_ray.decoding import GuidedDecoder
 from mahalo_ray.decoding.session import GuidedSession
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
+from mahalo_ray.objectives import Weights
 from mahalo_ray.serving.app import create_app
 from mahalo_ray.serving.backend import GuidedBackend
+from mahalo_ray.serving.front import Measurements, RunFiles
 from mahalo_ray.serving.schema import (
     ApiError,
     ChatCompletionRequest,
@@ -33,13 +36,19 @@ from mahalo_ray.serving.schema import (
     parse,
 )
 from mahalo_ray.serving.service import ChatService, Defaults, KeyDigest, ServiceSettings
+from mahalo_ray.sweeps import portfolio
 
 OBJECTIVES = ("accuracy", "engagement")
 MESSAGES = [{"role": "user", "content": "What is 2 + 3?"}]
 CHAT = "/v1/chat/completions"
 
 
-def make_app(key: KeyDigest | None = None, domain: str = "tutoring", **config: Any) -> FastAPI:
+def make_app(
+    key: KeyDigest | None = None,
+    domain: str = "tutoring",
+    measured: Measurements | None = None,
+    **config: Any,
+) -> FastAPI:
     torch.manual_seed(0)
     # Copies: every app runs its models in a thread of its own.
     base, reward = copy.deepcopy((tiny_guided.model(), tiny_guided.reward()))
@@ -47,8 +56,11 @@ def make_app(key: KeyDigest | None = None, domain: str = "tutoring", **config: A
     decoder = GuidedDecoder(policy, reward, domain, tiny_guided.tokenizer(), 64)
     defaults = Defaults(num_candidates=2, sampling=SamplingConfig(max_new_tokens=8))
     limits = {"max_ongoing_requests": 4, "max_queued_requests": 4, "max_new_tokens": 32, "max_candidates": 4}
-    service_settings = ServiceSettings(ServeConfig(**{**limits, **config}), "mahalo", defaults, key)
-    return create_app(ChatService(GuidedBackend(decoder), service_settings))
+    described = {"accuracy": "The answer is right."}
+    service_settings = ServiceSettings(
+        ServeConfig(**{**limits, **config}), "mahalo", defaults, key, described
+    )
+    return create_app(ChatService(GuidedBackend(decoder), service_settings, measured))
 
 
 @pytest.fixture(scope="module")
@@ -314,6 +326,66 @@ def test_one_model_can_be_retrieved(client: TestClient) -> None:
     assert client.get("/v1/models/mahalo").json() == listed
     missing = client.get("/v1/models/org/other")
     assert (missing.status_code, error_of(missing)["code"]) == (404, "model_not_found")
+
+
+def swept(name: str, weights: dict[str, float] | None, accuracy: list[float], engagement: list[float]) -> Any:
+    kind = "sft" if weights is None else "weights"
+    values = {"accuracy": accuracy, "engagement": engagement}
+    fields = {"name": name, "kind": kind, "weights": weights, "student_ids": [1, 2], "values": values}
+    return {"result": {**fields, "malformed_rate": 0.0, "tokens": 10}, "samples": []}
+
+
+@pytest.fixture(scope="module")
+def measuring() -> Iterator[TestClient]:
+    """An endpoint of a run with a sweep of two points and a portfolio of them."""
+    vectors = [{"accuracy": 1.0, "engagement": 0.0}, {"accuracy": 0.5, "engagement": 0.5}]
+    points = [
+        swept("SFT", None, [0.1, 0.1], [0.1, 0.1]),
+        swept("accurate", vectors[0], [0.9, 0.7], [0.1, 0.1]),
+        swept("middle", vectors[1], [0.6, 0.6], [0.8, 0.6]),
+    ]
+    storage.write_json("memory://measured/methods.json", points)
+    made = portfolio([[0.8, 0.1], [0.6, 0.7]], [Weights(v) for v in vectors], eps=0.3)
+    made.save("memory://measured/portfolio.json")
+    files = RunFiles(
+        ("memory://measured/methods.json",), "memory://measured/portfolio.json", OBJECTIVES, 0.95, 100, 1
+    )
+    with TestClient(make_app(measured=files.read())) as asked:
+        yield asked
+
+
+def test_the_front_is_what_the_run_measured(measuring: TestClient, client: TestClient) -> None:
+    front = measuring.get("/v1/front").json()
+    assert front["objectives"][0] == {"name": "accuracy", "description": "The answer is right."}
+    assert front["reference_point"] == {"accuracy": 0.0, "engagement": 0.0}
+    labels = [(point["label"], point["in_sweep"], point["on_front"]) for point in front["points"]]
+    assert labels == [("SFT", False, False), ("accurate", True, True), ("middle", True, True)]
+    accuracy = front["points"][1]["values"]["accuracy"]
+    assert accuracy["value"] == pytest.approx(0.8) and accuracy["low"] < 0.8 < accuracy["high"]
+    missing = client.get("/v1/front")
+    assert (missing.status_code, error_of(missing)["code"]) == (404, "no_front")
+    described = client.get("/v1/models/mahalo").json()["descriptions"]
+    assert described == [*front["objectives"][:1], {"name": "engagement", "description": ""}]
+
+
+def test_the_portfolio_names_a_member_and_its_certified_loss(
+    measuring: TestClient, client: TestClient
+) -> None:
+    report = measuring.get("/v1/portfolio").json()
+    (member,) = report["members"]
+    assert member["model"] == "mahalo@accuracy=0.5,engagement=0.5"
+    assert member["values"] == {"accuracy": 0.6, "engagement": 0.7}
+    assert [choice["loss_bound"] for choice in report["choices"]] == pytest.approx([0.2, 0.0])
+    asked = measuring.get("/v1/portfolio", params={"weights": "accuracy=0.75,engagement=0.25"}).json()
+    (choice,) = asked["choices"]
+    # The best of both ends is worth 0.8 and 0.65, so no policy is worth more than 0.725 in the middle.
+    assert choice["loss_bound"] == pytest.approx(0.725 - (0.75 * 0.6 + 0.25 * 0.7))
+    outside = measuring.get("/v1/portfolio", params={"weights": "engagement=1"}).json()
+    assert outside["choices"][0]["loss_bound"] is None
+    wrong = measuring.get("/v1/portfolio", params={"weights": "acuracy=1"})
+    assert (wrong.status_code, error_of(wrong)["param"]) == (400, "weights")
+    missing = client.get("/v1/portfolio")
+    assert (missing.status_code, error_of(missing)["code"]) == (404, "no_portfolio")
 
 
 def test_the_openapi_document_types_every_body_and_answer(client: TestClient) -> None:

@@ -25,6 +25,7 @@ from mahalo_ray.pipeline.artifacts import run_model
 from mahalo_ray.pipeline.seed_blocks import first_seed
 from mahalo_ray.pipeline.stages import Context, Manifest, StageResult
 from mahalo_ray.serving import launch
+from mahalo_ray.serving.front import RunFiles
 from mahalo_ray.serving.launch import Serving, error_log_folder, serve_forever, start
 from mahalo_ray.serving.service import Defaults, KeyDigest, ServiceSettings
 
@@ -71,7 +72,7 @@ def serve_in_foreground(
     output = storage.absolute(config.output)
     urls = [storage.join(output, name, manifests[name].outputs["model"]) for name in ("policy", "reward")]
     settings = with_log_folder(config.serve, output)
-    serving = _start(config, settings, urls[0], urls[1], key)
+    serving = _start(config, settings, urls[0], urls[1], key, run_files(config, output))
     weights = ", ".join(f'"{name}": {value:.3g}' for name, value in config.guided.point[0].items())
     console.print(
         f"Serving on {serving.url} (model '{serving.model}'); Ctrl-C stops it.", markup=False, soft_wrap=True
@@ -122,19 +123,25 @@ def application(args: Mapping[str, str]) -> serve.Application:
     if key is None:
         logger.warning("serving '%s' without an API key: whoever reaches its port can use it", deployed.run)
     return launch.application(
-        ServiceSettings(settings, launch.DEFAULT_MODEL_NAME, _defaults(config), key),
+        ServiceSettings(settings, launch.DEFAULT_MODEL_NAME, _defaults(config), key, _descriptions(config)),
         launch.ModelSource(
             policy,
             reward,
             DOMAIN,
             DeviceConfig(config.cluster.device, config.model.dtype),
+            run_files(config, storage.absolute(deployed.run)),
         ),
         config.cluster.use_gpu,
     )
 
 
 def _start(
-    config: RunConfig, settings: ServeConfig, policy_url: str, reward_url: str, key: KeyDigest | None
+    config: RunConfig,
+    settings: ServeConfig,
+    policy_url: str,
+    reward_url: str,
+    key: KeyDigest | None,
+    run: RunFiles | None = None,
 ) -> Serving:
     return start(
         settings,
@@ -145,7 +152,30 @@ def _start(
         use_gpu=config.cluster.use_gpu,
         dtype=config.model.dtype,
         key=key,
+        descriptions=_descriptions(config),
+        run=run,
     )
+
+
+def run_files(config: RunConfig, output: str) -> RunFiles:
+    """What the finished stages of the run in `output` have measured."""
+    finished = {}
+    for stage in ("sweep", "evaluate"):
+        if (manifest := Manifest.read(storage.join(output, stage))) is not None:
+            outputs = manifest.outputs.items()
+            finished[stage] = {name: storage.join(output, stage, file) for name, file in outputs}
+    return RunFiles(
+        methods=tuple(files["methods"] for files in finished.values()),
+        portfolio=finished.get("sweep", {}).get("portfolio"),
+        objectives=config.objective_names,
+        confidence=config.evaluation.confidence,
+        resamples=config.evaluation.bootstrap_resamples,
+        seed=config.seed,
+    )
+
+
+def _descriptions(config: RunConfig) -> dict[str, str]:
+    return {objective.name: objective.description for objective in config.objectives}
 
 
 def _defaults(config: RunConfig) -> Defaults:

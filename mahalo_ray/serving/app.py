@@ -23,6 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from mahalo_ray.serving.front import Front, PortfolioReport
 from mahalo_ray.serving.model_thread import Job
 from mahalo_ray.serving.responses import (
     END_OF_STREAM,
@@ -177,6 +178,19 @@ def _add_api(app: FastAPI, service: ChatService) -> None:
         """One model."""
         authorise(request)
         return _json(service.model(name))
+
+    @app.get("/v1/front", responses=_answers(Front, 401, 404, 500))
+    async def front(request: Request) -> Response:
+        """What the run's sweep and evaluation measured: points over the objectives."""
+        authorise(request)
+        return _json(service.front())
+
+    @app.get("/v1/portfolio", responses=_answers(PortfolioReport, 400, 401, 404, 500))
+    async def portfolio(request: Request, weights: str | None = None) -> Response:
+        """A few weight vectors that are nearly the best everywhere, and the member for `weights`
+        (`accuracy=0.7,engagement=0.3`) with its certified loss."""
+        authorise(request)
+        return _json(await asyncio.to_thread(service.portfolio, weights))
 
 
 def _add_pages(app: FastAPI, service: ChatService) -> None:

@@ -18,6 +18,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass
 from logging.handlers import RotatingFileHandler
 from types import TracebackType
@@ -34,6 +35,7 @@ from mahalo_ray.config import ServeConfig
 from mahalo_ray.data import storage
 from mahalo_ray.decoding.policy import DeviceConfig
 from mahalo_ray.serving.app import create_app
+from mahalo_ray.serving.front import RunFiles
 from mahalo_ray.serving.service import ChatService, Defaults, KeyDigest, ServiceSettings
 
 logger = logging.getLogger(__name__)
@@ -58,7 +60,7 @@ class ServeError(ValueError):
 @dataclass(frozen=True)
 class ModelSource:
     """The folders (paths or fsspec URLs) a replica loads, where it puts them, and the domain whose steps it
-    decodes.
+    decodes; `run`: the files of what the models' run has measured.
 
     reward_url None: no guidance, strategy "none" only.
     """
@@ -67,6 +69,7 @@ class ModelSource:
     reward_url: str | None
     domain: str
     placement: DeviceConfig
+    run: RunFiles | None = None
 
 
 class Serving:
@@ -120,8 +123,11 @@ def start(
     use_gpu: bool = False,
     dtype: str = "float32",
     key: KeyDigest | None = None,
+    descriptions: Mapping[str, str] | None = None,
+    run: RunFiles | None = None,
 ) -> Serving:
     """Start the endpoint and wait until it answers. The API key is `key`, else that of `serve.api_key_env`.
+    `descriptions`: what objectives mean, for people; `run`: the files of what the models' run has measured.
 
     Raises ServeError if the port is taken, Ray Serve already runs on this cluster, a folder is missing or a
     replica cannot load its models; ValueError if the API key's variable is empty.
@@ -135,10 +141,10 @@ def start(
     if key is None and not _is_loopback(config.host):
         logger.warning("serving on %s without an API key: whoever reaches this port can use it", config.host)
     port = free_port(config.host, config.port)
-    settings = ServiceSettings(config, model_name, defaults or Defaults(), key)
+    settings = ServiceSettings(config, model_name, defaults or Defaults(), key, dict(descriptions or {}))
     reward = None if reward_url is None else storage.absolute(reward_url)
     placement = DeviceConfig("cuda" if use_gpu else "cpu", dtype)
-    source = ModelSource(storage.absolute(policy_url), reward, domain, placement)
+    source = ModelSource(storage.absolute(policy_url), reward, domain, placement, run)
     started = False
     # Serve tells at length what it does; its warnings are enough.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -245,7 +251,8 @@ def _load_app(settings: ServiceSettings, source: ModelSource) -> FastAPI:
     backend = GuidedBackend.load(
         source.policy_url, source.reward_url, source.domain, source.placement, branches
     )
-    return create_app(ChatService(backend, settings))
+    measured = None if source.run is None else source.run.read()
+    return create_app(ChatService(backend, settings, measured))
 
 
 def error_log_folder(config: ServeConfig) -> str:

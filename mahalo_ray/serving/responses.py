@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_seri
 
 from mahalo_ray.decoding.guidance import GuidedRequest, GuidedResult, Step
 from mahalo_ray.decoding.stopping import StopReason
+from mahalo_ray.serving.front import ObjectiveReport
 
 END_OF_STREAM = "data: [DONE]\n\n"
 _CUT_SHORT = (StopReason.LENGTH, StopReason.CONTEXT, StopReason.STEPS)
@@ -177,6 +178,7 @@ class ServedModel(BaseModel):
     owned_by: str = "mahalo_ray"
     objectives: list[str]
     guidance_objectives: list[str]
+    descriptions: list[ObjectiveReport]
     limits: ServedLimits
     defaults: ServedDefaults
 

@@ -7,12 +7,20 @@ import hmac
 import os
 import secrets
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from mahalo_ray.config import SamplingConfig, SamplingParams, ServeConfig
 from mahalo_ray.decoding.guidance import GuidedRequest, Standardisation
 from mahalo_ray.objectives import Weights
+from mahalo_ray.serving.front import (
+    Front,
+    Measurements,
+    ObjectiveReport,
+    PortfolioReport,
+    describe,
+)
 from mahalo_ray.serving.model_thread import Job, JobRunner, ModelThread
 from mahalo_ray.serving.responses import Completion, ServedDefaults, ServedLimits, ServedModel
 from mahalo_ray.serving.schema import (
@@ -93,12 +101,13 @@ class Defaults:
 
 @dataclass(frozen=True)
 class ServiceSettings:
-    """All a service needs beside its models."""
+    """All a service needs beside its models. `descriptions`: what objectives mean, for people."""
 
     config: ServeConfig
     model_name: str
     defaults: Defaults = field(default_factory=Defaults)
     key: KeyDigest | None = None
+    descriptions: Mapping[str, str] = field(default_factory=dict)
 
 
 class Backend(JobRunner, Protocol):
@@ -111,10 +120,16 @@ class Backend(JobRunner, Protocol):
 
 
 class ChatService:
-    """One replica's service. Constructed once its models are loaded."""
+    """One replica's service. Constructed once its models are loaded. `measured`: what the run of these models
+    has measured."""
 
-    def __init__(self, backend: Backend, settings: ServiceSettings) -> None:
+    def __init__(
+        self, backend: Backend, settings: ServiceSettings, measured: Measurements | None = None
+    ) -> None:
         self.backend, self.settings = backend, settings
+        measured = measured or Measurements()
+        self._measured = measured
+        self._front = measured.front(settings.descriptions)
         config, defaults = settings.config, settings.defaults
         self.limits = RequestLimits(config.max_candidates, config.max_new_tokens, config.max_messages)
         self.weights: Weights | None = None
@@ -191,6 +206,7 @@ class ChatService:
             created=self.created,
             objectives=list(self.backend.objectives),
             guidance_objectives=list(self.backend.guidance_objectives),
+            descriptions=self._described(),
             limits=ServedLimits(
                 max_candidates=self.limits.max_candidates, max_tokens=self.limits.max_new_tokens
             ),
@@ -200,6 +216,32 @@ class ChatService:
                 num_candidates=self.settings.defaults.num_candidates,
             ),
         )
+
+    def front(self) -> Front:
+        """The answer of GET /v1/front; ApiError 404 where nothing was measured."""
+        if self._front is None:
+            raise ApiError(404, "the run behind this server has no sweep and no evaluation", code="no_front")
+        return self._front
+
+    def portfolio(self, weights: str | None) -> PortfolioReport:
+        """The answer of GET /v1/portfolio; `weights`: as `accuracy=0.7,engagement=0.3`.
+
+        ApiError 404 where the run has no portfolio, 400 for weights that cannot be read.
+        """
+        try:
+            asked = None if weights is None else Weights.parse(weights)
+            report = self._measured.report_portfolio(
+                self.settings.model_name, self.settings.descriptions, asked
+            )
+        except ValueError as error:
+            raise ApiError(400, str(error), "weights", "invalid_value") from None
+        if report is None:
+            raise ApiError(404, "the run behind this server has no portfolio", code="no_portfolio")
+        return report
+
+    def _described(self) -> list[ObjectiveReport]:
+        names = dict.fromkeys((*self.backend.objectives, *self.backend.guidance_objectives))
+        return describe(tuple(names), self.settings.descriptions)
 
     def _submit(self, payload: GuidedRequest | ScoreRequest, streams: bool) -> Job:
         job = Job(payload, self.settings.config.request_timeout_s, streams)
