@@ -2,6 +2,21 @@
 policies."""
 
 from mahalo_ray.sweeps.portfolio import Portfolio, portfolio
+from mahalo_ray.sweeps.registry import SAMPLERS, make_sampler
+from mahalo_ray.sweeps.sampler import Sampler
+from mahalo_ray.sweeps.searcher import SamplerSearcher
+from mahalo_ray.sweeps.simplex import DirichletSampler, LatticeSampler, SobolSampler
 from mahalo_ray.sweeps.surf import SurfSampler
 
-__all__ = ["Portfolio", "SurfSampler", "portfolio"]
+__all__ = [
+    "SAMPLERS",
+    "DirichletSampler",
+    "LatticeSampler",
+    "Portfolio",
+    "Sampler",
+    "SamplerSearcher",
+    "SobolSampler",
+    "SurfSampler",
+    "make_sampler",
+    "portfolio",
+]

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.interpolate import PchipInterpolator
 
-from mahalo_ray.metrics import FloatArray, finite_array
-from mahalo_ray.objectives import Weights
+from mahalo_ray.metrics import FloatArray
+from mahalo_ray.objectives import Weights, unknown_name
+from mahalo_ray.sweeps.sampler import SweepResults
 
 _GRID = np.linspace(0.0, 1.0, 2001)
 _MAX_DEGREE = 8  # of the curve fitted to noisy results
+_UNEVEN = 0.1  # an unevenness worth a note
+_MARGINS = {"linear": 0.0, "chebyshev": 1e-3}
 _PATIENCE = 3  # rounds without progress before the sampler stops
 _PROGRESS = 0.98  # a round makes progress if its unevenness is at most this share of the best before
 
@@ -30,12 +34,13 @@ class SurfSampler:
         objectives: names of two objectives (three and more span a surface).
         n: points along the front, the two ends included; at least 3.
         relaxation: weight `a` of a round's estimate in Phi <- a Phi_new + (1 - a) Phi, in (0, 1]. It is
-        that of
-            the first round; as estimates use the results of all rounds, later ones count more
+            that of the first round; as estimates use the results of all rounds, later ones count more
             (a_t = 1 - (1 - a)^t).
         tolerance: stop once no segment differs from their mean by more than this share of it.
-        margin: smallest weight; 0 for weighted sums, 1e-3 for Chebyshev scalarisation, whose ends are not
-            Pareto-optimal.
+        scalarisation: what the weights are for: "linear" (a weighted sum) or "chebyshev" (the largest
+            weighted distance from an ideal point), whose ends are not Pareto-optimal: weights stay `margin`
+            away from 0 and 1.
+        margin: smallest weight; by default 0 for linear, 1e-3 for Chebyshev scalarisation.
         max_rounds: stop after so many rounds in any case.
 
     The front is measured in the units of `values`: scale the objectives first where these differ.
@@ -59,7 +64,8 @@ class SurfSampler:
         relaxation: float = 0.3,
         *,
         tolerance: float = 1e-3,
-        margin: float = 0.0,
+        scalarisation: Literal["linear", "chebyshev"] = "linear",
+        margin: float | None = None,
         max_rounds: int = 30,
     ) -> None:
         if len(objectives) != 2 or len(set(objectives)) != 2:
@@ -71,6 +77,9 @@ class SurfSampler:
             raise ValueError(f"n is {n}: at least 3 points are needed")
         if not 0 < relaxation <= 1:
             raise ValueError(f"relaxation is {relaxation}: it must be above 0 and at most 1")
+        if scalarisation not in _MARGINS:
+            raise ValueError(unknown_name("scalarisation", scalarisation, _MARGINS))
+        margin = _MARGINS[scalarisation] if margin is None else margin
         if not 0 <= margin < 0.5:
             raise ValueError(f"margin is {margin}: it must be at least 0 and below 0.5")
         self.objectives = tuple(objectives)
@@ -79,7 +88,7 @@ class SurfSampler:
         self.rounds = 0
         self.unevenness = math.inf  # largest |segment - mean segment| / mean segment of the last round
         self._phi = _GRID.copy()  # share of the front's length up to each weight of the grid
-        self._results = _Results(self.objectives)
+        self._results = SweepResults(self.objectives, needed=2)
         self._best: tuple[float, FloatArray] | None = None
         self._without_progress = 0
         self._within_noise = self._noisy = False
@@ -94,6 +103,17 @@ class SurfSampler:
             or self._without_progress >= _PATIENCE
             or self.rounds >= self.max_rounds
         )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """See `Sampler`; also what keeps the segments uneven, once the search has ended."""
+        found = self._results.notes()
+        if self.finished and not self._within_noise and self._best and self._best[0] > _UNEVEN:
+            found += (
+                f"the most even round's segments differ from their mean by up to {self._best[0]:.2g} of it: "
+                "the front has a gap that no weight fills, or more rounds are needed",
+            )
+        return found
 
     def ask(self) -> list[Weights]:
         """The next `n` weight vectors, in order along the front (the first objective's weight rising). Once
@@ -178,62 +198,6 @@ class SurfSampler:
         self.unevenness = float(np.abs(segments - mean).max() / mean)
         self._within_noise = self.rounds > 1 and self.unevenness * mean <= noise
         return _rising(np.interp(self._phi, dense, lengths / lengths[-1]))
-
-
-class _Results:
-    """Results of all rounds, one row per distinct weight vector."""
-
-    def __init__(self, objectives: Sequence[str]) -> None:
-        self.objectives = tuple(objectives)
-        self._weights: list[FloatArray] = []
-        self._points: list[FloatArray] = []
-        self._errors: list[FloatArray] = []
-
-    def add(
-        self, weights: Sequence[Weights], values: ArrayLike, standard_errors: ArrayLike | None
-    ) -> tuple[FloatArray, FloatArray, FloatArray]:
-        """Check and keep one round; returns its (weights, values, standard errors) [m, objectives] without
-        failed trials."""
-        asked = np.array([vector.over(self.objectives) for vector in weights], dtype=np.float64)
-        points = np.asarray(values, dtype=np.float64)
-        expected = (len(weights), len(self.objectives))
-        if points.shape != expected:
-            raise ValueError(
-                f"values have shape {points.shape}: {expected} (weights, objectives) was asked for"
-            )
-        errors = (
-            np.zeros(expected) if standard_errors is None else np.asarray(standard_errors, dtype=np.float64)
-        )
-        if errors.shape != expected:
-            raise ValueError(f"standard errors have shape {errors.shape}, values {expected}")
-        came = ~np.isnan(points).any(axis=1)
-        points = finite_array(points[came], "values", dimensions=2)
-        errors = finite_array(errors[came], "standard errors", dimensions=2)
-        if (errors < 0).any():
-            raise ValueError("standard errors must not be negative")
-        if len(points) < 2:
-            raise ValueError(f"{len(points)} of {len(weights)} trials have a result: at least 2 are needed")
-        self._weights.append(asked[came])
-        self._points.append(points)
-        self._errors.append(errors)
-        return asked[came], points, errors
-
-    def merged(self) -> tuple[FloatArray, FloatArray, FloatArray]:
-        """All rounds; results of equal weights are averaged (by the inverse of their variance)."""
-        weights = np.round(np.concatenate(self._weights), 12)
-        points, errors = np.concatenate(self._points), np.concatenate(self._errors)
-        distinct, member = np.unique(weights, axis=0, return_inverse=True)
-        member = member.reshape(-1)
-        precision = 1 / np.maximum(np.square(errors), 1e-24)
-        totals = _sum_by(member, precision)
-        merged_errors = np.where(totals < 1e23, 1 / np.sqrt(totals), 0.0).astype(np.float64)
-        return distinct.astype(np.float64), _sum_by(member, precision * points) / totals, merged_errors
-
-
-def _sum_by(member: np.ndarray, rows: FloatArray) -> FloatArray:
-    sums = np.zeros((int(member.max()) + 1, rows.shape[1]))
-    np.add.at(sums, member, rows)
-    return sums
 
 
 def _rising(phi: FloatArray) -> FloatArray:

@@ -1,0 +1,33 @@
+"""Samplers by the names that a config gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mahalo_ray.objectives import unknown_name
+from mahalo_ray.sweeps.sampler import Sampler
+from mahalo_ray.sweeps.simplex import DirichletSampler, LatticeSampler, SobolSampler
+from mahalo_ray.sweeps.surf import SurfSampler
+
+SAMPLERS: dict[str, Callable[..., Sampler]] = {
+    "lattice": LatticeSampler,
+    "sobol": SobolSampler,
+    "dirichlet": DirichletSampler,
+    "surf": SurfSampler,
+}
+
+
+def make_sampler(name: str, objectives: Sequence[str], n: int, **options: Any) -> Sampler:
+    """The sampler of that name; `options` are its own (see its class). ValueError for an unknown name or an
+    option that it does not have.
+
+    >>> make_sampler("lattice", ["accuracy", "engagement"], 3).ask()[1]
+    Weights(accuracy=0.5,engagement=0.5)
+    """
+    if name not in SAMPLERS:
+        raise ValueError(unknown_name("sampler", name, SAMPLERS))
+    try:
+        return SAMPLERS[name](objectives, n, **options)
+    except TypeError as error:
+        raise ValueError(f"sampler '{name}': {error}") from error

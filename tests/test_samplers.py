@@ -1,0 +1,138 @@
+"""Samplers through their protocol, and as searchers of Ray Tune."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mahalo_ray.objectives import Weights
+from mahalo_ray.sweeps import SAMPLERS, Sampler, SamplerSearcher, make_sampler
+
+MODULES = ("sampler", "simplex", "registry", "searcher", "surf")
+
+
+def rows(weights: list[Weights], names: str) -> np.ndarray:
+    return np.array([vector.over(tuple(names)) for vector in weights])
+
+
+def circle(weights: list[Weights], names: str = "ab") -> np.ndarray:
+    """The point of the unit sphere at which the weighted sum is largest."""
+    vectors = rows(weights, names)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_sampler_keeps_the_protocol_and_can_be_told_again(name: str) -> None:
+    first, second = (make_sampler(name, ["a", "b"], 7) for _ in range(2))
+    assert isinstance(first, Sampler)
+    assert first.objectives == ("a", "b")
+    rounds = 0
+    while not first.finished:
+        asked = first.ask()
+        assert first.ask() == asked
+        assert second.ask() == asked
+        first.tell(asked, circle(asked))
+        second.tell(asked, circle(asked))
+        rounds += 1
+        assert rounds <= 200
+    assert second.finished
+    assert len(first.ask()) == 7
+    assert first.notes == ()
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_bad_input_is_named(name: str) -> None:
+    with pytest.raises(ValueError, match="2 objectives"):
+        make_sampler(name, ["a"], 5)
+    with pytest.raises(ValueError, match="n is 0"):
+        make_sampler(name, ["a", "b"], 0)
+    with pytest.raises(ValueError, match=f"'{name}': .*no_option"):
+        make_sampler(name, ["a", "b"], 5, no_option=1)
+    sampler = make_sampler(name, ["a", "b"], 5)
+    asked = sampler.ask()
+    with pytest.raises(ValueError, match=r"0 of .* trials have a result"):
+        sampler.tell(asked, np.full((len(asked), 2), np.nan))
+    with pytest.raises(ValueError, match="not on the simplex"):
+        sampler.tell([{"a": 1.2, "b": -0.2}] * len(asked), circle(asked))  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="not finite"):
+        sampler.tell(asked, np.full((len(asked), 2), np.inf))
+    with pytest.raises(ValueError, match="unknown objective 'c'"):
+        sampler.tell([Weights.one("c")] * len(asked), circle(asked))
+    assert sampler.ask() == asked
+    with pytest.raises(ValueError, match=r"unknown sampler 'latice'\. Did you mean 'lattice'"):
+        make_sampler("latice", ["a", "b"], 5)
+
+
+def test_failed_trials_and_equal_results_are_stated() -> None:
+    sampler = make_sampler("lattice", ["a", "b"], 3)
+    values = np.ones((3, 2))
+    values[1] = np.nan
+    sampler.tell(sampler.ask(), values)
+    assert sampler.notes == (
+        "1 of 3 trials failed and are left out: a=0.5,b=0.5",
+        "all 2 results are equal: the front is one point, and the weights stay as asked",
+    )
+
+
+def test_chosen_beforehand() -> None:
+    lattice = make_sampler("lattice", list("abc"), 12)
+    assert rows(lattice.ask(), "abc").shape == (10, 3)
+    assert lattice.notes == ("the largest lattice of at most 12 points has 10",)
+    assert len({vector.label() for vector in lattice.ask()}) == 10
+    for name in ("sobol", "dirichlet"):
+        drawn = rows(make_sampler(name, list("abcd"), 4096, seed=3).ask(), "abcd")
+        assert drawn.min() >= 0
+        # uniform on the simplex: mean 1/k, second moment 2/(k (k + 1))
+        assert drawn.mean(axis=0) == pytest.approx(np.full(4, 0.25), abs=0.01)
+        assert np.square(drawn).mean(axis=0) == pytest.approx(np.full(4, 0.1), abs=0.01)
+        again = rows(make_sampler(name, list("abcd"), 4096, seed=4).ask(), "abcd")
+        assert not np.array_equal(drawn, again)
+    with pytest.raises(ValueError, match="at least 3 points"):
+        make_sampler("lattice", list("abc"), 2)
+
+
+def play(searcher: SamplerSearcher, steps: int | None = None) -> None:
+    """Answer the searcher's suggestions, the newest trial of a round first."""
+    running: list[tuple[str, dict[str, float]]] = []
+    count = len(searcher.table())
+    while steps is None or len(searcher.table()) < count + steps:
+        suggested = searcher.suggest(f"trial-{len(searcher.table())}-{len(running)}")
+        if suggested == "FINISHED":
+            return
+        if suggested is not None:
+            running.append((f"trial-{len(searcher.table())}-{len(running)}", suggested["weights"]))
+            continue
+        trial, weights = running.pop()
+        reached = circle([Weights(weights)])[0].tolist()
+        searcher.on_trial_complete(trial, {"a": reached[0], "b": reached[1], "standard_error/a": 0.0})
+
+
+def test_a_searcher_continues_from_its_file_and_ends_with_the_same_table(tmp_path: Path) -> None:
+    whole = SamplerSearcher(make_sampler("surf", ["a", "b"], 6))
+    play(whole)
+    assert whole.sampler.finished
+    broken = SamplerSearcher(make_sampler("surf", ["a", "b"], 6))
+    play(broken, steps=9)
+    broken.save(str(tmp_path / "state"))
+    resumed = SamplerSearcher(make_sampler("surf", ["a", "b"], 6))
+    resumed.restore(str(tmp_path / "state"))
+    assert resumed.table() == broken.table()
+    for trial in list(resumed._trials):  # Tune runs interrupted trials again, under the ids that they had
+        weights = resumed._asked[resumed._trials[trial]]
+        reached = circle([weights])[0].tolist()
+        resumed.on_trial_complete(trial, {"a": reached[0], "b": reached[1]})
+    play(resumed)
+    assert resumed.table() == whole.table()
+    (tmp_path / "other").write_text("[]")
+    with pytest.raises(ValueError, match="other' is no state of a search over a, b"):
+        resumed.restore(str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_docstring_examples_run(module: str) -> None:
+    results = doctest.testmod(importlib.import_module(f"mahalo_ray.sweeps.{module}"))
+    assert not results.failed
