@@ -29,7 +29,7 @@ _LIVE_PARAMETERS = 1_000_000_000
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Numbers of parameters; `base_head` is the frozen head that low-rank heads differ from."""
+    """Numbers of parameters; `base_head` is the frozen head of the SFT model, kept for decoding strengths."""
 
     backbone: int
     adapter: int
@@ -142,6 +142,7 @@ def policy_on_meta(
             bias=head.bias is not None,
             dtype=dtype,
             rank=policy.head_rank,
+            keep_base_head=True,
         )
         if policy.lora is not None:
             built.add_lora(policy.lora)

@@ -181,6 +181,28 @@ def test_a_baselines_model_is_what_speaks_and_its_kl_is_measured(tmp_path: Path)
     assert averaged.values == one_head.values
     assert averaged.kl_to_reference == pytest.approx(one_head.kl_to_reference, rel=1e-4)
     assert one_head.weights == {"accuracy": 0.5, "engagement": 0.5}
+    with pytest.raises(ValueError, match="strength 2 was given, but this policy is a single-head model"):
+        player.run(Method("averaged", "soup", weights=half, model_url=plain, strength=2.0))
+
+
+def test_strength_0_of_a_policy_with_the_sft_backbone_is_sft(tmp_path: Path) -> None:
+    sft, folder = str(tmp_path / "sft"), str(tmp_path / "policy")
+    model().save_pretrained(sft)
+    TOKENIZER.save_pretrained(sft)
+    policy = MultiHeadCausalLM.from_base(sft, list(world.OBJECTIVES), noise=0.5)
+    policy.save_pretrained(folder, TOKENIZER)  # without its base head, which the player takes from SFT
+    config = EvaluationConfig(dialogues=3, sampling=SAMPLING)
+    player = MethodPlayer(sft, folder, "no reward model", DeviceConfig(), config, range(3))
+    half = Weights.balanced(world.OBJECTIVES)
+    base = player.run(Method("SFT", "sft")).result
+    at_0, at_1, at_2 = (
+        player.run(Method(f"strength {s}", "weights", weights=half, strength=s)).result
+        for s in (0.0, 1.0, 2.0)
+    )
+    assert at_0.values == base.values and at_0.kl_to_reference == pytest.approx(0.0, abs=1e-6)
+    assert at_1.kl_to_reference is not None and at_2.kl_to_reference is not None
+    assert 0.01 < at_1.kl_to_reference < at_2.kl_to_reference and at_2.strength == 2.0
+    assert not at_1.same_policy_unguided(at_2)
 
 
 def test_the_kl_of_guided_rows_is_measured_on_what_guidance_chose(

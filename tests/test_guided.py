@@ -586,6 +586,7 @@ def test_every_option_of_a_configuration_reaches_the_request():
         "top_p": 0.9,
         "min_p": 0.1,
         "score_temperature": 1.0,
+        "strength": 1.5,
     }
     assert options.keys() == RequestConfig.model_fields.keys()
     config = RequestConfig.model_validate(options)

@@ -28,7 +28,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def real_policy(base: str, policy: PolicyConfig) -> MultiHeadCausalLM:
     model = MultiHeadCausalLM.from_base(
-        base, world.OBJECTIVES, head_kind=policy.head_kind, rank=policy.head_rank
+        base, world.OBJECTIVES, head_kind=policy.head_kind, rank=policy.head_rank, keep_base_head=True
     )
     if policy.lora is not None:
         model.add_lora(policy.lora)
@@ -80,15 +80,15 @@ def test_a_plain_run_holds_what_the_plan_says(kind: str, base: str, tmp_path: Pa
 
 def test_arithmetic_of_stages_in_bfloat16(base: str) -> None:
     whole, sharded = (plan_of(base, PolicyConfig(), gpus, "bfloat16") for gpus in (1, 4))
-    n = whole.counts.total
-    assert whole.counts.trained == n
+    n, trained = whole.counts.total, whole.counts.trained
+    assert trained == n - whole.counts.base_head < n
     one = way(whole, 0)
-    assert (one.parameters, one.gradients, one.optimizer) == (2 * n, 2 * n, 12 * n)
+    assert (one.parameters, one.gradients, one.optimizer) == (2 * n, 2 * trained, 12 * trained)
     first, second, third = (way(sharded, stage) for stage in (1, 2, 3))
-    assert (first.parameters, first.gradients) == (2 * n, 2 * n)
-    assert first.optimizer == pytest.approx(3 * n, abs=48)
+    assert (first.parameters, first.gradients) == (2 * n, 2 * trained)
+    assert first.optimizer == pytest.approx(3 * trained, abs=48)
     assert (second.parameters, third.parameters) == (2 * n, pytest.approx(n / 2, abs=8))
-    assert second.gradients == third.gradients == pytest.approx(n / 2, abs=8)
+    assert second.gradients == third.gradients == pytest.approx(trained / 2, abs=8)
     away = way(sharded, 3, True, True)
     assert away.parameters == away.gradients == away.optimizer == 0
     assert away.host_per_gpu == third.parameters + third.gradients + third.optimizer
@@ -106,7 +106,8 @@ class PlanRecipe:
         return real_policy(self.base, PolicyConfig())
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        return [{"name": "all", "params": list(model.parameters()), "lr": 1e-3, "weight_decay": 0.0}]
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return [{"name": "all", "params": trained, "lr": 1e-3, "weight_decay": 0.0}]
 
     def loss(self, model: nn.Module, **tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         loss = loss_of(model)  # type: ignore[arg-type]

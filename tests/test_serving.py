@@ -29,7 +29,7 @@ from mahalo_ray.serving.schema import (
 )
 from mahalo_ray.serving.service import KeyDigest
 
-LIMITS = RequestLimits(max_candidates=4, max_new_tokens=16, max_messages=3)
+LIMITS = RequestLimits(max_candidates=4, max_new_tokens=16, max_messages=3, max_strength=4)
 MINIMAL = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 
 

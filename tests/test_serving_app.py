@@ -52,7 +52,7 @@ def make_app(
     torch.manual_seed(0)
     # Copies: every app runs its models in a thread of its own.
     base, reward = copy.deepcopy((tiny_guided.model(), tiny_guided.reward()))
-    policy = MultiHeadCausalLM.from_base(base, OBJECTIVES, noise=0.3).eval()
+    policy = MultiHeadCausalLM.from_base(base, OBJECTIVES, noise=0.3, keep_base_head=True).eval()
     decoder = GuidedDecoder(policy, reward, domain, tiny_guided.tokenizer(), 64)
     defaults = Defaults(num_candidates=2, sampling=SamplingConfig(max_new_tokens=8))
     limits = {"max_ongoing_requests": 4, "max_queued_requests": 4, "max_new_tokens": 32, "max_candidates": 4}
@@ -120,6 +120,19 @@ def test_a_guided_answer_streams_steps_with_their_candidates(client: TestClient)
     assert all("usage" not in chunk for chunk in chunks)
 
 
+def test_each_answer_has_the_strength_that_was_asked_for(client: TestClient) -> None:
+    fields = body(strategy="none", max_tokens=12)
+    as_before, at_1, at_0, beyond = (
+        client.post(CHAT, json={**fields, **strength}).json()
+        for strength in ({}, {"strength": 1}, {"strength": 0}, {"strength": 4})
+    )
+    texts = [answer["choices"][0]["message"]["content"] for answer in (as_before, at_1, at_0, beyond)]
+    assert texts[0] == texts[1] and len(set(texts)) == 3
+    assert [answer["mahalo"]["strength"] for answer in (as_before, at_0, beyond)] == [1, 0, 4]
+    (served,) = client.get("/v1/models").json()["data"]
+    assert served["limits"]["max_strength"] == 4
+
+
 def test_max_tokens_above_the_limit_are_lowered_to_it(client: TestClient) -> None:
     answer = client.post(CHAT, json=body(strategy="none", max_tokens=4096)).json()
     assert answer["usage"]["completion_tokens"] == 32
@@ -152,6 +165,8 @@ def test_stop_strings_cut_answers_and_streams_alike(client: TestClient) -> None:
         ({"min_p": 1e-300, "max_tokens": 2}, None, None),
         ({"model": "gpt-4" * 1000}, "model", "model_not_found"),
         ({"n": 2}, "n", "invalid_value"),
+        ({"strength": 4.5}, "strength", None),
+        ({"strength": -1}, "strength", "invalid_value"),
         ({"response_format": {"type": "json_object"}}, "response_format", "invalid_value"),
     ],
 )
@@ -451,7 +466,7 @@ BODIES = st.fixed_dictionaries(
         if name not in ("model", "messages")
     },
 )
-LIMITS = RequestLimits(max_candidates=4, max_new_tokens=8, max_messages=3)
+LIMITS = RequestLimits(max_candidates=4, max_new_tokens=8, max_messages=3, max_strength=4)
 
 
 NASTY: list[Any] = [

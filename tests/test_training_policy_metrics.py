@@ -117,13 +117,15 @@ def test_without_held_out_pairs_the_figures_are_refused(base: str, tmp_path: Pat
         PolicyRecipe(world.policy_settings(pairs, base, policy, 0.0, world.MODEL))
 
 
-def test_the_saved_model_has_no_extra_head(base: str, tmp_path: Path) -> None:
+def test_the_saved_model_keeps_the_base_head(base: str, tmp_path: Path) -> None:
     recipe = make_recipe(base, tmp_path / "pairs")
     model: Any = recipe.build_model()
     recipe._metrics = {}
     recipe.save(model, model.state_dict(), tmp_path / "model")
     again = type(model).from_pretrained(tmp_path / "model")
-    assert again.base_head is None and tuple(again.heads) == world.OBJECTIVES
+    assert tuple(again.heads) == world.OBJECTIVES and again.base_head is not None
+    base_model = AutoModelForCausalLM.from_pretrained(base)
+    assert torch.equal(again.base_head.weight, base_model.get_output_embeddings().weight)
 
 
 @pytest.mark.slow

@@ -275,14 +275,19 @@ def export(
     output: Annotated[str, typer.Argument(metavar="OUTPUT", help="The new folder.")],
     weights: Annotated[str, typer.Option("--weights", help="For example accuracy=0.7,engagement=0.3.")],
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: as stored.")] = None,
+    strength: Annotated[
+        float,
+        typer.Option(min=0, help="0: the SFT model's head, 1: the policy's, above 1: beyond it."),
+    ] = 1.0,
     debug: Debug = False,
 ) -> None:
-    """Merge a policy's heads at fixed weights into an ordinary transformers folder."""
+    """Merge a policy's heads at fixed weights and strength into an ordinary transformers folder."""
 
     def work() -> None:
         merged = Weights.parse(weights)
-        export_policy(source, output, merged, dtype)
-        say(f"{output}: the policy at {merged.label()}, for AutoModelForCausalLM.from_pretrained")
+        export_policy(source, output, merged, dtype, strength)
+        beyond = "" if strength == 1 else f", strength {strength:g}"
+        say(f"{output}: the policy at {merged.label()}{beyond}, for AutoModelForCausalLM.from_pretrained")
 
     guarded(work, debug)
 
@@ -311,7 +316,7 @@ def plan(
     guarded(work, debug)
 
 
-def export_policy(source: str, output: str, weights: Weights, dtype: str | None) -> None:
+def export_policy(source: str, output: str, weights: Weights, dtype: str | None, strength: float) -> None:
     """`mahalo_ray.pipeline.artifacts.export` with a dtype by name."""
     if dtype not in (None, "float32", "bfloat16"):
         raise ValueError(unknown_name("dtype", str(dtype), ("float32", "bfloat16")))
@@ -319,7 +324,7 @@ def export_policy(source: str, output: str, weights: Weights, dtype: str | None)
 
     from mahalo_ray.pipeline.artifacts import export as merge_and_save
 
-    merge_and_save(source, output, weights, None if dtype is None else getattr(torch, dtype))
+    merge_and_save(source, output, weights, None if dtype is None else getattr(torch, dtype), strength)
 
 
 DialoguesFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML: who talks, about what.")]
@@ -445,6 +450,9 @@ def generate(
     policy: Policy = None,
     reward: Reward = None,
     weights: OverHeads = None,
+    strength: Annotated[
+        float | None, typer.Option(help="0: the SFT model's head, 1: the policy's, above 1: beyond it.")
+    ] = None,
     guidance: OverScores = None,
     domain: Domain = None,
     candidates: Candidates = None,
@@ -468,6 +476,7 @@ def generate(
     """
     request: dict[str, Any] = {
         "weights": weights,
+        "strength": strength,
         "guidance": guidance,
         "num_candidates": candidates,
         "strategy": strategy,

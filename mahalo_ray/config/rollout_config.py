@@ -24,6 +24,7 @@ from mahalo_ray.config.section import (
     Seed,
     Standardisation,
     Strategy,
+    Strength,
     Temperature,
     Text,
     WeightVector,
@@ -388,6 +389,10 @@ class RequestConfig(SamplingParams):
     weights: WeightVector | None = None
     """Weights over the policy's heads, divided by their sum. Null: a single-head model, or rows that name
     their own."""
+
+    strength: Strength = 1.0
+    """0 decodes with the head of the model that the policy was made from, 1 with the policy's own, above 1
+    beyond it. Other than 1 needs a policy with its base head."""
 
     guidance: WeightVector | None = None
     """Weights over the reward models' objectives, divided by their sum. Null: all alike."""

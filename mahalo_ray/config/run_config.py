@@ -24,6 +24,7 @@ from mahalo_ray.config.section import (
     RunName,
     Section,
     Seed,
+    Strength,
     Text,
     TraceFormat,
     WeightVector,
@@ -118,6 +119,9 @@ class ServeConfig(Section):
 
     max_candidates: PositiveInt = 16
     """Most candidates that a request may ask for."""
+
+    max_strength: Strength = 4.0
+    """Largest decoding strength that a request may ask for."""
 
     max_new_tokens: PositiveInt = 512
     """Most tokens of one answer."""

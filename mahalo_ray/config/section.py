@@ -106,6 +106,8 @@ Tuning = Literal["full", "lora", "frozen"]
 ZeroStage = Literal[0, 1, 2, 3]
 Strategy = Literal["argmax", "sample", "beam", "dvts", "best_of_n", "none"]
 Standardisation = Literal["within_candidates", "calibrated"]
+# 0: the head of the model that a policy was made from, 1: the policy's own.
+Strength = Annotated[float, Field(ge=0, le=100), NOT_BOOL]
 
 SMALLEST_TEMPERATURE = 1e-6
 

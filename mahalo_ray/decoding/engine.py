@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mahalo_ray.decoding.kv_cache import RaggedCache, SlotTable, pad_right, split_by_size
-from mahalo_ray.decoding.policy import Policy, as_policy
+from mahalo_ray.decoding.policy import HeadMix, Policy, as_policy
 from mahalo_ray.decoding.sampling import SamplingParams
 from mahalo_ray.decoding.stopping import StopRule, TextStop, TokenTexts
 from mahalo_ray.decoding.token_loop import BranchDecoder, Candidates, CompactingDecoder, SampleRequest
@@ -71,7 +71,7 @@ class Engine:
         self._slots = SlotTable()
         self._ids: dict[int, list[int]] = {}
         self._pending: dict[int, list[int]] = {}  # tokens of a sequence that the model has not read yet
-        self._weights: dict[int, Weights | None] = {}
+        self._mixes: dict[int, HeadMix] = {}
         self._choices: dict[int, int] = {}  # steps accepted from several candidates: draws are keyed by them
         # [slots, D]: what the next token of every sequence is predicted from
         self._last_hidden: Tensor | None = None
@@ -85,20 +85,24 @@ class Engine:
         count: int,
         weights: Weights | Sequence[Weights | None] | None = None,
         choices: Sequence[int] | None = None,
+        strength: float | Sequence[float] = 1.0,
     ) -> list[int]:
-        """`count` new empty sequences; weights over the policy's heads for all of them, or one each.
+        """`count` new empty sequences; weights over the policy's heads for all of them, or one each, and so
+        the strength.
 
         `choices`: of sequences that come back from another engine, how many steps were accepted there from
         several candidates, so that they draw as they would have.
         """
         weights_each = [weights] * count if weights is None or isinstance(weights, Weights) else list(weights)
+        strengths = list(strength) if isinstance(strength, Sequence) else [strength] * count
         if len(weights_each) != count:
             raise ValueError(f"{count} conversations but {len(weights_each)} weight vectors")
         sequences = self._slots.add(count)
         self.cache.add(count)
-        for sequence, sequence_weights in zip(sequences, weights_each, strict=True):
+        mixes = map(HeadMix, weights_each, strengths)
+        for sequence, mix in zip(sequences, mixes, strict=True):
             self._ids[sequence], self._pending[sequence] = [], []
-            self._weights[sequence] = sequence_weights
+            self._mixes[sequence] = mix
         self._choices.update(zip(sequences, [0] * count if choices is None else choices, strict=True))
         return sequences
 
@@ -106,7 +110,7 @@ class Engine:
         """Forget sequences, in flight or not, and free their memory for new ones."""
         moves = self._slots.drop(sequences)
         self.cache.drop(len(sequences), moves)
-        for table in (self._ids, self._pending, self._weights, self._choices):
+        for table in (self._ids, self._pending, self._mixes, self._choices):
             for sequence in sequences:
                 table.pop(sequence)
         if not len(self):
@@ -120,7 +124,10 @@ class Engine:
 
     def duplicate(self, sequences: Sequence[int]) -> list[int]:
         """Copies of sequences that go on independently (the prefix is copied: beam search needs it)."""
-        copies = self.add(len(sequences), [self._weights[sequence] for sequence in sequences])
+        mixes = [self._mixes[sequence] for sequence in sequences]
+        copies = self.add(
+            len(sequences), [mix.weights for mix in mixes], strength=[mix.strength for mix in mixes]
+        )
         source, target = self._slots.slots(sequences), self._slots.slots(copies)
         self.cache.copy(source, target)
         for sequence, copy in zip(sequences, copies, strict=True):
@@ -301,7 +308,7 @@ class Engine:
                     step=self._choices[sequence],
                     max_tokens=min(limit, room),
                     fills_context=room <= limit,
-                    weights=self._weights[sequence],
+                    mix=self._mixes[sequence],
                     rule=rule,
                     length=length,
                     last=last,

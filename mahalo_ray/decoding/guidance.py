@@ -26,15 +26,18 @@ from mahalo_ray.objectives import Weights, unknown_name
 class GuidedRequest:
     """One prompt and how to answer it.
 
-    weights: over the policy's heads (None for a single-head policy); guidance: over the reward model's
-    objectives (None: all alike). Strategies: - `argmax` takes each step's best of num_candidates (the
-    paper's); - `sample` draws one by softmax(total / score_temperature); - `beam` keeps the num_candidates /
-    beam_width best beams over all their beam_width continuations each, and `dvts` follows that many greedy
-    searches of beam_width candidates apart from each other (both after Beeching, Tunstall and Rush, "Scaling
-    test-time compute with open models", 2024); the best end is taken; - `best_of_n` chooses among whole
-    responses; - `none` samples one response. Totals are sums over objectives of guidance weight times
-    standardised score: `within_candidates` divides by the spread among the candidates compared, `calibrated`
-    by the within-prompt spread stored with the reward model.
+    weights: over the policy's heads (None for a single-head policy); strength: 0 is the head of the model
+    that the policy was made from, 1 the policy's own at these weights, above 1 goes on beyond it; guidance:
+    over the reward model's objectives (None: all alike).
+
+    Strategies: - `argmax` takes each step's best of num_candidates (the paper's); - `sample` draws one
+    by softmax(total / score_temperature); - `beam` keeps the num_candidates / beam_width best beams over
+    all their beam_width continuations each, and `dvts` follows that many greedy searches of beam_width
+    candidates apart from each other (both after Beeching, Tunstall and Rush, "Scaling test-time compute
+    with open models", 2024); the best end is taken; - `best_of_n` chooses among whole responses; -
+    `none` samples one response. Totals are sums over objectives of guidance weight times standardised
+    score: `within_candidates` divides by the spread among the candidates compared, `calibrated` by the
+    within-prompt spread stored with the reward model.
 
     >>> request = GuidedRequest([{"role": "user", "content": "What is 2 + 3?"}], num_candidates=4, seed=1)
     >>> request.strategy
@@ -55,8 +58,11 @@ class GuidedRequest:
     beam_width: int = 4
     score_temperature: float = 1.0
     standardisation: Standardisation = "within_candidates"
+    strength: float = 1.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.strength < float("inf"):
+            raise ValueError(f"strength is {self.strength}: it must be a finite number of at least 0")
         for name in ("num_candidates", "max_new_tokens", "max_step_tokens", "max_steps"):
             value = getattr(self, name)
             if value < 1:

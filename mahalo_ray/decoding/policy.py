@@ -34,14 +34,21 @@ from mahalo_ray.models.reward import ProcessRewardModel
 from mahalo_ray.models.scoring import StepScorer
 from mahalo_ray.objectives import Weights
 
-RowWeights = Sequence[Weights | None]  # one per request; None where the policy has a single head
+
+@dataclass(frozen=True)
+class HeadMix:
+    """What a conversation's logits are made of: weights over the heads (None: a policy with a single head),
+    and the strength, which is 0 at the model that the policy was made from and 1 at the policy."""
+
+    weights: Weights | None = None
+    strength: float = 1.0
 
 
 class LogitFunction(Protocol):
-    """The logits of a batch of requests, whose weights were given to `Policy.head`."""
+    """The logits of a batch of requests, whose mixes were given to `Policy.head`."""
 
     def __call__(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """hidden [B, D], rows [B] (each one's number among those weights) -> logits [B, V]."""
+        """hidden [B, D], rows [B] (each one's number among those mixes) -> logits [B, V]."""
         ...
 
 
@@ -57,12 +64,12 @@ class Policy(Protocol):
         """[B, T] new tokens at these positions -> final normalised hidden states [B, T, D]."""
         ...
 
-    def check_weights(self, weights: Weights | None) -> None:
-        """ValueError if no conversation can be decoded with these weights."""
+    def check_mix(self, mix: HeadMix) -> None:
+        """ValueError if no conversation can be decoded with these weights or at this strength."""
         ...
 
-    def head(self, weights: RowWeights) -> LogitFunction:
-        """The logits of requests with these weights; built once per batch, called once per token."""
+    def head(self, mixes: Sequence[HeadMix]) -> LogitFunction:
+        """The logits of requests with these mixes; built once per batch, called once per token."""
         ...
 
 
@@ -209,18 +216,23 @@ class CausalPolicy:
         with self._onednn_head():
             return self._transform(self._head(hidden))
 
-    def check_weights(self, weights: Weights | None) -> None:
-        if weights is not None:
-            raise ValueError(f"weights {weights.label()} were given, but this policy is a single-head model")
+    def check_mix(self, mix: HeadMix) -> None:
+        if mix.weights is not None:
+            raise ValueError(
+                f"weights {mix.weights.label()} were given, but this policy is a single-head model"
+            )
+        if mix.strength != 1:
+            raise ValueError(f"strength {mix.strength:g} was given, but this policy is a single-head model")
 
-    def head(self, weights: RowWeights) -> LogitFunction:
-        for each in weights:
-            self.check_weights(each)
+    def head(self, mixes: Sequence[HeadMix]) -> LogitFunction:
+        for mix in mixes:
+            self.check_mix(mix)
         return lambda hidden, rows: self.logits(hidden)
 
 
 class MultiHeadPolicy:
-    """A MultiHeadCausalLM: logits are the weighted sum of its heads, the weights chosen per conversation.
+    """A MultiHeadCausalLM: logits are the weighted sum of its heads, weights and strength chosen per
+    conversation.
 
     Merged heads are kept, so the model's parameters must not change while this object is in use.
     """
@@ -234,35 +246,40 @@ class MultiHeadPolicy:
         self.vocab_size: int = text.vocab_size
         self.end_ids = _end_ids(model.generation_config)
         self._onednn_head = OneDNNHead(text.hidden_size, self.vocab_size)
-        self._merged: OrderedDict[Weights, FullHead] = OrderedDict()
+        self._merged: OrderedDict[HeadMix, FullHead] = OrderedDict()
         self._merged_heads_kept = merged_heads_kept
 
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor, kv_cache: View) -> Tensor:
         return self._backbone(input_ids, position_ids, kv_cache)
 
-    def check_weights(self, weights: Weights | None) -> None:
-        if weights is None:
+    def check_mix(self, mix: HeadMix) -> None:
+        if mix.weights is None:
             raise ValueError(
                 f"give weights: this policy has a head for each of {', '.join(self.model.objectives)}"
             )
-        weights.over(self.model.objectives)
+        mix.weights.over(self.model.objectives)
+        self.model.check_strength(mix.strength)
 
-    def head(self, weights: RowWeights) -> LogitFunction:
-        """Conversations that share one weight vector share one merged head: never H heads per token for
+    def head(self, mixes: Sequence[HeadMix]) -> LogitFunction:
+        """Conversations that share weights and strength share one merged head: never H heads per token for
         them."""
-        for each in weights:
-            self.check_weights(each)
-        chosen = [each for each in weights if each is not None]
-        if len(set(chosen)) == 1:
-            merged = self._merged_head(chosen[0])
+        for mix in mixes:
+            self.check_mix(mix)
+        if len(set(mixes)) == 1:
+            merged = self._merged_head(mixes[0])
             return lambda hidden, rows: self._logits(merged, hidden)
-        table = torch.tensor([w.over(self.model.objectives) for w in chosen], device=self.device)
-        return lambda hidden, rows: self.model.logits(hidden, table[rows])
+        weights = [mix.weights.over(self.model.objectives) for mix in mixes if mix.weights is not None]
+        table = torch.tensor(weights, device=self.device)
+        if all(mix.strength == 1 for mix in mixes):
+            return lambda hidden, rows: self.model.logits(hidden, table[rows])
+        strengths = torch.tensor([mix.strength for mix in mixes], device=self.device)
+        return lambda hidden, rows: self.model.logits(hidden, table[rows], strengths[rows])
 
-    def _merged_head(self, weights: Weights) -> FullHead:
-        """sum_i w_i W_i of the most recently used weight vectors."""
-        head = self._merged.pop(weights, None)
-        self._merged[weights] = head = self.model.merged_head(weights) if head is None else head
+    def _merged_head(self, mix: HeadMix) -> FullHead:
+        """The merged heads of the most recently used mixes."""
+        assert mix.weights is not None, "check_mix refuses a policy with heads and no weights"
+        head = self._merged.pop(mix, None)
+        self._merged[mix] = head = self.model.merged_head(mix.weights, mix.strength) if head is None else head
         if len(self._merged) > self._merged_heads_kept:
             self._merged.popitem(last=False)
         return head

@@ -91,6 +91,11 @@ class CompletionDecoder:
         """The request's prompt; ValueError for what a server cannot do."""
         if request.strategy in ("beam", "dvts"):
             raise ValueError(f"strategy '{request.strategy}' is not possible over a completion server")
+        if request.strength != 1:
+            raise ValueError(
+                f"strength {request.strength:g} is not possible over a completion server, whose model has "
+                "its heads merged: serve a merge at this strength (`mahalo export --strength`) instead"
+            )
         if request.weights is not None and request.weights != self.served_weights:
             served = "none" if self.served_weights is None else self.served_weights.label()
             raise ValueError(

@@ -21,7 +21,7 @@ from mahalo_ray.decoding.guidance import (
     choice_uniforms,
     with_scores,
 )
-from mahalo_ray.decoding.policy import Policy
+from mahalo_ray.decoding.policy import HeadMix, Policy
 from mahalo_ray.decoding.scorers import RewardModels, ScorerGroup
 from mahalo_ray.decoding.stopping import INCOMPLETE, AnswerOnly, StopReason, StopRule, TextStop, TextTail
 from mahalo_ray.decoding.token_loop import Candidates
@@ -246,7 +246,7 @@ class GuidedSession:
             raise ValueError(
                 f"num_candidates is {request.num_candidates}: at most {self._max_branches} run at once"
             )
-        self.engine.policy.check_weights(request.weights)
+        self.engine.policy.check_mix(HeadMix(request.weights, request.strength))
         return self.models.check(request, self.scorers, self.engine.max_context, "context holds")
 
     def cancel(self, state: RequestState) -> None:
@@ -369,6 +369,7 @@ class GuidedSession:
             len(states),
             [state.request.weights for state in states],
             [len(state.steps) if state.request.is_guided else 0 for state in states],
+            [state.request.strength for state in states],
         )
         for state, row in zip(states, rows, strict=True):
             state.row = row

@@ -21,10 +21,9 @@ from mahalo_ray.decoding.kv_cache import (
     SlotTable,
     resized,
 )
-from mahalo_ray.decoding.policy import LogitFunction, Policy
+from mahalo_ray.decoding.policy import HeadMix, LogitFunction, Policy
 from mahalo_ray.decoding.sampling import SamplingBatch, SamplingParams, draw, draw_keys, uniforms
 from mahalo_ray.decoding.stopping import StopReason, StopRule, TextStop, TokenTexts
-from mahalo_ray.objectives import Weights
 
 REASONS = tuple(StopReason)
 CODE = {reason: code for code, reason in enumerate(REASONS)}
@@ -50,7 +49,7 @@ class SampleRequest:
     step: int
     max_tokens: int
     fills_context: bool
-    weights: Weights | None
+    mix: HeadMix
     rule: StopRule | None
     length: int
     last: Tensor | int
@@ -122,7 +121,7 @@ class RequestTable:
     def __init__(self, policy: Policy, texts: TokenTexts | None) -> None:
         self._policy, self._texts = policy, texts
         self._requests: list[SampleRequest] = []
-        self._settings: list[tuple[Weights | None, SamplingParams, Hashable]] = []
+        self._settings: list[tuple[HeadMix, SamplingParams, Hashable]] = []
         self.stop: TextStop | None = None
         self.triggers: Tensor | None = None  # [V], tokens after which the text must be read
         self.params: SamplingBatch
@@ -174,12 +173,12 @@ class RequestTable:
         self.limit_codes = torch.tensor(codes, device=device)
         rules: Sequence[StopRule | None] = [request.rule for request in requests]
         self.stop = None if self._texts is None else TextStop(self._texts, rules)
-        settings: list[tuple[Weights | None, SamplingParams, Hashable]]
-        settings = [(r.weights, r.params, None if r.rule is None else r.rule.key) for r in requests]
+        settings: list[tuple[HeadMix, SamplingParams, Hashable]]
+        settings = [(r.mix, r.params, None if r.rule is None else r.rule.key) for r in requests]
         if settings == self._settings or not requests:
             return  # the usual case: the next step of the same requests
         self._settings = settings
-        self.head = self._policy.head([request.weights for request in requests])
+        self.head = self._policy.head([request.mix for request in requests])
         self.params = SamplingBatch.of([request.params for request in requests], device)
         if self.stop is not None:
             self.triggers = self.stop.trigger_table(self._policy.vocab_size).to(device)

@@ -13,11 +13,19 @@ import torch
 from torch import Tensor
 
 from mahalo_ray.config import EvaluationConfig
+from mahalo_ray.data import storage
 from mahalo_ray.data.records import Dialogue
 from mahalo_ray.decoding.engine import Engine
 from mahalo_ray.decoding.guidance import Guidance
 from mahalo_ray.decoding.kv_cache import RaggedCache
-from mahalo_ray.decoding.policy import DeviceConfig, MultiHeadPolicy, Policy, load_policy, load_reward_model
+from mahalo_ray.decoding.policy import (
+    DeviceConfig,
+    HeadMix,
+    MultiHeadPolicy,
+    Policy,
+    load_policy,
+    load_reward_model,
+)
 from mahalo_ray.decoding.scorers import RewardModels
 from mahalo_ray.decoding.stopping import TurnBoundary
 from mahalo_ray.domains.tutoring.student import OBJECTIVES, Episode
@@ -33,7 +41,8 @@ SAMPLE_DIALOGUES = 2
 
 @dataclass(frozen=True)
 class Method:
-    """What is compared: a row of the table. `weights` None: the SFT model; `guidance` None: no guidance.
+    """What is compared: a row of the table. `weights` None: the SFT model; `guidance` None: no guidance;
+    `strength`: of a policy with heads, 0 at the SFT model's head, 1 at the policy's own.
 
     `model_url` is a baseline's own model, of one head, made for `weights`; None: the run's policy, or SFT.
     """
@@ -45,6 +54,7 @@ class Method:
     num_candidates: int = 1
     sweep: bool = False
     model_url: str | None = None
+    strength: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -68,7 +78,8 @@ class MethodPlayer:
         seeds: Sequence[int],
     ) -> None:
         self.sft, self.chat = load_policy(sft_url, placement)
-        self.policy_url, self.reward_url, self.placement = policy_url, reward_url, placement
+        self.sft_url, self.policy_url, self.reward_url = sft_url, policy_url, reward_url
+        self.placement = placement
         self.config = config
         self.seeds = list(seeds)
 
@@ -83,23 +94,29 @@ class MethodPlayer:
         reward = load_reward_model(self.reward_url, self.placement)
         return RewardModels(reward, TurnBoundary(), self.chat.tokenizer, self.sft.end_ids)
 
-    def _decoder(self, method: Method) -> tuple[Policy, Weights | None]:
-        """The model that speaks and its decoding weights."""
+    def _decoder(self, method: Method) -> tuple[Policy, HeadMix]:
+        """The model that speaks, its decoding weights and strength. A run's policy that was saved without its
+        base head gets it from the run's SFT model. ValueError for a strength that there cannot be."""
         if method.weights is None:
-            return self.sft, None
-        if method.model_url is None:
-            return self.policy, method.weights
-        policy, _ = load_policy(method.model_url, self.placement)
-        if isinstance(policy, MultiHeadPolicy):
-            return policy, Weights.one(policy.model.objectives[0])
-        return policy, None
+            policy, mix = self.sft, HeadMix(None, method.strength)
+        elif method.model_url is None:
+            policy, mix = self.policy, HeadMix(method.weights, method.strength)
+            if isinstance(policy, MultiHeadPolicy) and policy.model.base_head is None and mix.strength != 1:
+                policy.model.set_base_head(storage.local_copy(self.sft_url))
+        else:
+            policy, _ = load_policy(method.model_url, self.placement)
+            heads = policy.model.objectives if isinstance(policy, MultiHeadPolicy) else ()
+            mix = HeadMix(Weights.one(heads[0]) if heads else None, method.strength)
+        policy.check_mix(mix)
+        return policy, mix
 
     def run(self, method: Method) -> Played:
         """Play all students once; the same students, with the same random draws, for every method."""
-        policy, weights = self._decoder(method)
+        policy, mix = self._decoder(method)
         engine = Engine(policy)
         scorers = None if method.guidance is None else self.reward_models.follow()
-        batch = DialogueBatch(PolicyTutor(engine, self.chat, self.config.sampling, weights), scorers=scorers)
+        tutor = PolicyTutor(engine, self.chat, self.config.sampling, mix.weights, strength=mix.strength)
+        batch = DialogueBatch(tutor, scorers=scorers)
         episodes = [Episode.from_seed(seed) for seed in self.seeds]
         opened = batch.open(episodes, [f"{method.name}-{seed}" for seed in self.seeds], "evaluation")
         if method.guidance is None:
@@ -116,9 +133,10 @@ class MethodPlayer:
                 weights=None if method.weights is None else dict(method.weights),
                 guidance=None if method.guidance is None else dict(method.guidance),
                 num_candidates=method.num_candidates,
+                strength=method.strength,
                 student_ids=list(self.seeds),
                 values={name: [outcome[name] for outcome in outcomes] for name in OBJECTIVES},
-                kl_to_reference=self._kl(policy, weights, method, opened),
+                kl_to_reference=self._kl(policy, mix, method, opened),
                 malformed_rate=sum(c.malformed for c in opened) / turns,
                 tokens=engine.tokens_forwarded,
                 sweep=method.sweep,
@@ -129,7 +147,7 @@ class MethodPlayer:
     def _kl(
         self,
         policy: Policy,
-        weights: Weights | None,
+        mix: HeadMix,
         method: Method,
         conversations: Sequence[Conversation],
     ) -> float:
@@ -149,9 +167,7 @@ class MethodPlayer:
         if policy is not self.sft:
             for start in range(0, len(sequences), KL_BATCH):
                 batch = slice(start, start + KL_BATCH)
-                divergence, log_ratio = _divergence(
-                    policy, weights, self.sft, sequences[batch], spoken[batch]
-                )
+                divergence, log_ratio = _divergence(policy, mix, self.sft, sequences[batch], spoken[batch])
                 total += divergence if method.guidance is None else log_ratio
         candidates = method.num_candidates
         if method.guidance is not None:
@@ -163,7 +179,7 @@ class MethodPlayer:
 @torch.no_grad()
 def _divergence(
     policy: Policy,
-    weights: Weights | None,
+    mix: HeadMix,
     reference: Policy,
     sequences: Sequence[list[int]],
     spoken: Sequence[list[bool]],
@@ -183,8 +199,8 @@ def _divergence(
     lengths = np.array([len(tokens) for tokens in sequences])
     rows, positions = mask.nonzero(as_tuple=True)
     tokens_said = ids[rows, positions]
-    ours = _predictions(policy, [weights] * len(sequences), ids, lengths, rows, positions)
-    theirs = _predictions(reference, [None] * len(sequences), ids, lengths, rows, positions)
+    ours = _predictions(policy, [mix] * len(sequences), ids, lengths, rows, positions)
+    theirs = _predictions(reference, [HeadMix()] * len(sequences), ids, lengths, rows, positions)
     divergence = log_ratio = 0.0
     chunk = max(1, KL_CHUNK_LOGITS // policy.vocab_size)
     for start in range(0, len(rows), chunk):
@@ -199,7 +215,7 @@ def _divergence(
 
 def _predictions(
     policy: Policy,
-    weights: Sequence[Weights | None],
+    mixes: Sequence[HeadMix],
     ids: Tensor,
     lengths: np.ndarray,
     rows: Tensor,
@@ -212,5 +228,5 @@ def _predictions(
     device = policy.device
     hidden = policy.hidden_states(ids.to(device), view.positions(ids.shape[1], device), view)
     rows, positions = rows.to(device), positions.to(device)
-    states, head = hidden[rows, positions - 1], policy.head(weights)
+    states, head = hidden[rows, positions - 1], policy.head(mixes)
     return lambda part: torch.log_softmax(head(states[part], rows[part]).float(), dim=-1)

@@ -47,6 +47,7 @@ class MethodResult(BaseModel):
     weights: dict[str, float] | None = None
     guidance: dict[str, float] | None = None  # guidance weights of the reward model; None when unguided
     num_candidates: Annotated[int, Field(ge=1)] = 1
+    strength: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0  # of decoding; 1 is the policy itself
     student_ids: list[StudentId]  # one per dialogue, each once
     values: dict[str, list[float]]  # objective -> one value per dialogue, in the order of student_ids
     kl_to_reference: float | None = (
@@ -94,7 +95,9 @@ class MethodResult(BaseModel):
             return False
         if self.weights is None or other.weights is None:
             return other.kind == "sft"
-        return other.family == "mah_dpo" and other.same_weights(self.weights)
+        return (
+            other.family == "mah_dpo" and other.strength == self.strength and other.same_weights(self.weights)
+        )
 
     def same_weights(self, weights: Mapping[str, float]) -> bool:
         """Whether the method has these weights, up to rounding."""

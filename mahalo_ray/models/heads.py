@@ -251,15 +251,15 @@ def weighted_projection(heads: Sequence[Head], hidden: Tensor, columns: Sequence
     # Weights may differ from row to row, so no merged matrix serves all; H full heads cost H products with
     # [V, D]. Low-rank heads share W_0: sum_i w_i (W_0 h + A_i B_i h) = (sum_i w_i) W_0 h + [A_1 .. A_H] u,
     # where u [..., H r] stacks w_i B_i h. That is one product with [V, D] and one with [V, H r]. Weighting u
-    # instead of the outputs saves H passes over [..., V].
-    if isinstance(heads[0], FullHead):
+    # instead of the outputs saves H passes over [..., V]. W_0 itself may be among the heads.
+    low_rank = [(head, w) for head, w in zip(heads, columns, strict=True) if isinstance(head, LowRankHead)]
+    if not low_rank:
         products = [w * head.project(hidden) for head, w in zip(heads, columns, strict=True)]
         return sum(products[1:], products[0])
-    low_rank = [cast(LowRankHead, head) for head in heads]
-    inner = torch.cat([w * F.linear(hidden, h.factor_b) for h, w in zip(low_rank, columns, strict=True)], -1)
-    outer = torch.cat([head.factor_a for head in low_rank], -1)
-    total = sum(columns[1:], columns[0])
-    return total * F.linear(hidden, low_rank[0].base_weight, low_rank[0].base_bias) + F.linear(inner, outer)
+    inner = torch.cat([w * F.linear(hidden, head.factor_b) for head, w in low_rank], -1)
+    outer = torch.cat([head.factor_a for head, _ in low_rank], -1)
+    total, first = sum(columns[1:], columns[0]), low_rank[0][0]
+    return total * F.linear(hidden, first.base_weight, first.base_bias) + F.linear(inner, outer)
 
 
 @torch.no_grad()

@@ -1,10 +1,14 @@
 """The multi-head policy: one shared backbone, one vocabulary head per objective (MAHALO, arXiv 2510.01167).
 
+Beside the weights w a strength s is chosen per call: W_0 + s sum_i w_i (W_i - W_0), where W_0 is the head of
+the model that the policy was made from (decoding-time realignment, Liu et al., 2024, arXiv 2402.02992).
+
 Shapes: B rows of T tokens, D hidden size, V vocabulary, H objectives.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -34,6 +38,7 @@ from mahalo_ray.models.heads import (
     LogitTransform,
     LowRankHead,
     check_objectives,
+    initialise_full,
     initialise_heads,
     merge_heads,
     weighted_projection,
@@ -49,10 +54,12 @@ class MultiHeadCausalLM(BackboneModel):
     transformers causal LM, with `weights` besides; `merge(weights)` gives an ordinary one. With many
     conversations at a time, or a balance for each of them, use `GuidedDecoder`.
 
-    `heads[objective].weight` is W_i [V, D]. `base_head` is the head of the model it was made from, frozen:
-    always there with low-rank heads (they are differences from it), on request with full ones, else None.
-    Where the family soft-caps its logits, heads are summed before the cap, so that a merged model is the same
-    function.
+    `heads[objective].weight` is W_i [V, D]. `base_head` is W_0, the head of the model it was made from,
+    frozen: always there with low-rank heads (they are differences from it), on request with full ones, else
+    None. A `strength` other than 1 needs it. Only the head moves with the strength: what training changed in
+    the backbone (or its adapter) stays, so 0 is exactly the model it was made from where the backbone was
+    frozen. Where the family soft-caps its logits, heads are summed before the cap, so that a merged model is
+    the same function.
 
     >>> from mahalo_ray import MultiHeadCausalLM, Weights
     >>> policy = MultiHeadCausalLM.from_base("model", ["accuracy", "engagement"])
@@ -168,6 +175,49 @@ class MultiHeadCausalLM(BackboneModel):
         """The heads' trainable parameters."""
         return (parameter for parameter in self.heads.parameters() if parameter.requires_grad)
 
+    def check_strength(self, strength: float) -> None:
+        """ValueError for a strength that is no finite number of at least 0, or other than 1 without the base
+        head."""
+        if not (math.isfinite(strength) and strength >= 0):
+            raise ValueError(f"strength is {strength}: it must be a finite number of at least 0")
+        if strength != 1 and self.base_head is None:
+            raise ValueError(
+                f"strength {strength:g} needs the head of the model that this policy was made from, and the "
+                "policy was saved without it: add it with `MultiHeadCausalLM.set_base_head(SFT_MODEL)` and "
+                "save the policy again, or use strength 1"
+            )
+
+    def set_base_head(self, base: str | Path | PreTrainedModel) -> None:
+        """Take the head of the model that this policy was made from as `base_head`, if it was saved without.
+
+        ValueError for a model of other sizes, and for low-rank heads, which have it.
+        """
+        if self.head_kind == "low_rank":
+            raise ValueError("low-rank heads are differences from a base head that cannot be exchanged")
+        _, output, transform = split_causal_lm(load_causal_lm(base))
+        weight, bias = cast(nn.Parameter, output.weight), cast(nn.Parameter | None, output.bias)
+        like = self.head(self.objectives[0])
+        if weight.shape != like.weight.shape or (bias is None) != (like.head_bias is None):
+            raise ValueError(
+                f"the base head is {list(weight.shape)} and the heads {list(like.weight.shape)}, and "
+                "either both have a bias or neither: give the model that the policy was made from"
+            )
+        if transform != self.transform:
+            raise ValueError(
+                f"the base model's logits have {transform}, this policy's {self.transform}: give the model "
+                "that the policy was made from"
+            )
+        head = FullHead.empty(
+            self.vocab_size,
+            self.hidden_size,
+            bias is not None,
+            self.transform,
+            like.weight.dtype,
+            like.weight.device,
+        )
+        initialise_full(head, weight, bias, 0.0, 0)
+        self.base_head = head.requires_grad_(False)
+
     def add_lora(self, settings: LoraConfig | None = None) -> None:
         """Freeze the backbone and train a LoRA adapter on it instead; the heads stay trainable.
 
@@ -188,9 +238,10 @@ class MultiHeadCausalLM(BackboneModel):
         attention_mask: Tensor | None = None,
         weights: Weights | Tensor | None = None,
         labels: Tensor | None = None,
+        strength: float = 1.0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits [B, T, V] of the heads mixed by `weights`, as a transformers output.
+        """Logits [B, T, V] of the heads mixed by `weights` at this `strength`, as a transformers output.
 
         input_ids, attention_mask [B, T]. `weights`: one `Weights` for all rows, or a tensor [B, H] in the
         order of `objectives`; None is for policies with a single head. With `labels` [B, T] (aligned with
@@ -202,7 +253,8 @@ class MultiHeadCausalLM(BackboneModel):
         output = self.backbone(
             input_ids=input_ids, attention_mask=attention_mask, **{**kwargs, "return_dict": True}
         )
-        logits = self.logits(output.last_hidden_state, self._single_head() if weights is None else weights)
+        mixed = self._single_head() if weights is None else weights
+        logits = self.logits(output.last_hidden_state, mixed, strength)
         loss = None
         if labels is not None:
             predictions = logits[:, :-1].flatten(0, 1).float()
@@ -221,6 +273,7 @@ class MultiHeadCausalLM(BackboneModel):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         weights: Weights | None = None,
+        strength: float = 1.0,
         **kwargs: Any,
     ) -> Tensor:
         """Token ids [B, T + new] as `transformers.generate` gives them for the mixed head.
@@ -229,7 +282,7 @@ class MultiHeadCausalLM(BackboneModel):
         None is for policies with a single head. Every other argument is that of `transformers.generate`.
         """
         training = self.training
-        head = self.merged_head(self._single_head() if weights is None else weights)
+        head = self.merged_head(self._single_head() if weights is None else weights, strength)
         model = assemble_causal_lm(self.plain_backbone, head.weight, head.bias).eval()
         if self.generation_config is not None:
             model.generation_config = self.generation_config
@@ -281,12 +334,12 @@ class MultiHeadCausalLM(BackboneModel):
             totals = totals + sum_rows(logps, states.sequences[routed], states.completions, average)
         return totals
 
-    def logits(self, hidden: Tensor, weights: Weights | Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, weights: Weights | Tensor, strength: float | Tensor = 1.0) -> Tensor:
         """Weighted logits [..., V] of hidden [..., D].
 
         `weights` is one `Weights` for all, or a tensor [B, H] in the order of `objectives` that gives every
-        row of hidden [B, ..., D] its own, in one pass. For one `Weights` used many times, `merged_head`
-        once is faster.
+        row of hidden [B, ..., D] its own, in one pass; `strength`, one number or a tensor [B], likewise. For
+        one `Weights` used many times, `merged_head` once is faster.
         """
         if isinstance(weights, Weights):
             row = torch.tensor(weights.over(self.objectives), dtype=hidden.dtype, device=hidden.device)
@@ -294,21 +347,39 @@ class MultiHeadCausalLM(BackboneModel):
         expected = (hidden.shape[0], len(self.objectives))
         if weights.shape != expected:
             raise ValueError(f"weights are {tuple(weights.shape)}, expected {expected}: rows by objectives")
-        columns = [w.reshape(-1, *(1,) * (hidden.dim() - 1)).to(hidden.dtype) for w in weights.unbind(1)]
-        return self.transform(weighted_projection(self._heads(), hidden, columns))
+        heads, shares = self._heads(), weights
+        if isinstance(strength, Tensor) or strength != 1:
+            base_head = self._base_head_for(strength)
+            strengths = torch.as_tensor(strength, dtype=weights.dtype, device=weights.device)
+            strengths = strengths.expand(len(weights))[:, None]
+            heads, shares = [base_head, *heads], torch.cat([1 - strengths, strengths * weights], dim=1)
+        columns = [w.reshape(-1, *(1,) * (hidden.dim() - 1)).to(hidden.dtype) for w in shares.unbind(1)]
+        return self.transform(weighted_projection(heads, hidden, columns))
 
-    def merged_head(self, weights: Weights) -> FullHead:
-        """One head with sum_i w_i W_i (and biases): a module that maps hidden [..., D] to logits [..., V]."""
-        return merge_heads(self._heads(), weights.over(self.objectives))
+    def merged_head(self, weights: Weights, strength: float = 1.0) -> FullHead:
+        """One head with W_0 + s sum_i w_i (W_i - W_0) (and biases), s the strength, which is sum_i w_i W_i at
+        s = 1: a module that maps hidden [..., D] to logits [..., V]. ValueError as `check_strength` says."""
+        shares = weights.over(self.objectives)
+        if strength == 1:
+            return merge_heads(self._heads(), shares)
+        base_head = self._base_head_for(strength)
+        return merge_heads([base_head, *self._heads()], [1 - strength, *(strength * w for w in shares)])
 
-    def merge(self, weights: Weights, copied: bool = True) -> PreTrainedModel:
+    def _base_head_for(self, strength: float | Tensor) -> FullHead:
+        if not isinstance(strength, Tensor):
+            self.check_strength(strength)
+        if self.base_head is None:
+            raise ValueError("strengths need the base head: see `MultiHeadCausalLM.set_base_head`")
+        return self.base_head
+
+    def merge(self, weights: Weights, copied: bool = True, strength: float = 1.0) -> PreTrainedModel:
         """An ordinary single-head transformers causal LM whose logits are the weighted sum (before a
-        soft-cap).
+        soft-cap) at this `strength`.
 
         LoRA is folded in. `copied=False` hands over this model's backbone instead of a copy: for exporting a
         large model, after which this one must not be used any more.
         """
-        head = self.merged_head(weights)
+        head = self.merged_head(weights, strength)
         backbone = lora.fold_adapter(self.backbone, copied)
         model = assemble_causal_lm(backbone, head.weight, head.bias).eval()
         if self.generation_config is not None:

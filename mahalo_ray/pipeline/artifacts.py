@@ -56,16 +56,19 @@ def place_model(source: str, url: str) -> str:
     return url
 
 
-def export(source: str, output: str, weights: Weights, dtype: torch.dtype | None = None) -> None:
-    """Merge the heads of a policy (a run's output folder, or a model folder) into `output`.
+def export(
+    source: str, output: str, weights: Weights, dtype: torch.dtype | None = None, strength: float = 1.0
+) -> None:
+    """Merge the heads of a policy (a run's output folder, or a model folder) at this strength into `output`.
 
     LoRA is folded in; dtype None keeps the stored one. `output` must not exist or be empty. ValueError for an
-    objective the policy lacks, a run without a finished policy, or an output that would be overwritten.
+    objective the policy lacks, a strength other than 1 of a policy saved without its base head, a run without
+    a finished policy, or an output that would be overwritten.
     """
     check_new(output)
     folder = Path(storage.local_copy(_policy_folder(source)))
     policy = MultiHeadCausalLM.from_pretrained(folder, dtype=dtype)
-    model = policy.merge(weights, copied=False)
+    model = policy.merge(weights, copied=False, strength=strength)
     # Written here first: half an export must not pass for a whole one.
     with tempfile.TemporaryDirectory(prefix="mahalo-export-") as temporary:
         model.save_pretrained(temporary)

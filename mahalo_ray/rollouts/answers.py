@@ -88,6 +88,7 @@ class Generation(Record):
     steps: list[GenerationStep]
     weights: dict[str, float] | None
     guidance: dict[str, float] | None
+    strength: float = 1.0
     strategy: str
     seed: int
     prompt_tokens: int
@@ -105,6 +106,7 @@ class Generation(Record):
             ("steps", pa.list_(_STEP)),
             ("weights", _NUMBERS),
             ("guidance", _NUMBERS),
+            ("strength", pa.float64()),
             ("strategy", pa.string()),
             ("seed", pa.int64()),
             ("prompt_tokens", pa.int64()),
@@ -128,6 +130,7 @@ class Generation(Record):
             steps=[_step(step) for step in result.steps],
             weights=None if request.weights is None else dict(request.weights),
             guidance=dict(request.guidance_over(objectives)) if request.is_guided else None,
+            strength=request.strength,
             strategy=request.strategy,
             seed=request.seed,
             prompt_tokens=result.prompt_tokens,

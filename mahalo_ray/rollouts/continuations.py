@@ -11,7 +11,7 @@ from mahalo_ray.data.records import StepTrace
 from mahalo_ray.data.row_fields import digest
 from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.decoding.engine import Engine
-from mahalo_ray.decoding.policy import Policy
+from mahalo_ray.decoding.policy import HeadMix, Policy
 from mahalo_ray.decoding.stopping import (
     AnswerOnly,
     Boundary,
@@ -80,7 +80,7 @@ class Continuer:
         self._vocabulary = TokenTexts(chat.tokenizer)
         self._encoder = StepEncoder(chat.tokenizer, step_separator)
         self._weights = settings.weights
-        policy.check_weights(self._weights)
+        policy.check_mix(HeadMix(self._weights))
         self.counts = SamplingCounts()
 
     def respond(self, prompts: Sequence[StepTrace], responses: int) -> list[StepTrace]:

@@ -33,7 +33,7 @@ from mahalo_ray.data.records import CandidateSet, Dialogue
 from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.decoding.engine import Engine
 from mahalo_ray.decoding.guidance import Guidance, ScoreScale
-from mahalo_ray.decoding.policy import DeviceConfig, Policy, load_policy, load_step_scorer
+from mahalo_ray.decoding.policy import DeviceConfig, HeadMix, Policy, load_policy, load_step_scorer
 from mahalo_ray.decoding.scorers import RewardModels, ScorerGroup, follow_texts
 from mahalo_ray.decoding.stopping import TurnBoundary
 from mahalo_ray.domains.tutoring.moves import consistency
@@ -117,11 +117,11 @@ class RolloutModels:
             self._tutor_endpoint = self._endpoint(spec.tutor.endpoint)
         else:
             self._weights = spec.tutor.weights if spec.tutor.kind == "policy" else None
-            self._policy(spec.tutor.path)[0].check_weights(self._weights)
+            self._policy(spec.tutor.path)[0].check_mix(HeadMix(self._weights))
         if isinstance(spec.student, EndpointStudentConfig):
             self._student_endpoint = self._endpoint(spec.student.endpoint)
         elif isinstance(spec.student, ModelStudentConfig):
-            self._policy(spec.student.path)[0].check_weights(None)
+            self._policy(spec.student.path)[0].check_mix(HeadMix())
         self.selection = TurnSelection(spec.play.continuation, self._guidance())
 
     def name(self, number: int) -> str:

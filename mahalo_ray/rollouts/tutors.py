@@ -152,7 +152,7 @@ class Tutor(Protocol):
 
 
 class PolicyTutor:
-    """A local model over the batched engine: token-exact. `weights`: those of a multi-head policy.
+    """A local model over the batched engine: token-exact. `weights` and `strength`: of a multi-head policy.
 
     `sentences_are_moves`: the miniature's check, that every sentence is one its students understand.
     """
@@ -164,15 +164,17 @@ class PolicyTutor:
         sampling: SamplingConfig,
         weights: Weights | None = None,
         sentences_are_moves: bool = True,
+        strength: float = 1.0,
     ) -> None:
-        self.engine, self.chat, self.sampling, self.weights = engine, chat, sampling, weights
+        self.engine, self.chat, self.sampling = engine, chat, sampling
+        self.weights, self.strength = weights, strength
         self._special = set(chat.tokenizer.all_special_ids)
         self._sentences_are_moves = sentences_are_moves
 
     def start(self, conversations: Sequence[Conversation]) -> list[list[int] | Failure]:
         results = [self._opening_ids(conversation) for conversation in conversations]
         opened = [(c, ids) for c, ids in zip(conversations, results, strict=True) if isinstance(ids, list)]
-        rows = self.engine.add(len(opened), self.weights)
+        rows = self.engine.add(len(opened), self.weights, strength=self.strength)
         for (conversation, _), row in zip(opened, rows, strict=True):
             conversation.row = row
         self.engine.append(rows, [ids for _, ids in opened])

@@ -114,6 +114,7 @@ class GuidedBackend:
         self._decoder = decoder
         policy = decoder.policy
         self.objectives = policy.model.objectives if isinstance(policy, MultiHeadPolicy) else ()
+        self.has_strength = isinstance(policy, MultiHeadPolicy) and policy.model.base_head is not None
         self.guidance_objectives = decoder.scale.objectives
         self.steps_are_turns = isinstance(decoder.boundary, TurnBoundary)
         # As in evaluation, where the reward models know the usual spread of their scores.

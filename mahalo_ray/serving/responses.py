@@ -69,6 +69,7 @@ class AnswerReport(BaseModel):
     without guidance ends with a single step: the whole answer."""
 
     objectives: dict[str, float] | None
+    strength: float
     guidance: dict[str, float] | None
     strategy: str
     num_candidates: int
@@ -159,6 +160,7 @@ class ServedLimits(BaseModel):
 
     max_candidates: int
     max_tokens: int
+    max_strength: float = Field(description="1 where the model here has one strength only")
 
 
 class ServedDefaults(BaseModel):
@@ -284,6 +286,7 @@ class Completion:
         request = self._request
         return AnswerReport(
             objectives=None if request.weights is None else dict(request.weights),
+            strength=request.strength,
             guidance=None if request.guidance is None else dict(request.guidance),
             strategy=request.strategy,
             num_candidates=request.num_candidates,

@@ -106,6 +106,7 @@ class RequestLimits:
     max_candidates: int
     max_new_tokens: int
     max_messages: int
+    max_strength: float
 
     def check_lengths(self, body: Mapping[str, Any]) -> None:
         """Raise ApiError for a list that is too long, before its items are looked at."""
@@ -115,8 +116,8 @@ class RequestLimits:
                 raise _above_limit(name, len(value), limit)
 
 
-def _above_limit(param: str, value: int, limit: int) -> ApiError:
-    return ApiError(400, f"'{param}': {value} is more than this server's limit of {limit}", param)
+def _above_limit(param: str, value: float, limit: float) -> ApiError:
+    return ApiError(400, f"'{param}': {value:g} is more than this server's limit of {limit:g}", param)
 
 
 def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
@@ -273,10 +274,12 @@ class StreamOptions(Payload):
 class ChatCompletionRequest(Payload):
     """POST /v1/chat/completions. Sampling fields left out take the server's defaults.
 
-    objectives: decoding weights over the policy's heads; guidance: weights over the reward model's objectives
-    (the objectives' weights when left out). strategy: how one of num_candidates is chosen at every step, as
-    in `GuidedRequest`; left out, "argmax" where there is a reward model, else "none". max_tokens above the
-    server's limit is lowered to it: such an answer ends with finish_reason "length".
+    objectives: decoding weights over the policy's heads; strength: 0 is the head of the model that the
+    policy was made from, 1 (the default) the policy's own, above 1 goes beyond it; guidance: weights over
+    the reward model's objectives (the objectives' weights when left out). strategy: how one of
+    num_candidates is chosen at every step, as in `GuidedRequest`; left out, "argmax" where there is a
+    reward model, else "none". max_tokens above the server's limit is lowered to it: such an answer ends
+    with finish_reason "length".
     """
 
     model: str
@@ -303,6 +306,7 @@ class ChatCompletionRequest(Payload):
     stream_options: StreamOptions | None = None
 
     objectives: WeightMap | None = None
+    strength: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     guidance: WeightMap | None = None
     num_candidates: Annotated[int, Field(ge=1)] | None = None
     strategy: ServedStrategy | None = None
@@ -369,6 +373,8 @@ class ChatCompletionRequest(Payload):
         """Raise ApiError naming the first field beyond the server's limits."""
         if self.num_candidates is not None and self.num_candidates > limits.max_candidates:
             raise _above_limit("num_candidates", self.num_candidates, limits.max_candidates)
+        if self.strength is not None and self.strength > limits.max_strength:
+            raise _above_limit("strength", self.strength, limits.max_strength)
 
 
 class ScoreRequest(Payload):

@@ -115,6 +115,7 @@ class Backend(JobRunner, Protocol):
 
     objectives: tuple[str, ...]  # empty: an ordinary model with a single head
     guidance_objectives: tuple[str, ...]  # empty: no reward model
+    has_strength: bool  # whether the policy can be decoded at other strengths than 1
     standardisation: Standardisation  # of the reward model's scores
     steps_are_turns: bool  # a step is a whole turn, which no limit of its own may cut in two
 
@@ -131,7 +132,9 @@ class ChatService:
         self._measured = measured
         self._front = measured.front(settings.descriptions)
         config, defaults = settings.config, settings.defaults
-        self.limits = RequestLimits(config.max_candidates, config.max_new_tokens, config.max_messages)
+        self.limits = RequestLimits(
+            config.max_candidates, config.max_new_tokens, config.max_messages, config.max_strength
+        )
         self.weights: Weights | None = None
         if backend.objectives:
             self.weights = defaults.objectives or Weights.balanced(backend.objectives)
@@ -177,6 +180,7 @@ class ChatService:
         return GuidedRequest(
             [message.as_record() for message in body.messages],
             weights=weights,
+            strength=self._strength(body),
             guidance=guidance,
             num_candidates=1 if guidance is None else body.num_candidates or defaults.num_candidates,
             seed=secrets.randbits(31) if body.seed is None else body.seed,
@@ -208,7 +212,9 @@ class ChatService:
             guidance_objectives=list(self.backend.guidance_objectives),
             descriptions=self._described(),
             limits=ServedLimits(
-                max_candidates=self.limits.max_candidates, max_tokens=self.limits.max_new_tokens
+                max_candidates=self.limits.max_candidates,
+                max_tokens=self.limits.max_new_tokens,
+                max_strength=self.limits.max_strength if self.backend.has_strength else 1,
             ),
             defaults=ServedDefaults(
                 objectives=dict(self.weights or {}),
@@ -254,6 +260,13 @@ class ChatService:
                 raise ApiError(400, "the model here has a single head: leave 'objectives' out", "objectives")
             return None
         return weights_of(body.objectives, self.backend.objectives, self.weights, "objectives")
+
+    def _strength(self, body: ChatCompletionRequest) -> float:
+        if body.strength in (None, 1) or self.backend.has_strength:
+            return 1.0 if body.strength is None else body.strength
+        lacking = "its base head was not saved with it" if self.backend.objectives else "it has a single head"
+        message = f"the model here has no strength other than 1, since {lacking}: leave 'strength' out"
+        raise ApiError(400, message, "strength")
 
     def _strategy(self, body: ChatCompletionRequest) -> ServedStrategy:
         """The asked-for strategy: with a reward model "argmax" unless said otherwise, without one "none"."""

@@ -350,7 +350,7 @@ class PolicyRecipe:
             rank=policy.head_rank,
             dtype=getattr(torch, self._model.dtype),
             attn_implementation=self._model.attn_implementation,
-            keep_base_head=self.probe is not None,
+            keep_base_head=True,  # decoding at another strength than 1 needs it
         )
         if self.packed:
             model.enable_pair_packing()
@@ -471,8 +471,6 @@ class PolicyRecipe:
 
     def save(self, model: nn.Module, state_dict: Mapping[str, Tensor], folder: Path) -> None:
         policy = cast(MultiHeadCausalLM, model)
-        if policy.head_kind == "full":
-            policy.base_head = None  # it served the probe, or the reference, only
         backbone = keeps_backbone(self._settings.model_url) if policy.has_lora else None
         policy.save_pretrained(
             folder, self._tokenizer, self._metrics, state_dict=state_dict, with_backbone=backbone
