@@ -1,6 +1,7 @@
 """Weight sweeps: methods as Ray Tune trials, weights that cover the front evenly, and portfolios of
 policies."""
 
+from mahalo_ray.sweeps.front_metrics import FrontMeasures, measure_front
 from mahalo_ray.sweeps.portfolio import Portfolio, portfolio
 from mahalo_ray.sweeps.registry import SAMPLERS, make_sampler
 from mahalo_ray.sweeps.sampler import Sampler
@@ -11,6 +12,7 @@ from mahalo_ray.sweeps.surf import SurfSampler
 __all__ = [
     "SAMPLERS",
     "DirichletSampler",
+    "FrontMeasures",
     "LatticeSampler",
     "Portfolio",
     "Sampler",
@@ -18,5 +20,6 @@ __all__ = [
     "SobolSampler",
     "SurfSampler",
     "make_sampler",
+    "measure_front",
     "portfolio",
 ]
