@@ -110,6 +110,8 @@ def rank_agreement(
     asked = np.array([vector.over(objectives) for vector in weights])
     if asked.shape != points.shape:
         raise ValueError(f"{len(asked)} weights for values of shape {points.shape}")
+    if len(points) < 2:
+        return dict.fromkeys(objectives, math.nan)
     return {
         name: float(stats.kendalltau(asked[:, column], points[:, column]).statistic)
         for column, name in enumerate(objectives)
