@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy.interpolate import PchipInterpolator
 
 from mahalo_ray.metrics import FloatArray
@@ -21,8 +21,10 @@ from mahalo_ray.sweeps.sampler import SweepResults
 
 _GRID = np.linspace(0.0, 1.0, 2001)
 _MAX_DEGREE = 8  # of the curve fitted to noisy results
-_UNEVEN = 0.1  # an unevenness worth a note
+_UNEVEN = 0.1  # a coefficient of variation worth a note
 _MARGINS = {"linear": 0.0, "chebyshev": 1e-3}
+_NEARLY_EVEN = 0.1  # coefficient of variation below which chords are inverted directly
+_GAP = 4e-3  # of a step of the weight: results that differ across so little lie at the sides of a gap
 _PATIENCE = 3  # rounds without progress before the sampler stops
 _PROGRESS = 0.98  # a round makes progress if its unevenness is at most this share of the best before
 
@@ -87,16 +89,22 @@ class SurfSampler:
         self.max_rounds = max_rounds
         self.rounds = 0
         self.unevenness = math.inf  # largest |segment - mean segment| / mean segment of the last round
+        self._next: FloatArray | None = None  # shares to ask, where they do not follow from Phi
         self._phi = _GRID.copy()  # share of the front's length up to each weight of the grid
         self._results = SweepResults(self.objectives, needed=2)
         self._best: tuple[float, FloatArray] | None = None
         self._without_progress = 0
+        self._gaps = 0
         self._within_noise = self._noisy = False
 
     @property
     def finished(self) -> bool:
         """Whether asking again would not make the points more even: they are within the tolerance or the
-        noise, three rounds brought no progress (a gap that no weight fills), or `max_rounds` are over."""
+        noise, three rounds brought no progress (a gap that no weight fills), or `max_rounds` are over.
+
+        Within the noise: no segment of the curve fitted to all results differs from their mean by more than
+        the standard error of a segment.
+        """
         return (
             self._within_noise
             or self.unevenness <= self.tolerance
@@ -109,9 +117,10 @@ class SurfSampler:
         """See `Sampler`; also what keeps the segments uneven, once the search has ended."""
         found = self._results.notes()
         if self.finished and not self._within_noise and self._best and self._best[0] > _UNEVEN:
+            cause = f"{self._gaps} gaps that no weight fills" if self._gaps else "too few rounds, or a gap"
             found += (
-                f"the most even round's segments differ from their mean by up to {self._best[0]:.2g} of it: "
-                "the front has a gap that no weight fills, or more rounds are needed",
+                "the most even round's segments have a coefficient of variation of "
+                f"{self._best[0]:.2g}: {cause}",
             )
         return found
 
@@ -120,6 +129,8 @@ class SurfSampler:
         finished, the most evenly spaced ones that were told."""
         if self.finished and self._best is not None and not self._noisy:
             return self._weights(self._best[1])
+        if self._next is not None:
+            return self._weights(self._next)
         return self._weights(np.interp(np.linspace(0, 1, self.n), self._phi, _GRID))
 
     def tell(
@@ -135,11 +146,13 @@ class SurfSampler:
         self.rounds += 1
         self._noisy |= bool(errors.any())
         if self._noisy:
+            self._next = None
             estimate = self._regressed()
         else:
             shares = (asked[:, 0] - self.margin) / (1 - 2 * self.margin)
             order = np.argsort(shares, kind="stable")
-            self._judge(shares[order], points[order])
+            uneven = self._judge(shares[order], points[order])
+            self._next = self._respaced(shares[order], points[order], uneven)
             estimate = self._interpolated()
         weight = 1 - (1 - self.relaxation) ** self.rounds
         self._phi = weight * estimate + (1 - weight) * self._phi
@@ -149,15 +162,50 @@ class SurfSampler:
         first = self.margin + (1 - 2 * self.margin) * shares
         return [Weights(dict(zip(self.objectives, (w, 1 - w), strict=True))) for w in first.tolist()]
 
-    def _judge(self, shares: FloatArray, points: FloatArray) -> None:
-        """How uneven the segments of this round are, and whether that is any progress."""
+    def _judge(self, shares: FloatArray, points: FloatArray) -> float:
+        """How uneven the segments of this round are (their coefficient of variation), and whether that is any
+        progress."""
         segments = np.linalg.norm(np.diff(points, axis=0), axis=1)
         mean = segments.mean()
         self.unevenness = float(np.abs(segments - mean).max() / mean) if mean > 0 else 0.0
+        uneven = float(segments.std() / mean) if mean > 0 else 0.0
         best = math.inf if self._best is None else self._best[0]
-        self._without_progress = 0 if self.unevenness < _PROGRESS * best else self._without_progress + 1
-        if self.unevenness < best:
-            self._best = (self.unevenness, shares)
+        self._without_progress = 0 if uneven < _PROGRESS * best else self._without_progress + 1
+        if uneven < best and len(shares) == self.n:
+            self._best = (uneven, shares)
+        return uneven
+
+    def _respaced(self, shares: FloatArray, points: FloatArray, uneven: float) -> FloatArray | None:
+        """The next weights where Phi as a whole is not the best guide; otherwise None.
+
+        A front with gaps is spaced component by component, with points at both sides of every gap. A front
+        without gaps is nearly even after some rounds. From then on this round's chords alone are inverted:
+        equal shares of the arc length are not quite equal chords.
+        """
+        known, values, _ = self._merged()
+        chords = np.linalg.norm(np.diff(values, axis=0), axis=1)
+        mean = chords.sum() / (self.n - 1)
+        wide = chords > mean / 2
+        gaps = np.flatnonzero(wide & (np.diff(known) < _GAP / self.n))
+        self._gaps = len(gaps)
+        if len(gaps) == 0:
+            if uneven > _NEARLY_EVEN:
+                return None
+            lengths = np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(points, axis=0), axis=1))])
+            return _evenly(shares, lengths, self.n)
+        if (wide & (np.diff(known) < 0.2 / self.n)).sum() > len(gaps):
+            self._without_progress = min(self._without_progress, 1)  # a gap's sides are still being found
+            return None
+        parts = np.split(np.arange(len(known)), gaps + 1)
+        measured = [np.concatenate([[0.0], np.cumsum(chords[part[:-1]])]) for part in parts]
+        counts = _shared_out(np.array([lengths[-1] for lengths in measured]), self.n)
+        if counts is None:
+            return None
+        spaced = [
+            _evenly(known[part], lengths, count)
+            for part, lengths, count in zip(parts, measured, counts.tolist(), strict=True)
+        ]
+        return np.concatenate(spaced)
 
     def _merged(self) -> tuple[FloatArray, FloatArray, FloatArray]:
         """Results of all rounds in order along the front: (shares of the first objective's weight [m], points
@@ -198,6 +246,28 @@ class SurfSampler:
         self.unevenness = float(np.abs(segments - mean).max() / mean)
         self._within_noise = self.rounds > 1 and self.unevenness * mean <= noise
         return _rising(np.interp(self._phi, dense, lengths / lengths[-1]))
+
+
+def _evenly(shares: FloatArray, lengths: FloatArray, count: int) -> FloatArray:
+    """`count` shares at even lengths along a curve whose length up to `shares` is `lengths` (one: its
+    middle)."""
+    distinct, first = np.unique(lengths, return_index=True)
+    if len(distinct) == 1:
+        return np.linspace(shares[0], shares[-1], count)
+    wanted = np.linspace(0, lengths[-1], count) if count > 1 else lengths[-1:] / 2
+    spaced: FloatArray = PchipInterpolator(distinct, shares[first])(wanted)
+    return spaced
+
+
+def _shared_out(lengths: FloatArray, n: int) -> NDArray[np.int64] | None:
+    """How many of `n` points each component gets: one each, then always one more where they are farthest
+    apart. None if there are more components than points."""
+    if len(lengths) > n:
+        return None
+    counts = np.ones(len(lengths), dtype=np.int64)
+    for _ in range(n - len(lengths)):
+        counts[np.argmax(lengths / np.maximum(counts - 1, 0.5))] += 1
+    return counts
 
 
 def _rising(phi: FloatArray) -> FloatArray:
