@@ -8,7 +8,6 @@ import re
 import socket
 import threading
 import time
-from importlib import resources
 
 import pytest
 from openai.types.chat import ChatCompletionMessage
@@ -585,7 +584,7 @@ def test_text_is_cut_at_the_first_stop_string_even_across_pieces(pieces, stops, 
     assert visible.cut(wholes[-1]) == "".join(handed_out) + rest
 
 
-# -- ports and the page --------------------------------------------------------------------------------------
+# -- ports ---------------------------------------------------------------------------------------------------
 
 
 def test_a_busy_port_is_named():
@@ -602,9 +601,3 @@ def test_a_busy_port_is_named():
 def test_a_host_that_is_not_ours_is_named():
     with pytest.raises(ServeError, match=r"203\.0\.113\.1"):
         free_port("203.0.113.1", 0)
-
-
-def test_the_page_needs_nothing_from_elsewhere_and_never_reads_text_as_html():
-    page = resources.files("mahalo_ray.serving").joinpath("playground.html").read_text(encoding="utf-8")
-    assert not re.search(r"https?://|//cdn|<link|<img|@import|url\(|src=", page)
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|\son\w+=", page)

@@ -382,7 +382,11 @@ def test_the_page_may_load_nothing_and_post_nowhere_else(serving):
     with urllib.request.urlopen(serving.url + "/", timeout=30) as answer:
         page, headers = answer.read().decode(), answer.headers
     assert "<title>mahalo_ray playground</title>" in page
-    assert headers["Content-Security-Policy"].startswith("default-src 'none'; script-src 'sha256-")
+    assert headers["Content-Security-Policy"].startswith(
+        "default-src 'none'; script-src 'self'; style-src 'self'"
+    )
+    with urllib.request.urlopen(serving.url + "/playground/main.js", timeout=30) as answer:
+        assert "javascript" in answer.headers["Content-Type"]
 
 
 def test_smoke_passes_here_and_says_why_it_does_not_elsewhere(serving):

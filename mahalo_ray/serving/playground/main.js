@@ -1,0 +1,497 @@
+// The page as a whole: it holds what is set and said, asks, and draws.
+
+import {ServerError, get, streamAnswer, useKey} from "./api.js";
+import {meanScores, scalesOf, showConversation, showText, spoken} from "./answers.js";
+import {BalanceControl} from "./balance.js";
+import {offerCopies, prepareCopies} from "./copies.js";
+import {$, html, refill} from "./dom.js";
+import {choiceOf, learnedNote, nextPair, usualSpreads} from "./preference.js";
+import * as set from "./settings.js";
+import {described, distance, presets} from "./shares.js";
+
+const MODE_NAMES = {compare: "Compare", one: "One answer", prefer: "Which do you prefer?"};
+const MODE_HINTS = {
+  compare: "Every balance answers the same question. Move one and ask.",
+  one: "Move the balance and ask.",
+  prefer: "You get two answers and say which you prefer; the balance is learned from that.",
+};
+const PAIRS_TRIED = 3; // when both answers of a pair say the same
+const LIVE_DELAY_MS = 250;
+const DOUBLE_CLICK_MS = 400;
+
+const state = {model: null, settings: null, turns: [], choices: [], draft: "", running: null};
+let control = null, guidanceControl = null, liveTimer = null;
+
+const lastTurn = () => state.turns.at(-1);
+const narrow = matchMedia("(max-width: 56rem)");
+
+function say(text, isError = false) {
+  $("status").textContent = text;
+  $("status").className = isError ? "error" : "";
+}
+
+const remember = () => { if (state.model) set.save(state); };
+
+// -- asking
+
+const newId = () => "t" + Date.now().toString(36) + Math.random().toString(36).slice(2, 8);
+
+/** The messages before a turn: every question with the answer that was taken. */
+function messagesUpTo(turn) {
+  const messages = [];
+  for (const {question, answers, chosen} of state.turns.slice(0, state.turns.indexOf(turn))) {
+    if (chosen === null) continue;
+    messages.push({role: "user", content: question}, {role: "assistant", content: answers[chosen].text});
+  }
+  return [...messages, {role: "user", content: turn.question}];
+}
+
+function plannedAnswers(settings) {
+  const balances = settings.mode === "prefer"
+    ? nextPair(state.model.names, state.choices) : settings.balances.slice(0, set.columnsOf(settings));
+  return balances.map((shares, n) => ({
+    id: newId(), letter: set.LETTERS[n], shares: [...shares], state: "running", text: "", report: null, finish: null,
+  }));
+}
+
+/** Why nothing can be asked now, after saying so; null if all is well. */
+function hindrance() {
+  const {settings, model} = state;
+  const wrong = [["seed", set.seedProblem(settings.seed)]];
+  if (model.scored.length && settings.strategy !== "none") {
+    wrong.push(["candidates", set.candidatesProblem(settings.candidates, model.limits.max_candidates)]);
+  }
+  if (settings.strength !== null) wrong.push(["strength", set.strengthProblem(settings.strength)]);
+  const first = wrong.find(([, problem]) => problem);
+  if (!first) return null;
+  $("more").open = $("advanced").open = true;
+  $(first[0]).focus();
+  say("Nothing was asked: " + first[1], true);
+  return first[1];
+}
+
+async function ask(question) {
+  const {settings} = state;
+  const turn = {id: newId(), question, mode: settings.mode, answers: plannedAnswers(settings), chosen: null, preferred: null};
+  turn.seed = set.drawSeed(settings.seed);
+  state.turns.push(turn);
+  draw();
+  const article = $("chat").lastElementChild;
+  article.scrollIntoView({block: "start", behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth"});
+  await run(turn, turn.answers);
+}
+
+/** Answer the last question anew at the balances of now; its old answers stay until there are new ones. */
+async function askAgain() {
+  const turn = lastTurn();
+  const {settings} = state;
+  if (!turn || hindrance()) return;
+  stop();
+  const before = {...turn};
+  Object.assign(turn, {mode: settings.mode, answers: plannedAnswers(settings), chosen: null, preferred: null});
+  turn.seed = settings.mode === "prefer" ? (turn.seed + 1) % 2 ** 32 : set.drawSeed(settings.seed);
+  await run(turn, turn.answers);
+  if (turn.answers.every((answer) => answer.state === "failed") && before.answers.some(({text}) => text)) {
+    const reason = turn.answers[0].error;
+    Object.assign(turn, before);
+    draw();
+    say(reason + " The answers before are still there; you can try again.", true);
+  }
+}
+
+async function run(turn, answers, attempt = 1) {
+  const running = state.running = {turn, abort: new AbortController(), since: performance.now()};
+  for (const answer of answers) {
+    Object.assign(answer, {state: "running", text: "", report: null, error: undefined});
+    answer.sent = set.requestBody(state.model, state.settings, answer.shares, messagesUpTo(turn), turn.seed);
+  }
+  draw();
+  say(answers.length > 1 ? "Answering " + answers.length + " times\u2026" : "Answering\u2026");
+  await Promise.all(answers.map((answer) => fillIn(answer, running.abort.signal)));
+  if (state.running !== running) return; // another run has taken its place
+  const same = new Set(turn.answers.map(({text}) => text.trim())).size === 1;
+  if (turn.mode === "prefer" && same && turn.answers.every((answer) => answer.state === "done") && attempt < PAIRS_TRIED) {
+    turn.seed = (turn.seed + 1) % 2 ** 32;
+    return void await run(turn, answers, attempt + 1);
+  }
+  state.running = null;
+  settle(turn);
+}
+
+async function fillIn(answer, signal) {
+  try {
+    const {text, report, finish} = await streamAnswer(answer.sent, signal, (grown) => {
+      answer.text = grown;
+      showText(answer);
+    });
+    Object.assign(answer, {state: "done", text, report, finish});
+  } catch (error) {
+    if (!(error instanceof ServerError)) throw error;
+    const stopped = error.kind === "stopped";
+    Object.assign(answer, {state: stopped ? "stopped" : "failed", text: error.text, kind: error.kind, error: error.message});
+    if (error.kind === "key") askForKey();
+  }
+}
+
+/** A turn's answers are complete, stopped or failed. */
+function settle(turn) {
+  const usable = (answer) => answer && answer.state !== "failed" && answer.text.trim();
+  if (turn.mode !== "prefer" || turn.preferred) {
+    const wanted = turn.answers[state.settings.follow];
+    const first = turn.answers.findIndex(usable);
+    turn.chosen = usable(wanted) ? state.settings.follow : first < 0 ? null : first;
+  }
+  const failed = turn.answers.filter((answer) => answer.state === "failed");
+  draw();
+  remember();
+  const again = failed.length ? failed[0].error : "";
+  if (failed.length) say(again, true);
+  else say(turn.answers.some((answer) => answer.state === "stopped") ? "Stopped." : "");
+  $("spoken").textContent = spoken(state.model.names, turn);
+}
+
+function stop() {
+  if (!state.running) return;
+  state.running.abort.abort();
+}
+
+const actions = {
+  take(turn, index) {
+    turn.chosen = index;
+    state.settings.follow = index;
+    draw();
+    remember();
+    say("The conversation goes on with answer " + turn.answers[index].letter + ".");
+  },
+  prefer(turn, index) {
+    const [first, second] = turn.answers.map(({report, shares}) => ({scores: meanScores(report), shares}));
+    const kept = index === null ? 0 : index === 0 ? 1 : -1;
+    state.choices.push(choiceOf(state.model.names, first, second, kept, usualSpreads(state.model.names, state.turns)));
+    turn.preferred = index === null ? "none" : index;
+    turn.chosen = index ?? 0;
+    draw();
+    remember();
+    const note = $("chat").querySelector("[data-turn=" + turn.id + "] .preference");
+    const next = note.querySelector("button");
+    next.focus({preventScroll: true});
+    note.scrollIntoView({block: "nearest"});
+    say(note.querySelector("p").textContent);
+  },
+  another: () => askAgain(),
+  adopt(shares) {
+    state.settings.balances[0] = shares;
+    setMode("one");
+    say("Answers now have your balance: " + described(state.model.names, shares) + ".");
+  },
+  forget() {
+    state.choices = [];
+    draw();
+    remember();
+    $("message").focus();
+    say("Your choices are forgotten: all balances are equally likely again.");
+  },
+  tryAgain(index) {
+    const turn = lastTurn();
+    if (state.running || hindrance()) return;
+    run(turn, turn.answers.filter((answer, n) => answer.state === "failed" || n === index));
+  },
+  startOver(withQuestion) {
+    stop();
+    const question = withQuestion ? lastTurn().question : "";
+    state.running = null;
+    state.turns = [];
+    draw();
+    remember();
+    $("message").value = state.draft = question;
+    $("message").focus();
+    say(withQuestion ? "A new conversation: your question is in the box." : "A new conversation.");
+  },
+  copy(turn, answer) {
+    const settings = {...state.settings, seed: String(turn.seed)};
+    if (turn.mode === "one") settings.balances = settings.balances.with(0, answer.shares);
+    offerCopies(answer.sent, set.linkTo(state.model, settings, turn.question));
+  },
+};
+
+// -- drawing
+
+function context() {
+  const {names} = state.model;
+  return {
+    names, actions, scales: scalesOf(names, state.turns),
+    learned: (turn) => (state.choices.length ? learnedNote(names, state.choices, turn, actions) : null),
+  };
+}
+
+function draw() {
+  const active = document.activeElement;
+  const inChat = $("chat").contains(active), inForm = active === $("send") || active === $("stop");
+  showConversation($("chat"), context(), state.turns, Boolean(state.running));
+  const begun = state.turns.length > 0;
+  $("start").hidden = begun;
+  $("after").hidden = !begun;
+  $("live-part").hidden = state.settings.mode === "prefer";
+  $("stop").hidden = !state.running;
+  $("send").hidden = Boolean(state.running);
+  // What was pressed may be gone now: the focus goes to what one would press or write next.
+  const next = state.running ? "stop" : inForm ? "send" : "message";
+  if (inForm || (inChat && !$("chat").contains(document.activeElement))) $(next).focus({preventScroll: true});
+  $("message-label").textContent = begun ? "What you say next" : "Your question";
+}
+
+function drawSettings() {
+  const {model, settings} = state;
+  const several = model.names.length > 1;
+  refill($("modes"), set.MODES.map((mode) => html("label", {}, html("input", {
+    type: "radio", name: "mode", value: mode, checked: settings.mode === mode, "data-key": "mode" + mode, onchange: () => setMode(mode),
+  }), MODE_NAMES[mode])));
+  $("modes").hidden = $("balance").hidden = $("presets-part").hidden = !several;
+  $("mode-hint").textContent = several ? MODE_HINTS[settings.mode] : `This model has one goal, ${model.names[0] ?? "and no reward model"}: there is nothing to balance.`;
+  $("balance").hidden = !several || settings.mode === "prefer";
+  refill($("balance-buttons"), settings.mode === "compare" && several && html("button", {
+    type: "button", class: "plain", "data-key": "columns", onclick: () => {
+      settings.columns = settings.columns === 2 ? 3 : 2;
+      settings.selected = settings.columns - 1;
+      settingsChanged();
+    },
+  }, settings.columns === 2 ? "Add a third balance" : "Back to two balances"));
+  refill($("presets"), presets(model.names).map(({label, shares}) => html("button", {
+    type: "button", "data-key": "preset" + label, onclick: () => setBalance(shares),
+  }, label)));
+  const meanings = model.names.filter((name) => model.described[name]);
+  $("meaning-part").hidden = !meanings.length;
+  refill($("meaning"), meanings.map((name) => [
+    html("dt", {}, html("i", {class: "dot o" + model.names.indexOf(name), "aria-hidden": "true"}), name),
+    html("dd", {}, model.described[name]),
+  ]));
+  const scored = model.scored.length > 0;
+  $("numbers").hidden = !scored;
+  for (const name of ["candidates", "strategy"]) $(name).parentElement.hidden = !scored;
+  for (const name of ["strength", "aggregation"]) $(name).parentElement.hidden = settings[name] === null;
+  for (const name of ["candidates", "seed", "strength"]) if ($(name).value !== settings[name]) $(name).value = settings[name] ?? "";
+  refill($("strategy"), Object.entries(set.STRATEGIES).map(([value, label]) =>
+    html("option", {value, selected: value === settings.strategy}, label)));
+  $("apart-part").hidden = !(scored && model.heads.length && several);
+  $("apart").checked = settings.apart;
+  $("guidance").hidden = !settings.apart;
+  drawNotes();
+  drawStart();
+}
+
+function drawNotes() {
+  const {settings, model} = state;
+  const notes = {
+    seed: [set.seedProblem(settings.seed), settings.seed === "" ? "Empty: every question gets a random seed." : "Equal seeds give equal answers."],
+    candidates: [set.candidatesProblem(settings.candidates, model.limits.max_candidates), "More: better chosen, slower."],
+    strength: [settings.strength === null ? null : set.strengthProblem(settings.strength), "1: as trained; 0: the model before."],
+  };
+  for (const [name, [problem, note]] of Object.entries(notes)) {
+    $(name).setAttribute("aria-invalid", String(Boolean(problem)));
+    $(name + "-note").textContent = problem ?? note;
+    $(name + "-note").classList.toggle("wrong", Boolean(problem));
+  }
+}
+
+function drawStart() {
+  const {model} = state;
+  const several = model.names.length > 1;
+  refill($("start"),
+    html("h2", {id: "start-title"}, several ? "One question, answered by what counts more" : "Ask the model something"),
+    html("p", {}, several
+      ? `This model was trained for ${model.names.length} goals at once: ${model.names.join(", ")}. They pull its answers in ` +
+        "different directions. Ask something, and read the same model at different balances, side by side."
+      : "Its answer appears here, with what the reward model thought of each candidate."),
+    model.examples.length > 0 && [html("h3", {}, "Begin with one of these"),
+      html("div", {class: "examples"}, model.examples.map((example) => html("button", {
+        type: "button", onclick: () => submit(example),
+      }, example)))]);
+}
+
+// -- settings
+
+function settingsChanged() {
+  drawSettings();
+  control?.update();
+  guidanceControl?.update();
+  if (state.running === null) draw();
+  remember();
+}
+
+function setMode(mode) {
+  state.settings.mode = mode;
+  state.settings.selected = Math.min(state.settings.selected, set.columnsOf(state.settings) - 1);
+  settingsChanged();
+}
+
+/** A balance for the selected column, set by a preset or a picture. */
+function setBalance(shares) {
+  const {settings} = state;
+  if (settings.mode === "prefer") setMode("one");
+  settings.balances[settings.selected] = [...shares];
+  balanceMoved(true);
+  const letter = settings.mode === "compare" ? " " + set.LETTERS[settings.selected] : "";
+  say(`Balance${letter} is now ${described(state.model.names, shares)}.`);
+}
+
+function balanceMoved(done) {
+  control.update();
+  if (!done) return;
+  remember();
+  const {settings} = state;
+  const turn = lastTurn();
+  if (!settings.live || !turn || settings.mode === "prefer") return;
+  clearTimeout(liveTimer);
+  liveTimer = setTimeout(() => {
+    const now = settings.balances.slice(0, set.columnsOf(settings));
+    const differs = now.length !== turn.answers.length || now.some((shares, n) => distance(shares, turn.answers[n].shares) > 1e-6);
+    if (differs && turn === lastTurn()) askAgain();
+  }, LIVE_DELAY_MS);
+}
+
+function prepareControls() {
+  const {names} = state.model;
+  if (names.length < 2) return;
+  control = new BalanceControl($("balance"), names, "balance", {
+    read: () => ({
+      balances: state.settings.balances, selected: state.settings.selected,
+      letters: set.LETTERS.slice(0, set.columnsOf(state.settings)),
+    }),
+    onChange(column, shares, done) {
+      state.settings.balances[column] = shares;
+      balanceMoved(done);
+    },
+    onSelect(column) {
+      state.settings.selected = column;
+      control.update();
+    },
+  });
+  guidanceControl = new BalanceControl($("guidance"), names, "guidance", {
+    read: () => ({balances: [state.settings.guidance], selected: 0, letters: ["A"]}),
+    onChange(_, shares, done) {
+      state.settings.guidance = shares;
+      guidanceControl.update();
+      if (done) remember();
+    },
+    onSelect() {},
+  });
+}
+
+// -- the form
+
+function submit(question) {
+  const text = question.trim();
+  if (!state.model) return void start();
+  if (state.running) return void say("An answer is on its way: wait for it, or stop it.");
+  if (!text) {
+    $("message").focus();
+    return void say("Write a question first.");
+  }
+  if (hindrance()) return;
+  $("message").value = state.draft = "";
+  if (!document.activeElement || document.activeElement.closest("#start")) $("message").focus({preventScroll: true});
+  ask(text);
+}
+
+$("ask").addEventListener("submit", (event) => {
+  event.preventDefault();
+  submit($("message").value);
+});
+$("message").addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  $("ask").requestSubmit();
+});
+$("message").addEventListener("input", () => { state.draft = $("message").value; });
+$("message").addEventListener("change", remember);
+$("again").addEventListener("click", () => askAgain());
+$("clear").addEventListener("click", () => actions.startOver(false));
+$("stop").addEventListener("click", () => {
+  // The second click of a double click on \u2018Ask\u2019 lands here.
+  if (state.running && performance.now() - state.running.since > DOUBLE_CLICK_MS) stop();
+});
+$("live").addEventListener("change", () => {
+  state.settings.live = $("live").checked;
+  remember();
+});
+for (const name of ["candidates", "seed", "strength"]) {
+  $(name).addEventListener("input", () => {
+    state.settings[name] = $(name).value.trim();
+    drawNotes();
+    remember();
+  });
+}
+for (const name of ["strategy", "aggregation"]) {
+  $(name).addEventListener("change", () => {
+    state.settings[name] = $(name).value;
+    remember();
+  });
+}
+$("apart").addEventListener("change", () => {
+  state.settings.apart = $("apart").checked;
+  if (state.settings.apart) state.settings.guidance = [...state.settings.balances[state.settings.selected]];
+  settingsChanged();
+});
+$("key-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  useKey($("key").value.trim());
+  start();
+});
+
+function askForKey() {
+  $("key-form").hidden = false;
+  $("key").focus();
+}
+
+// -- the beginning
+
+async function start() {
+  try {
+    say("Looking for the model\u2026");
+    const models = await get("v1/models");
+    const first = !state.model;
+    const model = state.model = set.servedModel(models.data[0]);
+    if (first) restoreAll(model);
+    say("");
+    $("key-form").hidden = true;
+    if ($("key").value) $("message").focus();
+  } catch (error) {
+    if (!(error instanceof ServerError)) throw error;
+    say(error.message + (error.kind === "network" ? " Ask again to look for it once more." : ""), true);
+    if (error.kind === "key") askForKey();
+  }
+}
+
+function restoreAll(model) {
+  const usual = set.defaultSettings(model);
+  const kept = set.restore(model);
+  state.settings = {...usual, ...kept?.settings};
+  for (const name of ["strength", "aggregation"]) if (usual[name] === null) state.settings[name] = null;
+  state.turns = (kept?.turns ?? []).map(ended);
+  state.choices = kept?.choices ?? [];
+  state.draft = kept?.draft ?? "";
+  const linked = set.readLink(model, state.settings, location.hash);
+  if (linked) {
+    state.settings = linked.settings;
+    state.draft = linked.question || state.draft;
+    history.replaceState(null, "", location.pathname + location.search);
+  }
+  $("about").textContent = `Model \u2018${model.id}\u2019. Choose what counts more, and see what that does to its answers.`;
+  $("live").checked = state.settings.live;
+  $("message").value = state.draft;
+  prepareControls();
+  settingsChanged();
+}
+
+/** A turn as it was kept; answers that were still being written when the page went are told to be broken off. */
+function ended(turn) {
+  for (const answer of turn.answers) {
+    if (answer.state !== "running") continue;
+    Object.assign(answer, {state: "failed", kind: "network", error: "The page was reloaded before this answer was complete."});
+  }
+  return turn;
+}
+
+// On a phone the settings begin folded.
+$("more").open = !narrow.matches;
+prepareCopies();
+start();

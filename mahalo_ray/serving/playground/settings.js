@@ -1,0 +1,154 @@
+// What the page is set to: reading, checking and keeping it, links that carry it, and the requests it leads to.
+
+import {fromWeights, normalised, only, toWeights} from "./shares.js";
+
+export const LETTERS = ["A", "B", "C"];
+export const MODES = ["compare", "one", "prefer"];
+
+/** Names of strategies, for people. */
+export const STRATEGIES = {
+  argmax: "the best of each step",
+  best_of_n: "the best whole answer",
+  sample: "by chance, better ones more often",
+  none: "none: the first thing sampled",
+};
+
+/** A model of GET /v1/models with what the page asks about it again and again. */
+export function servedModel(entry) {
+  const names = [...new Set([...entry.objectives, ...entry.guidance_objectives])];
+  const described = Object.fromEntries((entry.descriptions ?? []).map((about) => [about.name, about.description]));
+  return {
+    id: entry.id, names, described, heads: entry.objectives, scored: entry.guidance_objectives,
+    limits: entry.limits, defaults: entry.defaults, examples: entry.examples ?? [],
+  };
+}
+
+export function defaultSettings(model) {
+  const {names, defaults} = model;
+  const usual = fromWeights(names, Object.values(defaults.objectives ?? {}).length ? defaults.objectives : defaults.guidance);
+  const ends = names.length === 2 ? [[0.9, 0.1], [0.1, 0.9]] : [only(names.length, 0), only(names.length, 1)];
+  return {
+    mode: names.length > 1 ? "compare" : "one", columns: 2, selected: 0, follow: 0,
+    balances: [...(names.length > 1 ? ends : [usual, usual]), usual], usual,
+    live: false, apart: false, guidance: fromWeights(names, defaults.guidance ?? {}),
+    candidates: String(defaults.num_candidates), strategy: model.scored.length ? "argmax" : "none", seed: "1",
+    strength: defaults.strength === undefined ? null : String(defaults.strength),
+    aggregation: defaults.aggregation ?? null,
+  };
+}
+
+/** How many balances the page shows now. */
+export const columnsOf = (settings) => (settings.mode === "compare" ? settings.columns : 1);
+
+/** What is wrong with the text of a seed, or null. */
+export function seedProblem(text) {
+  if (text === "") return null;
+  if (!/^\d+$/.test(text)) return "A seed is a whole number from 0 on: only digits.";
+  if (BigInt(text) > BigInt(Number.MAX_SAFE_INTEGER)) {
+    return "Browsers cannot send numbers above 9,007,199,254,740,991 exactly: choose a smaller seed.";
+  }
+  return null;
+}
+
+export function candidatesProblem(text, limit) {
+  if (!/^\d+$/.test(text) || Number(text) < 1) return "Give the number of candidates, from 1 on.";
+  return Number(text) > limit ? `This server samples at most ${limit} candidates.` : null;
+}
+
+export function strengthProblem(text) {
+  return text.trim() !== "" && Number.isFinite(Number(text)) && Number(text) >= 0 ? null : "Give a number from 0 on.";
+}
+
+/** The seed to use now: one at random for an empty field. */
+export const drawSeed = (text) => (text === "" ? crypto.getRandomValues(new Uint32Array(1))[0] : Number(text));
+
+/** The body of a request for an answer at this balance. */
+export function requestBody(model, settings, shares, messages, seed) {
+  const body = {model: model.id, messages, seed};
+  if (model.heads.length) {
+    body.objectives = toWeights(model.names, shares, model.heads);
+    if (settings.strength !== null) body.strength = Number(settings.strength);
+    if (settings.aggregation !== null) body.aggregation = settings.aggregation;
+  }
+  if (!model.scored.length || settings.strategy === "none") return {...body, strategy: "none"};
+  body.guidance = toWeights(model.names, settings.apart ? settings.guidance : shares, model.scored);
+  body.num_candidates = Number(settings.candidates);
+  if (settings.strategy !== "argmax") body.strategy = settings.strategy;
+  return body;
+}
+
+// -- what outlives a reload: this tab only, and never the API key
+
+const STORE = "mahalo playground";
+
+export function save(state) {
+  const {model, settings, turns, choices, draft} = state;
+  const write = (kept) => sessionStorage.setItem(STORE, JSON.stringify(kept));
+  const kept = {model: model.id, names: model.names, settings, turns, choices, draft};
+  try {
+    write(kept);
+  } catch {
+    // The tab's storage is full (or forbidden): candidates are what takes space, so texts alone are tried.
+    const bare = turns.map((turn) => ({...turn, answers: turn.answers.map((answer) => ({...answer, report: null}))}));
+    try {
+      write({...kept, turns: bare});
+    } catch { /* a reload will begin anew */ }
+  }
+}
+
+/** What was kept for this model, or null. */
+export function restore(model) {
+  try {
+    const kept = JSON.parse(sessionStorage.getItem(STORE));
+    return kept && kept.model === model.id && String(kept.names) === String(model.names) ? kept : null;
+  } catch {
+    return null;
+  }
+}
+
+// -- links
+
+const weightText = (names, shares) => names.map((name, n) => `${name}=${Math.round(shares[n] * 1e4) / 1e4}`).join(",");
+
+function weightsFrom(names, text) {
+  const values = Object.fromEntries(text.split(",").map((part) => part.split(/=(?=[^=]*$)/)));
+  const shares = names.map((name) => Number(values[name] ?? 0));
+  return shares.every((share) => share >= 0 && Number.isFinite(share)) ? normalised(shares) : null;
+}
+
+/** The address of this page with the settings and a question in it. */
+export function linkTo(model, settings, question) {
+  const values = new URLSearchParams();
+  values.set("mode", settings.mode);
+  for (let column = 0; column < columnsOf(settings); column++) {
+    values.set(LETTERS[column], weightText(model.names, settings.balances[column]));
+  }
+  if (settings.apart) values.set("guidance", weightText(model.names, settings.guidance));
+  for (const name of ["candidates", "strategy", "seed", "strength", "aggregation"]) {
+    if (settings[name] !== null) values.set(name, settings[name]);
+  }
+  if (question) values.set("question", question);
+  return location.href.replace(/#.*$/, "") + "#" + values;
+}
+
+/** The settings that a link carries over `settings`; {settings, question}, or null without any. */
+export function readLink(model, settings, hash) {
+  const values = new URLSearchParams(hash.replace(/^#/, ""));
+  if (![...values.keys()].length) return null;
+  const linked = {...settings, balances: [...settings.balances]};
+  if (MODES.includes(values.get("mode")) && model.names.length > 1) linked.mode = values.get("mode");
+  LETTERS.forEach((letter, column) => {
+    const shares = values.has(letter) && weightsFrom(model.names, values.get(letter));
+    if (shares) linked.balances[column] = shares;
+  });
+  linked.columns = values.has("C") ? 3 : 2;
+  const guidance = values.has("guidance") && weightsFrom(model.names, values.get("guidance"));
+  Object.assign(linked, guidance ? {apart: true, guidance} : {apart: false});
+  for (const name of ["candidates", "seed"]) if (values.has(name)) linked[name] = values.get(name).slice(0, 25);
+  if (values.get("strategy") in STRATEGIES && model.scored.length) linked.strategy = values.get("strategy");
+  for (const name of ["strength", "aggregation"]) {
+    if (values.has(name) && settings[name] !== null) linked[name] = values.get(name).slice(0, 25);
+  }
+  return {settings: linked, question: values.get("question") ?? ""};
+}
+
