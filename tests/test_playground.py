@@ -225,7 +225,7 @@ def test_three_objectives_are_a_triangle_with_sliders_for_the_keyboard(
 ) -> None:
     complaints: list[str] = []
     page = visit(context, three.url, complaints)
-    box = page.locator(".triangle").bounding_box()
+    box = page.locator("#balance .triangle").bounding_box()
     assert box is not None
     # Into the lower right corner: all of the third objective, for balance A, which stands at the top.
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] * 22 / 196)

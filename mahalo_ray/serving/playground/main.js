@@ -5,9 +5,10 @@ import {meanScores, scalesOf, showConversation, showText, spoken} from "./answer
 import {BalanceControl} from "./balance.js";
 import {offerCopies, prepareCopies} from "./copies.js";
 import {$, html, refill} from "./dom.js";
+import {FrontPicture, portfolioNote} from "./front.js";
 import {choiceOf, learnedNote, nextPair, usualSpreads} from "./preference.js";
 import * as set from "./settings.js";
-import {described, distance, presets} from "./shares.js";
+import {described, distance, fromWeights, presets} from "./shares.js";
 
 const MODE_NAMES = {compare: "Compare", one: "One answer", prefer: "Which do you prefer?"};
 const MODE_HINTS = {
@@ -20,7 +21,7 @@ const LIVE_DELAY_MS = 250;
 const DOUBLE_CLICK_MS = 400;
 
 const state = {model: null, settings: null, turns: [], choices: [], draft: "", running: null};
-let control = null, guidanceControl = null, liveTimer = null;
+let control = null, guidanceControl = null, picture = null, liveTimer = null, portfolioTimer = null, hasPortfolio = true;
 
 const lastTurn = () => state.turns.at(-1);
 const narrow = matchMedia("(max-width: 56rem)");
@@ -313,6 +314,8 @@ function settingsChanged() {
   drawSettings();
   control?.update();
   guidanceControl?.update();
+  picture?.update();
+  showPortfolio();
   if (state.running === null) draw();
   remember();
 }
@@ -335,8 +338,10 @@ function setBalance(shares) {
 
 function balanceMoved(done) {
   control.update();
+  picture?.update();
   if (!done) return;
   remember();
+  showPortfolio();
   const {settings} = state;
   const turn = lastTurn();
   if (!settings.live || !turn || settings.mode === "prefer") return;
@@ -363,6 +368,8 @@ function prepareControls() {
     onSelect(column) {
       state.settings.selected = column;
       control.update();
+      picture?.update();
+      showPortfolio();
     },
   });
   guidanceControl = new BalanceControl($("guidance"), names, "guidance", {
@@ -374,6 +381,61 @@ function prepareControls() {
     },
     onSelect() {},
   });
+}
+
+// -- what was measured
+
+async function showFront() {
+  const {model} = state;
+  const front = model.names.length > 1 ? await get("v1/front", {optional: true}) : null;
+  const measured = front?.objectives.length > 1 && front.points.length > 0
+    && front.objectives.every(({name}) => model.names.includes(name));
+  $("front-part").hidden = !measured;
+  if (!measured) return;
+  $("front-about").textContent = `${front.dialogues} dialogues behind every point; further right and further up is better. ` +
+    `The thin lines are ${Math.round(100 * front.confidence)}\u00a0% intervals. Click a point to take its balance.`;
+  picture = new FrontPicture($("front"), $("front-note"), model.names, front, {
+    balances: () => {
+      const {settings} = state;
+      return settings.balances.slice(0, set.columnsOf(settings)).map((shares, n) => (
+        {letter: set.LETTERS[n], shares, selected: n === settings.selected}));
+    },
+    onPick(shares, point) {
+      if (point.guidance && state.model.scored.length) {
+        const guidance = fromWeights(model.names, point.guidance);
+        const apart = distance(guidance, shares) > 0.005;
+        if (apart !== state.settings.apart || apart) {
+          Object.assign(state.settings, apart ? {apart, guidance} : {apart});
+          settingsChanged();
+        }
+      }
+      setBalance(shares);
+    },
+  });
+  showPortfolio();
+}
+
+/** The portfolio's member for the selected balance, a moment after it was set. */
+function showPortfolio() {
+  if (!picture || !hasPortfolio) return;
+  clearTimeout(portfolioTimer);
+  portfolioTimer = setTimeout(async () => {
+    const {model, settings} = state;
+    const shares = settings.balances[settings.selected];
+    try {
+      const weights = new URLSearchParams({weights: set.weightText(model.names, shares)});
+      const portfolio = await get("v1/portfolio?" + weights, {optional: true});
+      hasPortfolio = portfolio !== null;
+      if (!hasPortfolio) return;
+      const [choice] = portfolio.choices;
+      const member = fromWeights(model.names, portfolio.members.find(({model: id}) => id === choice.member).weights);
+      const letter = settings.mode === "compare" ? set.LETTERS[settings.selected] : "";
+      refill($("portfolio"), portfolioNote(model.names, letter, choice, member, () => setBalance(member)));
+    } catch (error) {
+      if (!(error instanceof ServerError)) throw error;
+      refill($("portfolio"), html("p", {}, "The portfolio cannot be shown: " + error.message));
+    }
+  }, LIVE_DELAY_MS);
 }
 
 // -- the form
@@ -451,6 +513,7 @@ async function start() {
     const first = !state.model;
     const model = state.model = set.servedModel(models.data[0]);
     if (first) restoreAll(model);
+    await showFront();
     say("");
     $("key-form").hidden = true;
     if ($("key").value) $("message").focus();

@@ -108,7 +108,8 @@ export function restore(model) {
 
 // -- links
 
-const weightText = (names, shares) => names.map((name, n) => `${name}=${Math.round(shares[n] * 1e4) / 1e4}`).join(",");
+/** "accuracy=0.7,engagement=0.3" */
+export const weightText = (names, shares) => names.map((name, n) => `${name}=${Math.round(shares[n] * 1e4) / 1e4}`).join(",");
 
 function weightsFrom(names, text) {
   const values = Object.fromEntries(text.split(",").map((part) => part.split(/=(?=[^=]*$)/)));
