@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import ray
+from click.testing import CliRunner as ClickRunner
 from ray import serve
+from ray.serve.scripts import cli as ray_serve
 from typer.testing import CliRunner
 
 from mahalo_ray.cli import app
@@ -42,6 +44,14 @@ def test_a_finished_run_becomes_an_application(run: str) -> None:
 def test_a_missing_key_is_one_message_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MAHALO_TEST_KEY", raising=False)
     answer = CliRunner().invoke(app, ["serve", str(EXAMPLE), "--set", "serve.api_key_env=MAHALO_TEST_KEY"])
+    assert answer.exit_code == 2
+    assert "'MAHALO_TEST_KEY', which is unset or empty" in answer.output
+    assert not ray.is_initialized() and "Traceback" not in answer.output
+
+
+def test_the_serve_command_ends_with_one_message(run: str) -> None:
+    command = ["run", "mahalo_ray.pipeline.serve:application", f"run={run}", "api_key_env=MAHALO_TEST_KEY"]
+    answer = ClickRunner().invoke(ray_serve, command)
     assert answer.exit_code == 2
     assert "'MAHALO_TEST_KEY', which is unset or empty" in answer.output
     assert not ray.is_initialized() and "Traceback" not in answer.output

@@ -15,6 +15,7 @@ from openai.types.chat import ChatCompletionMessage
 from mahalo_ray.config import ServeConfig
 from mahalo_ray.data.records import Message
 from mahalo_ray.objectives import Weights
+from mahalo_ray.serving.api_key import KeyDigest
 from mahalo_ray.serving.backend import VisibleText
 from mahalo_ray.serving.launch import ServeError, free_port
 from mahalo_ray.serving.model_thread import MAX_FAILURES_IN_A_ROW, Job, ModelThread
@@ -26,7 +27,6 @@ from mahalo_ray.serving.schema import (
     parse,
     weights_of,
 )
-from mahalo_ray.serving.service import KeyDigest
 
 LIMITS = RequestLimits(max_candidates=4, max_new_tokens=16, max_messages=3, max_strength=4)
 MINIMAL = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}

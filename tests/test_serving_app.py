@@ -25,6 +25,7 @@ from mahalo_ray.decoding import GuidedDecoder
 from mahalo_ray.decoding.session import GuidedSession
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
 from mahalo_ray.objectives import Weights
+from mahalo_ray.serving.api_key import KeyDigest
 from mahalo_ray.serving.app import create_app
 from mahalo_ray.serving.backend import GuidedBackend
 from mahalo_ray.serving.front import Measurements, RunFiles
@@ -35,7 +36,7 @@ from mahalo_ray.serving.schema import (
     ScoreRequest,
     parse,
 )
-from mahalo_ray.serving.service import ChatService, Defaults, KeyDigest, ServiceSettings
+from mahalo_ray.serving.service import ChatService, Defaults, ServiceSettings
 from mahalo_ray.sweeps import portfolio
 
 OBJECTIVES = ("accuracy", "engagement")

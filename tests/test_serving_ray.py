@@ -38,8 +38,9 @@ from mahalo_ray.models.multi_head import MultiHeadCausalLM
 from mahalo_ray.models.reward import ProcessRewardModel
 from mahalo_ray.objectives import Weights
 from mahalo_ray.pipeline.serve import SmokeError, smoke
+from mahalo_ray.serving.api_key import KeyDigest
 from mahalo_ray.serving.launch import ServeError, Serving, serve_forever, start
-from mahalo_ray.serving.service import Defaults, KeyDigest
+from mahalo_ray.serving.service import Defaults
 
 pytestmark = pytest.mark.slow
 

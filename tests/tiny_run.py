@@ -36,4 +36,5 @@ def mahalo(*arguments: str, output: Path | str) -> str:
         check=False,
     )
     assert done.returncode == 0, done.stdout
+    assert "retries remaining" not in done.stdout  # what Ray says of calls that were open when Serve ended
     return done.stdout

@@ -42,6 +42,13 @@ WORKER_ENV = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # it gates report(): the default costs 2 s each
     "RAY_AIR_NEW_OUTPUT": "0",  # Ray Tune's newer output cannot be switched off
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # 60 is too short on a busy machine
+    # Ray prints that a call failed and will be tried again, also of every call that is open when Serve ends.
+    # Calls that fail for good raise their error all the same.
+    "RAY_enable_output_error_log_if_still_retry": "0",
+    # Ray's own handler of signals prints a stack of C++, also at a SIGTERM while it starts; Python's
+    # says where a process crashed.
+    "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",
+    "PYTHONFAULTHANDLER": "1",
 }
 PRIVATE_ENV = {"RAY_USAGE_STATS_ENABLED": "0"}
 
@@ -70,8 +77,13 @@ def ray_session(cluster: ActorsConfig, serve_cpus: float = 0, rollouts: bool = T
     needs = needs_of(cluster, serve_cpus, rollouts)
     private = not address or address == "local"
     opened = _private(needs) if private else _connected(str(address), needs)
-    with sigterm_raises(), opened, sigterm_raises():  # `ray.init` sets a handler of its own
-        yield
+    try:
+        with sigterm_raises(), opened, sigterm_raises():  # `ray.init` sets a handler of its own
+            yield
+    except SystemExit as stop:
+        if stop.code != signal.SIGTERM:
+            raise
+        raise SystemExit(128 + signal.SIGTERM) from None  # Ray's handler gives the signal's number alone
 
 
 @contextlib.contextmanager

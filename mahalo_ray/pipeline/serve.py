@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import click
 import yaml
 from openai import OpenAI, OpenAIError
 from openai.types.chat import ChatCompletionChunk, ChatCompletionMessageParam
@@ -25,9 +26,10 @@ from mahalo_ray.pipeline.artifacts import run_model
 from mahalo_ray.pipeline.seed_blocks import first_seed
 from mahalo_ray.pipeline.stages import Context, Manifest, StageResult
 from mahalo_ray.serving import launch
+from mahalo_ray.serving.api_key import KeyDigest
 from mahalo_ray.serving.front import RunFiles
 from mahalo_ray.serving.launch import Serving, error_log_folder, serve_forever, start
-from mahalo_ray.serving.service import Defaults, KeyDigest, ServiceSettings
+from mahalo_ray.serving.service import Defaults, ServiceSettings
 
 DOMAIN = "tutoring"
 SMOKE_SEED = 7
@@ -111,8 +113,20 @@ def application(args: Mapping[str, str]) -> serve.Application:
     `import_path: mahalo_ray.pipeline.serve:application`, with the fields of `Deployed` as `args`.
 
     Host and port are those of Ray Serve's own HTTP options, not of the run's `serve` section. Raises
-    ValueError when the run has no finished policy or the API key's variable is empty.
+    ApplicationError when the run has no finished policy or the API key's variable is empty.
     """
+    try:
+        return _application(args)
+    except ValueError as error:
+        raise ApplicationError(str(error)) from error
+
+
+class ApplicationError(click.UsageError, ValueError):
+    """The application cannot be built. Ray's command `serve`, which is written with click, prints the message
+    and exits with code 2."""
+
+
+def _application(args: Mapping[str, str]) -> serve.Application:
     deployed = Deployed.model_validate(dict(args))
     policy, reward = (run_model(deployed.run, stage) for stage in ("policy", "reward"))
     resolved = storage.read_bytes(storage.join(deployed.run, "config.yaml"))

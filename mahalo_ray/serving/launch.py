@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import io
 import ipaddress
 import logging
 import math
@@ -12,7 +10,6 @@ import os
 import re
 import signal
 import socket
-import sys
 import tempfile
 import threading
 import time
@@ -22,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from logging.handlers import RotatingFileHandler
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Self
 
 import ray
 from fastapi import FastAPI
@@ -34,9 +31,10 @@ from ray.serve.handle import DeploymentHandle
 from mahalo_ray.config import ServeConfig
 from mahalo_ray.data import storage
 from mahalo_ray.decoding.policy import DeviceConfig
+from mahalo_ray.serving.api_key import KeyDigest
 from mahalo_ray.serving.app import create_app
 from mahalo_ray.serving.front import RunFiles
-from mahalo_ray.serving.service import ChatService, Defaults, KeyDigest, ServiceSettings
+from mahalo_ray.serving.service import ChatService, Defaults, ServiceSettings
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +47,6 @@ _READY_TIMEOUT_S = 60.0
 _GONE_TIMEOUT_S = 10.0
 _REPLY_TIMEOUT_S = 5.0  # of a replica that is told to stop taking requests
 _HEALTH_CHECK_S = 2.0
-_NOTICES_ARRIVE_S = 0.2  # after the controller's end
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
 
@@ -274,32 +271,10 @@ def _keep_error_log(folder: str) -> None:
 
 def _shutdown() -> None:
     """End Serve and wait until Ray has forgotten it, so that the next start does not meet its remains."""
-    with contextlib.redirect_stdout(_WithoutRetryNotices(sys.stdout)):
-        serve.shutdown()
-        deadline = time.monotonic() + _GONE_TIMEOUT_S
-        while _serve_runs() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        time.sleep(_NOTICES_ARRIVE_S)
-
-
-class _WithoutRetryNotices(io.TextIOBase):
-    """Standard output without what Ray prints of calls to Serve's controller that were open when it ended:
-    that they failed and will be tried again for ever. They are how Serve ends, and nothing is tried again.
-    """
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._in_notice = False
-
-    def write(self, text: str) -> int:
-        is_notice = "Task ServeController." in text and "infinite retries remaining" in text
-        if not is_notice and not (self._in_notice and text == "\n"):
-            self._stream.write(text)
-        self._in_notice = is_notice
-        return len(text)
-
-    def flush(self) -> None:
-        self._stream.flush()
+    serve.shutdown()
+    deadline = time.monotonic() + _GONE_TIMEOUT_S
+    while _serve_runs() and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def _serve_runs() -> bool:
