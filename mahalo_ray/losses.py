@@ -53,6 +53,7 @@ def dpo_loss(
     kind: DPOKind = "sigmoid",
     label_smoothing: float = 0.0,
     margin: Tensor | None = None,
+    chosen_penalty: float = 0.0,
 ) -> Tensor:
     """Direct preference optimisation on per-row log-probs, [B].
 
@@ -65,8 +66,13 @@ def dpo_loss(
 
     `label_smoothing` e (Mitchell 2023, conservative DPO) is the assumed share of swapped pairs:
     (1 - e) loss(x) + e loss(-x), for both kinds. beta is a number or one per row [B]; margin [B] is in units
-    of beta h. Length-normalised variants take averaged log-probs. ValueError for an unknown
-    kind, a beta not above 0, or a smoothing outside [0, 0.5).
+    of beta h. Length-normalised variants take averaged log-probs.
+
+    `chosen_penalty` l (DPO-Positive, Pal et al. 2024, arXiv 2402.13228, eq. 3) takes
+    l max(0, log ref(c) - log pi(c)) off h: a pair cannot be learned by making its chosen answer less likely
+    than the reference has it, only less so than the rejected one.
+
+    ValueError for an unknown kind, a beta not above 0, a smoothing outside [0, 0.5), or a negative penalty.
 
     >>> import torch
     >>> same = torch.tensor([-10.0])
@@ -77,7 +83,11 @@ def dpo_loss(
         raise ValueError(f"label_smoothing is {label_smoothing}: the share of swapped pairs lies in [0, 0.5)")
     if isinstance(beta, float | int) and beta <= 0:
         raise ValueError(f"beta is {beta}: it must be above 0")
+    if chosen_penalty < 0:
+        raise ValueError(f"chosen_penalty is {chosen_penalty}: it cannot be below 0")
     logits = beta * ((policy_chosen - reference_chosen) - (policy_rejected - reference_rejected))
+    if chosen_penalty > 0:
+        logits = logits - beta * chosen_penalty * F.relu(reference_chosen - policy_chosen)
     if margin is not None:
         logits = logits - margin
     if kind == "sigmoid":
@@ -147,7 +157,9 @@ def sft_loss(logps: Tensor, normaliser: float | Tensor) -> Tensor:
     """Cross entropy per row [B] in nats from summed completion log-probs [B].
 
     `normaliser` is what the whole (global) batch is divided by, normally its number of counted tokens: the
-    sum of the returned rows over all micro-batches and workers is then the mean over tokens.
+    sum of the returned rows over all micro-batches and workers is then the mean over tokens. With a row's
+    own number of tokens [B] it is the mean over the tokens of that row: what the policy's `chosen_anchor`
+    adds to a preference loss (Pang et al. 2024, arXiv 2404.19733, eq. 2).
     """
     return -logps / normaliser
 

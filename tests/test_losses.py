@@ -205,6 +205,15 @@ def test_dpo_by_hand() -> None:
     assert smooth[0].item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_chosen_answer_that_lost_likelihood_counts_against_its_pair() -> None:
+    """DPO-Positive: the second pair's chosen answer lost 1 nat, the first one's gained 1."""
+    found = losses.dpo_loss(*PAIR, beta=0.2, chosen_penalty=5.0).tolist()
+    expected = [-math.log(sigmoid(0.2 * 1.5)), -math.log(sigmoid(0.2 * (-1.0 - 5.0 * 1.0)))]
+    assert found == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(ValueError, match="chosen_penalty is -1"):
+        losses.dpo_loss(*PAIR, beta=0.2, chosen_penalty=-1.0)
+
+
 def test_ipo_by_hand() -> None:
     found = losses.dpo_loss(*PAIR, beta=0.5, kind="ipo")
     assert found.tolist() == pytest.approx([(1.5 - 1.0) ** 2, (-1.0 - 1.0) ** 2])

@@ -40,13 +40,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     return world.make_base(tmp_path_factory.mktemp("base"))
 
 
-def make_recipe(kind: str, base: str, folder: Path) -> Any:
+def make_recipe(kind: str, base: str, folder: Path, **policy: float) -> Any:
     if kind == "sft":
         return SftRecipe(world.sft_settings(world.make_examples(folder), base, TRAINING))
     if kind == "policy":
         pairs = world.save_pairs(folder, world.make_pairs())
-        policy = PolicyConfig(alpha={"engagement": 2.0}, head_noise=0.5, training=TRAINING)
-        return PolicyRecipe(world.policy_settings(pairs, base, policy, 0.2, world.MODEL))
+        settings = PolicyConfig(alpha={"engagement": 2.0}, head_noise=0.5, training=TRAINING, **policy)
+        return PolicyRecipe(world.policy_settings(pairs, base, settings, 0.2, world.MODEL))
     traces = world.save_traces(folder / "traces", world.make_traces())
     pairs = world.save_pairs(folder / "pairs", world.make_pairs((12,), ("safety",)))
     reward = RewardConfig(training=TRAINING, held_out_fraction=0.2)
@@ -178,13 +178,15 @@ def test_policy_loss_with_weights_margins_and_a_beta_per_objective(base: str, tm
         assert {name: figures[f"{name}/loss"] for name in losses} == pytest.approx(losses, rel=1e-4)
 
 
-def test_policy_loss_by_hand(base: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("anchor", "penalty"), [(0.0, 0.0), (0.3, 0.0), (0.0, 4.0), (0.3, 4.0)])
+def test_policy_loss_by_hand(base: str, tmp_path: Path, anchor: float, penalty: float) -> None:
     """sum_i alpha_i mean_i -log sigmoid(beta (gain of chosen - gain of rejected)), every pair under its own
-    head."""
-    recipe = make_recipe("policy", base, tmp_path)
+    head; with the anchor, and DPO-Positive's penalty for a chosen answer that lost likelihood."""
+    recipe = make_recipe("policy", base, tmp_path, chosen_anchor=anchor, chosen_penalty=penalty)
     model, batch = built(recipe), recipe.batches[0]
     reference: Any = AutoModelForCausalLM.from_pretrained(base)
     losses: dict[int, list[Tensor]] = {0: [], 1: []}
+    frozen_chosen, lost_some = torch.zeros(()), 0
     for unit in batch:
         objective, pairs = int(recipe._pairs.objective[unit]), recipe._pairs
         gains = []
@@ -198,7 +200,12 @@ def test_policy_loss_by_hand(base: str, tmp_path: Path) -> None:
             own = F.linear(hidden, head)[0, start:-1].log_softmax(-1).gather(1, target).sum()
             frozen = reference(ids).logits[0, start:-1].log_softmax(-1).gather(1, target).sum()
             gains.append(own - frozen)
-        losses[objective].append(-F.logsigmoid(0.1 * (gains[0] - gains[1])))
+            frozen_chosen = frozen if len(gains) == 1 else frozen_chosen
+        lost = max(0.0, -gains[0].item())
+        lost_some += lost > 0
+        anchored = anchor * -(gains[0] + frozen_chosen) / len(pairs.chosen[unit])
+        losses[objective].append(-F.logsigmoid(0.1 * (gains[0] - gains[1] - penalty * lost)) + anchored)
+    assert lost_some > 0
     expected = 1.0 * torch.stack(losses[0]).mean() + 2.0 * torch.stack(losses[1]).mean()
     found = step(recipe, model, batch, 1, 64, 1)
     torch.testing.assert_close(found[0], expected.detach(), rtol=1e-4, atol=1e-5)

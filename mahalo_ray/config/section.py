@@ -128,6 +128,9 @@ PerObjective = Annotated[
 
 # `json_schema_extra` of a field that says where progress is reported, not what is computed.
 NOT_SHAPING: dict[str, Any] = {"shapes_result": False}
+# The same of an option that came later and changes nothing at its default: it counts where it is set, so
+# what was made before there was such an option stays valid.
+SHAPING_WHERE_SET: dict[str, Any] = {"shapes_result": "where set"}
 
 
 def _parse_weights(value: Any) -> Any:
@@ -180,14 +183,18 @@ class Section(BaseModel):
 
     def shaping(self) -> dict[str, Any]:
         """JSON values of everything that shapes a result: without the fields marked by `NOT_SHAPING`, which
-        may change without making what was computed before invalid."""
+        may change without making what was computed before invalid, and those marked by `SHAPING_WHERE_SET`
+        that are at their defaults."""
         return self.model_dump(mode="json", exclude=self._not_shaping())
 
     def _not_shaping(self) -> dict[str, Any]:
         marked: dict[str, Any] = {}
         for name, info in type(self).model_fields.items():
             value = getattr(self, name)
-            if info.json_schema_extra == NOT_SHAPING:
+            at_default = value == info.default
+            if info.json_schema_extra == NOT_SHAPING or (
+                info.json_schema_extra == SHAPING_WHERE_SET and at_default
+            ):
                 marked[name] = True
             elif isinstance(value, Section) and (inner := value._not_shaping()):
                 marked[name] = inner

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from mahalo_ray.config.section import (
     NOT_BOOL,
     NOT_SHAPING,
+    SHAPING_WHERE_SET,
     Dtype,
     Fraction,
     HeadInput,
@@ -457,6 +458,14 @@ class PolicyConfig(Section):
 
     average_log_probs: bool = False
     """Whether a response's log-probability is divided by its number of tokens."""
+
+    chosen_anchor: Annotated[NonNegativeFloat, Field(json_schema_extra=SHAPING_WHERE_SET)] = 0.0
+    """Weight of the negative log-probability per token of the chosen answers, added to the preference loss:
+    keeps them likely while the rejected ones are pushed down. 0 is off."""
+
+    chosen_penalty: Annotated[NonNegativeFloat, Field(json_schema_extra=SHAPING_WHERE_SET)] = 0.0
+    """DPO-Positive: how many times the nats that a chosen answer has lost against the reference count against
+    its pair. 0 is off."""
 
     share_prompts: Literal["auto", "always", "never"] = "auto"
     """Whether the prompt of a pair is read once for both responses: where the model allows it, always (an

@@ -2,7 +2,8 @@
 of all objectives at once (MAHALO, arXiv 2510.01167); and the methods it is compared with.
 
 L = sum_i alpha_i * mean over the batch's pairs of objective i (weighted by the pairs' weights) of the DPO
-loss with beta_i under head i. The baselines have one head; see `mahalo_ray.training.policy_methods`.
+loss with beta_i under head i, and `chosen_anchor` times the negative log-prob per token of the chosen
+answer. The baselines have one head; see `mahalo_ray.training.policy_methods`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from mahalo_ray.data import storage
 from mahalo_ray.data.records import PreferencePair
 from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.logprobs import IGNORE_INDEX
-from mahalo_ray.losses import dpo_loss
+from mahalo_ray.losses import dpo_loss, sft_loss
 from mahalo_ray.models import MultiHeadCausalLM
 from mahalo_ray.models.folder import keeps_backbone, model_folder
 from mahalo_ray.models.heads import Head
@@ -233,6 +234,10 @@ class PolicyRecipe:
             self._training.batch_size, self._training.epochs, self._training.max_steps
         )
         self._reference = self._reference_of_used()
+        # What a chosen answer's log-prob is divided by for the anchor; averaged ones have been already.
+        tokens = self._pairs.completion_tokens()[:, 0]
+        averaged = settings.policy.average_log_probs
+        self._chosen_tokens = torch.from_numpy(np.ones_like(tokens) if averaged else tokens).float()
         self.metric_names = tuple(f"{name}/{metric}" for name in self._objectives for metric in _SUMS)
         self.probe: Probe | None = self._make_probe() if settings.policy.metrics_every_steps else None
 
@@ -396,6 +401,7 @@ class PolicyRecipe:
             "beta": self._plan.beta[objective],
             "margin": torch.from_numpy(self._margins[groups]).float(),
             "weight": weight,
+            "chosen_tokens": self._chosen_tokens[groups],
             "loss_weight": (self._plan.alpha / sums)[objective] * weight * present,
             "present": present,
         }
@@ -424,7 +430,10 @@ class PolicyRecipe:
             self._policy.loss,
             self._policy.label_smoothing,
             tensors["margin"],
+            self._policy.chosen_penalty,
         )
+        if self._policy.chosen_anchor > 0:
+            losses = losses + self._policy.chosen_anchor * sft_loss(chosen, tensors["chosen_tokens"])
         with torch.no_grad():
             gain = (chosen - reference[:, 0]) - (rejected - reference[:, 1])
             right, count = (gain > 0).float(), torch.ones_like(gain)
