@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from mahalo_ray.config import TrainingConfig
+from mahalo_ray.config import PolicyConfig, TrainingConfig
 from mahalo_ray.training.deepspeed_config import (
     deepspeed_config,
     learning_rate_factor,
@@ -72,3 +72,10 @@ def test_a_tracker_that_is_not_installed_is_named_with_its_extra() -> None:
         TrainingConfig(report_to=["tensorboard", "wandb"])
     with pytest.raises(ValueError, match="'tensorboard', 'mlflow', 'trackio' or 'wandb'"):
         TrainingConfig(report_to=["comet"])  # type: ignore[list-item]
+
+
+def test_a_later_option_counts_where_it_is_set() -> None:
+    """What was made before there was such an option stays valid."""
+    plain, anchored = PolicyConfig().shaping(), PolicyConfig(chosen_anchor=0.5).shaping()
+    assert "chosen_anchor" not in plain and "chosen_penalty" not in anchored
+    assert anchored == plain | {"chosen_anchor": 0.5}
