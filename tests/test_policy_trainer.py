@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +13,16 @@ import pytest
 import torch
 import training_world as world
 from datasets import Dataset
+from safetensors.torch import load_file
 from tensorboardX.proto.event_pb2 import Event
 from transformers import AutoTokenizer
 
 from mahalo_ray.config import PolicyConfig, TrainingConfig
 from mahalo_ray.data.records import PreferencePair
 from mahalo_ray.models import MultiHeadCausalLM
-from mahalo_ray.training.trainer import PolicyTrainer
+from mahalo_ray.training.loop import train
+from mahalo_ray.training.policy_recipe import PolicyRecipe
+from mahalo_ray.training.trainer import LocalSession, PolicyTrainer, one_process
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("deepspeed_alone")]
 
@@ -166,3 +173,70 @@ def read_events(file: Path) -> dict[tuple[str, int], float]:
         found |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
         position += 16 + length
     return found
+
+
+class StoppingSession(LocalSession):
+    """Keeps the latest checkpoint in a folder, and is lost after a step."""
+
+    def __init__(self, folder: Path, lost_after: int | None) -> None:
+        super().__init__(None)
+        self.folder, self.lost_after = folder, lost_after
+
+    def report(self, news: dict[str, Any], checkpoint: Path | None = None) -> None:
+        if checkpoint is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            shutil.copytree(checkpoint, self.folder)
+        if news["unit"] == "steps" and news["done"] == self.lost_after:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def latest_checkpoint(self) -> Iterator[tuple[Path, str] | None]:
+        yield (self.folder, "here") if self.folder.exists() else None
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_kl_budget_ends_training_with_the_weights_within_it(base: str, tmp_path: Path, stage: int) -> None:
+    """The kept weights are, to the last bit, those of a run of as many steps, also when training was lost
+    in between; and the metrics are theirs."""
+    pairs = world.save_pairs(tmp_path / "pairs", world.make_pairs())
+    training = {"schedule": "constant", "warmup_fraction": 0.0, "checkpoint_every_steps": 4}
+
+    def run(name: str, steps: int, max_kl: float | None, lost_after: int | None = None) -> dict[str, Any]:
+        policy = PolicyConfig(
+            metrics_every_steps=2,
+            max_kl=max_kl,
+            training=TrainingConfig(**{**TRAINING, "zero_stage": stage, "max_steps": steps, **training}),
+        )
+        settings = world.policy_settings(pairs, base, policy, 0.3, world.MODEL, str(tmp_path / name))
+        session = StoppingSession(tmp_path / f"{name}-checkpoint", lost_after)
+        with one_process(), torch.random.fork_rng():
+            return train(partial(PolicyRecipe, settings), settings, session)
+
+    def weights(name: str) -> dict[str, torch.Tensor]:
+        return load_file(tmp_path / name / "heads.safetensors")
+
+    measured = run("unbounded", 9, None)["history"]
+    largest = [max(v for k, v in entry.items() if k.endswith("/kl")) for entry in measured[1::2]]
+    assert largest == sorted(largest) and set(measured[1]) >= {"even/kl", "mostly_accuracy/kl"}
+    budget = (largest[1] + largest[2]) / 2  # between steps 4 and 6
+    expected = run("four", 4, None)
+    stopped = run("stopped", 9, budget)
+    assert stopped["history"][-1]["step"] == stopped["metrics"]["stopped_at_step"] == 6
+    assert stopped["metrics"]["kept_step"] == 4 and stopped["metrics"]["even/kl"] == measured[3]["even/kl"]
+    assert {k: v for k, v in stopped["metrics"].items() if k.startswith("held_out")} == {
+        k: v for k, v in expected["metrics"].items() if k.startswith("held_out")
+    }
+    with pytest.raises(KeyboardInterrupt):
+        run("lost", 9, budget, lost_after=5)
+    again = run("lost", 9, budget)
+    assert again["metrics"]["kept_step"] == 4 and len(again["history"]) == 6
+    for name, weight in weights("four").items():
+        assert torch.equal(weights("stopped")[name], weight) and torch.equal(weights("lost")[name], weight)
+    note = world.policy_settings(pairs, base, PolicyConfig(metrics_every_steps=2, max_kl=budget)).notes(
+        stopped["metrics"]
+    )
+    assert "reached at step 6" in note[0] and "weights of step 4" in note[0]
+    if stage == 2:
+        with pytest.raises(ValueError, match=r"first measurement, after step 2, found a KL .* above 1e-09"):
+            run("none", 9, 1e-9)
+        assert "stopped_at_step" not in run("ample", 9, 2 * largest[-1] + 1)["metrics"]

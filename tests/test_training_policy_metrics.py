@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from mahalo_ray.config import LoraConfig, PolicyConfig, TrainingConfig
 from mahalo_ray.models.pair_attention import packed_arguments
-from mahalo_ray.training.policy_recipe import PolicyRecipe, cosines
+from mahalo_ray.training.policy_metrics import cosines
+from mahalo_ray.training.policy_recipe import PolicyRecipe
 
 pytestmark = pytest.mark.usefixtures("deepspeed_alone")
 
@@ -48,14 +49,17 @@ def one_sequence(length: int) -> Tensor:
 def textbook_kl(model: Any, base: str, recipe: PolicyRecipe) -> dict[str, float]:
     reference: Any = AutoModelForCausalLM.from_pretrained(base)
     rows = np.random.default_rng(5).permutation(recipe._held_out)[:7]
-    totals, tokens = dict.fromkeys(world.OBJECTIVES, 0.0), 0
+    mixtures = {"accuracy": (1.0, 0.0), "engagement": (0.0, 1.0), "even": (0.5, 0.5)}
+    mixtures |= {"mostly_accuracy": (0.75, 0.25), "mostly_engagement": (0.25, 0.75)}
+    totals, tokens = dict.fromkeys(mixtures, 0.0), 0
     for row in rows:
         prompt, chosen = recipe._pairs.prompts[row], recipe._pairs.chosen[row]
         ids, start = torch.tensor([prompt + chosen]), len(prompt) - 1
         q = reference(ids).logits[0, start:-1].log_softmax(-1)
         hidden = model.hidden_states(ids, **packed_arguments(one_sequence(len(ids[0]))))[0, start:-1]
-        for name in totals:
-            p = model.heads[name](hidden).log_softmax(-1)
+        for name, weights in mixtures.items():
+            logits = [w * model.heads[o](hidden) for o, w in zip(world.OBJECTIVES, weights, strict=True)]
+            p = sum(logits, torch.zeros(())).log_softmax(-1)
             totals[name] += float((p.exp() * (p - q)).sum())
         tokens += len(chosen)
     return {f"{name}/kl": total / tokens for name, total in totals.items()}

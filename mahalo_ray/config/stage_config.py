@@ -425,10 +425,10 @@ class PolicyConfig(Section):
     the other objectives' rewards, for the weight vector `mixture`.
 
     `beta`: one number, or a mapping that gives every objective its own. Every `metrics_every_steps` steps
-    (0 = never) training also measures every head's KL to the reference on up to `metrics_rows` held-out pairs
-    and, with `gradient_cosine`, the cosine between the objectives' gradients on the backbone, on as many
-    training pairs. ZeRO-3 leaves no worker with the whole parameters this cosine needs: it works with stages
-    0 to 2.
+    (0 = never) training also measures the KL to the reference of every head and of several mixtures on up to
+    `metrics_rows` held-out pairs (`max_kl` ends training there) and, with `gradient_cosine`, the cosine
+    between the objectives' gradients on the backbone, on as many training pairs. ZeRO-3 leaves no worker with
+    the whole parameters this cosine needs: it works with stages 0 to 2.
 
     >>> PolicyConfig(beta={"accuracy": 0.1, "engagement": 0.3}).beta_of("engagement")
     0.3
@@ -492,8 +492,12 @@ class PolicyConfig(Section):
     """Shape of LoRA adapters on the backbone. Null: the whole backbone is trained."""
 
     metrics_every_steps: NonNegativeInt = 0
-    """Optimizer steps between two measurements of every head's KL to the reference, loss and accuracy on
-    held-out pairs. 0: never."""
+    """Optimizer steps between two measurements, on held-out pairs, of the KL to the reference of every head
+    and of several mixtures, of loss and accuracy. 0: never."""
+
+    max_kl: Annotated[PositiveFloat | None, Field(json_schema_extra=SHAPING_WHERE_SET)] = None
+    """KL budget in nats per token: training ends when a measurement finds more at any head or mixture, and
+    the weights of the last measurement within it are kept. Null: none."""
 
     metrics_rows: PositiveInt = 64
     """Most held-out pairs (and training pairs, for the cosine) that are measured each time."""
@@ -527,7 +531,7 @@ class PolicyConfig(Section):
 
     @model_validator(mode="after")
     def _metrics_can_be_measured(self) -> Self:
-        for name in ("gradient_cosine", "metrics_rows"):
+        for name in ("gradient_cosine", "metrics_rows", "max_kl"):
             given = getattr(self, name) != type(self).model_fields[name].default
             if given and self.metrics_every_steps == 0:
                 raise ValueError(

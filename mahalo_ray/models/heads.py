@@ -64,13 +64,18 @@ class Head(nn.Module, ABC):
         self.transform = transform
 
     def forward(
-        self, hidden: Tensor, labels: Tensor | None = None, chunk_size: int = DEFAULT_CHUNK_SIZE
+        self,
+        hidden: Tensor,
+        labels: Tensor | None = None,
+        chunk_size: int = DEFAULT_CHUNK_SIZE,
+        transformed: bool = True,
     ) -> Tensor:
         """hidden [..., D] -> logits [..., V]; with labels [N] and hidden [N, D] -> token log-probs [N],
-        chunked.
+        chunked. `transformed` False: logits before scale and soft cap, to be mixed with those of other heads.
         """
         if labels is None:
-            return self.transform(self.project(hidden))
+            projected = self.project(hidden)
+            return self.transform(projected) if transformed else projected
         return self.token_logps(hidden, labels, chunk_size)
 
     @abstractmethod

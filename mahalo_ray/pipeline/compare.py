@@ -109,7 +109,8 @@ def policy_settings(
 ) -> PolicyConfig:
     """The run's `policy` section for another method, at an equal budget (see the top of this file).
 
-    `alpha` is MAH-DPO's alone; figures that are measured while training are left out.
+    `alpha` is MAH-DPO's alone. Figures that are measured while training are left out, unless a KL budget,
+    which all methods get, rests on them.
     """
     policy, mixture = config.policy, dict(mixture or {})
     if method == "modpo" and policy.loss != "sigmoid":
@@ -120,7 +121,8 @@ def policy_settings(
     trained = [name for name in config.objective_names if mixture.get(name, 0.0) > 0]
     trained = trained if objective is None else [objective]
     pairs_per_step = policy.training.batch_size * len(trained) // len(config.objective_names)
-    shared = policy.model_dump(exclude={"alpha", "metrics_every_steps", "metrics_rows", "gradient_cosine"})
+    measured = {"metrics_every_steps", "metrics_rows"} if policy.max_kl is None else set[str]()
+    shared = policy.model_dump(exclude={"alpha", "gradient_cosine"} | measured)
     return PolicyConfig.model_validate(
         {
             **shared,

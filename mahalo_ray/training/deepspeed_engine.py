@@ -141,8 +141,9 @@ def to_device(tensors: Tensors, device: torch.device) -> Tensors:
     return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 
 
-def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and saved buffers on the CPU of rank 0 (empty elsewhere), gathered one at a time.
+def whole_state_dict(model: nn.Module, trained_only: bool = False) -> dict[str, Tensor]:
+    """All parameters and saved buffers (or the parameters that are trained alone) on the CPU of rank 0 (empty
+    elsewhere), gathered one at a time.
 
     Every worker must call it.
     """
@@ -150,7 +151,9 @@ def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     saved = model.state_dict().keys()  # without buffers that are made anew at loading
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
-    tensors: Mapping[str, Tensor] = {**dict(model.named_parameters()), **buffers}
+    parameters = dict(model.named_parameters())
+    trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+    tensors: Mapping[str, Tensor] = trained if trained_only else {**parameters, **buffers}
     for name, tensor in tensors.items():
         with gathered([tensor] if isinstance(tensor, nn.Parameter) and is_sharded(tensor) else []):
             if keep:

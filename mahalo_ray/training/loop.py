@@ -14,8 +14,11 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from mahalo_ray.data import storage
+from mahalo_ray.models.sharding import gathered, is_sharded
 from mahalo_ray.training.batches import Indices, accumulation_steps, split_batch
 from mahalo_ray.training.deepspeed_engine import (
     build_engine,
@@ -34,10 +37,52 @@ TAG = "engine"
 
 @dataclass
 class TrainingProgress:
-    """How far a run has come: `step` steps are done; `history` has one entry per report."""
+    """How far a run has come: `step` steps are done; `history` has one entry per report. Of a run that may be
+    stopped, `kept_step` is the step whose weights are kept, 0 for none yet."""
 
     step: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
+    kept_step: int = 0
+
+
+KEPT = "kept.safetensors"
+
+
+class KeptWeights:
+    """The trained parameters as they were at some step, on the CPU of rank 0, for a run that may be stopped
+    later. Every worker calls every method.
+
+    >>> KeptWeights(engine.module.model).take()
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._state: dict[str, Tensor] = {}
+
+    def take(self) -> None:
+        """Keep the weights as they are now."""
+        self._state = whole_state_dict(self._model, trained_only=True)
+
+    def put_back(self) -> None:
+        """Make the model what it was when they were taken."""
+        for name, parameter in self._model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            with gathered([parameter], writable=True), torch.no_grad():
+                if dist.get_rank() == 0:
+                    parameter.copy_(self._state[name])
+                if not is_sharded(parameter):
+                    dist.broadcast(parameter.data, src=0)
+
+    def write(self, folder: Path) -> None:
+        """Rank 0's part of a checkpoint."""
+        if self._state:
+            save_file(self._state, folder / KEPT)
+
+    def read(self, folder: Path) -> None:
+        """Take over what a checkpoint holds."""
+        if dist.get_rank() == 0 and (folder / KEPT).is_file():
+            self._state = load_file(folder / KEPT)
 
 
 @dataclass(frozen=True)
@@ -65,7 +110,9 @@ class WorkerSplit:
 
 
 @contextmanager
-def written_checkpoint(engine: Any, split: WorkerSplit, progress: TrainingProgress) -> Iterator[Path]:
+def written_checkpoint(
+    engine: Any, split: WorkerSplit, progress: TrainingProgress, kept: KeptWeights
+) -> Iterator[Path]:
     """This worker's part of a checkpoint in a temporary folder, which is gone after the block."""
     rank = torch.distributed.get_rank()
     with tempfile.TemporaryDirectory(prefix="mahalo-checkpoint-") as name:
@@ -80,21 +127,24 @@ def written_checkpoint(engine: Any, split: WorkerSplit, progress: TrainingProgre
                 "accumulation": split.accumulation,
                 "step": progress.step,
                 "history": progress.history,
+                "kept_step": progress.kept_step,
             }
+            kept.write(folder)
             (folder / "progress.json").write_text(json.dumps(state), encoding="utf-8")
         yield folder
 
 
-def resume(engine: Any, split: WorkerSplit, folder: Path, where: str) -> TrainingProgress:
-    """Load the checkpoint in `folder` into the engine. ValueError, naming `where` it is, if it does not
-    fit."""
+def resume(engine: Any, split: WorkerSplit, kept: KeptWeights, folder: Path, where: str) -> TrainingProgress:
+    """Load the checkpoint in `folder` into the engine and `kept`. ValueError, naming `where` it is, if it
+    does not fit."""
     state = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
     split.check(state, where)
     loaded, _ = engine.load_checkpoint(str(folder), tag=TAG)
     if loaded is None:
         raise ValueError(f"DeepSpeed could not read the checkpoint in {where}: delete it")
     restore_random_states(folder / f"random_{torch.distributed.get_rank()}.pt")
-    return TrainingProgress(state["step"], state["history"])
+    kept.read(folder)
+    return TrainingProgress(state["step"], state["history"], state.get("kept_step", 0))
 
 
 def _random_states() -> dict[str, torch.Tensor]:
@@ -204,8 +254,10 @@ def train(
             if gradient_norm is None:
                 raise NonFiniteError.of_gradient(recipe, batch, step)
             reporter.step_done(batch, outputs, gradient_norm, learning_rates)
-
-        final = recipe.finish(partial(infer, engine), rank, workers)
+            if reporter.stopped:
+                break
+        kept = reporter.weights_to_save()
+        final = {**kept, **recipe.finish(partial(infer, engine), rank, workers)}
         reporter.finished(final)
     save_model(recipe, engine, settings.output_url)
     history = reporter.progress.history
@@ -245,9 +297,11 @@ class Reporter:
         self.training, self._settings = settings.training, settings
         self.total_steps = len(recipe.batches)
         self.progress = TrainingProgress()
+        self.stopped = False
+        self._kept = KeptWeights(engine.module.model)
         with session.latest_checkpoint() as latest:
             if latest is not None:
-                self.progress = resume(engine, split, *latest)
+                self.progress = resume(engine, split, self._kept, *latest)
         self._trackers: list[Tracker] = []
         self._clear()
 
@@ -268,7 +322,11 @@ class Reporter:
         learning_rates: dict[str, float],
     ) -> None:
         """Count one step; report it and save a checkpoint where due. Sums leave the device only for a
-        report."""
+        report.
+
+        Sets `stopped` where a measurement is beyond what the recipe's probe allows; ValueError if it is the
+        first one.
+        """
         for _, (loss, _, sums) in outputs:
             self._sums += torch.cat([loss.detach()[None], sums]).double()
         self._steps += 1
@@ -277,26 +335,53 @@ class Reporter:
         step, last = self.progress.step, self.progress.step == self.total_steps
         checkpoint_due = step % self.training.checkpoint_every_steps == 0 and not last
         probe = self.recipe.probe
-        probe_due = probe is not None and step % probe.every_steps == 0
+        may_stop = probe is not None and probe.may_stop
+        probe_due = probe is not None and (step % probe.every_steps == 0 or (last and may_stop))
         if not (checkpoint_due or last or probe_due or step % self.training.report_every_steps == 0):
             return
         metrics = {"step": step, **self._flush(), "grad_norm": gradient_norm}
         metrics |= {f"learning_rate/{name}": value for name, value in learning_rates.items()}
         if probe is not None and probe_due:
             metrics |= probe.metrics(partial(infer, self.engine), self.engine.module.model)
+            if may_stop:
+                self._keep_or_stop(probe.excess(metrics))
         self.progress.history.append(metrics)
         self._track(step, metrics)
         news = {"done": step, "of": self.total_steps, "unit": "steps", "metrics": metrics}
-        if checkpoint_due:
-            with written_checkpoint(self.engine, self.split, self.progress) as folder:
+        # A run that was killed once it had stopped goes on from before, and stops again.
+        if checkpoint_due and not self.stopped:
+            with written_checkpoint(self.engine, self.split, self.progress, self._kept) as folder:
                 self.session.report(news, folder)
         else:
             self.session.report(news)
         self._clear()
 
+    def _keep_or_stop(self, excess: str | None) -> None:
+        if excess is None:
+            self._kept.take()
+            self.progress.kept_step = self.progress.step
+            return
+        if self.progress.kept_step == 0:
+            raise ValueError(
+                f"the first measurement, after step {self.progress.step}, found a {excess} "
+                "('policy.max_kl'): there are no weights within it to keep. Measure more often "
+                "('policy.metrics_every_steps'), lower the learning rates, or allow more"
+            )
+        self.stopped = True
+
+    def weights_to_save(self) -> dict[str, float]:
+        """Put the kept weights back if training was stopped. Returns `stopped_at_step`, `kept_step` and what
+        was measured at the step kept; nothing of a run that went to its end."""
+        if not self.stopped:
+            return {}
+        self._kept.put_back()
+        kept = self.progress.kept_step
+        measured = next(entry for entry in self.progress.history if entry["step"] == kept)
+        return {**measured, "stopped_at_step": float(self.progress.step), "kept_step": float(kept)}
+
     def finished(self, metrics: dict[str, float]) -> None:
         """The final metrics, at the last step."""
-        self._track(self.total_steps, metrics)
+        self._track(self.progress.step, metrics)
 
     def _track(self, step: int, metrics: dict[str, float]) -> None:
         for tracker in self._trackers:

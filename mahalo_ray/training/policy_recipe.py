@@ -9,9 +9,8 @@ answer. The baselines have one head; see `mahalo_ray.training.policy_methods`.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
-from itertools import combinations
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,26 +24,24 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import PreferencePair
 from mahalo_ray.data.templating import ChatFormat
-from mahalo_ray.logprobs import IGNORE_INDEX
 from mahalo_ray.losses import dpo_loss, sft_loss
 from mahalo_ray.models import MultiHeadCausalLM
 from mahalo_ray.models.folder import keeps_backbone, model_folder
-from mahalo_ray.models.heads import Head
-from mahalo_ray.models.pair_attention import packed_arguments, packing_unsupported_reason
+from mahalo_ray.models.pair_attention import packing_unsupported_reason
 from mahalo_ray.training.batches import HashSplit, Indices, plan_balanced_batches, shard
 from mahalo_ray.training.deepspeed_config import parameter_group
-from mahalo_ray.training.deepspeed_engine import to_device, training_device
+from mahalo_ray.training.deepspeed_engine import training_device
 from mahalo_ray.training.pairs import (
     PackedPairs,
     PaddedPairs,
     PairEncoder,
-    PairInputs,
     TokenPairs,
     pair_inputs,
     pair_logps,
     split_key,
 )
 from mahalo_ray.training.policy_methods import modpo_margins, plan_method
+from mahalo_ray.training.policy_metrics import GradientConflict, HeldOutKl, PolicyProbe
 from mahalo_ray.training.recipe import PAD_ID, Inference, LossOutput, PreparationProgress, Probe, Tensors
 from mahalo_ray.training.reference_logps import (
     BaseHeadLogps,
@@ -54,150 +51,6 @@ from mahalo_ray.training.reference_logps import (
     reference_logps,
 )
 from mahalo_ray.training.settings import PolicySettings
-
-PairMetrics = Callable[[Inference], dict[str, float]]
-ObjectiveLosses = Callable[[nn.Module, Tensors], Tensor]
-
-
-class PolicyProbe:
-    """What the training loop asks every `every_steps` steps; every worker takes part."""
-
-    def __init__(
-        self, every_steps: int, kl: HeldOutKl, conflict: GradientConflict | None, pairs: PairMetrics
-    ) -> None:
-        self.every_steps, self._kl, self._conflict, self._pairs = every_steps, kl, conflict, pairs
-
-    def prepare(self, infer: Inference) -> None:
-        """Called once with the model as it was built, before a checkpoint is loaded."""
-        self._kl.prepare(infer)
-
-    def metrics(self, infer: Inference, model: nn.Module) -> dict[str, float]:
-        """All metrics, the same on every worker."""
-        metrics = self._kl.metrics(infer) | self._pairs(infer)
-        return metrics if self._conflict is None else metrics | self._conflict.metrics(model)
-
-
-class HeldOutKl:
-    """KL to the reference of every head, on the same rows for all heads.
-
-    The backbone starts as the reference's, so its states [tokens, D] at the start are kept and only the
-    frozen base head is needed to have the reference's distribution later. Logits exist for `chunk_size`
-    tokens at a time, of one head and the reference.
-    """
-
-    def __init__(
-        self, inputs: PairInputs, rows: Indices, heads: Sequence[str], micro_rows: int, chunk_size: int
-    ) -> None:
-        if len(rows) == 0:
-            raise ValueError(
-                "'policy.metrics_every_steps' needs held-out pairs, and there are none: set "
-                "'pairs.held_out_fraction' (higher), or 'policy.metrics_every_steps' to 0"
-            )
-        self._heads, self._chunk_size = tuple(heads), chunk_size
-        parts = shard(rows, inputs.row_groups, micro_rows, dist.get_rank(), dist.get_world_size())
-        self._counted = [counted for _, counted in parts]
-        self._parts = [inputs.chosen_tensors(part) for part, _ in parts]
-        tokens = [int((part["labels"] != IGNORE_INDEX).sum()) for part in self._parts]
-        # Under ZeRO-3 a call of a head is a collective operation: every worker makes as many calls.
-        chunks = torch.tensor([-(-count // chunk_size) for count in tokens], device=training_device())
-        dist.all_reduce(chunks, dist.ReduceOp.MAX)
-        self._chunks: list[int] = chunks.tolist()
-        self._reference: list[Tensor] = []
-
-    def prepare(self, infer: Inference) -> None:
-        """Keep the reference's states at the counted positions."""
-        self._reference = [infer(_answer_states, part).cpu() for part in self._parts]
-
-    def metrics(self, infer: Inference) -> dict[str, float]:
-        """`{head}/kl` of every head."""
-        sums = torch.zeros(len(self._heads) + 1, dtype=torch.float64, device=training_device())
-        for part, reference, chunks, counted in zip(
-            self._parts, self._reference, self._chunks, self._counted, strict=True
-        ):
-            function = partial(_kl_sums, chunks=chunks, chunk_size=self._chunk_size)
-            sums += infer(function, {**part, "reference": reference}) * float(counted)
-        dist.all_reduce(sums)
-        *totals, tokens = sums.tolist()
-        return {f"{head}/kl": total / tokens for head, total in zip(self._heads, totals, strict=True)}
-
-
-def _answer_states(model: nn.Module, **tensors: Tensor) -> Tensor:
-    """States [N, D] that predict the answers' tokens, of what `PairInputs.chosen_tensors` gives."""
-    inputs = pair_inputs(tensors)
-    labels, packed = tensors["labels"], packed_arguments(inputs["pair_lengths"])
-    hidden = cast(MultiHeadCausalLM, model).hidden_states(
-        tensors["input_ids"], inputs["attention_mask"], **packed
-    )
-    return hidden[labels != IGNORE_INDEX]
-
-
-def _kl_sums(model: nn.Module, reference: Tensor, chunks: int, chunk_size: int, **inputs: Tensor) -> Tensor:
-    """Sums [H + 1] over tokens: KL of every head, and 1."""
-    policy = cast(MultiHeadCausalLM, model)
-    base_head = policy.base_head
-    assert base_head is not None, "the recipe keeps the base head for these metrics"
-    states = _answer_states(model, **inputs)
-    sums = torch.zeros(len(policy.heads) + 1, dtype=torch.float64, device=states.device)
-    for number in range(chunks):
-        chunk = slice(number * chunk_size, (number + 1) * chunk_size)
-        frozen = base_head(reference[chunk]).float().log_softmax(-1)
-        for index, head in enumerate(policy.heads.values()):
-            policy_logps = cast(Head, head)(states[chunk]).float().log_softmax(-1)
-            sums[index] += (policy_logps.exp() * (policy_logps - frozen)).sum()
-    sums[-1] = len(states)
-    return sums
-
-
-class GradientConflict:
-    """Cosines between the objectives' gradients on the backbone. Not with ZeRO-3, where no worker has whole
-    parameters outside the engine. Holds one fp32 gradient of the backbone per objective while it runs, and
-    the whole activations of a micro-batch (evaluation mode, so no recomputation)."""
-
-    def __init__(self, objectives: Sequence[str], parts: Sequence[Tensors], losses: ObjectiveLosses) -> None:
-        """`parts`: this worker's micro-batches of the fixed batch. `losses(model, tensors)` -> [H]: their
-        contributions to every objective's loss."""
-        self._objectives, self._parts, self._losses = tuple(objectives), list(parts), losses
-
-    def metrics(self, model: nn.Module) -> dict[str, float]:
-        """A cosine per pair of objectives; one whose gradient is zero has none."""
-        was_training = model.training
-        model.eval()
-        gradients = self._gradients(cast(MultiHeadCausalLM, model))
-        model.train(was_training)
-        return cosines(dict(zip(self._objectives, gradients, strict=True)))
-
-    def _gradients(self, policy: MultiHeadCausalLM) -> list[list[Tensor]]:
-        parameters = list(policy.backbone_parameters())
-        totals = [[torch.zeros_like(p, dtype=torch.float32) for p in parameters] for _ in self._objectives]
-        for part in self._parts:
-            losses = self._losses(policy, to_device(part, policy.device))
-            for number, total in enumerate(totals):
-                # autograd.grad leaves .grad alone, and DeepSpeed's hooks on it do not run.
-                keep = number < len(totals) - 1
-                gradients = torch.autograd.grad(
-                    losses[number], parameters, retain_graph=keep, materialize_grads=True
-                )
-                for summed, gradient in zip(total, gradients, strict=True):
-                    summed += gradient
-        for total in totals:
-            for gradient in total:
-                dist.all_reduce(gradient)
-        return totals
-
-
-def cosines(gradients: Mapping[str, Sequence[Tensor]]) -> dict[str, float]:
-    """`gradient_cosine/{a}/{b}` of every two objectives whose gradients are not zero."""
-    norms = {name: _dot(gradient, gradient) ** 0.5 for name, gradient in gradients.items()}
-    return {
-        f"gradient_cosine/{a}/{b}": _dot(gradients[a], gradients[b]) / (norms[a] * norms[b])
-        for a, b in combinations(gradients, 2)
-        if norms[a] > 0 and norms[b] > 0
-    }
-
-
-def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
-    return float(sum((a.double() * b.double()).sum() for a, b in zip(left, right, strict=True)))
-
 
 # Sums over pairs: of what the metrics are divided by, of weight x loss, and of the other metrics.
 _SUMS = ("count", "weight", "loss", "reward_accuracy", "margin", "chosen_logps", "rejected_logps")
@@ -326,7 +179,7 @@ class PolicyRecipe:
             tensors = [self.collate(part, loss_denominators, counted) for part, counted in parts]
             conflict = GradientConflict(self._objectives, tensors, self._objective_losses)
         pairs = partial(self._held_out_metrics, rows=rows)
-        return PolicyProbe(settings.metrics_every_steps, kl, conflict, pairs)
+        return PolicyProbe(settings.metrics_every_steps, kl, conflict, pairs, settings.max_kl)
 
     def _objective_losses(self, model: nn.Module, tensors: Tensors) -> Tensor:
         """Every objective's part of the loss, [H]."""

@@ -36,7 +36,16 @@ class Probe(Protocol):
         """Called by the recipe's own `prepare`."""
 
     def metrics(self, infer: Inference, model: nn.Module) -> dict[str, float]:
-        """Called after every `every_steps` steps on every worker; `model` is the engine's own."""
+        """Called after every `every_steps` steps on every worker; `model` is the engine's own. A probe that
+        may stop the training is called after the last step too."""
+
+    @property
+    def may_stop(self) -> bool:
+        """Whether `excess` may ever find something."""
+
+    def excess(self, metrics: Mapping[str, float]) -> str | None:
+        """What of these metrics is more than the settings allow, in words; None if nothing is. Training then
+        ends, and the weights of the last measurement without excess are the result."""
 
 
 class Recipe(Protocol):

@@ -157,7 +157,17 @@ class PolicySettings(StageSettings):
         return self.policy.training
 
     def notes(self, metrics: Mapping[str, float]) -> list[str]:
-        return _nothing_held_out("pairs.held_out_fraction", self.held_out_fraction, metrics["held_out/pairs"])
+        notes = _nothing_held_out(
+            "pairs.held_out_fraction", self.held_out_fraction, metrics["held_out/pairs"]
+        )
+        if "stopped_at_step" in metrics:
+            notes.append(
+                f"the KL budget ('policy.max_kl': {self.policy.max_kl:g} nats per token) was reached at step "
+                f"{metrics['stopped_at_step']:.0f}, so training ended there with the weights of step "
+                f"{metrics['kept_step']:.0f}, and the pairs of later steps were not used. To use all pairs "
+                "within the budget: lower both learning rates (halve them), or raise 'policy.beta'"
+            )
+        return notes
 
     def inputs(self) -> list[str]:
         return [self.pairs_url, self.model_url]

@@ -1,0 +1,217 @@
+"""What is measured while a policy trains: its KL to the reference at several mixtures of the heads, the
+metrics of held-out pairs, and how far the objectives' gradients pull against each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import combinations
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mahalo_ray.logprobs import IGNORE_INDEX
+from mahalo_ray.models import MultiHeadCausalLM
+from mahalo_ray.models.heads import Head
+from mahalo_ray.models.pair_attention import packed_arguments
+from mahalo_ray.training.batches import Indices, shard
+from mahalo_ray.training.deepspeed_engine import to_device, training_device
+from mahalo_ray.training.pairs import PairInputs, pair_inputs
+from mahalo_ray.training.recipe import Inference, Tensors
+
+PairMetrics = Callable[[Inference], dict[str, float]]
+ObjectiveLosses = Callable[[nn.Module, Tensors], Tensor]
+# Name of the mixture of all heads at equal weights, and of the one half-way between it and a head.
+EVEN, MOSTLY = "even", "mostly_{}"
+KL = "/kl"
+
+
+def mixture_names(heads: Sequence[str]) -> tuple[str, ...]:
+    """The mixtures at which a policy's KL is measured: every head alone, all at equal weights, and half-way
+    between the two for every head. A single head is all there is.
+
+    >>> mixture_names(["accuracy", "engagement"])
+    ('accuracy', 'engagement', 'even', 'mostly_accuracy', 'mostly_engagement')
+    """
+    between = (EVEN, *(MOSTLY.format(head) for head in heads)) if len(heads) > 1 else ()
+    return (*heads, *between)
+
+
+class PolicyProbe:
+    """What the training loop asks every `every_steps` steps; every worker takes part."""
+
+    def __init__(
+        self,
+        every_steps: int,
+        kl: HeldOutKl,
+        conflict: GradientConflict | None,
+        pairs: PairMetrics,
+        max_kl: float | None = None,
+    ) -> None:
+        self.every_steps, self._kl, self._conflict, self._pairs = every_steps, kl, conflict, pairs
+        self._max_kl = max_kl
+
+    @property
+    def may_stop(self) -> bool:
+        """Whether there is a KL budget."""
+        return self._max_kl is not None
+
+    def prepare(self, infer: Inference) -> None:
+        """Called once with the model as it was built, before a checkpoint is loaded."""
+        self._kl.prepare(infer)
+
+    def metrics(self, infer: Inference, model: nn.Module) -> dict[str, float]:
+        """All metrics, the same on every worker."""
+        metrics = self._kl.metrics(infer) | self._pairs(infer)
+        return metrics if self._conflict is None else metrics | self._conflict.metrics(model)
+
+    def excess(self, metrics: Mapping[str, float]) -> str | None:
+        """What of a measurement is beyond the KL budget, in words; None where nothing is."""
+        if self._max_kl is None:
+            return None
+        mixture = max(self._kl.mixtures, key=lambda name: metrics[name + KL])
+        value = metrics[mixture + KL]
+        if value <= self._max_kl:
+            return None
+        return f"KL to the reference of {value:.3g} nats per token at '{mixture}', above {self._max_kl:g}"
+
+
+class HeldOutKl:
+    """KL to the reference of every mixture of `mixture_names`, on the same rows for all.
+
+    Heads that stay near the reference alone may be far from it when they are mixed: each has moved in its own
+    direction, and the shared backbone with both. The backbone starts as the reference's, so its states
+    [tokens, D] at the start are kept and only the frozen base head is needed to have the reference's
+    distribution later. Logits exist for `chunk_size` tokens at a time, of one head, the even mixture and the
+    reference.
+    """
+
+    def __init__(
+        self, inputs: PairInputs, rows: Indices, heads: Sequence[str], micro_rows: int, chunk_size: int
+    ) -> None:
+        if len(rows) == 0:
+            raise ValueError(
+                "'policy.metrics_every_steps' needs held-out pairs, and there are none: set "
+                "'pairs.held_out_fraction' (higher), or 'policy.metrics_every_steps' to 0"
+            )
+        self.mixtures, self._chunk_size = mixture_names(heads), chunk_size
+        parts = shard(rows, inputs.row_groups, micro_rows, dist.get_rank(), dist.get_world_size())
+        self._counted = [counted for _, counted in parts]
+        self._parts = [inputs.chosen_tensors(part) for part, _ in parts]
+        tokens = [int((part["labels"] != IGNORE_INDEX).sum()) for part in self._parts]
+        # Under ZeRO-3 a call of a head is a collective operation: every worker makes as many calls.
+        chunks = torch.tensor([-(-count // chunk_size) for count in tokens], device=training_device())
+        dist.all_reduce(chunks, dist.ReduceOp.MAX)
+        self._chunks: list[int] = chunks.tolist()
+        self._reference: list[Tensor] = []
+
+    def prepare(self, infer: Inference) -> None:
+        """Keep the reference's states at the counted positions."""
+        self._reference = [infer(_answer_states, part).cpu() for part in self._parts]
+
+    def metrics(self, infer: Inference) -> dict[str, float]:
+        """`{mixture}/kl` of every mixture, exact over the vocabulary, in nats per token."""
+        sums = torch.zeros(len(self.mixtures) + 1, dtype=torch.float64, device=training_device())
+        for part, reference, chunks, counted in zip(
+            self._parts, self._reference, self._chunks, self._counted, strict=True
+        ):
+            function = partial(_kl_sums, chunks=chunks, chunk_size=self._chunk_size)
+            sums += infer(function, {**part, "reference": reference}) * float(counted)
+        dist.all_reduce(sums)
+        *totals, tokens = sums.tolist()
+        return {name + KL: total / tokens for name, total in zip(self.mixtures, totals, strict=True)}
+
+
+def _answer_states(model: nn.Module, **tensors: Tensor) -> Tensor:
+    """States [N, D] that predict the answers' tokens, of what `PairInputs.chosen_tensors` gives."""
+    inputs = pair_inputs(tensors)
+    labels, packed = tensors["labels"], packed_arguments(inputs["pair_lengths"])
+    hidden = cast(MultiHeadCausalLM, model).hidden_states(
+        tensors["input_ids"], inputs["attention_mask"], **packed
+    )
+    return hidden[labels != IGNORE_INDEX]
+
+
+def _kl_sums(model: nn.Module, reference: Tensor, chunks: int, chunk_size: int, **inputs: Tensor) -> Tensor:
+    """Sums over tokens of the KL of every mixture, in the order of `mixture_names`, and the tokens."""
+    policy = cast(MultiHeadCausalLM, model)
+    base_head, heads = policy.base_head, [cast(Head, head) for head in policy.heads.values()]
+    assert base_head is not None, "the recipe keeps the base head for these metrics"
+    states = _answer_states(model, **inputs)
+    mixtures = len(mixture_names(policy.objectives))
+    sums = torch.zeros(mixtures + 1, dtype=torch.float64, device=states.device)
+    for number in range(chunks):
+        chunk = slice(number * chunk_size, (number + 1) * chunk_size)
+        frozen = base_head(reference[chunk]).float().log_softmax(-1)
+
+        def kl(logits: Tensor, frozen: Tensor = frozen) -> Tensor:
+            logps = policy.transform(logits).float().log_softmax(-1)
+            return (logps.exp() * (logps - frozen)).sum()
+
+        # Heads are mixed before scale and soft cap, as decoding does. Each is called twice, so that the
+        # logits of two exist at a time and not of all: under ZeRO-3 its shards are gathered twice.
+        even = torch.zeros_like(frozen)
+        for index, head in enumerate(heads):
+            projected = head(states[chunk], transformed=False)
+            sums[index] += kl(projected)
+            even += projected.float() / len(heads)
+        if len(heads) > 1:
+            sums[len(heads)] += kl(even)
+            for index, head in enumerate(heads, start=len(heads) + 1):
+                sums[index] += kl((head(states[chunk], transformed=False).float() + even) / 2)
+    sums[-1] = len(states)
+    return sums
+
+
+class GradientConflict:
+    """Cosines between the objectives' gradients on the backbone. Not with ZeRO-3, where no worker has whole
+    parameters outside the engine. Holds one fp32 gradient of the backbone per objective while it runs, and
+    the whole activations of a micro-batch (evaluation mode, so no recomputation)."""
+
+    def __init__(self, objectives: Sequence[str], parts: Sequence[Tensors], losses: ObjectiveLosses) -> None:
+        """`parts`: this worker's micro-batches of the fixed batch. `losses(model, tensors)` -> [H]: their
+        contributions to every objective's loss."""
+        self._objectives, self._parts, self._losses = tuple(objectives), list(parts), losses
+
+    def metrics(self, model: nn.Module) -> dict[str, float]:
+        """A cosine per pair of objectives; one whose gradient is zero has none."""
+        was_training = model.training
+        model.eval()
+        gradients = self._gradients(cast(MultiHeadCausalLM, model))
+        model.train(was_training)
+        return cosines(dict(zip(self._objectives, gradients, strict=True)))
+
+    def _gradients(self, policy: MultiHeadCausalLM) -> list[list[Tensor]]:
+        parameters = list(policy.backbone_parameters())
+        totals = [[torch.zeros_like(p, dtype=torch.float32) for p in parameters] for _ in self._objectives]
+        for part in self._parts:
+            losses = self._losses(policy, to_device(part, policy.device))
+            for number, total in enumerate(totals):
+                # autograd.grad leaves .grad alone, and DeepSpeed's hooks on it do not run.
+                keep = number < len(totals) - 1
+                gradients = torch.autograd.grad(
+                    losses[number], parameters, retain_graph=keep, materialize_grads=True
+                )
+                for summed, gradient in zip(total, gradients, strict=True):
+                    summed += gradient
+        for total in totals:
+            for gradient in total:
+                dist.all_reduce(gradient)
+        return totals
+
+
+def cosines(gradients: Mapping[str, Sequence[Tensor]]) -> dict[str, float]:
+    """`gradient_cosine/{a}/{b}` of every two objectives whose gradients are not zero."""
+    norms = {name: _dot(gradient, gradient) ** 0.5 for name, gradient in gradients.items()}
+    return {
+        f"gradient_cosine/{a}/{b}": _dot(gradients[a], gradients[b]) / (norms[a] * norms[b])
+        for a, b in combinations(gradients, 2)
+        if norms[a] > 0 and norms[b] > 0
+    }
+
+
+def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+    return float(sum((a.double() * b.double()).sum() for a, b in zip(left, right, strict=True)))
