@@ -22,6 +22,7 @@ from mahalo_ray.data.records import PreferencePair
 from mahalo_ray.models import MultiHeadCausalLM
 from mahalo_ray.training.loop import train
 from mahalo_ray.training.policy_recipe import PolicyRecipe
+from mahalo_ray.training.settings import PolicySettings
 from mahalo_ray.training.trainer import LocalSession, PolicyTrainer, one_process
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("deepspeed_alone")]
@@ -178,8 +179,8 @@ def read_events(file: Path) -> dict[tuple[str, int], float]:
 class StoppingSession(LocalSession):
     """Keeps the latest checkpoint in a folder, and is lost after a step."""
 
-    def __init__(self, folder: Path, lost_after: int | None) -> None:
-        super().__init__(None)
+    def __init__(self, settings: PolicySettings, folder: Path, lost_after: int | None) -> None:
+        super().__init__(None, settings)
         self.folder, self.lost_after = folder, lost_after
 
     def report(self, news: dict[str, Any], checkpoint: Path | None = None) -> None:
@@ -208,7 +209,7 @@ def test_a_kl_budget_ends_training_with_the_weights_within_it(base: str, tmp_pat
             training=TrainingConfig(**{**TRAINING, "zero_stage": stage, "max_steps": steps, **training}),
         )
         settings = world.policy_settings(pairs, base, policy, 0.3, world.MODEL, str(tmp_path / name))
-        session = StoppingSession(tmp_path / f"{name}-checkpoint", lost_after)
+        session = StoppingSession(settings, tmp_path / f"{name}-checkpoint", lost_after)
         with one_process(), torch.random.fork_rng():
             return train(partial(PolicyRecipe, settings), settings, session)
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from mahalo_ray.config import LoraConfig, PolicyConfig, TrainingConfig
 from mahalo_ray.models.pair_attention import packed_arguments
+from mahalo_ray.models.sharding import gathered
 from mahalo_ray.training.policy_metrics import cosines
 from mahalo_ray.training.policy_recipe import PolicyRecipe
 
@@ -170,3 +171,60 @@ def test_figures_under_deepspeed(base: str, tmp_path: Path, stage: int) -> None:
     engine.load_checkpoint(str(tmp_path / "checkpoint"), "now")
     assert resumed.probe.metrics(ask, engine.module.model) == pytest.approx(expected, rel=1e-5)
     assert expected["accuracy/kl"] > 0
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_malformed_turns_are_those_sampled_at_the_mixtures(base: str, tmp_path: Path, stage: int) -> None:
+    """Turns drawn with a cache from left-padded rows equal those drawn one by one from the mixed logits."""
+    from mahalo_ray.training.deepspeed_engine import build_engine, infer
+
+    recipe: Any = make_recipe(base, tmp_path, stage, sampled_turns=6)
+    turns: Any = recipe.probe._turns
+    engine = build_engine(recipe, recipe._training, torch.float32, 5, 1)
+    ask = lambda function, tensors: infer(engine, function, tensors)  # noqa: E731
+    seen: list[Tensor] = []
+
+    def remembered(function: Any, tensors: dict[str, Tensor]) -> Any:
+        seen.append(ask(function, tensors))
+        return seen[-1]
+
+    turns.prepare(ask)
+    state = torch.random.get_rng_state()
+    rate = turns.metrics(remembered)
+    assert torch.equal(state, torch.random.get_rng_state())  # training draws what it would have drawn
+    assert rate["malformed_turns"] == rate["malformed_turns_at_start"]
+    expected = [sampled_alone(engine.module.model, turns, row) for row in range(6)]
+    assert [[token for token in row if token >= 0] for row in seen[0].tolist()] == expected
+    ended = [row[-1] in turns._chat.end_ids for row in expected]
+    special = [any(token < 5 for token in row[:-1]) for row in expected]
+    bad = [not end or inside for end, inside in zip(ended, special, strict=True)]
+    assert rate["malformed_turns"] == sum(bad) / 6 and sum(bad) > 0
+    assert len({tuple(row) for row in turns._tensors["weights"].tolist()}) == 5
+
+
+def sampled_alone(model: Any, turns: Any, row: int) -> list[int]:
+    """One turn by whole forwards of one unpadded sequence."""
+    tensors = turns._tensors
+    ids = tensors["input_ids"][row][tensors["attention_mask"][row] == 1].tolist()
+    start = len(ids)
+    with world.ordinary_attention(model), torch.no_grad(), gathered(list(model.parameters())):
+        for draw in tensors["draws"][row]:
+            hidden = model.eval().hidden_states(torch.tensor([ids]))[:, -1]
+            logits = model.logits(hidden, tensors["weights"][row][None])
+            cumulated = logits.float().softmax(-1).cumsum(-1)[0]
+            ids.append(min(int((cumulated <= draw).sum()), world.VOCABULARY - 1))
+            if ids[-1] in turns._chat.end_ids:
+                break
+    return ids[start:]
+
+
+def test_the_alarm_says_what_is_wrong_and_what_to_do() -> None:
+    settings = world.policy_settings("pairs", "base", PolicyConfig())
+    calm = {"step": 40.0, "accuracy/kl": 0.1, "even/kl": 0.2, "malformed_turns": 0.1}
+    calm |= {"malformed_turns_at_start": 0.05, "loss": 9.0}
+    assert settings.alarm(calm) is None and settings.alarm({}) is None
+    assert "step 40: the KL to the reference is 0.70 nats per token ('even/kl')" in (
+        settings.alarm(calm | {"even/kl": 0.7}) or ""
+    )
+    alarm = settings.alarm(calm | {"malformed_turns": 0.3}) or ""
+    assert "30% of sampled turns are malformed (5% at the start)" in alarm and "policy.max_kl" in alarm

@@ -502,6 +502,10 @@ class PolicyConfig(Section):
     metrics_rows: PositiveInt = 64
     """Most held-out pairs (and training pairs, for the cosine) that are measured each time."""
 
+    sampled_turns: Annotated[NonNegativeInt, Field(json_schema_extra=NOT_SHAPING)] = 0
+    """Turns that are sampled at each measurement, on held-out prompts over all heads and mixtures, to count
+    the malformed ones: cut off, or with a special token inside. 0: none."""
+
     gradient_cosine: bool = False
     """Whether the cosine between the objectives' gradients on the backbone is measured too. Not with ZeRO
     stage 3."""
@@ -531,7 +535,7 @@ class PolicyConfig(Section):
 
     @model_validator(mode="after")
     def _metrics_can_be_measured(self) -> Self:
-        for name in ("gradient_cosine", "metrics_rows", "max_kl"):
+        for name in ("gradient_cosine", "metrics_rows", "max_kl", "sampled_turns"):
             given = getattr(self, name) != type(self).model_fields[name].default
             if given and self.metrics_every_steps == 0:
                 raise ValueError(

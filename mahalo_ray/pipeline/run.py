@@ -131,6 +131,7 @@ def train_heads(context: Context[RunConfig], base_url: str) -> StageResult:
         objectives=config.objective_names,
         policy=config.policy,
         held_out_fraction=config.pairs.held_out_fraction,
+        sentences_are_moves=config.data is None,
     )
     return train(context, settings)
 

@@ -9,24 +9,28 @@ from functools import partial
 from itertools import combinations
 from typing import cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.logprobs import IGNORE_INDEX
 from mahalo_ray.models import MultiHeadCausalLM
 from mahalo_ray.models.heads import Head
 from mahalo_ray.models.pair_attention import packed_arguments
 from mahalo_ray.training.batches import Indices, shard
 from mahalo_ray.training.deepspeed_engine import to_device, training_device
-from mahalo_ray.training.pairs import PairInputs, pair_inputs
-from mahalo_ray.training.recipe import Inference, Tensors
+from mahalo_ray.training.pairs import PairInputs, TokenIds, pair_inputs
+from mahalo_ray.training.recipe import PAD_ID, Inference, Tensors
 
 PairMetrics = Callable[[Inference], dict[str, float]]
 ObjectiveLosses = Callable[[nn.Module, Tensors], Tensor]
 # Name of the mixture of all heads at equal weights, and of the one half-way between it and a head.
 EVEN, MOSTLY = "even", "mostly_{}"
 KL = "/kl"
+MALFORMED, MALFORMED_AT_START = "malformed_turns", "malformed_turns_at_start"
+TurnCheck = Callable[[str], bool]
 
 
 def mixture_names(heads: Sequence[str]) -> tuple[str, ...]:
@@ -49,10 +53,11 @@ class PolicyProbe:
         kl: HeldOutKl,
         conflict: GradientConflict | None,
         pairs: PairMetrics,
+        turns: SampledTurns | None = None,
         max_kl: float | None = None,
     ) -> None:
         self.every_steps, self._kl, self._conflict, self._pairs = every_steps, kl, conflict, pairs
-        self._max_kl = max_kl
+        self._turns, self._max_kl = turns, max_kl
 
     @property
     def may_stop(self) -> bool:
@@ -62,10 +67,14 @@ class PolicyProbe:
     def prepare(self, infer: Inference) -> None:
         """Called once with the model as it was built, before a checkpoint is loaded."""
         self._kl.prepare(infer)
+        if self._turns is not None:
+            self._turns.prepare(infer)
 
     def metrics(self, infer: Inference, model: nn.Module) -> dict[str, float]:
         """All metrics, the same on every worker."""
         metrics = self._kl.metrics(infer) | self._pairs(infer)
+        if self._turns is not None:
+            metrics |= self._turns.metrics(infer)
         return metrics if self._conflict is None else metrics | self._conflict.metrics(model)
 
     def excess(self, metrics: Mapping[str, float]) -> str | None:
@@ -164,6 +173,126 @@ def _kl_sums(model: nn.Module, reference: Tensor, chunks: int, chunk_size: int, 
                 sums[index] += kl((head(states[chunk], transformed=False).float() + even) / 2)
     sums[-1] = len(states)
     return sums
+
+
+class SampledTurns:
+    """How many turns, sampled at every mixture on held-out prompts, are malformed: cut off, with a special
+    token inside, or (where `check` knows) with words that nobody should say.
+
+    Losses and accuracies on pairs do not show a policy that falls apart; its own turns do. The same random
+    numbers are drawn at every measurement, and the rate at the start is kept to compare with.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[TokenIds],
+        heads: Sequence[str],
+        max_tokens: int,
+        chat: ChatFormat,
+        check: TurnCheck | None,
+        attention: str,
+        seed: int,
+    ) -> None:
+        """One turn per prompt, of at most `max_tokens` tokens; prompt n is answered at mixture n modulo their
+        number. `attention`: the attention function for whole rows, where pairs are read packed."""
+        mixtures = mixture_weights(len(heads))
+        rank, workers = dist.get_rank(), dist.get_world_size()
+        # A worker without a prompt of its own takes one that it does not count: calls are collective.
+        numbers = list(range(len(prompts)))[rank::workers]
+        self._counted = bool(numbers)
+        numbers = numbers or [0]
+        longest = max(len(prompts[number]) for number in numbers)
+        rows = [[PAD_ID] * (longest - len(prompts[n])) + prompts[n] for n in numbers]
+        mask = [[0] * (longest - len(prompts[n])) + [1] * len(prompts[n]) for n in numbers]
+        draws = np.random.default_rng(seed).random((len(prompts), max_tokens))
+        self._tensors: Tensors = {
+            "input_ids": torch.tensor(rows),
+            "attention_mask": torch.tensor(mask),
+            "weights": mixtures[torch.tensor(numbers) % len(mixtures)],
+            "draws": torch.from_numpy(draws[numbers]).float(),
+            "ends": torch.tensor(sorted(chat.end_ids)),
+        }
+        self._chat, self._check, self._attention = chat, check, attention
+        self._special = {*chat.tokenizer.all_special_ids, *chat.end_ids}
+        self._at_start = 0.0
+
+    def prepare(self, infer: Inference) -> None:
+        """Measure the start."""
+        self._at_start = self._rate(infer)
+
+    def metrics(self, infer: Inference) -> dict[str, float]:
+        """`malformed_turns`, a share, and the same at the start."""
+        return {MALFORMED: self._rate(infer), MALFORMED_AT_START: self._at_start}
+
+    def _rate(self, infer: Inference) -> float:
+        turns = infer(partial(_sample_turns, attention=self._attention), self._tensors).tolist()
+        bad = sum(map(self._is_malformed, turns))
+        counts = torch.tensor([bad, len(turns)], dtype=torch.float64, device=training_device())
+        counts *= float(self._counted)
+        dist.all_reduce(counts)
+        return float(counts[0] / counts[1])
+
+    def _is_malformed(self, sampled: list[int]) -> bool:
+        ids = [token for token in sampled if token >= 0]
+        if ids[-1] not in self._chat.end_ids or any(token in self._special for token in ids[:-1]):
+            return True
+        return self._check is not None and self._check(self._chat.decode(ids))
+
+
+def mixture_weights(heads: int) -> Tensor:
+    """Weights [mixtures, heads] of `mixture_names`."""
+    alone = torch.eye(heads)
+    if heads == 1:
+        return alone
+    even = torch.full((1, heads), 1 / heads)
+    return torch.cat([alone, even, (alone + even) / 2])
+
+
+def _sample_turns(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    weights: Tensor,
+    draws: Tensor,
+    ends: Tensor,
+    attention: str,
+) -> Tensor:
+    """Tokens [B, T] at temperature 1 behind the left-padded prompts [B, P], -1 behind a row's end.
+
+    weights [B, heads]; draws [B, T] in [0, 1): a row's next token is where the cumulated probabilities pass
+    its draw. Stops when every row of every worker has ended.
+    """
+    policy = cast(MultiHeadCausalLM, model)
+    heads = [cast(Head, head) for head in policy.heads.values()]
+    before = policy.plain_backbone.config._attn_implementation
+    policy.set_attn_implementation(attention)
+    cache, tokens = None, []
+    running = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    for draw in draws.unbind(1):
+        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        output = policy.backbone(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache, states = output.past_key_values, output.last_hidden_state[:, -1]
+        mixed = sum(
+            w[:, None] * head(states, transformed=False) for w, head in zip(weights.T, heads, strict=True)
+        )
+        cumulated = policy.transform(mixed).softmax(-1).cumsum(-1)
+        token = (cumulated <= draw[:, None]).sum(-1).clamp(max=cumulated.shape[1] - 1)
+        tokens.append(token.where(running, -1))
+        running = running & ~torch.isin(token, ends)
+        still = running.any().int()
+        dist.all_reduce(still, op=dist.ReduceOp.MAX)
+        if not still.item():
+            break
+        input_ids = token[:, None]
+        attention_mask = torch.cat([attention_mask, torch.ones_like(input_ids)], dim=1)
+    policy.set_attn_implementation(before)
+    return torch.stack(tokens, dim=1)
 
 
 class GradientConflict:

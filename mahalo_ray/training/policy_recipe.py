@@ -11,6 +11,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Mapping
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import PreferencePair
 from mahalo_ray.data.templating import ChatFormat
+from mahalo_ray.domains.tutoring.moves import is_malformed
 from mahalo_ray.losses import dpo_loss, sft_loss
 from mahalo_ray.models import MultiHeadCausalLM
 from mahalo_ray.models.folder import keeps_backbone, model_folder
@@ -41,7 +43,7 @@ from mahalo_ray.training.pairs import (
     split_key,
 )
 from mahalo_ray.training.policy_methods import modpo_margins, plan_method
-from mahalo_ray.training.policy_metrics import GradientConflict, HeldOutKl, PolicyProbe
+from mahalo_ray.training.policy_metrics import GradientConflict, HeldOutKl, PolicyProbe, SampledTurns
 from mahalo_ray.training.recipe import PAD_ID, Inference, LossOutput, PreparationProgress, Probe, Tensors
 from mahalo_ray.training.reference_logps import (
     BaseHeadLogps,
@@ -179,7 +181,22 @@ class PolicyRecipe:
             tensors = [self.collate(part, loss_denominators, counted) for part, counted in parts]
             conflict = GradientConflict(self._objectives, tensors, self._objective_losses)
         pairs = partial(self._held_out_metrics, rows=rows)
-        return PolicyProbe(settings.metrics_every_steps, kl, conflict, pairs, settings.max_kl)
+        turns = self._sampled_turns() if settings.sampled_turns else None
+        return PolicyProbe(settings.metrics_every_steps, kl, conflict, pairs, turns, settings.max_kl)
+
+    def _sampled_turns(self) -> SampledTurns:
+        """Turns on held-out prompts, as many on each, no longer than any held-out answer."""
+        shuffled = np.random.default_rng(self._seed + 1).permutation(self._held_out)
+        prompts = {tuple(self._pairs.prompts[row]): None for row in shuffled}
+        return SampledTurns(
+            [list(prompt) for prompt in islice(cycle(prompts), self._policy.sampled_turns)],
+            self._plan.heads,
+            int(self._pairs.completion_tokens()[self._held_out].max()),
+            ChatFormat(self._tokenizer),
+            is_malformed if self._settings.sentences_are_moves else None,
+            self._model.attn_implementation,
+            self._seed,
+        )
 
     def _objective_losses(self, model: nn.Module, tensors: Tensors) -> Tensor:
         """Every objective's part of the loss, [H]."""

@@ -72,11 +72,12 @@ class ProgressFile(UserCallback):
 
 
 class ProgressReader:
-    """Driver side: hands complete new lines to the progress function, failures to the log."""
+    """Driver side: hands complete new lines to the progress function, failures and the first alarm to the
+    log."""
 
-    def __init__(self, path: Path, stage: str, progress: ProgressFunction | None) -> None:
-        self._path, self._stage, self._progress = path, stage, progress
-        self._read = 0
+    def __init__(self, path: Path, settings: StageSettings, progress: ProgressFunction | None) -> None:
+        self._path, self._settings, self._progress = path, settings, progress
+        self._read, self._alarmed = 0, False
 
     def poll(self) -> None:
         """Read what is new."""
@@ -94,10 +95,17 @@ class ProgressReader:
     def _tell(self, news: dict[str, Any]) -> None:
         if "failures" in news:
             what = "; ".join(f"worker {rank}: {text}" for rank, text in news["failures"].items())
-            logger.warning("%s: training failed (%s); it goes on from the last checkpoint", self._stage, what)
-        elif self._progress is not None:
-            report = news["report"]
-            self._progress(report["done"], report["of"], report["unit"], report.get("metrics", {}))
+            name = self._settings.name
+            logger.warning("%s: training failed (%s); it goes on from the last checkpoint", name, what)
+            return
+        report = news["report"]
+        metrics = report.get("metrics", {})
+        alarm = None if self._alarmed else self._settings.alarm(metrics)
+        if alarm is not None:
+            self._alarmed = True
+            logger.warning("%s: %s", self._settings.name, alarm)
+        if self._progress is not None:
+            self._progress(report["done"], report["of"], report["unit"], metrics)
 
 
 def _first_line(error: Exception) -> str:
@@ -185,7 +193,7 @@ def run_stage(
     with tempfile.TemporaryDirectory(prefix="mahalo-progress-") as folder:
         news = Path(folder) / "news.jsonl"
         trainer = make_trainer(settings, cluster, storage.absolute(run_dir), name, news)
-        result = fit(trainer, ProgressReader(news, settings.name, progress))
+        result = fit(trainer, ProgressReader(news, settings, progress))
     storage.remove(storage.join(run_dir, name))
     trained = TrainingResult(**result.return_value)
     for note in settings.notes(trained.metrics):

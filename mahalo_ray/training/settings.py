@@ -23,6 +23,10 @@ from mahalo_ray.config import (
 from mahalo_ray.config.section import Section
 from mahalo_ray.data import storage
 
+# Beyond these a policy of the miniature was falling apart (docs/training.md): nats per token, and how much
+# higher a share of malformed turns is than at the start.
+ALARMING_KL, ALARMING_TURNS = 0.5, 0.1
+
 # (done, in all, of what: "steps", or what comes before the first; metrics of the last report)
 ProgressFunction = Callable[[int, int, str, dict[str, float]], None]
 
@@ -52,6 +56,10 @@ class StageSettings(ABC):
     def notes(self, metrics: Mapping[str, float]) -> list[str]:
         """What a user should hear about a finished stage."""
         return []
+
+    def alarm(self, metrics: Mapping[str, float]) -> str | None:
+        """What a user should hear about an unfinished stage, from the metrics of one report."""
+        return None
 
     def absolute(self) -> Self:
         """The same with absolute local paths: workers run in other folders."""
@@ -143,13 +151,15 @@ class PolicySettings(StageSettings):
     MultiHeadCausalLM folder results.
 
     `model_url` is both start and reference; its log-probs are stored in `pairs_url`/reference.
-    `held_out_fraction` of the prompts is kept for the final metrics.
+    `held_out_fraction` of the prompts is kept for the final metrics. `sentences_are_moves`: answers are turns
+    of the tutoring miniature, in which every sentence is one of a few moves.
     """
 
     pairs_url: str
     objectives: Sequence[str]
     policy: PolicyConfig
     held_out_fraction: float = 0.0
+    sentences_are_moves: bool = False
     name: ClassVar[str] = "policy"
 
     @property
@@ -168,6 +178,23 @@ class PolicySettings(StageSettings):
                 "within the budget: lower both learning rates (halve them), or raise 'policy.beta'"
             )
         return notes
+
+    def alarm(self, metrics: Mapping[str, float]) -> str | None:
+        found = []
+        kl = {name: value for name, value in metrics.items() if name.endswith("/kl")}
+        if kl and max(kl.values()) > ALARMING_KL:
+            worst = max(kl, key=lambda name: kl[name])
+            found.append(f"the KL to the reference is {kl[worst]:.2f} nats per token ('{worst}')")
+        rate, at_start = (metrics.get(f"malformed_turns{part}", 0.0) for part in ("", "_at_start"))
+        if rate > at_start + ALARMING_TURNS:
+            found.append(f"{rate:.0%} of sampled turns are malformed ({at_start:.0%} at the start)")
+        if not found:
+            return None
+        return (
+            f"step {metrics['step']:.0f}: {', and '.join(found)}: the policy drifts apart, however good its "
+            "loss looks. Lower both learning rates (to a third), raise 'policy.beta', or let 'policy.max_kl' "
+            "end the training in time; docs/training.md says how to choose"
+        )
 
     def inputs(self) -> list[str]:
         return [self.pairs_url, self.model_url]

@@ -38,11 +38,15 @@ logger = logging.getLogger(__name__)
 class LocalSession:
     """`loop.TrainingSession` of a process by itself: it passes progress on and keeps no checkpoints."""
 
-    def __init__(self, progress: ProgressFunction | None) -> None:
-        self._progress = progress
+    def __init__(self, progress: ProgressFunction | None, settings: PolicySettings) -> None:
+        self._progress, self._settings, self._alarmed = progress, settings, False
 
     def report(self, news: dict[str, Any], checkpoint: Path | None = None) -> None:
-        """Call the progress function."""
+        """Call the progress function; log the first alarm."""
+        alarm = None if self._alarmed else self._settings.alarm(news.get("metrics", {}))
+        if alarm is not None:
+            self._alarmed = True
+            logger.warning(alarm)
         if self._progress is not None:
             self._progress(news["done"], news["of"], news["unit"], news.get("metrics", {}))
 
@@ -152,7 +156,7 @@ class PolicyTrainer:
         """Train; returns the final metrics. `progress(done, of, unit, metrics)` is called at every report."""
         make_recipe = partial(PolicyRecipe, self._settings, self._start, self._tokenizer)
         with one_process(), torch.random.fork_rng():
-            result = train(make_recipe, self._settings, LocalSession(progress))
+            result = train(make_recipe, self._settings, LocalSession(progress, self._settings))
         self.history = result["history"]
         # Read back what was stored: under ZeRO-3 the trained module holds shards.
         self.model = MultiHeadCausalLM.from_pretrained(self._folder / "model")
