@@ -65,7 +65,8 @@ class Memory:
 
 @dataclass(frozen=True)
 class Plan:
-    """`checkpoint`: bytes of one checkpoint to resume from; `model`: of the finished model's folder."""
+    """`checkpoint`: bytes of one checkpoint to resume from; `model`: of the finished model's folder;
+    `kept_weights`: of the trained weights that the first worker's host keeps for a KL budget."""
 
     counts: ParameterCount
     dtype: str
@@ -73,6 +74,7 @@ class Plan:
     memory: list[Memory]
     checkpoint: int
     model: int
+    kept_weights: int
 
 
 def make_plan(model: ModelConfig, policy: PolicyConfig, objectives: int, gpus: int) -> Plan:
@@ -90,13 +92,15 @@ def make_plan(model: ModelConfig, policy: PolicyConfig, objectives: int, gpus: i
     chunk = policy.training.logit_chunk_size
     workspace = log_prob_workspace(chunk, built.vocab_size, dtype)
     saved = counts.total - (counts.backbone if policy.lora is not None else 0)
+    kept_weights = 0 if policy.max_kl is None else counts.trained * dtype.itemsize
     return Plan(
         counts,
         model.dtype,
         gpus,
         [memory_of(counts, way, dtype, gpus, workspace) for way in ways],
-        counts.total * dtype.itemsize + counts.trained * _FP32 * (1 + _MOMENTS),
+        counts.total * dtype.itemsize + counts.trained * _FP32 * (1 + _MOMENTS) + kept_weights,
         saved * dtype.itemsize,
+        kept_weights,
     )
 
 
@@ -243,6 +247,10 @@ def print_plan(console: Console, plan: Plan, gpu_memory_gb: float) -> None:
         f"Checkpoint to resume from: {size(plan.checkpoint)}; finished model: {size(plan.model)}. "
         "Activations come on top: they have the column 'left'."
     )
+    if plan.kept_weights:
+        wide.print(
+            f"The first worker's host keeps {size(plan.kept_weights)} of weights besides ('policy.max_kl')."
+        )
 
 
 def _memory_table(plan: Plan, gpu_memory_gb: float) -> Table:

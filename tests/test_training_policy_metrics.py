@@ -52,7 +52,8 @@ def textbook_kl(model: Any, base: str, recipe: PolicyRecipe) -> dict[str, float]
     rows = np.random.default_rng(5).permutation(recipe._held_out)[:7]
     mixtures = {"accuracy": (1.0, 0.0), "engagement": (0.0, 1.0), "even": (0.5, 0.5)}
     mixtures |= {"mostly_accuracy": (0.75, 0.25), "mostly_engagement": (0.25, 0.75)}
-    totals, tokens = dict.fromkeys(mixtures, 0.0), 0
+    totals = {name: [0.0, 0.0] for name in mixtures}  # at the answers chosen for each objective
+    tokens = [0, 0]
     for row in rows:
         prompt, chosen = recipe._pairs.prompts[row], recipe._pairs.chosen[row]
         ids, start = torch.tensor([prompt + chosen]), len(prompt) - 1
@@ -61,9 +62,17 @@ def textbook_kl(model: Any, base: str, recipe: PolicyRecipe) -> dict[str, float]
         for name, weights in mixtures.items():
             logits = [w * model.heads[o](hidden) for o, w in zip(world.OBJECTIVES, weights, strict=True)]
             p = sum(logits, torch.zeros(())).log_softmax(-1)
-            totals[name] += float((p.exp() * (p - q)).sum())
-        tokens += len(chosen)
-    return {f"{name}/kl": total / tokens for name, total in totals.items()}
+            totals[name][recipe._pairs.objective[row]] += float((p.exp() * (p - q)).sum())
+        tokens[recipe._pairs.objective[row]] += len(chosen)
+    assert min(tokens) > 0
+    means = {
+        name: [total / count for total, count in zip(sums, tokens, strict=True)]
+        for name, sums in totals.items()
+    }
+    return {
+        f"{name}/kl": sum(w * mean for w, mean in zip(weights, means[name], strict=True))
+        for name, weights in mixtures.items()
+    }
 
 
 @pytest.mark.parametrize("kind", ["full", "low_rank", "lora"])

@@ -89,10 +89,15 @@ class PolicyProbe:
 
 
 class HeldOutKl:
-    """KL to the reference of every mixture of `mixture_names`, on the same rows for all.
+    """KL to the reference of every mixture of `mixture_names`, at the tokens of held-out chosen answers.
 
     Heads that stay near the reference alone may be far from it when they are mixed: each has moved in its own
-    direction, and the shared backbone with both. The backbone starts as the reference's, so its states
+    direction, and the shared backbone with both. A mixture is measured where it is likely to come: the KL at
+    the answers chosen for each objective, weighted as the mixture weighs the objective. (A head at answers
+    that were chosen for another objective, which it was taught to avoid, says nothing about what it will
+    write.) A single head is measured at all answers alike.
+
+    The backbone starts as the reference's, so its states
     [tokens, D] at the start are kept and only the frozen base head is needed to have the reference's
     distribution later. Logits exist for `chunk_size` tokens at a time, of one head, the even mixture and the
     reference.
@@ -107,9 +112,16 @@ class HeldOutKl:
                 "'pairs.held_out_fraction' (higher), or 'policy.metrics_every_steps' to 0"
             )
         self.mixtures, self._chunk_size = mixture_names(heads), chunk_size
+        # [mixtures, objectives]: how much the answers of an objective count for a mixture.
+        objectives = inputs.pairs.objective
+        self._shares = mixture_weights(len(heads)) if len(heads) > 1 else torch.ones(1, 1)
+        groups = objectives if len(heads) > 1 else np.zeros_like(objectives)
         parts = shard(rows, inputs.row_groups, micro_rows, dist.get_rank(), dist.get_world_size())
         self._counted = [counted for _, counted in parts]
         self._parts = [inputs.chosen_tensors(part) for part, _ in parts]
+        lengths = inputs.pairs.chosen.lengths
+        # The objective of every counted token, in the order in which the states come.
+        self._groups = [torch.from_numpy(np.repeat(groups[part], lengths[part])) for part, _ in parts]
         tokens = [int((part["labels"] != IGNORE_INDEX).sum()) for part in self._parts]
         # Under ZeRO-3 a call of a head is a collective operation: every worker makes as many calls.
         chunks = torch.tensor([-(-count // chunk_size) for count in tokens], device=training_device())
@@ -123,15 +135,20 @@ class HeldOutKl:
 
     def metrics(self, infer: Inference) -> dict[str, float]:
         """`{mixture}/kl` of every mixture, exact over the vocabulary, in nats per token."""
-        sums = torch.zeros(len(self.mixtures) + 1, dtype=torch.float64, device=training_device())
-        for part, reference, chunks, counted in zip(
-            self._parts, self._reference, self._chunks, self._counted, strict=True
+        shape = (len(self.mixtures) + 1, self._shares.shape[1])
+        sums = torch.zeros(shape, dtype=torch.float64, device=training_device())
+        for part, reference, groups, chunks, counted in zip(
+            self._parts, self._reference, self._groups, self._chunks, self._counted, strict=True
         ):
             function = partial(_kl_sums, chunks=chunks, chunk_size=self._chunk_size)
-            sums += infer(function, {**part, "reference": reference}) * float(counted)
+            tensors = {**part, "reference": reference, "groups": groups}
+            sums += infer(function, tensors) * float(counted)
         dist.all_reduce(sums)
-        *totals, tokens = sums.tolist()
-        return {name + KL: total / tokens for name, total in zip(self.mixtures, totals, strict=True)}
+        totals, tokens = sums[:-1].cpu(), sums[-1].cpu()
+        # An objective without a measured answer takes no share.
+        shares = self._shares.double() * (tokens > 0)
+        kl = (shares * totals / tokens.clamp(min=1)).sum(1) / shares.sum(1)
+        return {name + KL: value for name, value in zip(self.mixtures, kl.tolist(), strict=True)}
 
 
 def _answer_states(model: nn.Module, **tensors: Tensor) -> Tensor:
@@ -144,34 +161,37 @@ def _answer_states(model: nn.Module, **tensors: Tensor) -> Tensor:
     return hidden[labels != IGNORE_INDEX]
 
 
-def _kl_sums(model: nn.Module, reference: Tensor, chunks: int, chunk_size: int, **inputs: Tensor) -> Tensor:
-    """Sums over tokens of the KL of every mixture, in the order of `mixture_names`, and the tokens."""
+def _kl_sums(
+    model: nn.Module, reference: Tensor, groups: Tensor, chunks: int, chunk_size: int, **inputs: Tensor
+) -> Tensor:
+    """Sums [mixtures + 1, groups] over the tokens of each group of the KL of every mixture, in the order of
+    `mixture_names`, and the tokens. groups [tokens]: the number of every token's group."""
     policy = cast(MultiHeadCausalLM, model)
     base_head, heads = policy.base_head, [cast(Head, head) for head in policy.heads.values()]
     assert base_head is not None, "the recipe keeps the base head for these metrics"
     states = _answer_states(model, **inputs)
     mixtures = len(mixture_names(policy.objectives))
-    sums = torch.zeros(mixtures + 1, dtype=torch.float64, device=states.device)
+    sums = torch.zeros(mixtures + 1, len(heads), dtype=torch.float64, device=states.device)
     for number in range(chunks):
         chunk = slice(number * chunk_size, (number + 1) * chunk_size)
-        frozen = base_head(reference[chunk]).float().log_softmax(-1)
+        frozen, of_group = base_head(reference[chunk]).float().log_softmax(-1), groups[chunk]
 
-        def kl(logits: Tensor, frozen: Tensor = frozen) -> Tensor:
+        def add(row: int, logits: Tensor, frozen: Tensor = frozen, of_group: Tensor = of_group) -> None:
             logps = policy.transform(logits).float().log_softmax(-1)
-            return (logps.exp() * (logps - frozen)).sum()
+            sums[row].index_add_(0, of_group, (logps.exp() * (logps - frozen)).sum(-1).double())
 
         # Heads are mixed before scale and soft cap, as decoding does. Each is called twice, so that the
         # logits of two exist at a time and not of all: under ZeRO-3 its shards are gathered twice.
         even = torch.zeros_like(frozen)
         for index, head in enumerate(heads):
             projected = head(states[chunk], transformed=False)
-            sums[index] += kl(projected)
+            add(index, projected)
             even += projected.float() / len(heads)
         if len(heads) > 1:
-            sums[len(heads)] += kl(even)
+            add(len(heads), even)
             for index, head in enumerate(heads, start=len(heads) + 1):
-                sums[index] += kl((head(states[chunk], transformed=False).float() + even) / 2)
-    sums[-1] = len(states)
+                add(index, (head(states[chunk], transformed=False).float() + even) / 2)
+    sums[-1].index_add_(0, groups, torch.ones_like(groups, dtype=torch.float64))
     return sums
 
 
