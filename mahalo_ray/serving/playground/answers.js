@@ -159,7 +159,7 @@ export function showText(answer) {
 function answerCard(context, turn, answer, index, view) {
   const {actions} = context;
   const {letter, report} = answer;
-  const blind = turn.mode === "prefer" && !turn.preferred;
+  const blind = turn.mode === "prefer" && turn.preferred === null;
   const several = turn.answers.length > 1;
   const name = blind ? ["First answer", "Second answer"][index] : several ? "Answer " + letter : "Answer";
   const text = answerText(answer, view.marked?.[index]);
@@ -220,7 +220,7 @@ function failure(answer, index, actions) {
 function choiceOf(context, turn, answer, index, view, name) {
   const {actions} = context;
   const usable = answer.text.trim() && answer.state !== "failed";
-  if (turn.mode === "prefer" && !turn.preferred) {
+  if (turn.mode === "prefer" && turn.preferred === null) {
     return html("p", {class: "choice"}, usable && html("button", {
       type: "button", "data-key": answer.id + "prefer", onclick: () => actions.prefer(turn, index),
     }, `I prefer the ${["first", "second"][index]}`));
@@ -243,7 +243,7 @@ const sentence = (higher) => listed(Object.entries(higher).map(([name, letter]) 
 /** What the answers' words and scores come to, side by side. */
 function comparison(context, turn, found) {
   const done = turn.answers.filter(({state}) => state === "done");
-  if (done.length < 2 || (turn.mode === "prefer" && !turn.preferred)) return null;
+  if (done.length < 2 || (turn.mode === "prefer" && turn.preferred === null)) return null;
   const parts = [];
   if (new Set(done.map(({text}) => text.trim())).size === 1) {
     parts.push("All balances lead to the same words here. Try balances further apart, or another seed.");
@@ -298,7 +298,7 @@ function preference(context, turn, isLast) {
   if (turn.mode !== "prefer" || !isLast) return null;
   const {actions} = context;
   if (turn.answers.some(({state}) => state === "failed" || state === "stopped")) return null;
-  if (turn.preferred) return html("div", {class: "preference"}, context.learned(turn));
+  if (turn.preferred !== null) return html("div", {class: "preference"}, context.learned(turn));
   return html("p", {class: "preference"}, html("button", {
     type: "button", class: "plain", "data-key": turn.id + "neither", onclick: () => actions.prefer(turn, null),
   }, "No difference to me"));
@@ -316,7 +316,7 @@ export function showConversation(box, context, turns, isRunning) {
 
 /** What a screen reader hears when the answers are complete. */
 export function spoken(names, turn) {
-  const blind = turn.mode === "prefer" && !turn.preferred;
+  const blind = turn.mode === "prefer" && turn.preferred === null;
   return turn.answers.map((answer, n) => {
     const who = blind ? ["First", "Second"][n] + " answer" : turn.answers.length > 1
       ? `Answer ${answer.letter}, ${described(names, answer.shares)}` : "Answer";

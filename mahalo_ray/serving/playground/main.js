@@ -137,7 +137,7 @@ async function fillIn(answer, signal) {
 /** A turn's answers are complete, stopped or failed. */
 function settle(turn) {
   const usable = (answer) => answer && answer.state !== "failed" && answer.text.trim();
-  if (turn.mode !== "prefer" || turn.preferred) {
+  if (turn.mode !== "prefer" || turn.preferred !== null) {
     const wanted = turn.answers[state.settings.follow];
     const first = turn.answers.findIndex(usable);
     turn.chosen = usable(wanted) ? state.settings.follow : first < 0 ? null : first;
