@@ -166,7 +166,7 @@ def test_one_question_is_answered_at_two_balances_and_one_of_the_answers_goes_on
     assert len(answers) == 2
     assert answers[0] != answers[1]
     expect(page.locator(".answer").nth(0)).to_contain_text("In the conversation")
-    page.get_by_role("button", name="Go on with Answer B instead").click()
+    page.get_by_role("button", name="Take this one instead: Answer B").click()
     expect(page.locator(".answer.taken")).to_contain_text(answers[1].strip())
     focused = page.evaluate("document.activeElement.textContent")
     assert "In the conversation" in focused

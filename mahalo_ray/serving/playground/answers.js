@@ -2,7 +2,7 @@
 
 import {count, decimals, html, listed, refill} from "./dom.js";
 import {differences} from "./differences.js";
-import {described} from "./shares.js";
+import {described, percentages} from "./shares.js";
 
 const FEW_WORDS_SHARED = 0.2; // below it nearly every word would be marked, which shows nothing
 
@@ -55,10 +55,14 @@ export function meanScores(report) {
 
 // -- why a candidate was chosen
 
-/** Two totals with just as many digits as tell them apart. */
-function toldApart(a, b) {
-  const digits = [2, 3, 4, 6, 9].find((number) => a.toFixed(number) !== b.toFixed(number)) ?? 9;
-  return [decimals(a, digits), decimals(b, digits)];
+const EQUAL = 1e-9; // totals closer than this differ by rounding alone
+
+/** The digits that tell the totals of candidates apart, two at least. */
+function digitsOf(candidates) {
+  const totals = candidates.map(({total}) => total).filter((total) => total !== null).sort((a, b) => a - b);
+  const gaps = totals.slice(1).map((total, n) => total - totals[n]).filter((gap) => gap > EQUAL);
+  const told = (digits) => totals.every((total, n) => !n || total - totals[n - 1] <= EQUAL || total.toFixed(digits) !== totals[n - 1].toFixed(digits));
+  return gaps.length ? [2, 3, 4, 6].find(told) ?? 9 : 2;
 }
 
 const numbered = (indices) => "candidate" + (indices.length > 1 ? "s " : " ") + listed(indices.map((n) => String(n + 1)));
@@ -79,7 +83,7 @@ export function whyChosen(step, strategy, guidance) {
   const higher = candidates.filter(({total, text}) => total > taken.total && !text.trim());
   const passedOver = higher.length
     ? " A candidate with a higher total says nothing at all, and such a one is only taken when all are silent." : "";
-  const equal = spoken.filter(({total}) => Math.abs(total - taken.total) < 1e-9);
+  const equal = spoken.filter(({total}) => Math.abs(total - taken.total) < EQUAL);
   const same = equal.filter(({text}) => text === taken.text).map(({n}) => n);
   const others = equal.filter(({text}) => text !== taken.text).map(({n}) => n);
   const lower = spoken.filter((candidate) => !equal.includes(candidate)).sort((a, b) => b.total - a.total)[0];
@@ -89,8 +93,9 @@ export function whyChosen(step, strategy, guidance) {
   }
   if (same.length) reasons.push(`${capital(numbered(same))} ${same.length > 1 ? "are" : "is"} the same text, sampled again.`);
   if (lower && !others.length) {
-    const [mine, next] = toldApart(taken.total, lower.total);
-    reasons.push(`It has the highest total, ${mine}; next comes candidate ${lower.n + 1} with ${next}.`);
+    const digits = digitsOf(candidates);
+    reasons.push(`It has the highest total, ${decimals(taken.total, digits)}; next comes candidate ${lower.n + 1} with ` +
+      `${decimals(lower.total, digits)}.`);
   }
   return reasons.join(" ") + passedOver + ranks;
 }
@@ -110,9 +115,10 @@ function standing(candidates, chosen, guidance) {
 
 function stepBlock(context, answer, step, number, total) {
   const {strategy, guidance} = answer.report;
+  const digits = digitsOf(step.candidates);
   const items = step.candidates.map((candidate, n) => html("li", {class: "candidate" + (n === step.chosen ? " chosen" : "")},
     html("p", {class: "mark"}, `Candidate ${n + 1}`, n === step.chosen && " \u2013 chosen",
-      candidate.total !== null && ` \u00b7 total ${decimals(candidate.total, 2)}`),
+      candidate.total !== null && ` \u00b7 total ${decimals(candidate.total, digits)}`),
     html("p", {class: "text"}, candidate.text.trim() ? candidate.text : "(says nothing)"),
     candidate.scores && scoreList(context, candidate.scores)));
   return [
@@ -137,7 +143,8 @@ function balanceBar(names, shares) {
     part.style.width = 100 * shares[n] + "%";
     return part;
   }));
-  return [strip, html("span", {class: "balance-text"}, described(names, shares))];
+  const parts = percentages(shares).map((percent, n) => html("span", {}, `${names[n]} ${percent}\u00a0%`));
+  return [strip, html("span", {class: "balance-text"}, parts.flatMap((part, n) => (n ? [" ", part] : [part])))];
 }
 
 function answerText(answer, marked) {
@@ -231,14 +238,12 @@ function choiceOf(context, turn, answer, index, view, name) {
   }
   if (!usable || !view.isLast) return "";
   return html("p", {class: "choice"}, html("button", {
-    type: "button", class: "plain", "data-key": answer.id + "take", "aria-label": `Go on with ${name} instead`,
+    type: "button", class: "plain", "data-key": answer.id + "take", "aria-label": `Take this one instead: ${name}`,
     onclick: () => actions.take(turn, index),
-  }, "Go on with this one instead"));
+  }, "Take this one instead"));
 }
 
 // -- a turn
-
-const sentence = (higher) => listed(Object.entries(higher).map(([name, letter]) => `${letter} on ${name}`));
 
 /** What the answers' words and scores come to, side by side. */
 function comparison(context, turn, found) {
@@ -254,15 +259,17 @@ function comparison(context, turn, found) {
   }
   const scores = done.map(({report}) => meanScores(report));
   if (scores.every(Boolean)) {
-    const leads = {};
+    const better = done.length > 2 ? "best" : "better";
+    const leads = [];
     for (const name of Object.keys(scores[0])) {
       const values = scores.map((each) => each[name]);
       const top = Math.max(...values), low = Math.min(...values);
-      if (top.toFixed(3) !== low.toFixed(3)) {
-        leads[`${name} (${decimals(top)}, the lowest is ${decimals(low)})`] = done[values.indexOf(top)].letter;
-      }
+      if (decimals(top, 2) === decimals(low, 2)) continue;
+      const against = done.length > 2 ? "down to" : "against";
+      leads.push(`${done[values.indexOf(top)].letter} ${leads.length ? "" : `does ${better} `}on ${name} ` +
+        `(${decimals(top, 2)} ${against} ${decimals(low, 2)})`);
     }
-    if (Object.keys(leads).length) parts.push(` The reward model rates ${sentence(leads)} highest.`);
+    if (leads.length) parts.push(` By the reward model, ${listed(leads)}.`);
   }
   return parts.length ? html("p", {class: "comparison"}, parts) : null;
 }

@@ -27,9 +27,9 @@ const SHAPES = {
 /** How a point is drawn, and in which words its kind is told. */
 function family(point) {
   if (point.weights === null && !point.guidance) return {shape: "square", words: "the model before alignment"};
-  if (point.weights === null) return {shape: "square", words: "the model before alignment, picking among candidates"};
-  if (point.guidance) return {shape: "diamond", words: `picked among ${point.num_candidates} candidates`};
-  return {shape: "circle", words: "no picking among candidates"};
+  if (point.weights === null) return {shape: "square", words: "the model before alignment, the best of several candidates"};
+  if (point.guidance) return {shape: "diamond", words: `the best of ${point.num_candidates} candidates`};
+  return {shape: "circle", words: "taken as sampled"};
 }
 
 /** The picture. `onPick(shares, point)`; balances(): [{letter, shares, selected}]. */
@@ -165,7 +165,7 @@ export class FrontPicture {
 
   legend() {
     const shapes = [...new Set(this.points.map((point) => family(point).shape))];
-    const words = {circle: "no picking", diamond: "picked among candidates", square: "before alignment"};
+    const words = {circle: "taken as sampled", diamond: "best of candidates", square: "before alignment"};
     return html("p", {class: "legend", "aria-hidden": "true"}, shapes.map((shape) => html("span", {},
       svg("svg", {viewBox: "-9 -9 18 18", width: 14, height: 14}, svg("g", {class: "point best " + shape}, SHAPES[shape]())), words[shape])));
   }
@@ -209,8 +209,9 @@ export function portfolioNote(names, letter, choice, member, onUse) {
   const whose = letter ? `For balance ${letter}` : "For your balance";
   const certified = choice.loss_bound === null
     ? "Nothing is certified here: your balance lies outside those that were tried."
-    : `Certified: whatever other balance you chose, you would gain at most ${decimals(Math.max(0, choice.loss_bound))} ` +
-      `over it, by your own weighting of what was measured (its worth: ${decimals(choice.worth)}).`;
+    : choice.loss_bound < 0.0005 ? "Certified: weighted your way, no balance at all is worth more."
+      : `Certified: weighted your way, no balance is worth more than ${decimals(choice.loss_bound)} on top of its ` +
+        `${decimals(choice.worth)}.`;
   return [
     html("p", {}, `${whose} the portfolio has ${described(names, member)}. ${certified}`),
     html("button", {type: "button", class: "plain small", "data-key": "use-member", onclick: onUse}, "Use this member"),

@@ -6,15 +6,15 @@ import {BalanceControl} from "./balance.js";
 import {offerCopies, prepareCopies} from "./copies.js";
 import {$, html, refill} from "./dom.js";
 import {FrontPicture, portfolioNote} from "./front.js";
-import {choiceOf, learnedNote, nextPair, usualSpreads} from "./preference.js";
+import {belief, choiceOf, learnedNote, nextPair, usualSpreads} from "./preference.js";
 import * as set from "./settings.js";
 import {described, distance, fromWeights, presets} from "./shares.js";
 
 const MODE_NAMES = {compare: "Compare", one: "One answer", prefer: "Which do you prefer?"};
 const MODE_HINTS = {
-  compare: "Every balance answers the same question. Move one and ask.",
-  one: "Move the balance and ask.",
-  prefer: "You get two answers and say which you prefer; the balance is learned from that.",
+  compare: "Each balance answers the same question.",
+  one: "The model answers at your balance.",
+  prefer: "You get two answers and say which you prefer. From that the page learns your balance.",
 };
 const PAIRS_TRIED = 3; // when both answers of a pair say the same
 const LIVE_DELAY_MS = 250;
@@ -62,7 +62,6 @@ function hindrance() {
   if (model.scored.length && settings.strategy !== "none") {
     wrong.push(["candidates", set.candidatesProblem(settings.candidates, model.limits.max_candidates)]);
   }
-  if (settings.strength !== null) wrong.push(["strength", set.strengthProblem(settings.strength)]);
   const first = wrong.find(([, problem]) => problem);
   if (!first) return null;
   $("more").open = $("advanced").open = true;
@@ -77,9 +76,17 @@ async function ask(question) {
   turn.seed = set.drawSeed(settings.seed);
   state.turns.push(turn);
   draw();
-  const article = $("chat").lastElementChild;
-  article.scrollIntoView({block: "start", behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth"});
+  showLastTurn();
   await run(turn, turn.answers);
+}
+
+/** Scroll to the last question, unless the reader is already past it. */
+function showLastTurn() {
+  const article = $("chat").lastElementChild;
+  const top = parseFloat(getComputedStyle(document.documentElement).scrollPaddingTop) || 0;
+  if (article.getBoundingClientRect().top <= top + 1) return;
+  const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
+  article.scrollIntoView({block: "start", behavior: still ? "auto" : "smooth"});
 }
 
 /** Answer the last question anew at the balances of now; its old answers stay until there are new ones. */
@@ -144,6 +151,7 @@ function settle(turn) {
   }
   const failed = turn.answers.filter((answer) => answer.state === "failed");
   draw();
+  showLastTurn();
   remember();
   const again = failed.length ? failed[0].error : "";
   if (failed.length) say(again, true);
@@ -171,12 +179,15 @@ const actions = {
     turn.preferred = index === null ? "none" : index;
     turn.chosen = index ?? 0;
     draw();
+    picture?.update();
+    showPortfolio();
     remember();
     const note = $("chat").querySelector("[data-turn=" + turn.id + "] .preference");
     const next = note.querySelector("button");
     next.focus({preventScroll: true});
     note.scrollIntoView({block: "nearest"});
-    say(note.querySelector("p").textContent);
+    say("");
+    $("spoken").textContent = note.querySelector("p").textContent;
   },
   another: () => askAgain(),
   adopt(shares) {
@@ -187,6 +198,8 @@ const actions = {
   forget() {
     state.choices = [];
     draw();
+    picture?.update();
+    showPortfolio();
     remember();
     $("message").focus();
     say("Your choices are forgotten: all balances are equally likely again.");
@@ -204,6 +217,7 @@ const actions = {
     draw();
     remember();
     $("message").value = state.draft = question;
+    fitMessage();
     $("message").focus();
     say(withQuestion ? "A new conversation: your question is in the box." : "A new conversation.");
   },
@@ -231,13 +245,12 @@ function draw() {
   const begun = state.turns.length > 0;
   $("start").hidden = begun;
   $("after").hidden = !begun;
-  $("live-part").hidden = state.settings.mode === "prefer";
   $("stop").hidden = !state.running;
   $("send").hidden = Boolean(state.running);
   // What was pressed may be gone now: the focus goes to what one would press or write next.
   const next = state.running ? "stop" : inForm ? "send" : "message";
   if (inForm || (inChat && !$("chat").contains(document.activeElement))) $(next).focus({preventScroll: true});
-  $("message-label").textContent = begun ? "What you say next" : "Your question";
+  $("message-label").textContent = $("message").placeholder = begun ? "What you say next" : "Your question";
 }
 
 function drawSettings() {
@@ -246,16 +259,12 @@ function drawSettings() {
   refill($("modes"), set.MODES.map((mode) => html("label", {}, html("input", {
     type: "radio", name: "mode", value: mode, checked: settings.mode === mode, "data-key": "mode" + mode, onchange: () => setMode(mode),
   }), MODE_NAMES[mode])));
-  $("modes").hidden = $("balance").hidden = $("presets-part").hidden = !several;
+  $("modes").hidden = $("presets-part").hidden = !several;
   $("mode-hint").textContent = several ? MODE_HINTS[settings.mode] : `This model has one goal, ${model.names[0] ?? "and no reward model"}: there is nothing to balance.`;
-  $("balance").hidden = !several || settings.mode === "prefer";
-  refill($("balance-buttons"), settings.mode === "compare" && several && html("button", {
-    type: "button", class: "plain", "data-key": "columns", onclick: () => {
-      settings.columns = settings.columns === 2 ? 3 : 2;
-      settings.selected = settings.columns - 1;
-      settingsChanged();
-    },
-  }, settings.columns === 2 ? "Add a third balance" : "Back to two balances"));
+  $("balance-card").hidden = !several || settings.mode === "prefer";
+  $("balance-buttons").hidden = $("balance-card").hidden;
+  $("columns").hidden = settings.mode !== "compare";
+  $("columns").textContent = settings.columns === 2 ? "Add a third balance" : "Back to two";
   refill($("presets"), presets(model.names).map(({label, shares}) => html("button", {
     type: "button", "data-key": "preset" + label, onclick: () => setBalance(shares),
   }, label)));
@@ -269,7 +278,10 @@ function drawSettings() {
   $("numbers").hidden = !scored;
   for (const name of ["candidates", "strategy"]) $(name).parentElement.hidden = !scored;
   for (const name of ["strength", "aggregation"]) $(name).parentElement.hidden = settings[name] === null;
-  for (const name of ["candidates", "seed", "strength"]) if ($(name).value !== settings[name]) $(name).value = settings[name] ?? "";
+  for (const name of ["candidates", "seed"]) if ($(name).value !== settings[name]) $(name).value = settings[name];
+  $("strength").max = model.limits.max_strength ?? 1;
+  $("strength").value = settings.strength ?? "1";
+  $("strength-value").textContent = Number(settings.strength).toFixed(1);
   refill($("strategy"), Object.entries(set.STRATEGIES).map(([value, label]) =>
     html("option", {value, selected: value === settings.strategy}, label)));
   $("apart-part").hidden = !(scored && model.heads.length && several);
@@ -284,7 +296,6 @@ function drawNotes() {
   const notes = {
     seed: [set.seedProblem(settings.seed), settings.seed === "" ? "Empty: every question gets a random seed." : "Equal seeds give equal answers."],
     candidates: [set.candidatesProblem(settings.candidates, model.limits.max_candidates), "More: better chosen, slower."],
-    strength: [settings.strength === null ? null : set.strengthProblem(settings.strength), "1: as trained; 0: the model before."],
   };
   for (const [name, [problem, note]] of Object.entries(notes)) {
     $(name).setAttribute("aria-invalid", String(Boolean(problem)));
@@ -385,6 +396,12 @@ function prepareControls() {
 
 // -- what was measured
 
+/** The balance that the picture and the portfolio speak of: the selected one, or what was learned so far. */
+function currentBalance() {
+  const {model, settings, choices} = state;
+  return settings.mode === "prefer" ? belief(model.names, choices).mean : settings.balances[settings.selected];
+}
+
 async function showFront() {
   const {model} = state;
   const front = model.names.length > 1 ? await get("v1/front", {optional: true}) : null;
@@ -397,6 +414,7 @@ async function showFront() {
   picture = new FrontPicture($("front"), $("front-note"), model.names, front, {
     balances: () => {
       const {settings} = state;
+      if (settings.mode === "prefer") return [{letter: "", shares: currentBalance(), selected: true}];
       return settings.balances.slice(0, set.columnsOf(settings)).map((shares, n) => (
         {letter: set.LETTERS[n], shares, selected: n === settings.selected}));
     },
@@ -421,7 +439,7 @@ function showPortfolio() {
   clearTimeout(portfolioTimer);
   portfolioTimer = setTimeout(async () => {
     const {model, settings} = state;
-    const shares = settings.balances[settings.selected];
+    const shares = currentBalance();
     try {
       const weights = new URLSearchParams({weights: set.weightText(model.names, shares)});
       const portfolio = await get("v1/portfolio?" + weights, {optional: true});
@@ -440,6 +458,13 @@ function showPortfolio() {
 
 // -- the form
 
+/** The box is as high as its text, up to a limit of the style sheet. */
+function fitMessage() {
+  const box = $("message");
+  box.style.height = "auto";
+  box.style.height = box.scrollHeight + box.offsetHeight - box.clientHeight + "px";
+}
+
 function submit(question) {
   const text = question.trim();
   if (!state.model) return void start();
@@ -450,6 +475,7 @@ function submit(question) {
   }
   if (hindrance()) return;
   $("message").value = state.draft = "";
+  fitMessage();
   if (!document.activeElement || document.activeElement.closest("#start")) $("message").focus({preventScroll: true});
   ask(text);
 }
@@ -463,7 +489,10 @@ $("message").addEventListener("keydown", (event) => {
   event.preventDefault();
   $("ask").requestSubmit();
 });
-$("message").addEventListener("input", () => { state.draft = $("message").value; });
+$("message").addEventListener("input", () => {
+  state.draft = $("message").value;
+  fitMessage();
+});
 $("message").addEventListener("change", remember);
 $("again").addEventListener("click", () => askAgain());
 $("clear").addEventListener("click", () => actions.startOver(false));
@@ -471,17 +500,27 @@ $("stop").addEventListener("click", () => {
   // The second click of a double click on \u2018Ask\u2019 lands here.
   if (state.running && performance.now() - state.running.since > DOUBLE_CLICK_MS) stop();
 });
+$("columns").addEventListener("click", () => {
+  state.settings.columns = state.settings.columns === 2 ? 3 : 2;
+  state.settings.selected = state.settings.columns - 1;
+  settingsChanged();
+});
 $("live").addEventListener("change", () => {
   state.settings.live = $("live").checked;
   remember();
 });
-for (const name of ["candidates", "seed", "strength"]) {
+for (const name of ["candidates", "seed"]) {
   $(name).addEventListener("input", () => {
     state.settings[name] = $(name).value.trim();
     drawNotes();
     remember();
   });
 }
+$("strength").addEventListener("input", () => {
+  state.settings.strength = $("strength").value;
+  $("strength-value").textContent = Number(state.settings.strength).toFixed(1);
+  remember();
+});
 for (const name of ["strategy", "aggregation"]) {
   $(name).addEventListener("change", () => {
     state.settings[name] = $(name).value;
@@ -541,6 +580,7 @@ function restoreAll(model) {
   $("about").textContent = `Model \u2018${model.id}\u2019. Choose what counts more, and see what that does to its answers.`;
   $("live").checked = state.settings.live;
   $("message").value = state.draft;
+  fitMessage();
   prepareControls();
   settingsChanged();
 }
@@ -553,6 +593,13 @@ function ended(turn) {
   }
   return turn;
 }
+
+// What scrolls into view stays clear of what is fixed above and below.
+new ResizeObserver(() => {
+  const above = narrow.matches && !$("balance-card").hidden ? $("balance-card").offsetHeight + 8 : 0;
+  document.documentElement.style.scrollPaddingTop = above + 8 + "px";
+  document.documentElement.style.scrollPaddingBottom = $("ask").offsetHeight + 8 + "px";
+}).observe($("conversation"));
 
 // On a phone the settings begin folded.
 $("more").open = !narrow.matches;

@@ -32,7 +32,7 @@ export function defaultSettings(model) {
     balances: [...(names.length > 1 ? ends : [usual, usual]), usual], usual,
     live: false, apart: false, guidance: fromWeights(names, defaults.guidance ?? {}),
     candidates: String(defaults.num_candidates), strategy: model.scored.length ? "argmax" : "none", seed: "1",
-    strength: defaults.strength === undefined ? null : String(defaults.strength),
+    strength: model.heads.length && model.limits.max_strength > 1 ? "1" : null,
     aggregation: defaults.aggregation ?? null,
   };
 }
@@ -53,10 +53,6 @@ export function seedProblem(text) {
 export function candidatesProblem(text, limit) {
   if (!/^\d+$/.test(text) || Number(text) < 1) return "Give the number of candidates, from 1 on.";
   return Number(text) > limit ? `This server samples at most ${limit} candidates.` : null;
-}
-
-export function strengthProblem(text) {
-  return text.trim() !== "" && Number.isFinite(Number(text)) && Number(text) >= 0 ? null : "Give a number from 0 on.";
 }
 
 /** The seed to use now: one at random for an empty field. */
@@ -149,6 +145,7 @@ export function readLink(model, settings, hash) {
   if (values.get("strategy") in STRATEGIES && model.scored.length) linked.strategy = values.get("strategy");
   for (const name of ["strength", "aggregation"]) {
     if (values.has(name) && settings[name] !== null) linked[name] = values.get(name).slice(0, 25);
+    if (name === "strength" && !(Number(linked[name]) >= 0 && Number(linked[name]) <= model.limits.max_strength)) linked[name] = settings[name];
   }
   return {settings: linked, question: values.get("question") ?? ""};
 }
