@@ -117,6 +117,7 @@ class Row(BaseModel):
     weights: dict[str, float] | None
     guidance: dict[str, float] | None
     num_candidates: int
+    strength: float = 1.0
     means: dict[str, Estimate]
     kl_to_reference: float | None
     malformed_rate: float

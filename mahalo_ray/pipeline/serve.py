@@ -33,6 +33,7 @@ from mahalo_ray.serving.service import Defaults, ServiceSettings
 
 DOMAIN = "tutoring"
 SMOKE_SEED = 7
+EXAMPLES = 4
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +138,14 @@ def _application(args: Mapping[str, str]) -> serve.Application:
     if key is None:
         logger.warning("serving '%s' without an API key: whoever reaches its port can use it", deployed.run)
     return launch.application(
-        ServiceSettings(settings, launch.DEFAULT_MODEL_NAME, _defaults(config), key, _descriptions(config)),
+        ServiceSettings(
+            settings,
+            launch.DEFAULT_MODEL_NAME,
+            _defaults(config),
+            key,
+            _descriptions(config),
+            example_questions(config),
+        ),
         launch.ModelSource(
             policy,
             reward,
@@ -168,6 +176,7 @@ def _start(
         key=key,
         descriptions=_descriptions(config),
         run=run,
+        examples=example_questions(config),
     )
 
 
@@ -190,6 +199,14 @@ def run_files(config: RunConfig, output: str) -> RunFiles:
 
 def _descriptions(config: RunConfig) -> dict[str, str]:
     return {objective.name: objective.description for objective in config.objectives}
+
+
+def example_questions(config: RunConfig) -> tuple[str, ...]:
+    """What students of the miniature begin with; nothing for a run on data of its own."""
+    if config.data is not None:
+        return ()
+    first = first_seed(config.seed, "dialogues")
+    return tuple(Episode.from_seed(first + number).opening for number in range(EXAMPLES))
 
 
 def _defaults(config: RunConfig) -> Defaults:

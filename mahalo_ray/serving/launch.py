@@ -122,9 +122,11 @@ def start(
     key: KeyDigest | None = None,
     descriptions: Mapping[str, str] | None = None,
     run: RunFiles | None = None,
+    examples: tuple[str, ...] = (),
 ) -> Serving:
     """Start the endpoint and wait until it answers. The API key is `key`, else that of `serve.api_key_env`.
-    `descriptions`: what objectives mean, for people; `run`: the files of what the models' run has measured.
+    `descriptions`: what objectives mean, for people; `run`: the files of what the models' run has measured;
+    `examples`: questions to begin with.
 
     Raises ServeError if the port is taken, Ray Serve already runs on this cluster, a folder is missing or a
     replica cannot load its models; ValueError if the API key's variable is empty.
@@ -138,7 +140,9 @@ def start(
     if key is None and not _is_loopback(config.host):
         logger.warning("serving on %s without an API key: whoever reaches this port can use it", config.host)
     port = free_port(config.host, config.port)
-    settings = ServiceSettings(config, model_name, defaults or Defaults(), key, dict(descriptions or {}))
+    settings = ServiceSettings(
+        config, model_name, defaults or Defaults(), key, dict(descriptions or {}), examples
+    )
     reward = None if reward_url is None else storage.absolute(reward_url)
     placement = DeviceConfig("cuda" if use_gpu else "cpu", dtype)
     source = ModelSource(storage.absolute(policy_url), reward, domain, placement, run)

@@ -181,6 +181,7 @@ class ServedModel(BaseModel):
     objectives: list[str]
     guidance_objectives: list[str]
     descriptions: list[ObjectiveReport]
+    examples: list[str] = Field(description="questions to begin with; empty where the run knows none")
     limits: ServedLimits
     defaults: ServedDefaults
 

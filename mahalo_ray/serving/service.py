@@ -46,13 +46,15 @@ class Defaults:
 
 @dataclass(frozen=True)
 class ServiceSettings:
-    """All a service needs beside its models. `descriptions`: what objectives mean, for people."""
+    """All a service needs beside its models. `descriptions`: what objectives mean, for people; `examples`:
+    questions to begin with."""
 
     config: ServeConfig
     model_name: str
     defaults: Defaults = field(default_factory=Defaults)
     key: KeyDigest | None = None
     descriptions: Mapping[str, str] = field(default_factory=dict)
+    examples: tuple[str, ...] = ()
 
 
 class Backend(JobRunner, Protocol):
@@ -156,6 +158,7 @@ class ChatService:
             objectives=list(self.backend.objectives),
             guidance_objectives=list(self.backend.guidance_objectives),
             descriptions=self._described(),
+            examples=list(self.settings.examples),
             limits=ServedLimits(
                 max_candidates=self.limits.max_candidates,
                 max_tokens=self.limits.max_new_tokens,
