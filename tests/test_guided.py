@@ -16,7 +16,7 @@ import torch
 from tiny_guided import ASK, TEXT, as_read, memorised, memorised_by, message, model, reward, tokenizer
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, Qwen2Config
 
-from mahalo_ray.config import RequestConfig
+from mahalo_ray.config import Aggregation, RequestConfig
 from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.decoding.guidance import GuidedRequest, Prompt, ScoreScale, StepCandidate, within_candidates
 from mahalo_ray.decoding.guided import GuidedDecoder, subtrees
@@ -38,6 +38,11 @@ from mahalo_ray.models.multi_head import MultiHeadCausalLM
 from mahalo_ray.models.reward import ProcessRewardModel
 from mahalo_ray.models.scoring import StepEncoder, TokenTrace, TraceScorer
 from mahalo_ray.objectives import Weights
+
+
+def thresholds(**limits: float) -> Aggregation:
+    listed = [{"objective": name, "at_least": limit} for name, limit in limits.items()]
+    return Aggregation.model_validate({"kind": "thresholds", "thresholds": listed})
 
 
 def decoder(boundary="math", **options) -> GuidedDecoder:
@@ -358,6 +363,10 @@ def test_special_tokens_in_user_text_are_data():
         ({"strategy": "beam", "num_candidates": 5}, "divides num_candidates"),
         ({"strategy": "dvts", "num_candidates": 4, "beam_width": 1}, "at least 2"),
         ({"strategy": "none", "guidance": Weights.one("accuracy")}, "does not use it"),
+        ({"strategy": "none", "aggregation": Aggregation(kind="soft_min")}, "does not use it"),
+        ({"aggregation": thresholds(speed=0)}, "unknown objective 'speed'"),
+        ({"aggregation": thresholds(accuracy=0)}, "thresholds are in calibrated units"),
+        ({"aggregation": thresholds(accuracy=0), "strategy": "sample"}, "gives an order only"),
     ],
 )
 def test_bad_requests_are_refused(options, message):
@@ -587,6 +596,7 @@ def test_every_option_of_a_configuration_reaches_the_request():
         "min_p": 0.1,
         "score_temperature": 1.0,
         "strength": 1.5,
+        "aggregation": {"kind": "soft_min", "temperature": 0.5},
     }
     assert options.keys() == RequestConfig.model_fields.keys()
     config = RequestConfig.model_validate(options)

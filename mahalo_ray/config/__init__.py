@@ -68,6 +68,7 @@ from mahalo_ray.config.run_config import (
     TracesSource,
 )
 from mahalo_ray.config.section import (
+    Aggregation,
     BaselineName,
     ConfigError,
     Domain,
@@ -111,6 +112,7 @@ __all__ = [
     "ROLLOUT_SUPERVISION",
     "ActorsConfig",
     "AdaptiveConfig",
+    "Aggregation",
     "BaselineConfig",
     "BaselineName",
     "BranchingConfig",
@@ -184,6 +186,7 @@ __all__ = [
     "Supervision",
     "SweepConfig",
     "Temperature",
+    "Threshold",
     "Tone",
     "TraceFormat",
     "TracesSource",

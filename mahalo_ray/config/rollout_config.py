@@ -10,6 +10,7 @@ from mahalo_ray.config.section import (
     MAX_COUNT,
     MAX_REQUEST_SEED,
     NOT_BOOL,
+    Aggregation,
     Domain,
     Dtype,
     EndpointConfig,
@@ -377,6 +378,7 @@ _GUIDED = ("argmax", "sample", "beam", "dvts", "best_of_n")
 _USED_BY = {
     "guidance": _GUIDED,
     "standardisation": _GUIDED,
+    "aggregation": _GUIDED,
     "beam_width": ("beam", "dvts"),
     "score_temperature": ("sample",),
 }
@@ -415,6 +417,9 @@ class RequestConfig(SamplingParams):
     """What scores are divided by before they are added: their spread `within_candidates`, or the `calibrated`
     one stored with the reward model."""
 
+    aggregation: Aggregation = Aggregation()
+    """How the scores of a candidate become what candidates are compared by."""
+
     seed: Annotated[int, Field(ge=0, le=MAX_REQUEST_SEED), NOT_BOOL] = 0
     """Seed of the answers; mixed with each row's id."""
 
@@ -436,6 +441,10 @@ class RequestConfig(SamplingParams):
             given = getattr(self, name) != type(self).model_fields[name].default
             if given and self.strategy not in strategies:
                 raise ValueError(f"'{name}' is not used by 'strategy: {self.strategy}': leave it out")
+        if self.aggregation.kind == "thresholds" and self.strategy == "sample":
+            raise ValueError(
+                "'aggregation.kind: thresholds' gives an order only, and 'strategy: sample' draws"
+            )
         default = type(self).model_fields["num_candidates"].default
         if self.strategy == "none" and self.num_candidates not in (1, default):
             raise ValueError("'strategy: none' decodes one candidate: leave 'num_candidates' out")

@@ -106,6 +106,7 @@ Tuning = Literal["full", "lora", "frozen"]
 ZeroStage = Literal[0, 1, 2, 3]
 Strategy = Literal["argmax", "sample", "beam", "dvts", "best_of_n", "none"]
 Standardisation = Literal["within_candidates", "calibrated"]
+AggregationKind = Literal["sum", "soft_min", "thresholds"]
 # 0: the head of the model that a policy was made from, 1: the policy's own.
 Strength = Annotated[float, Field(ge=0, le=100), NOT_BOOL]
 
@@ -223,6 +224,48 @@ class SamplingParams(Section):
 
     min_p: Fraction = 0.0
     """Only tokens with at least this share of the likeliest token's probability can be drawn. 0 keeps all."""
+
+
+class Threshold(Section):
+    """A least value of one objective."""
+
+    objective: Text
+    """Which objective."""
+
+    at_least: Number
+    """The least value, in calibrated units: 0 is the mean, 1 one within-prompt spread above it."""
+
+
+class Aggregation(Section):
+    """How the scores of one candidate, one per objective, become what candidates are compared by.
+
+    `sum` is the weighted sum. `soft_min` is -t log(sum_o w_o exp(-s_o / t)): near the weighted sum at a high
+    temperature t, near the worst score at a low one. `thresholds` compares by the thresholds in their order,
+    where all above a threshold are alike, and by the weighted sum among those that are alike in all.
+
+    >>> Aggregation(kind="thresholds", thresholds=[{"objective": "accuracy", "at_least": 0.2}]).kind
+    'thresholds'
+    """
+
+    kind: AggregationKind = "sum"
+    """`sum`, `soft_min` or `thresholds`."""
+
+    temperature: Annotated[float, Field(ge=1e-3, le=1000), NOT_BOOL] = 1.0
+    """Of `soft_min`, in the units of the scores."""
+
+    thresholds: Annotated[list[Threshold], Field(max_length=64)] = []
+    """Of `thresholds`, the most important first: `[{objective: accuracy, at_least: 0.2}]`."""
+
+    @model_validator(mode="after")
+    def _only_what_the_kind_uses(self) -> Self:
+        if self.temperature != 1 and self.kind != "soft_min":
+            raise ValueError(f"'temperature' is not used by 'kind: {self.kind}': leave it out")
+        if bool(self.thresholds) != (self.kind == "thresholds"):
+            raise ValueError("'thresholds' and 'kind: thresholds' go together: give both or neither")
+        names = [threshold.objective for threshold in self.thresholds]
+        if len(set(names)) < len(names):
+            raise ValueError(f"'thresholds' name one objective twice: {', '.join(names)}")
+        return self
 
 
 class EndpointConfig(Section):

@@ -14,8 +14,9 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from mahalo_ray.config import RequestConfig, Standardisation, Strategy
+from mahalo_ray.config import Aggregation, RequestConfig, Standardisation, Strategy
 from mahalo_ray.data.records import Message
+from mahalo_ray.decoding.aggregation import aggregated
 from mahalo_ray.decoding.sampling import SamplingParams, draw_keys, uniforms
 from mahalo_ray.decoding.stopping import StopReason
 from mahalo_ray.models.scoring import ObjectiveCalibration, StepScorer, standardised
@@ -36,8 +37,8 @@ class GuidedRequest:
     candidates apart from each other (both after Beeching, Tunstall and Rush, "Scaling test-time compute
     with open models", 2024); the best end is taken; - `best_of_n` chooses among whole responses; -
     `none` samples one response. Totals are sums over objectives of guidance weight times standardised
-    score: `within_candidates` divides by the spread among the candidates compared, `calibrated` by the
-    within-prompt spread stored with the reward model.
+    score, or what `aggregation` makes of them: `within_candidates` divides by the spread among the
+    candidates compared, `calibrated` by the within-prompt spread stored with the reward model.
 
     >>> request = GuidedRequest([{"role": "user", "content": "What is 2 + 3?"}], num_candidates=4, seed=1)
     >>> request.strategy
@@ -59,6 +60,7 @@ class GuidedRequest:
     score_temperature: float = 1.0
     standardisation: Standardisation = "within_candidates"
     strength: float = 1.0
+    aggregation: Aggregation = field(default_factory=Aggregation)
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength < float("inf"):
@@ -73,6 +75,11 @@ class GuidedRequest:
             raise ValueError(unknown_name("standardisation", self.standardisation, get_args(Standardisation)))
         if not 0 < self.score_temperature < float("inf"):
             raise ValueError(f"score_temperature is {self.score_temperature}: it must be a number above 0")
+        if self.aggregation.kind == "thresholds" and self.strategy == "sample":
+            raise ValueError(
+                "aggregation 'thresholds' gives an order only, and strategy 'sample' draws by totals: take "
+                "another of the two"
+            )
         if isinstance(self.stop, str):
             raise ValueError(f"stop is the string {self.stop!r}: give a tuple of strings")
         if not all(self.stop):
@@ -114,7 +121,8 @@ class GuidedRequest:
     def guidance_by(self, scale: ScoreScale) -> Guidance:
         """How this request's candidates are compared and chosen."""
         temperature = self.score_temperature if self.strategy == "sample" else None
-        return Guidance(scale, self.guidance_over(scale.objectives), self.standardisation, temperature)
+        weights = self.guidance_over(scale.objectives)
+        return Guidance(scale, weights, self.standardisation, temperature, self.aggregation)
 
     @property
     def is_guided(self) -> bool:
@@ -251,24 +259,28 @@ class ScoreScale:
 class Guidance:
     """How the K candidates of one choice are compared, and which of them is taken.
 
-    `weights` over the objectives of `scale`. `standardisation`: `within_candidates` divides each objective by
-    its spread among the K candidates, `calibrated` by the within-prompt spread stored with the reward model.
-    `temperature` None takes the best; otherwise candidates are drawn by softmax(total / temperature).
+    `weights` over the objectives of `scale`. `standardisation`: `within_candidates` divides each
+    objective by its spread among the K candidates, `calibrated` by the within-prompt spread stored with
+    the reward model. `aggregation`: how a candidate's standardised scores become its total. `temperature`
+    None takes the best; otherwise candidates are drawn by softmax(total / temperature).
     """
 
     scale: ScoreScale
     weights: Weights
     standardisation: Standardisation = "within_candidates"
     temperature: float | None = None
+    aggregation: Aggregation = field(default_factory=Aggregation)
 
     def totals(self, scores: Tensor) -> Tensor:
-        """Scores [K, O] in the order of the scale's objectives -> totals [K], in double precision."""
-        scores = scores.double()
-        if self.standardisation == "calibrated":
-            standard = standardised(scores, self.scale.objectives, self.scale.calibration, "within_prompt")
-        else:
+        """Scores [K, O] in the order of the scale's objectives -> totals [K], in double precision. Thresholds
+        are in calibrated units, whatever the standardisation of the rest."""
+        scores, objectives = scores.double(), self.scale.objectives
+        calibrated = standard = scores
+        if self.standardisation == "calibrated" or self.aggregation.kind == "thresholds":
+            calibrated = standard = standardised(scores, objectives, self.scale.calibration, "within_prompt")
+        if self.standardisation == "within_candidates":
             standard = within_candidates(scores)
-        return standard @ torch.tensor(self.weights.over(self.scale.objectives), dtype=torch.float64)
+        return aggregated(standard, self.weights, objectives, self.aggregation, calibrated)
 
     def order(self, totals: Tensor, silent: Sequence[bool], uniform: Tensor | None = None) -> list[int]:
         """The candidates [K], the one to take first, then those that would follow it.

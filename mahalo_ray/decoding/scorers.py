@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mahalo_ray.data.records import Message
 from mahalo_ray.data.templating import ChatFormat
+from mahalo_ray.decoding.aggregation import check_aggregation
 from mahalo_ray.decoding.cached_scorer import CachedScorer, as_value_error, cached_backbones, score_each_alone
 from mahalo_ray.decoding.cpu_matmul import OneDNNRewardModel
 from mahalo_ray.decoding.guidance import (
@@ -417,10 +418,18 @@ class RewardModels:
         if not request.is_guided:
             if request.guidance is not None and request.strategy == "none":
                 raise ValueError("guidance was given with strategy 'none', which does not use it")
+            if request.aggregation.kind != "sum" and request.strategy == "none":
+                raise ValueError("an aggregation was given with strategy 'none', which does not use it")
             return
         if not self.models:
             raise ValueError(f"strategy '{request.strategy}' needs a reward model; this decoder has none")
         request.guidance_over(self.scale.objectives).over(self.scale.objectives)
+        check_aggregation(request.aggregation, self.scale.objectives)
+        if request.aggregation.kind == "thresholds" and not self.scale.is_calibrated:
+            raise ValueError(
+                "thresholds are in calibrated units, and not all reward models of "
+                f"{', '.join(self.scale.objectives)} carry a within-prompt spread: calibrate them with groups"
+            )
         if request.standardisation == "calibrated" and not self.scale.is_calibrated:
             raise ValueError(
                 "standardisation 'calibrated' needs the within-prompt spread of every objective, which not "

@@ -32,7 +32,8 @@ from pydantic import (
 from pydantic_core import CoreSchema, from_json
 from pydantic_core.core_schema import no_info_after_validator_function
 
-from mahalo_ray.config.section import Temperature
+from mahalo_ray.config import Aggregation
+from mahalo_ray.config.section import AggregationKind, Temperature
 from mahalo_ray.data.records import Message
 from mahalo_ray.objectives import Weights, unknown_name
 
@@ -271,6 +272,31 @@ class StreamOptions(Payload):
     include_obfuscation: Annotated[bool, Field(description="accepted, has no effect")] = False
 
 
+class ThresholdFields(Payload):
+    """A least value of one objective, in calibrated units."""
+
+    objective: Annotated[str, Field(min_length=1)]
+    at_least: Annotated[float, Field(allow_inf_nan=False)]
+
+
+class AggregationFields(Payload):
+    """How the scores of a candidate become what is compared: the fields of `config.Aggregation`."""
+
+    kind: AggregationKind
+    temperature: Annotated[float, Field(ge=1e-3, le=1000)] | None = None
+    thresholds: Annotated[list[ThresholdFields], FailFast(), Field(max_length=MAX_OBJECTIVES)] = []
+
+    @property
+    def as_config(self) -> Aggregation:
+        """The same for the decoder; ApiError 400 for what does not go together."""
+        try:
+            return Aggregation.model_validate(self.model_dump(exclude_none=True))
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False)[0]
+            reason = first["msg"].removeprefix("Value error, ")
+            raise ApiError(400, reason, "aggregation", "invalid_value") from None
+
+
 class ChatCompletionRequest(Payload):
     """POST /v1/chat/completions. Sampling fields left out take the server's defaults.
 
@@ -311,6 +337,7 @@ class ChatCompletionRequest(Payload):
     num_candidates: Annotated[int, Field(ge=1)] | None = None
     strategy: ServedStrategy | None = None
     score_temperature: Annotated[float, Field(ge=1e-3, le=1000)] | None = None
+    aggregation: AggregationFields | None = None
 
     # Without effect on the answer.
     user: Ignored = None
@@ -360,6 +387,8 @@ class ChatCompletionRequest(Payload):
             )
         if self.score_temperature is not None and self.strategy != "sample":
             raise ApiError(400, "'score_temperature' goes with strategy 'sample' only", "score_temperature")
+        if self.strategy == "none" and self.aggregation is not None:
+            raise ApiError(400, "strategy 'none' compares nothing: leave 'aggregation' out", "aggregation")
         if self.strategy == "none" and self.guidance is not None:
             raise ApiError(400, "strategy 'none' uses no reward model: leave 'guidance' out", "guidance")
         return self

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from mahalo_ray.config import SamplingConfig, SamplingParams, ServeConfig
+from mahalo_ray.config import Aggregation, SamplingConfig, SamplingParams, ServeConfig
 from mahalo_ray.decoding.guidance import GuidedRequest, Standardisation
-from mahalo_ray.objectives import Weights
+from mahalo_ray.objectives import Weights, unknown_name
 from mahalo_ray.serving.api_key import KeyDigest
 from mahalo_ray.serving.front import (
     Front,
@@ -138,6 +138,7 @@ class ChatService:
             strategy=strategy,
             score_temperature=1.0 if body.score_temperature is None else body.score_temperature,
             standardisation=self.backend.standardisation,
+            aggregation=self._aggregation(body, strategy),
         )
 
     def score(self, body: ScoreRequest) -> Job:
@@ -229,6 +230,26 @@ class ChatService:
                 message = f"this server has no reward model to choose with: leave '{name}' out"
                 raise ApiError(400, message, name, "no_reward_model")
         return "none"
+
+    def _aggregation(self, body: ChatCompletionRequest, strategy: ServedStrategy) -> Aggregation:
+        if body.aggregation is None:
+            return Aggregation()
+        if strategy == "none":
+            message = "this server has no reward model to compare with: leave 'aggregation' out"
+            raise ApiError(400, message, "aggregation", "no_reward_model")
+        aggregation = body.aggregation.as_config
+        for threshold in map(shorten, (t.objective for t in aggregation.thresholds)):
+            if threshold not in self.backend.guidance_objectives:
+                raise ApiError(
+                    400,
+                    unknown_name("objective", threshold, self.backend.guidance_objectives),
+                    "aggregation.thresholds",
+                    "unknown_objective",
+                )
+        if aggregation.kind == "thresholds" and strategy == "sample":
+            message = "thresholds give an order only, and strategy 'sample' draws: take another of the two"
+            raise ApiError(400, message, "aggregation", "invalid_value")
+        return aggregation
 
     def _guidance(
         self, body: ChatCompletionRequest, strategy: ServedStrategy, weights: Weights | None
