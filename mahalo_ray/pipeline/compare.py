@@ -121,7 +121,9 @@ def policy_settings(
     trained = [name for name in config.objective_names if mixture.get(name, 0.0) > 0]
     trained = trained if objective is None else [objective]
     pairs_per_step = policy.training.batch_size * len(trained) // len(config.objective_names)
-    measured = {"metrics_every_steps", "metrics_rows"} if policy.max_kl is None else set[str]()
+    measured = (
+        {"metrics_every_steps", "metrics_rows", "sampled_turns"} if policy.max_kl is None else set[str]()
+    )
     shared = policy.model_dump(exclude={"alpha", "gradient_cosine"} | measured)
     return PolicyConfig.model_validate(
         {

@@ -190,10 +190,11 @@ class PolicySettings(StageSettings):
             found.append(f"{rate:.0%} of sampled turns are malformed ({at_start:.0%} at the start)")
         if not found:
             return None
+        anchor = "" if self.policy.chosen_anchor else "set 'policy.chosen_anchor' (to 1), "
         return (
             f"step {metrics['step']:.0f}: {', and '.join(found)}: the policy drifts apart, however good its "
-            "loss looks. Lower both learning rates (to a third), raise 'policy.beta', or let 'policy.max_kl' "
-            "end the training in time; docs/training.md says how to choose"
+            f"loss looks. To mend it, {anchor}lower both learning rates (to a third), raise 'policy.beta' or "
+            "let 'policy.max_kl' end it in time; docs/training.md says how to choose"
         )
 
     def inputs(self) -> list[str]:
