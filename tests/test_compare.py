@@ -22,7 +22,7 @@ from mahalo_ray.evaluation.methods import Method, MethodPlayer
 from mahalo_ray.models import MultiHeadCausalLM, ProcessRewardModel
 from mahalo_ray.objectives import Weights
 from mahalo_ray.pipeline.compare import REPORT, baseline_policies, comparison_pipeline, trainings
-from mahalo_ray.pipeline.run import PIPELINE
+from mahalo_ray.pipeline.run import pipeline
 from mahalo_ray.training.batches import plan_balanced_batches
 
 
@@ -130,9 +130,9 @@ def test_every_training_has_an_equal_budget() -> None:
 
 
 def test_the_runs_own_stages_do_not_know_of_the_comparison() -> None:
-    plain = PIPELINE.fingerprints(example())
+    plain = pipeline(example()).fingerprints(example())
     changed = example("compare.baselines=[{method: dpo}]")
-    assert PIPELINE.fingerprints(changed) == plain
+    assert pipeline(example()).fingerprints(changed) == plain
     both = comparison_pipeline(changed).fingerprints(changed)
     assert {name: both[name] for name in plain} == plain
 

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from mahalo_ray.cli import app
 from mahalo_ray.config import dump_config, load_config
 from mahalo_ray.data import storage
+from mahalo_ray.pipeline.artifacts import run_model
 from mahalo_ray.pipeline.serve import application
 from mahalo_ray.pipeline.stages import Manifest
 
@@ -39,6 +40,17 @@ def test_a_finished_run_becomes_an_application(run: str) -> None:
     deployment = built._bound_deployment
     assert deployment.num_replicas == 3
     assert deployment.ray_actor_options["num_cpus"] == 0.5
+
+
+def test_the_policy_of_the_last_round_is_served(run: str) -> None:
+    config = load_config(EXAMPLE, ["rounds=2"])
+    storage.write_bytes(storage.join(run, "config.yaml"), dump_config(config).encode())
+    with pytest.raises(ValueError, match=r"stage 'round_2/policy' of the run at .*: run `mahalo policy`"):
+        application({"run": run})
+    folder = storage.join(run, "round_2/policy")
+    Manifest("round_2/policy", "fingerprint", {"model": "model"}, {}, 1.0).write(folder)
+    assert run_model(run, "policy") == storage.join(folder, "model")
+    assert isinstance(application({"run": run}), serve.Application)
 
 
 def test_a_missing_key_is_one_message_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:

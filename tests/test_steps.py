@@ -16,8 +16,8 @@ from mahalo_ray.domains.tutoring.scripted import scripted_dialogues
 from mahalo_ray.domains.tutoring.student import Episode
 from mahalo_ray.pipeline.evaluating import other_methods, sweep_methods
 from mahalo_ray.pipeline.progress import RunProgress
-from mahalo_ray.pipeline.run import PIPELINE, make_sft_data
-from mahalo_ray.pipeline.seed_blocks import BLOCKS, check_domain, first_seed, fresh_students
+from mahalo_ray.pipeline.run import make_sft_data, pipeline
+from mahalo_ray.pipeline.seed_blocks import BLOCKS, check_domain, first_seed, fresh_students, round_seed
 from mahalo_ray.pipeline.stages import Context
 from mahalo_ray.rollouts.dialogue_job import DialogueChunks
 from mahalo_ray.training.policy_methods import METHOD_VERSIONS
@@ -27,6 +27,7 @@ def example(*overrides: str) -> RunConfig:
     return load_config(EXAMPLE, list(overrides))
 
 
+PIPELINE = pipeline(example())
 ALL = set(PIPELINE.stages)
 AFTER_REWARD = {"reward", "pair_rollouts", "pairs", "policy", "sweep", "evaluate", "serve", "report"}
 AFTER_POLICY = {"policy", "sweep", "evaluate", "serve", "report"}
@@ -57,6 +58,44 @@ AFTER_POLICY = {"policy", "sweep", "evaluate", "serve", "report"}
 def test_a_setting_reruns_the_stages_that_depend_on_it(override: str, rerun: set[str]) -> None:
     before, after = PIPELINE.fingerprints(example()), PIPELINE.fingerprints(example(override))
     assert {name for name in before if before[name] != after[name]} == rerun
+
+
+def test_rounds_begin_with_the_stages_of_a_run_of_one_round() -> None:
+    one, two = example(), example("rounds=2")
+    before, after = pipeline(one).fingerprints(one), pipeline(two).fingerprints(two)
+    # Raising `rounds` keeps all that is trained: what comes after the last policy is done again.
+    same = {name for name in before if before[name] == after[name]}
+    assert same == ALL - {"sweep", "evaluate", "serve", "report"}
+    assert set(after) - ALL == {"round_2/pair_rollouts", "round_2/pairs", "round_2/policy"}
+    stages = pipeline(two).stages
+    assert all("round_2/policy" in stages[name].needs for name in ("sweep", "evaluate", "serve", "report"))
+    other = example("rounds=2", "round_concentration=0.5")
+    changed = pipeline(other).fingerprints(other)
+    assert changed["policy"] == after["policy"] and changed["round_2/pairs"] != after["round_2/pairs"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["round_concentration=2"], "'round_concentration' is for rounds after the first"),
+        (["rounds=2", "policy={method: dpo, objective: accuracy}"], "'policy.method: dpo' has one head"),
+        (["rounds=0"], "greater than or equal to 1"),
+    ],
+)
+def test_rounds_that_cannot_be_played(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        example(*overrides)
+
+
+def test_every_round_meets_other_students() -> None:
+    config = example("rounds=3", "domain.sft_dialogues=3000", "evaluation.dialogues=40")
+    dialogues = config.pair_rollouts.dialogues
+    firsts = [round_seed(config, number) for number in (1, 2, 3)]
+    assert firsts == [first_seed(config.seed, "pair_rollouts") + n * dialogues for n in range(3)]
+    seen = {Episode.from_seed(firsts[0] + n).problem.operations for n in range(3 * dialogues)}
+    assert not seen & {Episode.from_seed(seed).problem.operations for seed in fresh_students(config)}
+    with pytest.raises(ConfigError, match=r"'rounds' times 'pair_rollouts.dialogues' is 120000"):
+        check_domain(example("rounds=3", "pair_rollouts.dialogues=40000"))
 
 
 MODPO = "policy={method: modpo, objective: accuracy, mixture: {accuracy: 1, engagement: 1}}"

@@ -47,7 +47,7 @@ from mahalo_ray.rollouts.dialogue_job import (
 from mahalo_ray.rollouts.dialogues import DialogueBatch
 from mahalo_ray.rollouts.pool import share_limits
 from mahalo_ray.rollouts.students import ModelStudents, PersonaStudent
-from mahalo_ray.rollouts.tutors import Conversation, PolicyTutor
+from mahalo_ray.rollouts.tutors import Conversation, DrawnWeights, PolicyTutor
 
 KEY = "98765"
 GRID = GridCases(
@@ -185,6 +185,28 @@ def test_a_multi_head_policy_tutors_at_its_weights(folders: dict[str, str], tmp_
     sets, dialogues = played(spec_of(folders, tmp_path, tutor=tutor))
     assert len(sets) == 4 and [d.ended for d in dialogues] == ["turns", "turns"]
     assert all(d.persona is not None and d.checks is not None for d in dialogues)
+
+
+def test_a_policy_tutors_at_weights_of_each_dialogue(folders: dict[str, str], tmp_path: Path) -> None:
+    """Drawn by the dialogue's seed: dialogues played together say what each says by itself."""
+    tutor = PolicyTutorConfig(path=folders["policy"], concentration=0.3)
+    drawn = DrawnWeights(("accuracy", "engagement"), 0.3)
+    weights = [drawn.of(seed) for seed in range(200)]
+    assert drawn.of(7) == weights[7] and len(set(weights)) == 200
+    mean = sum(w["accuracy"] for w in weights) / 200
+    extreme = sum(max(w.values()) > 0.9 for w in weights) / 200
+    assert mean == pytest.approx(0.5, abs=0.1) and extreme > 0.4  # at 1 it would be 0.2
+    together, _ = played(spec_of(folders, tmp_path / "together", tutor=tutor))
+    alone = [
+        candidate_set
+        for number in (0, 1)
+        for candidate_set in played(spec_of(folders, tmp_path / f"{number}", tutor=tutor), [number])[0]
+    ]
+    assert together == alone
+    with pytest.raises(ValueError, match="'concentration' is for weights that are drawn"):
+        PolicyTutorConfig(path="x", weights={"accuracy": 1}, concentration=0.5)
+    with pytest.raises(ValueError, match="is an ordinary model: use it with 'kind: model'"):
+        RolloutWorker(spec_of(folders, tmp_path, tutor=tutor.model_copy(update={"path": folders["tutor"]})))
 
 
 def test_the_best_candidate_goes_on_and_branches_are_dialogues_of_their_own(

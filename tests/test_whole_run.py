@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,18 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tiny_run import EXAMPLE, TINY, mahalo
 
+from mahalo_ray.config import load_config
 from mahalo_ray.data import storage
-from mahalo_ray.data.records import Dialogue, PreferencePair
-from mahalo_ray.pipeline.run import PIPELINE
+from mahalo_ray.data.records import CandidateSet, Dialogue, PreferencePair
+from mahalo_ray.pipeline.run import pipeline
 from mahalo_ray.pipeline.stages import Manifest
 
 pytestmark = pytest.mark.slow
 
 
 def test_a_whole_run_and_then_nothing_left_to_do(whole_run: Path) -> None:
-    for name in PIPELINE.stages:
+    for name in pipeline(load_config(EXAMPLE)).stages:
         manifest = Manifest.read(str(whole_run / name))
         assert manifest is not None and manifest.seconds > 0
         assert all((whole_run / name / path).exists() for path in manifest.outputs.values())
@@ -38,7 +42,7 @@ def test_a_whole_run_and_then_nothing_left_to_do(whole_run: Path) -> None:
     answers = json.loads((whole_run / "serve" / "answers.json").read_text())
     assert len(answers["answers"]) == 3
     again = mahalo("run", str(EXAMPLE), output=whole_run)
-    assert again.count("done before, skipped") == len(PIPELINE.stages)
+    assert again.count("done before, skipped") == len(pipeline(load_config(EXAMPLE)).stages)
     assert "guided policy" in again and "Report: " in again and "mahalo serve" in again
 
 
@@ -66,10 +70,32 @@ def test_a_finished_run_is_compared_and_then_nothing_is_left_to_do(whole_run: Pa
     assert again.splitlines()[-1] == text.splitlines()[-1]
 
 
-def test_a_run_in_a_store_equals_the_one_on_disk(whole_run: Path, s3: str) -> None:
-    """Killed without warning while it plays dialogues; the next run takes its lease over and goes on."""
-    output = f"{s3}/runs/tiny"
-    command = [sys.executable, "-c", "from mahalo_ray.cli import main; main()", "run", str(EXAMPLE)]
+def test_two_rounds_killed_in_between_equal_two_unbroken_rounds(whole_run: Path, tmp_path: Path) -> None:
+    """Both go on from the finished run of one round. One is killed without warning while the second policy is
+    about to be trained."""
+    folders = [tmp_path / name for name in ("unbroken", "killed")]
+    for folder in folders:
+        for stage in ("sft_data", "sft", "reward_rollouts", "reward", "pair_rollouts", "pairs", "policy"):
+            shutil.copytree(whole_run / stage, folder / stage)
+    arguments = ("policy", str(EXAMPLE), "--set", "rounds=2")
+    said = mahalo(*arguments, output=folders[0])
+    assert said.count("done before, skipped") == 7
+    kill_when(folders[1] / "round_2" / "pairs" / "manifest.json", arguments, folders[1])
+    assert mahalo(*arguments, output=folders[1]).count("done before, skipped") == 9
+    for kind, part in ((CandidateSet, "pair_rollouts/candidates"), (PreferencePair, "pairs/pairs")):
+        one, two = (kind.load(str(folder / "round_2" / part)) for folder in folders)
+        assert one == two
+    first, both = (
+        PreferencePair.load(str(folders[0] / part)) for part in ("pairs/pairs", "round_2/pairs/pairs")
+    )
+    assert both[: len(first)] == first and len(both) > len(first)
+    weights = [load_file(folder / "round_2/policy/model/heads.safetensors") for folder in folders]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def kill_when(file: Path | str, arguments: tuple[str, ...], output: Path | str) -> None:
+    """Start the command and kill it, with all that it started, as soon as the file is there."""
+    command = [sys.executable, "-c", "from mahalo_ray.cli import main; main()", *arguments]
     overrides = [part for setting in [*TINY, f"output={output}"] for part in ("--set", setting)]
     with subprocess.Popen(
         [*command, *overrides],
@@ -79,11 +105,17 @@ def test_a_run_in_a_store_equals_the_one_on_disk(whole_run: Path, s3: str) -> No
         start_new_session=True,
     ) as killed:
         try:
-            while not storage.exists(f"{output}/sft/manifest.json"):
+            while not storage.exists(str(file)):
                 assert killed.poll() is None, "the run ended by itself"
-                time.sleep(0.2)
+                time.sleep(0.05)
         finally:
             os.killpg(killed.pid, signal.SIGKILL)
+
+
+def test_a_run_in_a_store_equals_the_one_on_disk(whole_run: Path, s3: str) -> None:
+    """Killed without warning while it plays dialogues; the next run takes its lease over and goes on."""
+    output = f"{s3}/runs/tiny"
+    kill_when(f"{output}/sft/manifest.json", ("run", str(EXAMPLE)), output)
     finished = storage.fingerprint(f"{output}/sft/manifest.json")
     said = mahalo("run", str(EXAMPLE), output=output)
     assert "done before, skipped" in said

@@ -157,8 +157,11 @@ def run_stages(config: RunConfig, targets: tuple[str, ...] | None, config_name: 
 def targets_of(config: RunConfig, asked: tuple[str, ...] | None) -> tuple[str, ...] | None:
     """The stages behind a verb (None: all)."""
     from mahalo_ray.pipeline import datasets
+    from mahalo_ray.pipeline.rounds import last_stage
 
-    return asked if config.data is None else datasets.targets(config, asked)
+    if config.data is not None:
+        return datasets.targets(config, asked)
+    return None if asked is None else tuple(last_stage(config, stage) for stage in asked)
 
 
 def serve_run(config: RunConfig) -> None:
@@ -168,7 +171,7 @@ def serve_run(config: RunConfig) -> None:
     key = KeyDigest.from_environment(config.serve)  # before anything takes time
     from mahalo_ray.pipeline.serve import serve_in_foreground
 
-    manifests = execute(pipeline_of(config, ("serve",)), config, ("policy",))
+    manifests = execute(pipeline_of(config, ("serve",)), config, targets_of(config, ("policy",)))
     with open_session(config):
         serve_in_foreground(config, manifests, key, out)
 
@@ -178,7 +181,7 @@ def pipeline_of(config: RunConfig, targets: tuple[str, ...]) -> Pipeline[RunConf
     from mahalo_ray.pipeline import datasets, run
 
     if config.data is None:
-        return run.PIPELINE
+        return run.pipeline(config)
     pipeline = datasets.pipeline(config)
     for name in targets:
         if name not in pipeline.stages:
@@ -254,7 +257,11 @@ def validate(config: ConfigFile, set_: Overrides = None, debug: Debug = False) -
         if DOCUMENTS[kind].schema is RunConfig:
             loaded = load(config, set_)
             objectives = ", ".join(loaded.objective_names)
-            say(f"{config} is valid: run '{loaded.name}', objectives {objectives}, output {loaded.output}")
+            rounds = f", {loaded.rounds} rounds" if loaded.rounds > 1 else ""
+            say(
+                f"{config} is valid: run '{loaded.name}', objectives {objectives}{rounds}, "
+                f"output {loaded.output}"
+            )
             return
         document.validate(DOCUMENTS[kind].schema)
         what, output = DOCUMENTS[kind].title, document.values["output"]
@@ -313,6 +320,11 @@ def plan(
             typer.echo(plan_to_json(made, gpu_memory_gb))
         else:
             print_plan(out, made, gpu_memory_gb)
+            if loaded.rounds > 1:
+                say(
+                    f"The run has {loaded.rounds} rounds: as many trainings of this size, one after another, "
+                    "each on the pairs of all rounds up to its own."
+                )
 
     guarded(work, debug)
 

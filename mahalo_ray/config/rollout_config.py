@@ -88,7 +88,7 @@ StudentConfig = Annotated[
 
 
 class PolicyTutorConfig(Section):
-    """A multi-head policy of ours, decoded at these weights."""
+    """A multi-head policy of ours, decoded at these weights, or at weights drawn for each dialogue."""
 
     kind: Literal["policy"] = "policy"
     """A multi-head policy of ours."""
@@ -96,11 +96,21 @@ class PolicyTutorConfig(Section):
     path: Text
     """Folder or URL of the policy."""
 
-    weights: WeightVector
-    """Weights over its heads, divided by their sum."""
+    weights: OptionalWeights = None
+    """Weights over its heads, divided by their sum. Empty: drawn for each dialogue."""
+
+    concentration: PositiveFloat = 1.0
+    """Concentration of the Dirichlet distribution that `weights` are drawn from where none are given: 1 draws
+    all mixtures alike, less draws more near single objectives."""
 
     instruction: str | None = None
     """System message. Null: none."""
+
+    @model_validator(mode="after")
+    def _weights_given_or_drawn(self) -> Self:
+        if self.weights and self.concentration != type(self).model_fields["concentration"].default:
+            raise ValueError("'concentration' is for weights that are drawn: leave it or 'weights' out")
+        return self
 
 
 class ModelTutorConfig(Section):

@@ -403,6 +403,16 @@ class RunConfig(Section):
     pairs: PairsConfig = PairsConfig()
     """Preference pairs."""
 
+    rounds: PositiveInt = 1
+    """Rounds of rollouts, pairs and policy. In every round after the first the last policy plays
+    `pair_rollouts` at weights drawn for each dialogue, and the next one is trained from the SFT model on the
+    pairs of all rounds. The last policy is evaluated, served and exported."""
+
+    round_concentration: PositiveFloat = 1.0
+    """Concentration of the Dirichlet distribution that the decoding weights of the dialogues of later rounds
+    are drawn from: 1 draws all mixtures alike, less draws more near single objectives, more draws near the
+    middle."""
+
     policy: PolicyConfig = PolicyConfig()
     """The policy."""
 
@@ -486,6 +496,21 @@ class RunConfig(Section):
                 )
             if named.count(name) > 1:
                 raise ValueError(f"'reward.dedicated' names '{name}' twice")
+
+    @model_validator(mode="after")
+    def _rounds_are_played(self) -> Self:
+        if self.rounds == 1:
+            if self.round_concentration != type(self).model_fields["round_concentration"].default:
+                raise ValueError("'round_concentration' is for rounds after the first: set 'rounds' above 1")
+            return self
+        if self.data is not None:
+            raise ValueError("'rounds' above 1 play dialogues, and a run on own data ('data') plays none")
+        if self.policy.method != "mah_dpo":
+            raise ValueError(
+                f"'rounds' above 1 play the policy at weights over its heads, and 'policy.method: "
+                f"{self.policy.method}' has one head: leave 'rounds' at 1"
+            )
+        return self
 
     @model_validator(mode="after")
     def _objectives_agree(self) -> Self:

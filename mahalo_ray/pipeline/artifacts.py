@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+import yaml
 
 from mahalo_ray.data import storage
 from mahalo_ray.models import MultiHeadCausalLM
@@ -14,21 +15,35 @@ from mahalo_ray.models.backbone import load_tokenizer
 from mahalo_ray.models.folder import METADATA_FILE, local_folder
 from mahalo_ray.objectives import Weights
 from mahalo_ray.pipeline.outputs import check_new
+from mahalo_ray.pipeline.rounds import ROUND_STAGES, round_stage
 from mahalo_ray.pipeline.stages import MANIFEST, Manifest
 
 
 def run_model(run: str, stage: str) -> str:
-    """The model folder that a finished stage (`sft`, `reward`, `policy`) of the run in `run` has made.
+    """The model folder that a finished stage (`sft`, `reward`, `policy`) of the run in `run` has made; the
+    policy of its last round.
 
     ValueError where `run` holds no run, or its stage is not finished.
     """
+    stage = _in_last_round(run, stage)
     folder = storage.join(storage.absolute(run), stage)
     manifest = Manifest.read(folder)
     if manifest is not None:
         return storage.join(folder, manifest.outputs["model"])
     if not storage.exists(storage.join(run, "config.yaml")):
         raise ValueError(f"there is no run at '{run}': it holds no config.yaml")
-    raise ValueError(f"stage '{stage}' of the run at '{run}' is not finished: run `mahalo {stage}` first")
+    verb = stage.rpartition("/")[2]
+    raise ValueError(f"stage '{stage}' of the run at '{run}' is not finished: run `mahalo {verb}` first")
+
+
+def _in_last_round(run: str, stage: str) -> str:
+    """The stage's name in the last of the run's rounds, by its configuration."""
+    url = storage.join(run, "config.yaml")
+    if stage not in ROUND_STAGES or not storage.exists(url):
+        return stage
+    document = yaml.safe_load(storage.read_bytes(url))
+    rounds = document.get("rounds", 1) if isinstance(document, dict) else 1
+    return round_stage(stage, rounds if isinstance(rounds, int) else 1)
 
 
 def find_model(source: str, stage: str) -> str:

@@ -37,6 +37,7 @@ from mahalo_ray.pipeline.evaluating import (
     table_of,
     wide_enough,
 )
+from mahalo_ray.pipeline.rounds import all_rounds, last_stage
 from mahalo_ray.pipeline.run import method_version, sections, train_heads
 from mahalo_ray.pipeline.stages import Context, Manifest, Pipeline, Stage, StageResult
 
@@ -139,7 +140,8 @@ def policy_settings(
 
 def baseline_stages(config: RunConfig) -> list[Stage[RunConfig]]:
     """One stage per training, and one that averages the soups."""
-    stages = [_training_stage(name, settings) for name, settings in trainings(config).items()]
+    pairs = last_stage(config, "pairs")
+    stages = [_training_stage(name, settings, pairs) for name, settings in trainings(config).items()]
     soups = [policy for policy in baseline_policies(config) if policy.method == "soup"]
     if soups:
         vectors = [dict(soup.weights) for soup in soups]
@@ -156,12 +158,12 @@ def baseline_stages(config: RunConfig) -> list[Stage[RunConfig]]:
     return stages
 
 
-def _training_stage(name: str, settings: PolicyConfig) -> Stage[RunConfig]:
-    """The `policy` stage with these settings."""
+def _training_stage(name: str, settings: PolicyConfig, pairs_stage: str) -> Stage[RunConfig]:
+    """The `policy` stage with these settings, on the pairs of all rounds."""
 
     def train(context: Context[RunConfig]) -> StageResult:
         config = context.config.model_copy(update={"policy": settings})
-        return train_heads(replace(context, config=config), context.input("sft", "model"))
+        return train_heads(replace(context, config=config), context.input("sft", "model"), pairs_stage)
 
     def config_of(config: RunConfig) -> dict[str, Any]:
         rest = sections("pairs.held_out_fraction", "objective_names", "model")(config)
@@ -169,7 +171,7 @@ def _training_stage(name: str, settings: PolicyConfig) -> Stage[RunConfig]:
         return {**rest, "policy": settings.shaping(), **method_version(settings, since=2)}
 
     title = f"Train {name.removeprefix('compare/')}"
-    return Stage(name, title, train, config_of, needs=("sft", "pairs"), resumes=True)
+    return Stage(name, title, train, config_of, needs=("sft", pairs_stage), resumes=True)
 
 
 def _average_all(context: Context[RunConfig], soups: Sequence[BaselinePolicy]) -> StageResult:
@@ -213,14 +215,14 @@ def comparison_pipeline(config: RunConfig) -> Pipeline[RunConfig]:
 
     return Pipeline(
         [
-            *run.PIPELINE.stages.values(),
+            *run.pipeline(config).stages.values(),
             *baselines,
             Stage(
                 PLAY,
                 "Play the baselines",
                 play_baselines,
                 played_settings,
-                needs=("sft", "reward", "policy", *baseline_names),
+                needs=("sft", "reward", last_stage(config, "policy"), *baseline_names),
                 version=2,  # students with problems of no training dialogue
                 resumes=True,
             ),
@@ -229,7 +231,7 @@ def comparison_pipeline(config: RunConfig) -> Pipeline[RunConfig]:
                 "Compare the methods",
                 report,
                 run.sections("name", "objectives", "evaluation", "sweep", "guided", "compare"),
-                needs=("policy", "evaluate", "sweep", *baseline_names, PLAY),
+                needs=(*all_rounds(config, "policy"), "evaluate", "sweep", *baseline_names, PLAY),
                 uses_ray=False,
             ),
         ]
@@ -289,7 +291,8 @@ def _comparison(
 
 def _costs(config: RunConfig, upstream: Upstream) -> dict[Family, FamilyCost]:
     """MAH-DPO first, then the baselines in their order."""
-    batches = {"policy": config.policy, **trainings(config)}
+    rounds = all_rounds(config, "policy")
+    batches = {**dict.fromkeys(rounds, config.policy), **trainings(config)}
 
     def cost(stages: list[str], models: list[str]) -> FamilyCost:
         pairs = [upstream[s][1].metrics["step"] * batches[s].training.batch_size for s in stages]
@@ -301,7 +304,7 @@ def _costs(config: RunConfig, upstream: Upstream) -> dict[Family, FamilyCost]:
             parameter_bytes=stored,
         )
 
-    costs: dict[Family, FamilyCost] = {"mah_dpo": cost(["policy"], [_output(upstream, "policy", "model")])}
+    costs: dict[Family, FamilyCost] = {"mah_dpo": cost(rounds, [_output(upstream, rounds[-1], "model")])}
     for baseline in config.compare.baselines:
         policies = [policy for policy in baseline_policies(config) if policy.method == baseline.method]
         models = [_output(upstream, policy.stage, policy.model) for policy in policies]

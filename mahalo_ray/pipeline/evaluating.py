@@ -23,6 +23,7 @@ from mahalo_ray.evaluation.report import (
 )
 from mahalo_ray.evaluation.results import ComparisonTable, MethodResult
 from mahalo_ray.objectives import Weights
+from mahalo_ray.pipeline.rounds import all_rounds, last_output
 from mahalo_ray.pipeline.seed_blocks import fresh_students
 from mahalo_ray.pipeline.stages import Context, Manifest, StageResult
 from mahalo_ray.sweeps.decoding import SweepSpec, play_methods
@@ -98,7 +99,7 @@ def play(context: Context[RunConfig], methods: list[Method]) -> StageResult:
     spec = SweepSpec(
         methods=tuple(methods),
         sft_url=context.input("sft", "model"),
-        policy_url=context.input("policy", "model"),
+        policy_url=last_output(context, "policy", "model"),
         reward_url=context.input("reward", "model"),
         output_url=context.folder,
         placement=DeviceConfig(config.cluster.device, config.model.dtype),
@@ -155,7 +156,7 @@ def table_of(config: RunConfig, documents: list[dict[str, Any]]) -> ComparisonTa
 
 def _contents(context: Context[RunConfig], documents: list[dict[str, Any]]) -> ReportContents:
     config = context.config
-    trained = ("sft", "reward", "policy")
+    trained = ("sft", "reward", *all_rounds(config, "policy"))
     described = [f"{o.name} ({o.description})" if o.description else o.name for o in config.objectives]
     return ReportContents(
         title=config.name,
@@ -177,6 +178,7 @@ def measurement(config: RunConfig) -> dict[str, str | int | float]:
         "judges": "programs of the domain, independent of the reward model that guides",
         "temperature": config.evaluation.sampling.temperature,
         "guidance candidates": config.guided.num_candidates,
+        **({"rounds": config.rounds} if config.rounds > 1 else {}),
     }
 
 

@@ -120,6 +120,9 @@ def _settings(config: DialoguesConfig) -> dict[str, Any]:
     for side in ("tutor", "student"):
         if "endpoint" in settings[side]:
             settings[side]["endpoint"] = settings[side]["endpoint"]["model"]
+    # An option that came later counts where it is set: dialogues played before it stay valid.
+    if settings["tutor"].get("concentration") == 1.0:
+        del settings["tutor"]["concentration"]
     return settings
 
 

@@ -7,6 +7,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -17,6 +18,7 @@ from mahalo_ray.config import (
     ModelTutorConfig,
     PlayConfig,
     PolicyConfig,
+    PolicyTutorConfig,
     RolloutConfig,
     RunConfig,
     ScratchModelConfig,
@@ -30,7 +32,8 @@ from mahalo_ray.domains.tutoring.scripted import encode_example, scripted_dialog
 from mahalo_ray.models.backbone import load_tokenizer
 from mahalo_ray.pipeline.artifacts import place_model
 from mahalo_ray.pipeline.evaluating import evaluate, report, sweep
-from mahalo_ray.pipeline.seed_blocks import first_seed
+from mahalo_ray.pipeline.rounds import all_rounds, last_stage, round_stage
+from mahalo_ray.pipeline.seed_blocks import first_seed, round_seed
 from mahalo_ray.pipeline.serve import try_serving
 from mahalo_ray.pipeline.stages import Context, Pipeline, Stage, StageResult
 from mahalo_ray.rollouts.dialogue_job import CANDIDATES, DialogueChunks, RolloutSpec, run_rollouts
@@ -119,15 +122,15 @@ def scratch_config(
     )
 
 
-def train_heads(context: Context[RunConfig], base_url: str) -> StageResult:
-    """MAH-DPO (or a baseline) on the pairs of stage `pairs`; the base is the reference too."""
+def train_heads(context: Context[RunConfig], base_url: str, pairs_stage: str = "pairs") -> StageResult:
+    """MAH-DPO (or a baseline) on the pairs of this stage; the base is the reference too."""
     config = context.config
     settings = PolicySettings(
         model_url=base_url,
         output_url=context.path("model"),
         model=config.model,
         seed=config.seed,
-        pairs_url=context.input("pairs", "pairs"),
+        pairs_url=context.input(pairs_stage, "pairs"),
         objectives=config.objective_names,
         policy=config.policy,
         held_out_fraction=config.pairs.held_out_fraction,
@@ -181,7 +184,9 @@ def sft(context: Context[RunConfig]) -> StageResult:
 def reward_rollouts(context: Context[RunConfig]) -> StageResult:
     """Dialogues whose candidate turns are labelled by Monte-Carlo continuations and the judge."""
     config = context.config
-    metrics = _play(context, config.reward_rollouts, None, "reward_rollouts")
+    tutor = ModelTutorConfig(path=context.input("sft", "model"))
+    first = first_seed(config.seed, "reward_rollouts")
+    metrics = _play(context, config.reward_rollouts, tutor, None, "reward_rollouts", first)
     sets = CandidateSet.load(context.path(CANDIDATES))
     traces = labelled_traces(sets, config.objective_names)
     StepTrace.save(traces, context.path("traces", "part-000000.parquet"))
@@ -203,16 +208,32 @@ def reward(context: Context[RunConfig]) -> StageResult:
     return train(context, settings)
 
 
-def pair_rollouts(context: Context[RunConfig]) -> StageResult:
-    """Fresh dialogues whose candidate turns are scored by the reward model."""
-    metrics = _play(context, context.config.pair_rollouts, context.input("reward", "model"), "pair_rollouts")
+def pair_rollouts(context: Context[RunConfig], number: int = 1) -> StageResult:
+    """Fresh dialogues whose candidate turns are scored by the reward model: the SFT model's in round 1, the
+    last round's policy's at weights drawn for each dialogue afterwards."""
+    config = context.config
+    tutor: ModelTutorConfig | PolicyTutorConfig = ModelTutorConfig(path=context.input("sft", "model"))
+    if number > 1:
+        policy_url = context.input(round_stage("policy", number - 1), "model")
+        tutor = PolicyTutorConfig(path=policy_url, concentration=config.round_concentration)
+    first = round_seed(config, number)
+    reward_url = context.input("reward", "model")
+    metrics = _play(context, config.pair_rollouts, tutor, reward_url, "pair_rollouts", first)
     return StageResult(metrics, {"candidates": CANDIDATES})
 
 
-def pairs(context: Context[RunConfig]) -> StageResult:
-    """Preference pairs per objective of the candidates of one prompt."""
+def pairs(context: Context[RunConfig], number: int = 1) -> StageResult:
+    """Preference pairs per objective of the candidates of one prompt, behind those of the rounds before.
+
+    The policy of round r is trained from the SFT model on the pairs of rounds 1 to r, with the SFT model as
+    reference: what a round went wrong in is not carried on, and KL is to SFT however many rounds there are.
+    """
     config = context.config
-    sets = CandidateSet.load(context.input("pair_rollouts", "candidates"))
+    if number > 1:
+        before = context.input(round_stage("pairs", number - 1), "pairs")
+        for shard in storage.list_files(before, ".parquet"):
+            storage.write_bytes(context.path("pairs", shard.rpartition("/")[2]), storage.read_bytes(shard))
+    sets = CandidateSet.load(context.input(round_stage("pair_rollouts", number), "candidates"))
     context.progress.start(len(config.objectives), "objectives")
     collected: list[PreferencePair] = []
     metrics: dict[str, Any] = {}
@@ -227,21 +248,26 @@ def pairs(context: Context[RunConfig]) -> StageResult:
         metrics[objective] = asdict(figures)
         context.progress.say(figures.describe())
         context.progress.advance()
-    PreferencePair.save(collected, context.path("pairs", "part-000000.parquet"))
+    PreferencePair.save(collected, context.path("pairs", f"part-{number - 1:06d}.parquet"))
     return StageResult(metrics, {"pairs": "pairs"})
 
 
-def policy(context: Context[RunConfig]) -> StageResult:
+def policy(context: Context[RunConfig], number: int = 1) -> StageResult:
     """MAH-DPO: one head per objective over a shared backbone."""
-    return train_heads(context, context.input("sft", "model"))
+    return train_heads(context, context.input("sft", "model"), round_stage("pairs", number))
 
 
 def _play(
-    context: Context[RunConfig], settings: RolloutConfig, reward_url: str | None, purpose: str
+    context: Context[RunConfig],
+    settings: RolloutConfig,
+    tutor: ModelTutorConfig | PolicyTutorConfig,
+    reward_url: str | None,
+    purpose: str,
+    first: int,
 ) -> dict[str, Any]:
     config = context.config
     spec = RolloutSpec(
-        tutor=ModelTutorConfig(path=context.input("sft", "model")),
+        tutor=tutor,
         student=MiniatureStudentConfig(),
         play=PlayConfig.of(settings),
         output_url=context.folder,
@@ -252,7 +278,6 @@ def _play(
         continuations=settings.continuations,
         gamma=settings.gamma,
     )
-    first = first_seed(config.seed, purpose)
     chunks = DialogueChunks(first, settings.dialogues, settings.batch_size_per_actor)
     context.progress.start(settings.dialogues, "dialogues")
     return run_rollouts(spec, chunks, config.cluster, context.progress.update).model_dump(mode="json")
@@ -293,96 +318,115 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-PIPELINE = Pipeline(
-    [
+_BEFORE_ROUNDS: list[Stage[RunConfig]] = [
+    Stage(
+        "sft_data",
+        "Make training text and tokenizer",
+        make_sft_data,
+        sections("domain", "sft.loss_on", "model"),
+        uses_ray=False,
+    ),
+    Stage(
+        "sft",
+        "Train the SFT model",
+        sft,
+        sections("sft.training", "model"),
+        needs=("sft_data",),
+        resumes=True,
+    ),
+    Stage(
+        "reward_rollouts",
+        "Play and label dialogues",
+        reward_rollouts,
+        sections("reward_rollouts", "objective_names", "model.dtype"),
+        needs=("sft",),
+        resumes=True,
+    ),
+    Stage(
+        "reward",
+        "Train the process reward model",
+        reward,
+        sections("reward", "objectives", "model"),
+        needs=("sft", "reward_rollouts"),
+        resumes=True,
+    ),
+]
+
+
+def _round(number: int) -> list[Stage[RunConfig]]:
+    """The stages of one round. Later ones play the last round's policy and add to its pairs."""
+    this, before = partial(round_stage, number=number), partial(round_stage, number=number - 1)
+    is_first, behind = number == 1, "" if number == 1 else f" (round {number})"
+    rollout_keys = ["pair_rollouts", "model.dtype", *([] if is_first else ["round_concentration"])]
+    return [
         Stage(
-            "sft_data",
-            "Make training text and tokenizer",
-            make_sft_data,
-            sections("domain", "sft.loss_on", "model"),
-            uses_ray=False,
-        ),
-        Stage(
-            "sft",
-            "Train the SFT model",
-            sft,
-            sections("sft.training", "model"),
-            needs=("sft_data",),
+            this("pair_rollouts"),
+            f"Play and score dialogues{behind}",
+            partial(pair_rollouts, number=number),
+            sections(*rollout_keys),
+            needs=("sft", "reward") if is_first else ("sft", "reward", before("policy")),
             resumes=True,
         ),
         Stage(
-            "reward_rollouts",
-            "Play and label dialogues",
-            reward_rollouts,
-            sections("reward_rollouts", "objective_names", "model.dtype"),
-            needs=("sft",),
-            resumes=True,
-        ),
-        Stage(
-            "reward",
-            "Train the process reward model",
-            reward,
-            sections("reward", "objectives", "model"),
-            needs=("sft", "reward_rollouts"),
-            resumes=True,
-        ),
-        Stage(
-            "pair_rollouts",
-            "Play and score dialogues",
-            pair_rollouts,
-            sections("pair_rollouts", "model.dtype"),
-            needs=("sft", "reward"),
-            resumes=True,
-        ),
-        Stage(
-            "pairs",
-            "Build preference pairs",
-            pairs,
+            this("pairs"),
+            f"Build preference pairs{behind}",
+            partial(pairs, number=number),
             _pairs_settings,
-            needs=("pair_rollouts",),
+            needs=(this("pair_rollouts"), *(() if is_first else (before("pairs"),))),
             version=2,
             uses_ray=False,
         ),
         Stage(
-            "policy",
-            "Train the multi-head policy",
-            policy,
+            this("policy"),
+            f"Train the multi-head policy{behind}",
+            partial(policy, number=number),
             _policy_settings,
-            needs=("sft", "pairs"),
+            needs=("sft", this("pairs")),
             resumes=True,
-        ),
-        Stage(
-            "sweep",
-            "Sweep the decoding weights",
-            sweep,
-            sections("sweep", "evaluation", "objective_names", "model.dtype"),
-            needs=("sft", "reward", "policy"),
-            version=2,  # students with problems of no training dialogue
-            resumes=True,
-        ),
-        Stage(
-            "evaluate",
-            "Evaluate heads and guidance",
-            evaluate,
-            sections("guided", "sweep", "evaluation", "objective_names", "model.dtype"),
-            needs=("sft", "reward", "policy"),
-            version=2,  # students with problems of no training dialogue
-            resumes=True,
-        ),
-        Stage(
-            "serve",
-            "Serve and ask once",
-            try_serving,
-            sections("serve", "guided", "sweep", "evaluation.sampling", "model.dtype"),
-            needs=("reward", "policy"),
-        ),
-        Stage(
-            "report",
-            "Write the report",
-            report,
-            sections("name", "objectives", "evaluation", "sweep", "guided"),
-            needs=("sft", "reward", "pairs", "policy", "sweep", "evaluate"),
-            uses_ray=False,
         ),
     ]
-)
+
+
+def pipeline(config: RunConfig) -> Pipeline[RunConfig]:
+    """The stages of a run that plays dialogues, with as many rounds as it has."""
+    last = last_stage(config, "policy")
+    trained = [name for stage in ("pairs", "policy") for name in all_rounds(config, stage)]
+    return Pipeline(
+        [
+            *_BEFORE_ROUNDS,
+            *itertools.chain.from_iterable(_round(number) for number in range(1, config.rounds + 1)),
+            Stage(
+                "sweep",
+                "Sweep the decoding weights",
+                sweep,
+                sections("sweep", "evaluation", "objective_names", "model.dtype"),
+                needs=("sft", "reward", last),
+                version=2,  # students with problems of no training dialogue
+                resumes=True,
+            ),
+            Stage(
+                "evaluate",
+                "Evaluate heads and guidance",
+                evaluate,
+                sections("guided", "sweep", "evaluation", "objective_names", "model.dtype"),
+                needs=("sft", "reward", last),
+                version=2,  # students with problems of no training dialogue
+                resumes=True,
+            ),
+            Stage(
+                "serve",
+                "Serve and ask once",
+                try_serving,
+                sections("serve", "guided", "sweep", "evaluation.sampling", "model.dtype"),
+                needs=("reward", last),
+            ),
+            Stage(
+                "report",
+                "Write the report",
+                report,
+                sections("name", "objectives", "evaluation", "sweep", "guided"),
+                needs=("sft", "reward", *trained, "sweep", "evaluate"),
+                uses_ray=False,
+            ),
+        ]
+    )

@@ -26,6 +26,11 @@ def first_seed(seed: int, purpose: str) -> int:
     return seed * SEEDS_PER_RUN + BLOCKS[purpose]
 
 
+def round_seed(config: RunConfig, number: int) -> int:
+    """Seed of the first student of a round's `pair_rollouts`: every round meets others."""
+    return first_seed(config.seed, "pair_rollouts") + (number - 1) * config.pair_rollouts.dialogues
+
+
 def fresh_students(config: RunConfig) -> tuple[int, ...]:
     """Seeds of the students behind the reported table: `evaluation.dialogues` of them, each with a problem
     whose numbers and operators occur in no dialogue that the run trains on.
@@ -36,7 +41,7 @@ def fresh_students(config: RunConfig) -> tuple[int, ...]:
     trained_on = {
         "sft": config.domain.sft_dialogues,
         "reward_rollouts": config.reward_rollouts.dialogues,
-        "pair_rollouts": config.pair_rollouts.dialogues,
+        "pair_rollouts": config.rounds * config.pair_rollouts.dialogues,
     }
     seen = {
         Episode.from_seed(first_seed(config.seed, purpose) + number).problem.operations
@@ -81,6 +86,9 @@ def check_domain(config: RunConfig) -> None:
         "pair_rollouts.dialogues": (config.pair_rollouts.dialogues, BLOCK_SIZE),
         "evaluation.dialogues": (config.evaluation.dialogues, BLOCK_SIZE),
     }
+    if config.rounds > 1:
+        played = config.rounds * config.pair_rollouts.dialogues
+        sizes["rounds' times 'pair_rollouts.dialogues"] = (played, BLOCK_SIZE)
     for key, (wanted, most) in sizes.items():
         if wanted > most:
             raise ConfigError(f"'{key}' is {wanted}: the miniature has {most} students for it")

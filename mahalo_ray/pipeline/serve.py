@@ -23,6 +23,7 @@ from mahalo_ray.domains.tutoring.student import Episode
 from mahalo_ray.errors import StageError
 from mahalo_ray.objectives import Weights
 from mahalo_ray.pipeline.artifacts import run_model
+from mahalo_ray.pipeline.rounds import last_output, last_stage
 from mahalo_ray.pipeline.seed_blocks import first_seed
 from mahalo_ray.pipeline.stages import Context, Manifest, StageResult
 from mahalo_ray.serving import launch
@@ -49,7 +50,7 @@ def try_serving(context: Context[RunConfig]) -> StageResult:
     key = secrets.token_urlsafe() if config.serve.api_key_env else None
     digest = None if key is None else KeyDigest.of(key)
     with _start(
-        config, any_port, context.input("policy", "model"), context.input("reward", "model"), digest
+        config, any_port, last_output(context, "policy", "model"), context.input("reward", "model"), digest
     ) as serving:
         context.progress.advance(note="asking")
         answers = smoke(
@@ -73,7 +74,8 @@ def serve_in_foreground(
 ) -> None:
     """Serve until Ctrl-C; Ray has to be connected. `key`: the digest of the API key, None: no key."""
     output = storage.absolute(config.output)
-    urls = [storage.join(output, name, manifests[name].outputs["model"]) for name in ("policy", "reward")]
+    stages = (last_stage(config, "policy"), "reward")
+    urls = [storage.join(output, name, manifests[name].outputs["model"]) for name in stages]
     settings = with_log_folder(config.serve, output)
     serving = _start(config, settings, urls[0], urls[1], key, run_files(config, output))
     weights = ", ".join(f'"{name}": {value:.3g}' for name, value in config.guided.point[0].items())

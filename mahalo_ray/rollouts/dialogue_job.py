@@ -33,7 +33,14 @@ from mahalo_ray.data.records import CandidateSet, Dialogue
 from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.decoding.engine import Engine
 from mahalo_ray.decoding.guidance import Guidance, ScoreScale
-from mahalo_ray.decoding.policy import DeviceConfig, HeadMix, Policy, load_policy, load_step_scorer
+from mahalo_ray.decoding.policy import (
+    DeviceConfig,
+    HeadMix,
+    MultiHeadPolicy,
+    Policy,
+    load_policy,
+    load_step_scorer,
+)
 from mahalo_ray.decoding.scorers import RewardModels, ScorerGroup, follow_texts
 from mahalo_ray.decoding.stopping import TurnBoundary
 from mahalo_ray.domains.tutoring.moves import consistency
@@ -62,7 +69,7 @@ from mahalo_ray.rollouts.students import (
     Student,
     Students,
 )
-from mahalo_ray.rollouts.tutors import BRANCH, Conversation, EndpointTutor, PolicyTutor, Tutor
+from mahalo_ray.rollouts.tutors import BRANCH, Conversation, DrawnWeights, EndpointTutor, PolicyTutor, Tutor
 from mahalo_ray.seeding import derived_seed
 
 CASES = TypeAdapter(list[Case])
@@ -116,13 +123,24 @@ class RolloutModels:
         if isinstance(spec.tutor, EndpointTutorConfig):
             self._tutor_endpoint = self._endpoint(spec.tutor.endpoint)
         else:
-            self._weights = spec.tutor.weights if spec.tutor.kind == "policy" else None
-            self._policy(spec.tutor.path)[0].check_mix(HeadMix(self._weights))
+            self._weights = self._decoding_weights(spec.tutor)
         if isinstance(spec.student, EndpointStudentConfig):
             self._student_endpoint = self._endpoint(spec.student.endpoint)
         elif isinstance(spec.student, ModelStudentConfig):
             self._policy(spec.student.path)[0].check_mix(HeadMix())
         self.selection = TurnSelection(spec.play.continuation, self._guidance())
+
+    def _decoding_weights(self, tutor: PolicyTutorConfig | ModelTutorConfig) -> Weights | DrawnWeights | None:
+        """The weights over the tutor's heads; None for an ordinary model. ValueError if it has no such
+        heads."""
+        policy = self._policy(tutor.path)[0]
+        if tutor.kind == "policy" and tutor.weights is None:
+            if not isinstance(policy, MultiHeadPolicy):
+                raise ValueError(f"'{tutor.path}' is an ordinary model: use it with 'kind: model'")
+            return DrawnWeights(policy.model.objectives, tutor.concentration)
+        weights = tutor.weights if tutor.kind == "policy" else None
+        policy.check_mix(HeadMix(weights))
+        return weights
 
     def name(self, number: int) -> str:
         """Id of a dialogue."""

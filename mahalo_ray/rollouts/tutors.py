@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import numpy as np
 from torch import Tensor
 
 from mahalo_ray.config import SamplingConfig
@@ -151,8 +152,26 @@ class Tutor(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class DrawnWeights:
+    """Decoding weights of every dialogue by itself: from a Dirichlet distribution, by the dialogue's seed."""
+
+    objectives: tuple[str, ...]
+    concentration: float
+
+    def of(self, seed: int) -> Weights:
+        """The weights of the dialogue with this seed."""
+        draw = np.random.default_rng(derived_seed("weights", seed))
+        gammas = draw.gamma(self.concentration, size=len(self.objectives))
+        # Tiny concentrations can give zeros alone: then it is one objective, as the distribution's limit is.
+        if not gammas.any():
+            gammas[draw.integers(len(gammas))] = 1.0
+        return Weights(dict(zip(self.objectives, gammas.tolist(), strict=True)))
+
+
 class PolicyTutor:
-    """A local model over the batched engine: token-exact. `weights` and `strength`: of a multi-head policy.
+    """A local model over the batched engine: token-exact. `weights` (for all dialogues or drawn for each)
+    and `strength`: of a multi-head policy.
 
     `sentences_are_moves`: the miniature's check, that every sentence is one its students understand.
     """
@@ -162,7 +181,7 @@ class PolicyTutor:
         engine: Engine,
         chat: ChatFormat,
         sampling: SamplingConfig,
-        weights: Weights | None = None,
+        weights: Weights | DrawnWeights | None = None,
         sentences_are_moves: bool = True,
         strength: float = 1.0,
     ) -> None:
@@ -174,11 +193,16 @@ class PolicyTutor:
     def start(self, conversations: Sequence[Conversation]) -> list[list[int] | Failure]:
         results = [self._opening_ids(conversation) for conversation in conversations]
         opened = [(c, ids) for c, ids in zip(conversations, results, strict=True) if isinstance(ids, list)]
-        rows = self.engine.add(len(opened), self.weights, strength=self.strength)
+        rows = self.engine.add(len(opened), [self._weights_of(c) for c, _ in opened], strength=self.strength)
         for (conversation, _), row in zip(opened, rows, strict=True):
             conversation.row = row
         self.engine.append(rows, [ids for _, ids in opened])
         return results
+
+    def _weights_of(self, conversation: Conversation) -> Weights | None:
+        if isinstance(self.weights, DrawnWeights):
+            return self.weights.of(conversation.seed)
+        return self.weights
 
     def propose(self, conversations: Sequence[Conversation], count: int) -> list[Proposal | Failure]:
         sampled = self.engine.sample(

@@ -1,0 +1,154 @@
+"""One way to make pairs and train the policy against others, on a finished run's rollouts and students.
+
+    python -m benchmarks.policy_variants RUN OUT/base.json
+    python -m benchmarks.policy_variants RUN OUT/all.json --pairs '{"selection": "all"}' \
+        --policy '{"beta": 0.5, "training": {"learning_rate": 3e-5}}'
+    python -m benchmarks.policy_variants --table OUT/base.json OUT/all.json
+
+The policy is trained in this process (no Ray) and played unguided at seven weight vectors against students
+that no stage of the run has met. `--table` compares files over the same students: hypervolume over (0, 0)
+with its interval and the paired difference to the first file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from mahalo_ray.config import PairsConfig, PolicyConfig, RunConfig
+from mahalo_ray.data.records import PreferencePair
+from mahalo_ray.decoding.policy import DeviceConfig
+from mahalo_ray.evaluation.methods import Method, MethodPlayer
+from mahalo_ray.evaluation.results import ComparisonTable, MethodResult
+from mahalo_ray.evaluation.statistics import percentile_interval
+from mahalo_ray.objectives import Weights
+from mahalo_ray.pipeline.artifacts import run_model
+from mahalo_ray.pipeline.seed_blocks import fresh_students
+from mahalo_ray.rollouts.pair_building import CandidateShards, build_pairs
+from mahalo_ray.training.trainer import PolicyTrainer
+
+SHARES = (1.0, 0.9, 0.7, 0.5, 0.3, 0.1, 0.0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("run", nargs="?", help="a finished run of the miniature, which is only read")
+    parser.add_argument("output", nargs="?", help="JSON file for the result")
+    parser.add_argument("--pairs", default="{}", help="JSON over the run's `pairs`")
+    parser.add_argument("--policy", default="{}", help="JSON over the run's `policy`")
+    parser.add_argument("--model", help="play this policy instead of training one")
+    parser.add_argument("--candidates", nargs="*", help="folders of candidate sets; default: the run's")
+    parser.add_argument("--keep", help="folder for the trained policy")
+    parser.add_argument("--students", type=int, default=240)
+    parser.add_argument("--table", nargs="+", help="result files to compare")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.table:
+        print_table(arguments.table)
+        return
+    result = measure(arguments)
+    Path(arguments.output).write_text(json.dumps(result))
+    print_table([arguments.output])
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Pairs, training and play of one variant."""
+    config = RunConfig.model_validate(yaml.safe_load(Path(arguments.run, "config.yaml").read_text()))
+    config = config.model_copy(update={"output": arguments.run})
+    began, result = time.monotonic(), {"pairs": {}, "metrics": {}}
+    model = arguments.model
+    if model is None:
+        model = arguments.keep or tempfile.mkdtemp(prefix="policy-variant-")
+        result |= train(config, arguments, model)
+    result["train_s"] = time.monotonic() - began
+    result["methods"] = [m.model_dump(mode="json") for m in play(config, model, arguments.students)]
+    return result
+
+
+def train(config: RunConfig, arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
+    """The policy of this variant, in `folder`; returns what its pairs and its training were like."""
+    settings = PairsConfig.model_validate(config.pairs.model_dump() | json.loads(arguments.pairs))
+    folders = arguments.candidates or [f"{arguments.run}/pair_rollouts/candidates"]
+    pairs: list[PreferencePair] = []
+    figures = {}
+    for number, candidates in enumerate(folders):
+        for objective in config.objective_names:
+            made, report = build_pairs(CandidateShards(candidates), objective, settings)
+            pairs += [pair.model_copy(update={"id": f"{number}/{pair.id}"}) for pair in made]
+            figures[f"{number}/{objective}"] = report.describe()
+            print(report.describe(), flush=True)
+    given = json.loads(arguments.policy)
+    policy = config.policy.model_dump() | given
+    policy["training"] = {
+        **config.policy.training.model_dump(),
+        "zero_stage": 0,
+        **given.get("training", {}),
+    }
+    trainer = PolicyTrainer(
+        run_model(arguments.run, "sft"),
+        pairs,
+        PolicyConfig.model_validate(policy),
+        objectives=config.objective_names,
+        max_length=config.model.max_length,
+        held_out_fraction=settings.held_out_fraction,
+        seed=config.seed,
+    )
+    metrics = trainer.train()
+    trainer.save_pretrained(folder)
+    return {"pairs": figures, "metrics": metrics, "history": trainer.history}
+
+
+def play(config: RunConfig, model: str, students: int) -> list[MethodResult]:
+    """The policy at seven weight vectors against students beyond those of the run's own report."""
+    first, second = config.objective_names
+    own = config.evaluation.dialogues
+    evaluation = config.evaluation.model_copy(update={"dialogues": own + students})
+    seeds = fresh_students(config.model_copy(update={"evaluation": evaluation}))[own:]
+    reward = run_model(config.output, "reward")
+    sft = run_model(config.output, "sft")
+    player = MethodPlayer(sft, model, reward, DeviceConfig(), config.evaluation, seeds)
+    vectors = [Weights({first: share, second: 1 - share}) for share in SHARES]
+    methods = [Method(f"{w[first]:g}", "weights", weights=w, sweep=True) for w in vectors]
+    return [player.run(method).result for method in methods]
+
+
+def print_table(files: list[str]) -> None:
+    """One line per file."""
+    documents = [json.loads(Path(file).read_text()) for file in files]
+    methods = []
+    for number, document in enumerate(documents):
+        for method in document["methods"]:
+            methods.append(MethodResult.model_validate({**method, "name": f"{number}/{method['name']}"}))
+    names = list(methods[0].values)
+    table = ComparisonTable(methods, names)
+    size = len(SHARES)
+    base, base_samples = table.hypervolumes(range(size))
+    print(
+        "| variant | HV | minus the first | ends | KL | malformed | training |\n|---|---|---|---|---|---|---|"
+    )
+    for number, (file, document) in enumerate(zip(files, documents, strict=True)):
+        own = methods[number * size : (number + 1) * size]
+        volume, samples = table.hypervolumes(range(number * size, (number + 1) * size))
+        low, high = percentile_interval(samples, 0.95)
+        low_d, high_d = percentile_interval(samples - base_samples, 0.95)
+        ends = [max(sum(m.values[name]) / len(m.values[name]) for m in own) for name in names]
+        kl = [m.kl_to_reference or 0.0 for m in own]
+        malformed = [m.malformed_rate for m in own]
+        print(
+            f"| {Path(file).stem} | {volume:.4f} [{low:.3f}, {high:.3f}] "
+            f"| {volume - base:+.4f} [{low_d:+.3f}, {high_d:+.3f}] | {ends[0]:.3f} / {ends[1]:.3f} "
+            f"| {min(kl):.2f} to {max(kl):.2f} | {min(malformed):.3f} to {max(malformed):.3f} "
+            f"| {document['train_s']:.0f} s |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
