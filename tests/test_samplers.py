@@ -11,8 +11,9 @@ import pytest
 
 from mahalo_ray.objectives import Weights
 from mahalo_ray.sweeps import SAMPLERS, Sampler, SamplerSearcher, make_sampler
+from mahalo_ray.sweeps.front_metrics import largest_empty_ball
 
-MODULES = ("sampler", "simplex", "registry", "searcher", "surf")
+MODULES = ("sampler", "simplex", "registry", "searcher", "surf", "surface")
 
 
 def rows(weights: list[Weights], names: str) -> np.ndarray:
@@ -93,6 +94,70 @@ def test_chosen_beforehand() -> None:
         assert not np.array_equal(drawn, again)
     with pytest.raises(ValueError, match="at least 3 points"):
         make_sampler("lattice", list("abc"), 2)
+
+
+def cover(sampler: Sampler, concave: bool, noise: float = 0.0) -> float:
+    """Run to the end on an eighth of the sphere; the radius of the largest empty ball of the chosen."""
+    names = sampler.objectives
+    draws = np.random.default_rng(5)
+
+    def front(weights: list[Weights]) -> np.ndarray:
+        vectors = np.array([vector.over(names) for vector in weights])
+        directions = 1 / vectors if concave else vectors
+        points = directions / np.linalg.norm(directions, axis=1, keepdims=True)
+        return -points if concave else points
+
+    while not sampler.finished:
+        asked = sampler.ask()
+        values = front(asked)
+        errors = np.full(values.shape, noise)
+        sampler.tell(asked, values + draws.normal(size=values.shape) * noise, errors)
+    dense = np.abs(draws.normal(size=(20_000, len(names))))
+    dense /= np.linalg.norm(dense, axis=1, keepdims=True)
+    return largest_empty_ball(front(sampler.ask()), -dense if concave else dense)
+
+
+def test_three_objectives_are_covered_better_than_by_a_lattice() -> None:
+    weights = rows(make_sampler("lattice", list("abc"), 28).ask(), "abc")
+    directions = 1 / np.maximum(weights, 1e-3)
+    dense = np.abs(np.random.default_rng(5).normal(size=(20_000, 3)))
+    dense /= np.linalg.norm(dense, axis=1, keepdims=True)
+    lattice = largest_empty_ball(directions / np.linalg.norm(directions, axis=1, keepdims=True), dense)
+    filled = make_sampler("surface", list("abc"), 28, scalarisation="chebyshev")
+    assert cover(filled, concave=True) < 0.72 * lattice
+    assert len(filled.ask()) == 28
+    noisy = make_sampler("surface", list("abc"), 28, scalarisation="chebyshev")
+    assert cover(noisy, concave=True, noise=0.05) < 0.8 * lattice
+    spaced = make_sampler("surface", list("abc"), 28, scalarisation="chebyshev", respacings=3)
+    assert cover(spaced, concave=True) < 0.62 * lattice
+    assert len(spaced.ask()) == 28
+    # the convex front, whose lattice is nearly even already (0.221)
+    assert cover(make_sampler("surface", list("abc"), 28, respacings=3), concave=False) < 0.2
+
+
+@pytest.mark.parametrize("objectives", [2, 4])
+def test_a_surface_may_be_a_curve_or_have_four_objectives(objectives: int) -> None:
+    names = list("abcd")[:objectives]
+    n = 12 if objectives == 2 else 60
+    least = cover(make_sampler("surface", names, n), concave=False)
+    assert least < (0.12 if objectives == 2 else 0.4)
+
+
+def test_a_surface_stops_at_gaps_noise_and_single_points() -> None:
+    point = make_sampler("surface", list("abc"), 30)
+    point.tell(point.ask(), np.ones((len(point.ask()), 3)))
+    assert point.finished
+    assert "the front is one point" in point.notes[0]
+    corners = make_sampler("surface", list("abc"), 60, batch=4)
+    while not corners.finished:  # three policies and nothing between them
+        asked = corners.ask()
+        best = rows(asked, "abc").argmax(axis=1)
+        corners.tell(asked, np.eye(3)[best])
+    assert "new weights give points that are known" in corners.notes[-1]
+    loud = make_sampler("surface", list("abc"), 60)
+    cover(loud, concave=False, noise=0.8)
+    assert "within the noise" in loud.notes[-1]
+    assert len(loud.ask()) < 60
 
 
 def play(searcher: SamplerSearcher, steps: int | None = None) -> None:

@@ -8,6 +8,7 @@ from mahalo_ray.sweeps.sampler import Sampler
 from mahalo_ray.sweeps.searcher import SamplerSearcher
 from mahalo_ray.sweeps.simplex import DirichletSampler, LatticeSampler, SobolSampler
 from mahalo_ray.sweeps.surf import SurfSampler
+from mahalo_ray.sweeps.surface import SurfaceSampler
 
 __all__ = [
     "SAMPLERS",
@@ -19,6 +20,7 @@ __all__ = [
     "SamplerSearcher",
     "SobolSampler",
     "SurfSampler",
+    "SurfaceSampler",
     "make_sampler",
     "measure_front",
     "portfolio",

@@ -9,12 +9,14 @@ from mahalo_ray.objectives import unknown_name
 from mahalo_ray.sweeps.sampler import Sampler
 from mahalo_ray.sweeps.simplex import DirichletSampler, LatticeSampler, SobolSampler
 from mahalo_ray.sweeps.surf import SurfSampler
+from mahalo_ray.sweeps.surface import SurfaceSampler
 
 SAMPLERS: dict[str, Callable[..., Sampler]] = {
     "lattice": LatticeSampler,
     "sobol": SobolSampler,
     "dirichlet": DirichletSampler,
     "surf": SurfSampler,
+    "surface": SurfaceSampler,
 }
 
 
