@@ -28,7 +28,7 @@ from mahalo_ray.serving.schema import (
     weights_of,
 )
 
-LIMITS = RequestLimits(max_candidates=4, max_new_tokens=16, max_messages=3, max_strength=4)
+LIMITS = RequestLimits(max_candidates=4, max_new_tokens=16, max_messages=3, max_strength=4, max_choices=2)
 MINIMAL = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 
 
@@ -127,6 +127,7 @@ def test_a_wrong_field_is_named(fields, param, says):
     ("fields", "param"),
     [
         ({"num_candidates": 5}, "num_candidates"),
+        ({"n": 3}, "n"),
     ],
 )
 def test_the_servers_limits_are_kept(fields, param):
@@ -180,6 +181,8 @@ def test_an_answer_can_be_sent_back_as_client_libraries_dump_it():
     assert chat_request(messages=[*MINIMAL["messages"], dumped]).messages[1].text == "5"
     harness = {"role": "user", "content": "hi", "type": "text", "name": "me", "unknown": None}
     assert chat_request(messages=[harness]).messages[0].as_record() == Message(role="user", content="hi")
+    kept = {**dumped, "provider_specific_fields": {"refusal": None}, "reasoning_content": "hm"}  # LiteLLM
+    assert chat_request(messages=[*MINIMAL["messages"], kept]).messages[1].text == "5"
     empty = {"role": "assistant", "content": None, "annotations": []}
     assert chat_request(messages=[empty, MINIMAL["messages"][0]]).messages[0].text == ""
     parts = [{"type": "text", "text": "a", "annotations": None, "cache_control": {"type": "ephemeral"}}]

@@ -103,21 +103,21 @@ def test_an_answer_without_guidance_streams_token_by_token(client: TestClient) -
     assert text_of(chunks) == answer
     counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
     tokens = whole["usage"]["completion_tokens"]
-    assert counts == [*range(1, tokens + 1), tokens, tokens]  # each token, the end, and the usage
+    assert counts == [*range(tokens + 1), tokens, tokens]  # the opening, each token, the end, and the usage
     assert tokens > 3
     assert all("mahalo" not in chunk for chunk in chunks[:-2])
     (step,) = chunks[-2]["mahalo"]["steps"]
     assert step["candidates"][0] == {"text": answer, "tokens": tokens, "scores": None, "total": None}
-    assert [c["choices"][0]["finish_reason"] for c in chunks[:-1]] == [None] * tokens + ["length"]
-    assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
-    assert all("role" not in chunk["choices"][0]["delta"] for chunk in chunks[1:-1] if text_of(chunks[:1]))
+    assert [c["choices"][0]["finish_reason"] for c in chunks[:-1]] == [None] * (tokens + 1) + ["length"]
+    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert all("role" not in chunk["choices"][0]["delta"] for chunk in chunks[1:-1])
 
 
 def test_a_guided_answer_streams_steps_with_their_candidates(client: TestClient) -> None:
     whole = client.post(CHAT, json=body()).json()
     chunks = events(client.post(CHAT, json=body(stream=True)).text)
     assert text_of(chunks) == whole["choices"][0]["message"]["content"]
-    assert [chunk["mahalo"] for chunk in chunks[:-1]] == whole["mahalo"]["steps"]
+    assert [chunk["mahalo"] for chunk in chunks[1:-1]] == whole["mahalo"]["steps"]
     assert all("usage" not in chunk for chunk in chunks)
 
 
@@ -152,6 +152,153 @@ def test_stop_strings_cut_answers_and_streams_alike(client: TestClient) -> None:
         assert text_of(chunks) == full[: full.index(stop)]
 
 
+def test_n_answers_have_seeds_of_their_own_and_can_be_asked_for_one_by_one(client: TestClient) -> None:
+    fields = body(n=3, max_tokens=6)
+    choices = client.post(CHAT, json=fields).json()["choices"]
+    assert [choice["index"] for choice in choices] == [0, 1, 2]
+    assert choices[0]["mahalo"]["seed"] == 3
+    texts = [choice["message"]["content"] for choice in choices]
+    for choice, text in zip(choices, texts, strict=True):
+        again = client.post(CHAT, json={**fields, "n": 1, "seed": choice["mahalo"]["seed"]}).json()
+        assert again["choices"][0]["message"]["content"] == text
+    assert len(set(texts)) > 1
+    chunks = events(client.post(CHAT, json={**fields, "stream": True}).text)
+    for index, text in enumerate(texts):
+        own = [{"choices": [c for c in chunk["choices"] if c["index"] == index]} for chunk in chunks]
+        assert text_of(own) == text
+
+
+def test_log_probabilities_are_those_of_the_policy_itself(client: TestClient) -> None:
+    fields = body(strategy="none", max_tokens=5, logprobs=True, top_logprobs=2, temperature=0)
+    choice = client.post(CHAT, json=fields).json()["choices"][0]
+    content = choice["logprobs"]["content"]
+    assert len(content) == 5
+    sampled = b"".join(bytes(item["bytes"]) for item in content)
+    assert sampled.decode(errors="replace") == choice["message"]["content"]
+    for item in content:  # greedy: the likeliest token
+        assert item["logprob"] == item["top_logprobs"][0]["logprob"] > item["top_logprobs"][1]["logprob"]
+    chunks = events(client.post(CHAT, json={**fields, "stream": True}).text)
+    streamed = [c["logprobs"]["content"] for chunk in chunks for c in chunk["choices"] if c["logprobs"]]
+    assert [item["token"] for part in streamed for item in part] == [item["token"] for item in content]
+    plain = client.post(CHAT, json=body(strategy="none", max_tokens=5)).json()
+    assert plain["choices"][0]["logprobs"] is None
+
+
+def test_end_tokens_wait_for_min_tokens_and_repetition_is_penalised(client: TestClient) -> None:
+    ends = client.app.state.service.backend._decoder.format.end_ids  # type: ignore[attr-defined]
+    fields = body(strategy="none", max_tokens=30, temperature=2, top_k=-1)
+    lengths = []
+    for seed in range(40):
+        answer = client.post(CHAT, json={**fields, "seed": seed}).json()
+        lengths.append(answer["usage"]["completion_tokens"])
+    early = lengths.index(min(lengths))
+    assert min(lengths) < 20, "one of them ends early"
+    for bound in ({"min_tokens": 20}, {"ignore_eos": True}):
+        answer = client.post(CHAT, json={**fields, "seed": early, **bound, "logprobs": True}).json()
+        least = bound.get("min_tokens", 30)
+        assert answer["usage"]["completion_tokens"] >= least
+        assert answer["choices"][0]["finish_reason"] == "length" or least == 20
+        ids = {tiny_guided.tokenizer().convert_ids_to_tokens(end) for end in ends}
+        assert not ids & {item["token"] for item in answer["choices"][0]["logprobs"]["content"][:least]}
+    greedy = body(strategy="none", max_tokens=30, temperature=0, ignore_eos=True, logprobs=True)
+    plain, penalised = (
+        client.post(CHAT, json={**greedy, "repetition_penalty": penalty}).json() for penalty in (1, 100)
+    )
+    different = [
+        len({item["token"] for item in answer["choices"][0]["logprobs"]["content"]})
+        for answer in (plain, penalised)
+    ]
+    assert different[1] == 30 > different[0]
+
+
+def test_a_models_id_can_carry_the_weights(client: TestClient) -> None:
+    balanced = {**body(max_tokens=6), "model": "mahalo@accuracy=0.8,engagement=0.2"}
+    answer = client.post(CHAT, json=balanced).json()
+    same = client.post(CHAT, json=body(max_tokens=6, objectives={"accuracy": 0.8, "engagement": 0.2})).json()
+    assert answer["choices"] == same["choices"]
+    assert answer["model"] == balanced["model"]
+    assert answer["mahalo"]["objectives"] == answer["mahalo"]["guidance"]
+    assert client.get(f"/v1/models/{balanced['model']}").json()["defaults"]["objectives"] == {
+        "accuracy": 0.8,
+        "engagement": 0.2,
+    }
+    twice = client.post(CHAT, json={**balanced, "objectives": {"accuracy": 1}})
+    assert error_of(twice)["param"] == "objectives"
+    for wrong in ("mahalo@", "mahalo@speed=1", "mahalo@accuracy", "other@accuracy=1"):
+        assert client.post(CHAT, json={**balanced, "model": wrong}).status_code == 404
+
+
+# -- completions ---------------------------------------------------------------------------------------------
+
+
+def complete(client: TestClient, **fields: Any) -> Any:
+    answer = client.post("/v1/completions", json={"model": "mahalo", "temperature": 0, **fields})
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def test_a_text_and_its_token_ids_are_continued_alike(client: TestClient) -> None:
+    text = "So we add 2 and"
+    ids = tiny_guided.tokenizer().encode(text)
+    by_text = complete(client, prompt=text, max_tokens=6)
+    by_ids = complete(client, prompt=ids, max_tokens=6)
+    assert by_text["choices"] == by_ids["choices"]
+    assert by_text["usage"] == {
+        "prompt_tokens": len(ids),
+        "completion_tokens": 6,
+        "total_tokens": len(ids) + 6,
+    }
+    echoed = complete(client, prompt=text, max_tokens=6, echo=True)["choices"][0]["text"]
+    assert echoed == text + by_text["choices"][0]["text"]
+    both = complete(client, prompt=[text, "1 + 1"], n=2, max_tokens=3)
+    assert [choice["index"] for choice in both["choices"]] == [0, 1, 2, 3]
+    fields = {"model": "mahalo", "prompt": text, "max_tokens": 6, "temperature": 0, "stream": True}
+    chunks = events(client.post("/v1/completions", json=fields).text)
+    assert "".join(c["choices"][0]["text"] for c in chunks) == by_text["choices"][0]["text"]
+
+
+def test_log_likelihoods_are_those_of_a_forward_through_the_whole_text(client: TestClient) -> None:
+    tokenizer = tiny_guided.tokenizer()
+    ids = tokenizer.encode("So we add 2 and 3. The answer is")
+    answer = complete(client, prompt=[ids, ids[:4]], max_tokens=0, echo=True, logprobs=1)
+    torch.manual_seed(0)
+    policy = MultiHeadCausalLM.from_base(copy.deepcopy(tiny_guided.model()), OBJECTIVES, noise=0.3).eval()
+    with torch.no_grad():
+        logits = policy.merge(Weights.balanced(OBJECTIVES))(torch.tensor([ids])).logits[0]
+    expected = torch.log_softmax(logits, dim=-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    whole, part = (choice["logprobs"] for choice in answer["choices"])
+    assert whole["token_logprobs"][0] is None and whole["top_logprobs"][0] is None
+    assert whole["token_logprobs"][1:] == pytest.approx(expected.tolist(), abs=1e-4)
+    assert part["token_logprobs"][1:] == pytest.approx(expected.tolist()[:3], abs=1e-4)
+    assert len(whole["tokens"]) == len(whole["text_offset"]) == len(ids)
+    best = torch.log_softmax(logits, dim=-1)[:-1].max(dim=-1).values
+    tops = [max(top.values()) for top in whole["top_logprobs"][1:]]
+    assert tops == pytest.approx(best.tolist(), abs=1e-4)
+    assert answer["choices"][0]["text"] == "So we add 2 and 3. The answer is"
+    longer = complete(client, prompt=ids, max_tokens=1, echo=True, logprobs=1)["choices"][0]["logprobs"]
+    assert len(longer["tokens"]) == len(ids) + 1 and longer["tokens"][:-1] == whole["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "code"),
+    [
+        ({"prompt": [0, 10**6]}, "prompt", "invalid_value"),
+        ({"prompt": "word " * 300}, "prompt", "context_length_exceeded"),
+        ({"prompt": [1, "a"]}, "prompt", "invalid_value"),
+        ({"prompt": ["a"] * 99}, "prompt", None),
+        ({"prompt": "a", "max_tokens": 0}, "max_tokens", None),
+        ({"prompt": "a", "guidance": {"accuracy": 1}}, "guidance", "invalid_value"),
+        ({"prompt": "a", "suffix": "b"}, "suffix", "invalid_value"),
+    ],
+)
+def test_what_is_wrong_with_a_completion_is_named(
+    client: TestClient, fields: dict[str, Any], param: str, code: str | None
+) -> None:
+    answer = client.post("/v1/completions", json={"model": "mahalo", **fields})
+    assert answer.status_code == 400
+    assert (error_of(answer)["param"], error_of(answer)["code"]) == (param, code)
+
+
 # -- errors --------------------------------------------------------------------------------------------------
 
 
@@ -165,7 +312,6 @@ def test_stop_strings_cut_answers_and_streams_alike(client: TestClient) -> None:
         ({"top_p": 1e-300}, "top_p", "invalid_value"),
         ({"min_p": 1e-300, "max_tokens": 2}, None, None),
         ({"model": "gpt-4" * 1000}, "model", "model_not_found"),
-        ({"n": 2}, "n", "invalid_value"),
         ({"strength": 4.5}, "strength", None),
         ({"aggregation": {"kind": "mean"}}, "aggregation.kind", "invalid_value"),
         ({"aggregation": {"kind": "sum", "temperature": 2}}, "aggregation", "invalid_value"),
@@ -177,6 +323,8 @@ def test_stop_strings_cut_answers_and_streams_alike(client: TestClient) -> None:
         ({"aggregation": {"kind": "soft_min"}, "strategy": "none"}, "aggregation", None),
         ({"aggregation": {"kind": "soft_min", "temperature": 0.5}, "max_tokens": 2}, None, None),
         ({"strength": -1}, "strength", "invalid_value"),
+        ({"n": 99}, "n", None),
+        ({"top_logprobs": 2}, "top_logprobs", None),
         ({"response_format": {"type": "json_object"}}, "response_format", "invalid_value"),
     ],
 )
@@ -428,6 +576,8 @@ def test_the_openapi_document_types_every_body_and_answer(client: TestClient) ->
     check(body(stop=None, tools=None, temperature=0.5), "ChatCompletionRequest")
     check(client.post(CHAT, json=body()).json(), "ChatCompletion")
     check(client.post(CHAT, json={}).json(), "ErrorBody")
+    check({"model": "mahalo", "prompt": [[1, 2]], "echo": True}, "CompletionRequest")
+    check(complete(client, prompt="a", max_tokens=2, logprobs=2), "TextCompletion")
     check(client.get("/v1/models").json(), "ServedModels")
     for chunk in events(client.post(CHAT, json=body(stream=True)).text):
         check(chunk, "ChatCompletionChunk")
@@ -476,7 +626,7 @@ BODIES = st.fixed_dictionaries(
         if name not in ("model", "messages")
     },
 )
-LIMITS = RequestLimits(max_candidates=4, max_new_tokens=8, max_messages=3, max_strength=4)
+LIMITS = RequestLimits(max_candidates=4, max_new_tokens=8, max_messages=3, max_strength=4, max_choices=2)
 
 
 NASTY: list[Any] = [

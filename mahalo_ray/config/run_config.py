@@ -126,6 +126,9 @@ class ServeConfig(Section):
     max_new_tokens: PositiveInt = 512
     """Most tokens of one answer."""
 
+    max_choices: PositiveInt = 16
+    """Most answers of one request: `n`, for completions times the number of prompts."""
+
     max_messages: PositiveInt = 128
     """Most messages of a request."""
 
@@ -140,6 +143,10 @@ class ServeConfig(Section):
 
     shutdown_grace_s: Annotated[float, Field(ge=0, le=3600), NOT_BOOL] = 10.0
     """Seconds that running answers have to end when the endpoint stops."""
+
+    path_prefix: Annotated[str, Field(pattern=r"^(/[A-Za-z0-9._~-]+)*$")] = ""
+    """What all addresses of the endpoint begin with, as `/tutor`: `/tutor/v1/models`. Of an endpoint
+    in a Ray Serve config file the application's `route_prefix` says so instead."""
 
     cors_origins: list[Text] = []
     """Origins whose pages may call the endpoint from a browser, as `https://example.org`; `*` for all."""

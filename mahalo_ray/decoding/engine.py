@@ -21,6 +21,7 @@ again.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from transformers import PreTrainedModel
 
 from mahalo_ray.decoding.kv_cache import RaggedCache, SlotTable, pad_right, split_by_size
 from mahalo_ray.decoding.policy import HeadMix, Policy, as_policy
-from mahalo_ray.decoding.sampling import SamplingParams
+from mahalo_ray.decoding.sampling import DrawLimits, SamplingParams
 from mahalo_ray.decoding.stopping import StopRule, TextStop, TokenTexts
 from mahalo_ray.decoding.token_loop import BranchDecoder, Candidates, CompactingDecoder, SampleRequest
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
@@ -208,6 +209,11 @@ class Engine:
         return candidates
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values that are held now."""
+        return self.cache.nbytes + self._in_flight.nbytes
+
+    @property
     def is_busy(self) -> bool:
         """Whether anything that was started is still to be decoded."""
         return self._in_flight.is_busy
@@ -220,6 +226,7 @@ class Engine:
         seeds: Sequence[int],
         max_new_tokens: Sequence[int],
         rules: Sequence[StopRule | None],
+        draw_limits: Sequence[DrawLimits] | None = None,
     ) -> None:
         """Sample candidates of these sequences from the next token on; everything as in `sample`.
 
@@ -227,7 +234,15 @@ class Engine:
         sequence must not be appended to while it is in flight.
         """
         requests = self._requests(sequences, num_candidates, params, seeds, max_new_tokens, rules)
+        if draw_limits is not None:
+            requests = [
+                replace(request, limits=limits, occurred=self._occurred(request.sequence, limits))
+                for request, limits in zip(requests, draw_limits, strict=True)
+            ]
         self._in_flight.start(requests)
+
+    def _occurred(self, sequence: int, limits: DrawLimits) -> list[int]:
+        return list(self._ids[sequence]) if limits.repetition_penalty != 1 else []
 
     def step(self) -> list[int]:
         """One more token of every candidate in flight, in one forward. Returns the sequences whose candidates

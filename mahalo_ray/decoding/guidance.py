@@ -38,7 +38,9 @@ class GuidedRequest:
     with open models", 2024); the best end is taken; - `best_of_n` chooses among whole responses; -
     `none` samples one response. Totals are sums over objectives of guidance weight times standardised
     score, or what `aggregation` makes of them: `within_candidates` divides by the spread among the
-    candidates compared, `calibrated` by the within-prompt spread stored with the reward model.
+    candidates compared, `calibrated` by the within-prompt spread stored with the reward model. No end token
+    is drawn among the answer's first `min_tokens`; `repetition_penalty` above 1 makes tokens that occurred
+    less likely (`DrawLimits`).
 
     >>> request = GuidedRequest([{"role": "user", "content": "What is 2 + 3?"}], num_candidates=4, seed=1)
     >>> request.strategy
@@ -61,6 +63,8 @@ class GuidedRequest:
     standardisation: Standardisation = "within_candidates"
     strength: float = 1.0
     aggregation: Aggregation = field(default_factory=Aggregation)
+    min_tokens: int = 0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength < float("inf"):
@@ -91,6 +95,13 @@ class GuidedRequest:
                 f"num_candidates is {self.num_candidates} and beam_width {self.beam_width}: "
                 f"'{self.strategy}' needs a beam_width of at least 2 that divides num_candidates"
             )
+        if not 0 <= self.min_tokens <= self.max_new_tokens:
+            raise ValueError(f"min_tokens is {self.min_tokens}: 0 to max_new_tokens ({self.max_new_tokens})")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise ValueError(f"repetition_penalty is {self.repetition_penalty}: it must be above 0")
+        bound = self.min_tokens > 0 or self.repetition_penalty != 1
+        if bound and self.strategy in ("beam", "dvts"):
+            raise ValueError(f"strategy '{self.strategy}' has neither min_tokens nor repetition_penalty")
         if not self.messages:
             raise ValueError("messages are empty: give at least one message")
 

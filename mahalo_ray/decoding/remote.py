@@ -162,6 +162,11 @@ class CompletionDecoder:
         for name in ("top_p", "top_k", "min_p"):
             if getattr(sampling, name) != getattr(SamplingParams(), name):
                 extra[name] = getattr(sampling, name)
+        limits = state.draw_limits
+        if limits.min_tokens:
+            extra["min_tokens"] = limits.min_tokens
+        if limits.repetition_penalty != 1:
+            extra["repetition_penalty"] = limits.repetition_penalty
         stops = self._stops(state) if self._reports_stops else ()
         # Every step draws anew; the API's seeds have 31 bits with some servers.
         seed = int(draw_keys([request.seed], len(state.steps) + 1, torch.device("cpu"))[0, -1]) & 0x7FFFFFFF

@@ -55,6 +55,24 @@ class SamplingBatch:
         return replace(self, table=self.table[rows])
 
 
+@dataclass(frozen=True)
+class DrawLimits:
+    """What a request's draws are bound to. No end token is drawn among its first `min_tokens`;
+    `repetition_penalty` divides the positive logits of tokens that occurred, in the prompt or the answer, and
+    multiplies their negative ones (CTRL, arXiv 1909.05858, section 4.1)."""
+
+    min_tokens: int = 0
+    repetition_penalty: float = 1.0
+
+
+UNBOUND = DrawLimits()
+
+
+def penalised(logits: Tensor, occurred: Tensor, penalty: Tensor) -> Tensor:
+    """logits [B, V] with the tokens that occurred [B, V] made less likely, penalty [B, 1]."""
+    return torch.where(occurred, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
 def draw(
     logits: Tensor, params: SamplingBatch, uniform: Tensor, with_logps: bool
 ) -> tuple[Tensor, Tensor | None]:

@@ -22,6 +22,7 @@ from mahalo_ray.decoding.guidance import (
     with_scores,
 )
 from mahalo_ray.decoding.policy import HeadMix, Policy
+from mahalo_ray.decoding.sampling import DrawLimits
 from mahalo_ray.decoding.scorers import RewardModels, ScorerGroup
 from mahalo_ray.decoding.stopping import INCOMPLETE, AnswerOnly, StopReason, StopRule, TextStop, TextTail
 from mahalo_ray.decoding.token_loop import Candidates
@@ -92,6 +93,12 @@ class RequestState:
         if self.token_by_token:
             return 1
         return left if self.request.takes_whole_answers else min(left, self.request.max_step_tokens)
+
+    @property
+    def draw_limits(self) -> DrawLimits:
+        """What the next candidates' draws are bound to."""
+        left = max(0, self.request.min_tokens - len(self.token_ids))
+        return DrawLimits(left, self.request.repetition_penalty)
 
     def ending(self, reason: StopReason, num_tokens: int) -> StopReason | None:
         """Why the answer is over once a candidate of so many tokens, which ended so, is accepted; None if it
@@ -219,6 +226,11 @@ class GuidedSession:
         return bool(self._waiting or self._active)
 
     @property
+    def num_branches(self) -> int:
+        """Candidates that are being decoded."""
+        return sum(state.request.candidates_per_step for state in self._active)
+
+    @property
     def peak_bytes(self) -> int:
         """Most bytes of keys and values there have been, of all models."""
         return self.engine.peak_bytes + self.scorers.peak_bytes
@@ -312,6 +324,7 @@ class GuidedSession:
             [state.seed for state in states],
             [state.step_limit for state in states],
             [self._rule(state) for state in states],
+            [state.draw_limits for state in states],
         )
 
     def sample(

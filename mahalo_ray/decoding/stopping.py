@@ -260,6 +260,12 @@ class StopRule:
         return self.boundary.verdict(self.begun + text, self.begun_tokens + num_tokens)
 
 
+# Byte-level BPE (GPT-2's) writes every byte as a character: a visible one as itself, the others from 256 on.
+_VISIBLE = (*range(33, 127), *range(161, 173), *range(174, 256))
+_HIDDEN = [byte for byte in range(256) if byte not in _VISIBLE]
+_BYTE_OF = {chr(byte): byte for byte in _VISIBLE} | {chr(256 + n): byte for n, byte in enumerate(_HIDDEN)}
+
+
 class TokenTexts:
     """Texts of single tokens and of token sequences, and tables of the tokens that can end a step.
 
@@ -291,6 +297,25 @@ class TokenTexts:
                 list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
         )
+
+    def piece(self, token_id: int) -> str:
+        """The text of one token as it stands behind another one."""
+        return self._pieces()[token_id]
+
+    def name(self, token_id: int) -> str:
+        """The tokenizer's own name of a token, which no other has."""
+        return str(self.tokenizer.convert_ids_to_tokens(token_id))
+
+    def raw_bytes(self, token_id: int) -> bytes:
+        """The UTF-8 of one token, also of one that is only a part of a character; empty if its tokenizer does
+        not say which part (byte-level BPE and SentencePiece do)."""
+        piece = self.piece(token_id)
+        if INCOMPLETE not in piece:
+            return piece.encode()
+        name = self.name(token_id)
+        if fallback := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", name):
+            return bytes([int(fallback[1], 16)])
+        return bytes(_BYTE_OF[character] for character in name) if set(name) <= _BYTE_OF.keys() else b""
 
     def decode_many(self, token_ids: Sequence[Sequence[int]]) -> list[str]:
         """`decode` of several sequences."""

@@ -22,7 +22,16 @@ from mahalo_ray.decoding.kv_cache import (
     resized,
 )
 from mahalo_ray.decoding.policy import HeadMix, LogitFunction, Policy
-from mahalo_ray.decoding.sampling import SamplingBatch, SamplingParams, draw, draw_keys, uniforms
+from mahalo_ray.decoding.sampling import (
+    UNBOUND,
+    DrawLimits,
+    SamplingBatch,
+    SamplingParams,
+    draw,
+    draw_keys,
+    penalised,
+    uniforms,
+)
 from mahalo_ray.decoding.stopping import StopReason, StopRule, TextStop, TokenTexts
 
 REASONS = tuple(StopReason)
@@ -53,6 +62,8 @@ class SampleRequest:
     rule: StopRule | None
     length: int
     last: Tensor | int
+    limits: DrawLimits = UNBOUND
+    occurred: Sequence[int] = ()  # tokens so far, for the repetition penalty
 
 
 @dataclass
@@ -129,6 +140,9 @@ class RequestTable:
         self.max_tokens: Tensor  # per row, as the next two
         self.lengths: Tensor
         self.limit_codes: Tensor  # why a branch ends with its max_tokens-th token
+        self.min_tokens: Tensor | None = None  # per row; None: no row has any, as with the next two
+        self.penalties: Tensor | None = None
+        self.occurred: Tensor | None = None  # [rows, V]
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -171,6 +185,7 @@ class RequestTable:
         self.lengths = torch.tensor([request.length for request in requests], device=device)
         codes = [CODE[StopReason.CONTEXT if r.fills_context else StopReason.LENGTH] for r in requests]
         self.limit_codes = torch.tensor(codes, device=device)
+        self._tabulate_limits()
         rules: Sequence[StopRule | None] = [request.rule for request in requests]
         self.stop = None if self._texts is None else TextStop(self._texts, rules)
         settings: list[tuple[HeadMix, SamplingParams, Hashable]]
@@ -182,6 +197,17 @@ class RequestTable:
         self.params = SamplingBatch.of([request.params for request in requests], device)
         if self.stop is not None:
             self.triggers = self.stop.trigger_table(self._policy.vocab_size).to(device)
+
+    def _tabulate_limits(self) -> None:
+        device, limits = self._policy.device, [request.limits for request in self._requests]
+        self.min_tokens = self.penalties = self.occurred = None
+        if any(each.min_tokens for each in limits):
+            self.min_tokens = torch.tensor([each.min_tokens for each in limits], device=device)
+        if any(each.repetition_penalty != 1 for each in limits):
+            self.penalties = torch.tensor([each.repetition_penalty for each in limits], device=device)
+            self.occurred = torch.zeros(len(limits), self._policy.vocab_size, dtype=torch.bool, device=device)
+            for row, request in enumerate(self._requests):
+                self.occurred[row, torch.tensor(request.occurred, dtype=torch.long, device=device)] = True
 
 
 class SampleBuffers:
@@ -487,10 +513,24 @@ class BranchDecoder:
     def _draw(self, hidden: Tensor) -> Tensor:
         """A token for every branch [branches], written into the buffers."""
         uniform = self._buffers.uniforms[self._live, self._count]
-        logits = self._requests.head(hidden, self._row)
+        logits = self._limited(self._requests.head(hidden, self._row))
         tokens, logps = draw(logits, self._params, uniform, self._buffers.logps is not None)
         self._buffers.write(self._live, self._count, tokens, logps)
         return tokens
+
+    def _limited(self, logits: Tensor) -> Tensor:
+        """The logits [branches, V] as the requests' `DrawLimits` leave them."""
+        table = self._requests
+        if table.penalties is not None and table.occurred is not None:
+            occurred, counts = table.occurred[self._row], self._count
+            drawn = self._buffers.tokens[self._live, : max(int(counts.max()), 1)]
+            branch, place = (torch.arange(drawn.shape[1], device=self.device) < counts[:, None]).nonzero().T
+            occurred[branch, drawn[branch, place]] = True
+            logits = penalised(logits.float(), occurred, table.penalties[self._row][:, None])
+        if table.min_tokens is not None:
+            early = self._count < table.min_tokens[self._row]
+            logits = logits.masked_fill(early[:, None] & self._stop_table, float("-inf"))
+        return logits
 
     def _end_branches(self, sampled: Tensor) -> list[int]:
         """Take out the branches that end with the token just drawn. Returns the sequences without any left.

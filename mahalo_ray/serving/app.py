@@ -19,26 +19,31 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mahalo_ray.serving.front import Front, PortfolioReport
 from mahalo_ray.serving.model_thread import Job
+from mahalo_ray.serving.prometheus import CONTENT_TYPE, CountRequests, ReplicaMetrics
 from mahalo_ray.serving.responses import (
     END_OF_STREAM,
+    AnswerWriter,
     ChatCompletion,
     ChatCompletionChunk,
-    Completion,
     ErrorBody,
     ReplicaStatus,
     ScoreList,
     ServedModel,
     ServedModels,
+    TextCompletion,
     event,
 )
 from mahalo_ray.serving.schema import (
     ApiError,
     ChatCompletionRequest,
+    CompletionRequest,
     Payload,
+    SamplingFields,
     ScoreRequest,
     StreamOptions,
     internal_error,
@@ -100,6 +105,8 @@ def create_app(service: ChatService) -> FastAPI:
     _add_api(app, service)
     _add_pages(app, service)
     _document_bodies(app, with_key=service.settings.key is not None)
+    paths = frozenset(route.path for route in app.routes if isinstance(route, Route))
+    app.add_middleware(CountRequests, metrics=service.metrics, paths=paths)
     return app
 
 
@@ -174,10 +181,20 @@ def _add_api(app: FastAPI, service: ChatService) -> None:
     async def chat(request: Request) -> Response:
         """Answer a conversation; with `stream`, as server-sent events of `ChatCompletionChunk`."""
         body = await read(request, ChatCompletionRequest)
-        job, completion = service.chat(body)
-        if body.stream:
-            return await _stream(job, completion, body.stream_options or StreamOptions())
-        return _json(completion.whole(await job.result()))
+        job, writer = service.chat(body)
+        return await _answer(job, writer, body, service.metrics)
+
+    text_answers = _answers(TextCompletion, *failures)
+    text_answers[200]["content"] = {
+        "text/event-stream": {"schema": {"$ref": _SCHEMAS + TextCompletion.__name__}}
+    }
+
+    @app.post("/v1/completions", responses=text_answers, openapi_extra=_takes(CompletionRequest))
+    async def complete(request: Request) -> Response:
+        """Go on with a text or token ids as they are; with `stream`, as events of `TextCompletion`."""
+        body = await read(request, CompletionRequest)
+        job, writer = service.complete(body)
+        return await _answer(job, writer, body, service.metrics)
 
     @app.post("/v1/score", responses=_answers(ScoreList, *failures), openapi_extra=_takes(ScoreRequest))
     async def score(request: Request) -> Response:
@@ -187,9 +204,9 @@ def _add_api(app: FastAPI, service: ChatService) -> None:
 
     @app.get("/v1/models", responses=_answers(ServedModels, 401, 500))
     async def models(request: Request) -> Response:
-        """The one model there is, with its objectives, limits and defaults."""
+        """The model with its objectives, limits and defaults, and ids that carry a portfolio's weights."""
         authorise(request)
-        return _json(ServedModels(data=[service.model(service.settings.model_name)]))
+        return _json(ServedModels(data=service.models()))
 
     @app.get("/v1/models/{name:path}", responses=_answers(ServedModel, 401, 404, 500))
     async def model(request: Request, name: str) -> Response:
@@ -228,6 +245,11 @@ def _add_pages(app: FastAPI, service: ChatService) -> None:
             raise ApiError(500, trouble, code="unhealthy")
         return _json(ReplicaStatus(status="ok"))
 
+    @app.get("/metrics", responses={200: {"content": {"text/plain": {}}, "description": "the figures"}})
+    async def metrics() -> Response:
+        """This replica's figures, as Prometheus reads them."""
+        return Response(service.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+
     @app.get("/ready", responses=_answers(ReplicaStatus, 500, 503))
     async def ready() -> Response:
         """Whether a request sent now would be taken."""
@@ -243,7 +265,7 @@ def _document_bodies(app: FastAPI, with_key: bool) -> None:
         if app.openapi_schema is not None:
             return app.openapi_schema
         document = generate()
-        bodies = [(model, "validation") for model in (ChatCompletionRequest, ScoreRequest)]
+        bodies = [(model, "validation") for model in (ChatCompletionRequest, CompletionRequest, ScoreRequest)]
         _, schemas = models_json_schema(
             [*bodies, (ChatCompletionChunk, "serialization")],  # type: ignore[list-item]
             ref_template=_SCHEMAS + "{model}",
@@ -268,20 +290,36 @@ def _json(body: BaseModel) -> Response:
     return Response(body.model_dump_json(), media_type="application/json")
 
 
-async def _stream(job: Job, completion: Completion, options: StreamOptions) -> Response:
+async def _answer(job: Job, writer: AnswerWriter, body: SamplingFields, metrics: ReplicaMetrics) -> Response:
+    if body.stream:
+        return await _stream(job, writer, body.stream_options or StreamOptions(), metrics)
+    answers = await job.result()
+    metrics.observe_answers(job, answers)
+    return _json(writer.whole(answers))
+
+
+async def _stream(
+    job: Job, writer: AnswerWriter, options: StreamOptions, metrics: ReplicaMetrics
+) -> Response:
     events = job.events()
-    # What goes wrong before the first step still has a status of its own.
-    first = await anext(events)
+    # What goes wrong before the models have taken the request still has a status of its own.
+    kind, value = await anext(events)
+    assert kind == "begun"
+    opening = list(writer.stream_opening(value, options.continuous_usage_stats))
 
     async def chunks() -> AsyncIterator[str]:
-        kind, value = first
         try:
-            while kind == "step":
-                yield completion.chunk(value, options.continuous_usage_stats)
-                kind, value = await anext(events)
-            yield completion.last(value, options.continuous_usage_stats)
-            if options.include_usage:
-                yield completion.usage(value)
+            for text in opening:
+                yield text
+            async for kind, value in events:
+                if kind == "step":
+                    yield writer.stream_part(value, options.continuous_usage_stats)
+                else:
+                    metrics.observe_answers(job, value)
+                    for text in writer.stream_ends(value, options.continuous_usage_stats):
+                        yield text
+                    if options.include_usage:
+                        yield writer.stream_usage(value)
             yield END_OF_STREAM
         except ApiError as error:
             # The status line is long gone; OpenAI's clients raise on such an event.

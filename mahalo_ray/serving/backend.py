@@ -11,20 +11,31 @@ from jinja2 import TemplateError
 
 from mahalo_ray.config import Standardisation
 from mahalo_ray.data.records import Message
-from mahalo_ray.decoding.guidance import GuidedRequest, PromptTooLong
+from mahalo_ray.decoding.guidance import GuidedResult, Prompt, PromptTooLong
 from mahalo_ray.decoding.guided import GuidedDecoder
-from mahalo_ray.decoding.policy import DeviceConfig, MultiHeadPolicy, load_policy, load_step_scorer
+from mahalo_ray.decoding.kv_cache import split_by_size
+from mahalo_ray.decoding.likelihood import TokenLogps, token_logps
+from mahalo_ray.decoding.policy import (
+    DeviceConfig,
+    HeadMix,
+    MultiHeadPolicy,
+    Policy,
+    load_policy,
+    load_step_scorer,
+)
 from mahalo_ray.decoding.session import GuidedSession, RequestState
-from mahalo_ray.decoding.stopping import TurnBoundary
+from mahalo_ray.decoding.stopping import INCOMPLETE, StopReason, TokenTexts, TurnBoundary
 from mahalo_ray.objectives import Weights
+from mahalo_ray.serving.answers import Answer, AnswerPart, AnswersWanted, ModelLoad, RawPrompt, TokenReport
 from mahalo_ray.serving.model_thread import Job
-from mahalo_ray.serving.responses import AnswerPart, ScoredCandidate, TokenUsage
+from mahalo_ray.serving.responses import ScoredCandidate
 from mahalo_ray.serving.schema import ApiError, ScoreRequest, internal_error
 
 logger = logging.getLogger(__name__)
 
+_LOOKED_UP_AT_ONCE = 4096  # tokens whose log-probabilities are asked for, where no answer is decoded
+_LOOKED_UP_BETWEEN = 512  # and between the tokens of answers
 _SCORED_AT_ONCE = 8  # candidates of POST /v1/score, where no answer waits for its next tokens
-_INCOMPLETE = "\ufffd"  # what a tokenizer decodes the first bytes of a character to
 
 
 class VisibleText:
@@ -40,7 +51,7 @@ class VisibleText:
         """What can be shown beyond what has been, now that the whole answer is `text`."""
         visible = self.cut(text)
         if len(visible) == len(text):
-            visible = text.rstrip(_INCOMPLETE)
+            visible = text.rstrip(INCOMPLETE)
             visible = visible[: len(visible) - self._longest_stop_prefix(visible)]
         if not visible.startswith(self._shown):  # the decoder may still change what it has not shown
             return ""
@@ -60,23 +71,105 @@ class VisibleText:
         )
 
 
-class _AnswerInPlay:
-    """A chat job in play."""
+class _AnswersInPlay:
+    """A job for answers in play: several, if `n` or several prompts were asked for."""
 
-    def __init__(self, job: Job, state: RequestState) -> None:
-        self.job, self.state = job, state
-        self._visible = VisibleText(state.request.stop)
+    def __init__(self, job: Job, wanted: AnswersWanted, prompts: list[Prompt], echoed: list[str]) -> None:
+        self.job, self.wanted, self.prompts, self.echoed = job, wanted, prompts, echoed
+        self.states: list[RequestState] = []
+        self._visible = [VisibleText(request.stop) for request in wanted.requests]
 
     def report(self) -> None:
-        """Hand new steps to the client, and the result once it is complete."""
-        for step in self.state.new_steps():
-            usage = TokenUsage.of(len(self.state.prompt_ids), len(self.state.token_ids))
-            self.job.step(AnswerPart(self._visible.grow(self.state.text), step, usage))
-        if self.state.error is not None:
-            self.job.fail(refusal_of(self.state.error))
-        elif self.state.stop_reason is not None:
-            result = self.state.result()
-            self.job.finish(replace(result, text=self._visible.cut(result.text)))
+        """Hand new steps to the client."""
+        for index, state in enumerate(self.states):
+            for step in state.new_steps():
+                added = self._visible[index].grow(state.text)
+                counts = len(state.prompt_ids), len(state.token_ids)
+                self.job.step(AnswerPart(index, added, step, *counts))
+            if state.error is not None:
+                self.job.fail(refusal_of(state.error))
+                return
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all answers have ended."""
+        return all(state.stop_reason is not None for state in self.states)
+
+    def results(self) -> list[GuidedResult]:
+        """The finished answers, cut at their stop strings."""
+        if not self.wanted.generates:
+            return [_nothing_added(prompt) for prompt in self.prompts]
+        results = [state.result() for state in self.states]
+        return [
+            replace(result, text=visible.cut(result.text))
+            for result, visible in zip(results, self._visible, strict=True)
+        ]
+
+    def answers(self, tokens: Sequence[list[TokenReport] | None]) -> list[Answer]:
+        """The finished answers with the reports of their tokens."""
+        parts = zip(self.results(), self.echoed, tokens, strict=True)
+        return [Answer(result, echoed, reports) for result, echoed, reports in parts]
+
+
+def _nothing_added(prompt: Prompt) -> GuidedResult:
+    """The result of a request for a prompt's own log-probabilities."""
+    count = len(prompt.token_ids)
+    return GuidedResult("", [], [], StopReason.LENGTH, count, count, 0, 0)
+
+
+class _Likelihoods:
+    """The tokens of a job's answers that are still to be looked up, and those that were."""
+
+    def __init__(self, answers: _AnswersInPlay) -> None:
+        self.answers, self.job = answers, answers.job
+        self._results = answers.results()
+        pairs = zip(answers.prompts, self._results, strict=True)
+        self._left = [prompt.token_ids + result.token_ids for prompt, result in pairs]
+        self._reports: list[list[TokenReport] | None] = []
+
+    def advance(self, policy: Policy, vocabulary: TokenTexts, num_tokens: int) -> None:
+        """Look up the next sequences, about `num_tokens` tokens of them; finish the job after the last."""
+        count = next(iter(split_by_size([len(ids) for ids in self._left], num_tokens))).stop
+        batch, self._left = self._left[:count], self._left[count:]
+        first = len(self._reports)
+        requests = self.answers.wanted.requests[first : first + count]
+        mixes = [HeadMix(request.weights, request.strength) for request in requests]
+        found = token_logps(policy, batch, mixes, self.answers.wanted.top_logprobs or 0)
+        for number, logps in enumerate(found, start=first):
+            self._reports.append(self._report(number, logps, vocabulary))
+        if not self._left:
+            self.job.finish(self.answers.answers(self._reports))
+
+    def _report(self, number: int, logps: TokenLogps, vocabulary: TokenTexts) -> list[TokenReport]:
+        """The tokens of one answer, without those that a stop string cut off."""
+        prompt, result = self.answers.prompts[number], self._results[number]
+        start = len(prompt.token_ids)
+        shown = start + _tokens_shown(result, vocabulary)
+        reports = [
+            replace(
+                _token(vocabulary, token_id, logp),
+                top=tuple(_token(vocabulary, one.token_id, one.logp) for one in top),
+            )
+            for token_id, logp, top in zip(logps.token_ids, logps.logps, logps.top, strict=True)
+        ]
+        return reports[0 if self.answers.wanted.echo else start : shown]
+
+
+def _tokens_shown(result: GuidedResult, vocabulary: TokenTexts) -> int:
+    """How many of an answer's tokens its text shows, the token that ended it included."""
+    if result.stop_reason is not StopReason.STRING:
+        return len(result.token_ids)
+    count = len(result.token_ids)
+    while count and len(vocabulary.words(result.token_ids[: count - 1])) >= len(result.text):
+        count -= 1
+    return count
+
+
+def _token(vocabulary: TokenTexts, token_id: int, logp: float | None) -> TokenReport:
+    text, raw = vocabulary.piece(token_id), vocabulary.raw_bytes(token_id)
+    if INCOMPLETE not in text:
+        return TokenReport(text, raw, True, logp)
+    return TokenReport(vocabulary.name(token_id), raw, False, logp)
 
 
 class _Scoring:
@@ -105,9 +198,10 @@ class _Scoring:
 class GuidedBackend:
     """A policy and, unless None, a reward model, driven by the model's thread (a `Backend` for it).
 
-    A `GuidedRequest` gets `step(AnswerPart)` for every accepted step (every token where there is nothing to
-    choose from), then `finish(GuidedResult)`, its text cut at the first stop string. A `ScoreRequest` gets
-    `finish(list[ScoredCandidate])`.
+    A job for `AnswersWanted` gets `step(AnswerPart)` for every accepted step (every token where there is
+    nothing to choose from), then `finish(list[Answer])`. A `ScoreRequest` gets
+    `finish(list[ScoredCandidate])`. Log-probabilities and ratings are computed a little at a time, between
+    the tokens of the answers.
     """
 
     def __init__(self, decoder: GuidedDecoder) -> None:
@@ -120,6 +214,7 @@ class GuidedBackend:
         # As in evaluation, where the reward models know the usual spread of their scores.
         calibrated = bool(decoder.reward_models) and decoder.scale.is_calibrated
         self.standardisation: Standardisation = "calibrated" if calibrated else "within_candidates"
+        self.usage = ModelLoad()
         self.reset()
 
     @classmethod
@@ -136,8 +231,9 @@ class GuidedBackend:
     def reset(self) -> None:
         """An empty batch."""
         self._session: GuidedSession = self._decoder.session()
-        self._answers: list[_AnswerInPlay] = []
+        self._answers: list[_AnswersInPlay] = []
         self._scorings: list[_Scoring] = []
+        self._likelihoods: list[_Likelihoods] = []
 
     def probe(self) -> None:
         """Answer a small request, guided where there is a reward model; whatever it raises says why not."""
@@ -158,7 +254,9 @@ class GuidedBackend:
                 if isinstance(job.payload, ScoreRequest):
                     self._scorings.append(_Scoring(job, job.payload))
                 else:
-                    self._answers.append(self._begin(job, job.payload))
+                    self._begin(job, job.payload)
+            except ApiError as error:
+                job.fail(error)
             except ValueError as error:
                 job.fail(refusal_of(error))
             except Exception:
@@ -167,26 +265,82 @@ class GuidedBackend:
                 logger.exception("error %s: a request could not be begun", reference)
                 job.fail(internal_error(reference))
 
-    def _begin(self, job: Job, request: GuidedRequest) -> _AnswerInPlay:
-        return _AnswerInPlay(
-            job, self._session.submit(request, token_by_token=job.streams and not request.is_guided)
-        )
+    def _begin(self, job: Job, wanted: AnswersWanted) -> None:
+        pairs = zip(wanted.requests, wanted.prompts, strict=True)
+        # The same prompt several times (`n`) is read once.
+        read: dict[int, Prompt] = {}
+        prompts = []
+        for request, raw in pairs:
+            key = id(request.messages if raw is None else raw)
+            if key not in read:
+                read[key] = self._session.check(request) if raw is None else self._raw_prompt(raw, wanted)
+            prompts.append(read[key])
+        echoed = [self._decoder.vocabulary.decode(p.token_ids) if wanted.echo else "" for p in prompts]
+        for number, raw in enumerate(wanted.prompts):
+            if wanted.echo and raw is not None and isinstance(raw.value, str):
+                echoed[number] = raw.value  # as it was sent: decoding may not give it back to the letter
+        answers = _AnswersInPlay(job, wanted, prompts, echoed)
+        if wanted.generates:
+            answers.states = [
+                self._session.submit(request, job.streams and not request.is_guided, prompt)
+                for request, prompt in zip(wanted.requests, prompts, strict=True)
+            ]
+        job.begin(echoed)
+        self._answers.append(answers)
+
+    def _raw_prompt(self, raw: RawPrompt, wanted: AnswersWanted) -> Prompt:
+        """A prompt without a template, as tokens; ApiError or PromptTooLong for one that cannot be read."""
+        tokenizer, engine = self._decoder.format.tokenizer, self._session.engine
+        ids = list(tokenizer.encode(raw.value) if isinstance(raw.value, str) else raw.value)
+        if not ids and tokenizer.bos_token_id is not None:
+            ids = [tokenizer.bos_token_id]
+        if not ids:
+            raise ApiError(400, "the prompt is empty, and this model has no token to begin with", "prompt")
+        if max(ids) >= engine.policy.vocab_size:
+            message = f"token id {max(ids)} is not one of the model's {engine.policy.vocab_size}"
+            raise ApiError(400, message, "prompt", "invalid_value")
+        limit = engine.max_context - wanted.generates
+        if len(ids) > limit:
+            message = f"the prompt has {len(ids)} tokens, and the context holds {limit} of them"
+            raise ApiError(400, message, "prompt", "context_length_exceeded")
+        return Prompt([], ids)
 
     def advance(self) -> None:
         """A few tokens of every answer that is still wanted, and a few candidates of one rating."""
-        for answer in self._answers:
-            if not answer.job.wanted:
-                self._session.cancel(answer.state)
-        self._answers = [answer for answer in self._answers if answer.job.wanted]
+        for answers in self._answers:
+            if not answers.job.wanted:
+                self._cancel(answers)
+        self._answers = [answers for answers in self._answers if answers.job.wanted]
         self._scorings = [scoring for scoring in self._scorings if scoring.job.wanted]
+        self._likelihoods = [one for one in self._likelihoods if one.job.wanted]
         if self._session.is_busy:
             self._session.advance()
-        for answer in self._answers:
-            answer.report()
+        for answers in self._answers:
+            answers.report()
+            if answers.job.finished:  # one of several answers has failed
+                self._cancel(answers)
+            elif answers.is_complete:
+                self._complete(answers)
+        self._answers = [a for a in self._answers if not a.job.finished and not a.is_complete]
+        if self._likelihoods:
+            budget = _LOOKED_UP_BETWEEN if self._answers else _LOOKED_UP_AT_ONCE
+            policy, vocabulary = self._session.engine.policy, self._decoder.vocabulary
+            self._likelihoods[0].advance(policy, vocabulary, budget)
         if self._scorings:
             self._advance_scoring(self._scorings[0])
-        self._answers = [answer for answer in self._answers if not answer.job.finished]
         self._scorings = [scoring for scoring in self._scorings if not scoring.job.finished]
+        self._likelihoods = [one for one in self._likelihoods if not one.job.finished]
+        self.usage = ModelLoad(self._session.num_branches, self._session.engine.nbytes)
+
+    def _complete(self, answers: _AnswersInPlay) -> None:
+        if answers.wanted.top_logprobs is None:
+            answers.job.finish(answers.answers([None] * len(answers.prompts)))
+        else:
+            self._likelihoods.append(_Likelihoods(answers))
+
+    def _cancel(self, answers: _AnswersInPlay) -> None:
+        for state in answers.states:
+            self._session.cancel(state)
 
     def _advance_scoring(self, scoring: _Scoring) -> None:
         try:

@@ -166,6 +166,13 @@ class Measurements:
         """The answer of GET /v1/front."""
         return None if self.table is None else Front.of(self.table, descriptions)
 
+    def member_models(self, model: str) -> list[str]:
+        """The model ids that ask for the portfolio's members."""
+        if self.portfolio is None:
+            return []
+        vectors = _vectors(self.portfolio)
+        return [balanced_model(model, vectors[member]) for member in self.portfolio.members]
+
     def report_portfolio(
         self, model: str, descriptions: Mapping[str, str], weights: Weights | None
     ) -> PortfolioReport | None:
@@ -173,7 +180,7 @@ class Measurements:
         found = self.portfolio
         if found is None:
             return None
-        asked = [Weights(dict(zip(found.objectives, row, strict=True))) for row in found.weights.tolist()]
+        asked = _vectors(found)
         ids = {member: balanced_model(model, asked[member]) for member in found.members}
         return PortfolioReport(
             objectives=describe(found.objectives, descriptions),
@@ -191,6 +198,10 @@ class Measurements:
             ],
             choices=[_choice(found, vector, ids) for vector in (asked if weights is None else [weights])],
         )
+
+
+def _vectors(found: Portfolio) -> list[Weights]:
+    return [Weights(dict(zip(found.objectives, row, strict=True))) for row in found.weights.tolist()]
 
 
 def _choice(found: Portfolio, weights: Weights, ids: Mapping[int, str]) -> CertifiedChoice:

@@ -158,10 +158,10 @@ def start(
         handle = serve.run(
             application(settings, source, use_gpu),
             name=APP_NAME,
-            route_prefix="/",
+            route_prefix=config.path_prefix or "/",
             logging_config=_QUIET,
         )
-        url = f"http://{_reachable(config.host)}:{port}"
+        url = f"http://{_reachable(config.host)}:{port}{config.path_prefix}"
         _wait_until_healthy(url)
         started = True
     except (RuntimeError, RayServeException) as error:

@@ -39,10 +39,13 @@ class Job:
         self.payload = payload
         self.timeout_s = timeout_s
         self.streams = streams
+        self.arrived_at = time.monotonic()
         self.admitted_at = 0.0
+        self.steps_at: list[float] = []  # when the engine decided each
         self.finished = self.failed = False
         self._parts: list[Any] = []  # handed over
         self._repeated = 0  # of them, how many the engine has made again after a restart
+        self._begun = False
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
         self._deadline = self._loop.time() + timeout_s
@@ -55,9 +58,16 @@ class Job:
         """Whether somebody still waits for it."""
         return not self._abandoned.is_set()
 
+    def begin(self, value: Any) -> None:
+        """Say that the engine has taken it."""
+        if self.streams and not self._begun:
+            self._post("begun", value)
+        self._begun = True
+
     def step(self, part: Any) -> None:
         """Hand over a part of the result. After a restart, parts that the client has are passed over; a
         RuntimeError if they are not the same again."""
+        self.steps_at.append(time.monotonic())
         if not self.streams:
             return
         if self._repeated < len(self._parts):
@@ -71,6 +81,7 @@ class Job:
     def restart(self) -> None:
         """The engine begins the job again."""
         self._repeated = 0
+        self.steps_at.clear()
 
     def finish(self, value: Any) -> None:
         """Hand over the result; nothing follows."""
@@ -91,7 +102,8 @@ class Job:
     # -- the client's side (the event loop) ------------------------------------------------------------------
 
     async def events(self) -> AsyncGenerator[tuple[str, Any]]:
-        """("step", value) any number of times, then ("done", value). Raises ApiError: what the worker failed
+        """("begun", value) where the client takes parts, ("step", value) any number of times, then
+        ("done", value). Raises ApiError: what the worker failed
         with, or 504 at the deadline. However the caller leaves, the worker learns that nobody waits."""
         try:
             while True:
@@ -182,6 +194,12 @@ class ModelThread:
         """Places in use: jobs that run or wait, and requests that are being read."""
         with self._changed:
             return self._count_held()
+
+    def count_running_and_waiting(self) -> tuple[int, int]:
+        """Jobs that run, and places held by what waits or is being read."""
+        with self._changed:
+            held, running = self._count_held(), len(self._active)
+            return running, held - running
 
     def check_room(self) -> None:
         """Raise ApiError 503 with Retry-After when a request sent now would not be taken."""

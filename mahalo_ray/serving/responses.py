@@ -1,4 +1,4 @@
-"""What the server answers: OpenAI's chat completion objects, with our `mahalo` field beside theirs.
+"""What the server answers: OpenAI's objects, with our `mahalo` field beside theirs.
 
 These classes build the answers and, through FastAPI, document them at /openapi.json.
 """
@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import secrets
 import time
-from dataclasses import dataclass, field
-from typing import Literal
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import ClassVar, Literal
 
 from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_serializer
 
-from mahalo_ray.decoding.guidance import GuidedRequest, GuidedResult, Step
+from mahalo_ray.decoding.guidance import GuidedResult, Step
 from mahalo_ray.decoding.stopping import StopReason
+from mahalo_ray.serving.answers import Answer, AnswerPart, AnswersWanted, TokenReport
 from mahalo_ray.serving.front import ObjectiveReport
 
 END_OF_STREAM = "data: [DONE]\n\n"
@@ -86,17 +89,40 @@ class AnswerMessage(BaseModel):
     content: str
 
 
-class CompletionChoice(BaseModel):
-    """The only choice there is."""
+class RankedText(BaseModel):
+    """A token with its log-probability in nats; `bytes`: its part of the answer's UTF-8, null where the
+    tokenizer does not say."""
 
-    index: Literal[0] = 0
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprob(RankedText):
+    """A token of the answer, and the likeliest ones at its place."""
+
+    top_logprobs: list[RankedText] = []
+
+
+class ChatLogprobs(BaseModel):
+    """Log-probabilities under the policy at temperature 1, before `top_p` and the like cut anything off."""
+
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class CompletionChoice(BaseModel):
+    """One answer. `mahalo`: where `n` answers were asked for, what decided this one."""
+
+    index: int = 0
     message: AnswerMessage
     finish_reason: FinishReason
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
+    mahalo: AnswerReport | None = None
 
 
 class ChatCompletion(BaseModel):
-    """The answer of a request without streaming."""
+    """The answer of a request without streaming. `mahalo`: that of the first choice."""
 
     id: str
     created: int
@@ -119,12 +145,12 @@ class MessageDelta(BaseModel):
 
 
 class ChunkChoice(BaseModel):
-    """The only choice of a chunk."""
+    """What a chunk adds to one answer; log-probabilities of all its tokens come with its last chunk."""
 
-    index: Literal[0] = 0
+    index: int = 0
     delta: MessageDelta
     finish_reason: FinishReason | None = None
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
 
 
 class ChatCompletionChunk(BaseModel):
@@ -137,6 +163,37 @@ class ChatCompletionChunk(BaseModel):
     choices: list[ChunkChoice]
     usage: TokenUsage | None = None
     mahalo: StepReport | AnswerReport | None = None
+
+
+class TextLogprobs(BaseModel):
+    """The log-probabilities of OpenAI's older API: lists of equal length, null for the first token of a
+    prompt, which nothing predicts. `text_offset`: where each token begins, in characters."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
+    text_offset: list[int]
+
+
+class TextChoice(BaseModel):
+    """One continuation, or what a chunk adds to it."""
+
+    index: int
+    text: str
+    logprobs: TextLogprobs | None = None
+    finish_reason: FinishReason | None
+
+
+class TextCompletion(BaseModel):
+    """The answer of POST /v1/completions, and every event of its stream."""
+
+    id: str
+    created: int
+    model: str
+    object: Literal["text_completion"] = "text_completion"
+    choices: list[TextChoice]
+    usage: TokenUsage | None = None
+    objectives: dict[str, float] | None = Field(default=None, description="the decoding weights")
 
 
 class ScoredCandidate(BaseModel):
@@ -161,6 +218,7 @@ class ServedLimits(BaseModel):
     max_candidates: int
     max_tokens: int
     max_strength: float = Field(description="1 where the model here has one strength only")
+    max_choices: int
 
 
 class ServedDefaults(BaseModel):
@@ -214,60 +272,108 @@ class ErrorBody(BaseModel):
     error: ErrorDetails
 
 
-@dataclass(frozen=True)
-class AnswerPart:
-    """A part of an answer that is still growing: the text it adds and the step it comes from. Parts with
-    equal text are equal."""
+class AnswerWriter(ABC):
+    """The objects that bring the answers of one request, with one identity: all at once, or the events of a
+    stream."""
 
-    text: str
-    step: Step = field(compare=False)
-    usage: TokenUsage = field(compare=False)
+    prefix: ClassVar[str]
 
-
-class Completion:
-    """The identity shared by an answer's objects: one completion, or the chunks of one stream."""
-
-    def __init__(self, model: str, request: GuidedRequest) -> None:
-        self._model, self._request = model, request
-        self._id, self._created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
+    def __init__(self, model: str, wanted: AnswersWanted) -> None:
+        self._model, self._wanted = model, wanted
+        self._id, self._created = f"{self.prefix}-{secrets.token_hex(12)}", int(time.time())
         self._started = time.monotonic()
-        self._streamed = ""
+        self._streamed = [""] * len(wanted.requests)
 
-    def whole(self, result: GuidedResult) -> ChatCompletion:
+    @abstractmethod
+    def whole(self, answers: Sequence[Answer]) -> BaseModel:
         """The answer of a request without streaming."""
-        message = AnswerMessage(content=result.text)
+
+    def stream_opening(self, echoed: Sequence[str], with_usage: bool) -> Iterator[str]:
+        """The first event of every answer, sent as soon as the models have taken the request."""
+        for index, text in enumerate(echoed):
+            yield self._opening(index, text, TokenUsage.of(0, 0) if with_usage else None)
+
+    def stream_part(self, part: AnswerPart, with_usage: bool) -> str:
+        """The event of one part."""
+        self._streamed[part.index] += part.text
+        usage = TokenUsage.of(part.prompt_tokens, part.answer_tokens)
+        return self._part(part, usage if with_usage else None)
+
+    def stream_ends(self, answers: Sequence[Answer], with_usage: bool) -> Iterator[str]:
+        """The events that say why each answer ended, with what was held back of its text."""
+        for index, answer in enumerate(answers):
+            rest = answer.result.text[len(self._streamed[index]) :]
+            yield self._end(index, answer, rest, self._usage([answer]) if with_usage else None)
+
+    @abstractmethod
+    def stream_usage(self, answers: Sequence[Answer]) -> str:
+        """The event with the token counts (`stream_options.include_usage`)."""
+
+    @abstractmethod
+    def _opening(self, index: int, echoed: str, usage: TokenUsage | None) -> str: ...
+
+    @abstractmethod
+    def _part(self, part: AnswerPart, usage: TokenUsage | None) -> str: ...
+
+    @abstractmethod
+    def _end(self, index: int, answer: Answer, rest: str, usage: TokenUsage | None) -> str: ...
+
+    def _usage(self, answers: Sequence[Answer]) -> TokenUsage:
+        """Tokens of all answers, every prompt counted once."""
+        prompts = {}
+        for index, answer in enumerate(answers):
+            request, raw = self._wanted.requests[index], self._wanted.prompts[index]
+            prompts[id(request.messages) if raw is None else id(raw)] = answer.result.prompt_tokens
+        return TokenUsage.of(sum(prompts.values()), sum(len(a.result.token_ids) for a in answers))
+
+
+class ChatWriter(AnswerWriter):
+    """Writes OpenAI's chat completions."""
+
+    prefix = "chatcmpl"
+
+    def whole(self, answers: Sequence[Answer]) -> ChatCompletion:
+        reports = [self._report(index, answer) for index, answer in enumerate(answers)]
+        choices = [
+            CompletionChoice(
+                index=index,
+                message=AnswerMessage(content=answer.result.text),
+                finish_reason=_finish_reason(answer.result),
+                logprobs=_chat_logprobs(answer),
+                mahalo=report if len(answers) > 1 else None,
+            )
+            for index, (answer, report) in enumerate(zip(answers, reports, strict=True))
+        ]
         return ChatCompletion(
             id=self._id,
             created=self._created,
             model=self._model,
-            choices=[CompletionChoice(message=message, finish_reason=_finish_reason(result))],
-            usage=_usage(result),
-            mahalo=self._report(result, [StepReport.of(step) for step in result.steps]),
+            choices=choices,
+            usage=self._usage(answers),
+            mahalo=reports[0],
         )
 
-    def chunk(self, part: AnswerPart, with_usage: bool) -> str:
-        """The event of one part. A step that was chosen among candidates brings them in `mahalo`."""
-        delta = MessageDelta(content=part.text)
-        if not self._streamed:
-            delta.role = "assistant"
-        self._streamed += part.text
-        report = StepReport.of(part.step) if self._request.is_guided else None
-        return self._event([ChunkChoice(delta=delta)], part.usage if with_usage else None, report)
+    def stream_usage(self, answers: Sequence[Answer]) -> str:
+        return self._event([], self._usage(answers), None)
 
-    def last(self, result: GuidedResult, with_usage: bool) -> str:
-        """The event that says why the answer ended, with what was held back of its text."""
-        rest = result.text[len(self._streamed) :]
-        delta = MessageDelta(content=rest) if rest else MessageDelta()
-        choice = ChunkChoice(delta=delta, finish_reason=_finish_reason(result))
-        steps = [StepReport.of(step) for step in result.steps]
-        if not self._request.is_guided:  # every token has been a step
-            tokens = len(result.token_ids)
-            steps = [StepReport(chosen=0, candidates=[CandidateReport(text=result.text, tokens=tokens)])]
-        return self._event([choice], _usage(result) if with_usage else None, self._report(result, steps))
+    def _opening(self, index: int, echoed: str, usage: TokenUsage | None) -> str:
+        delta = MessageDelta(role="assistant", content="")
+        return self._event([ChunkChoice(index=index, delta=delta)], usage, None)
 
-    def usage(self, result: GuidedResult) -> str:
-        """The event with the token counts (`stream_options.include_usage`)."""
-        return self._event([], _usage(result), None)
+    def _part(self, part: AnswerPart, usage: TokenUsage | None) -> str:
+        """A step that was chosen among candidates brings them in `mahalo`."""
+        choice = ChunkChoice(index=part.index, delta=MessageDelta(content=part.text))
+        guided = self._wanted.requests[part.index].is_guided
+        return self._event([choice], usage, StepReport.of(part.step) if guided else None)
+
+    def _end(self, index: int, answer: Answer, rest: str, usage: TokenUsage | None) -> str:
+        choice = ChunkChoice(
+            index=index,
+            delta=MessageDelta(content=rest) if rest else MessageDelta(),
+            finish_reason=_finish_reason(answer.result),
+            logprobs=_chat_logprobs(answer),
+        )
+        return self._event([choice], usage, self._report(index, answer))
 
     def _event(
         self, choices: list[ChunkChoice], usage: TokenUsage | None, report: StepReport | AnswerReport | None
@@ -283,8 +389,12 @@ class Completion:
         absent = {name for name, value in (("usage", usage), ("mahalo", report)) if value is None}
         return event(body.model_dump_json(exclude=absent))
 
-    def _report(self, result: GuidedResult, steps: list[StepReport]) -> AnswerReport:
-        request = self._request
+    def _report(self, index: int, answer: Answer) -> AnswerReport:
+        request, result = self._wanted.requests[index], answer.result
+        steps = [StepReport.of(step) for step in result.steps]
+        if not request.is_guided:  # streamed, every token has been a step
+            tokens = len(result.token_ids)
+            steps = [StepReport(chosen=0, candidates=[CandidateReport(text=result.text, tokens=tokens)])]
         return AnswerReport(
             objectives=None if request.weights is None else dict(request.weights),
             strength=request.strength,
@@ -298,6 +408,56 @@ class Completion:
         )
 
 
+class TextWriter(AnswerWriter):
+    """Writes OpenAI's older completions."""
+
+    prefix = "cmpl"
+
+    def whole(self, answers: Sequence[Answer]) -> TextCompletion:
+        choices = [
+            TextChoice(
+                index=index,
+                text=answer.echoed + answer.result.text,
+                logprobs=_text_logprobs(answer),
+                finish_reason=_finish_reason(answer.result),
+            )
+            for index, answer in enumerate(answers)
+        ]
+        return self._object(choices, self._usage(answers))
+
+    def stream_usage(self, answers: Sequence[Answer]) -> str:
+        return self._event([], self._usage(answers))
+
+    def _opening(self, index: int, echoed: str, usage: TokenUsage | None) -> str:
+        return self._event([TextChoice(index=index, text=echoed, finish_reason=None)], usage)
+
+    def _part(self, part: AnswerPart, usage: TokenUsage | None) -> str:
+        return self._event([TextChoice(index=part.index, text=part.text, finish_reason=None)], usage)
+
+    def _end(self, index: int, answer: Answer, rest: str, usage: TokenUsage | None) -> str:
+        choice = TextChoice(
+            index=index,
+            text=rest,
+            logprobs=_text_logprobs(answer),
+            finish_reason=_finish_reason(answer.result),
+        )
+        return self._event([choice], usage)
+
+    def _event(self, choices: list[TextChoice], usage: TokenUsage | None) -> str:
+        return event(self._object(choices, usage).model_dump_json())
+
+    def _object(self, choices: list[TextChoice], usage: TokenUsage | None) -> TextCompletion:
+        weights = self._wanted.requests[0].weights
+        return TextCompletion(
+            id=self._id,
+            created=self._created,
+            model=self._model,
+            choices=choices,
+            usage=usage,
+            objectives=None if weights is None else dict(weights),
+        )
+
+
 def event(data: str) -> str:
     """One server-sent event."""
     return f"data: {data}\n\n"
@@ -307,5 +467,44 @@ def _finish_reason(result: GuidedResult) -> FinishReason:
     return "length" if result.stop_reason in _CUT_SHORT else "stop"
 
 
-def _usage(result: GuidedResult) -> TokenUsage:
-    return TokenUsage.of(result.prompt_tokens, len(result.token_ids))
+def _chat_logprobs(answer: Answer) -> ChatLogprobs | None:
+    if answer.tokens is None:
+        return None
+    content = [
+        TokenLogprob(
+            token=report.text,
+            logprob=report.logp or 0.0,
+            bytes=_bytes_of(report),
+            top_logprobs=[
+                RankedText(token=other.text, logprob=other.logp or 0.0, bytes=_bytes_of(other))
+                for other in report.top
+            ],
+        )
+        for report in answer.tokens
+    ]
+    return ChatLogprobs(content=content)
+
+
+def _bytes_of(report: TokenReport) -> list[int] | None:
+    return list(report.raw) or None
+
+
+def _text_logprobs(answer: Answer) -> TextLogprobs | None:
+    reports = answer.tokens
+    if reports is None:
+        return None
+    tops: list[dict[str, float] | None] = []
+    for report in reports:
+        ranked: dict[str, float] = {}
+        # The token itself is among them, also where it is not one of the likeliest.
+        for other in (*report.top, report):
+            if other.logp is not None:
+                ranked.setdefault(other.text, other.logp)
+        tops.append(ranked or None)
+    lengths = [len(report.text) if report.is_text else 0 for report in reports]
+    return TextLogprobs(
+        tokens=[report.text for report in reports],
+        token_logprobs=[report.logp for report in reports],
+        top_logprobs=tops if any(report.top for report in reports) else None,
+        text_offset=list(accumulate([0, *lengths[:-1]])) if lengths else [],
+    )

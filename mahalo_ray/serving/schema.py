@@ -1,4 +1,4 @@
-"""What clients send: the supported part of OpenAI's chat completions API, and our fields beside it.
+"""What clients send: the supported part of OpenAI's API, and our fields beside it.
 
 Null is the same as leaving a field out. A field of OpenAI's API that this server does not support is accepted
 at the value that changes nothing, and refused by name at any other; a field nobody knows is refused too,
@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -42,6 +42,7 @@ ServedStrategy = Literal["argmax", "sample", "best_of_n", "none"]
 
 MAX_STOP_STRINGS = 4
 MAX_STOP_LENGTH = 256
+MAX_TOP_LOGPROBS = 20
 MAX_PARTS = 1024  # text parts of one message
 MAX_OBJECTIVES = 64
 MAX_WEIGHT = 1e9
@@ -108,6 +109,7 @@ class RequestLimits:
     max_new_tokens: int
     max_messages: int
     max_strength: float
+    max_choices: int
 
     def check_lengths(self, body: Mapping[str, Any]) -> None:
         """Raise ApiError for a list that is too long, before its items are looked at."""
@@ -209,6 +211,8 @@ class ChatMessage(Payload):
     audio: AbsentText = None
     function_call: AbsentText = None
     annotations: AbsentList = None
+    provider_specific_fields: Ignored = None  # of LiteLLM's answers
+    reasoning_content: Ignored = None
     tool_calls: AbsentList = None
 
     @field_validator("content")
@@ -297,19 +301,16 @@ class AggregationFields(Payload):
             raise ApiError(400, reason, "aggregation", "invalid_value") from None
 
 
-class ChatCompletionRequest(Payload):
-    """POST /v1/chat/completions. Sampling fields left out take the server's defaults.
+class SamplingFields(Payload):
+    """What requests for answers have in common. Fields left out take the server's defaults.
 
-    objectives: decoding weights over the policy's heads; strength: 0 is the head of the model that the
-    policy was made from, 1 (the default) the policy's own, above 1 goes beyond it; guidance: weights over
-    the reward model's objectives (the objectives' weights when left out). strategy: how one of
-    num_candidates is chosen at every step, as in `GuidedRequest`; left out, "argmax" where there is a
-    reward model, else "none". max_tokens above the server's limit is lowered to it: such an answer ends
-    with finish_reason "length".
+    max_tokens above the server's limit is lowered to it: such an answer ends with finish_reason "length". Of
+    `n` answers the first is that of `seed`; the others have seeds of their own.
     """
 
-    model: str
-    messages: Messages
+    model: Annotated[
+        str, Field(description="the server's model, or `NAME@accuracy=0.8,engagement=0.2` with its weights")
+    ]
     temperature: Annotated[Temperature, Field(le=2, json_schema_extra={"maximum": 2})] | None = None
     top_p: Annotated[float, Field(ge=1e-6, le=1)] | None = None
     top_k: Annotated[
@@ -319,8 +320,7 @@ class ChatCompletionRequest(Payload):
         WithJsonSchema({"type": "integer", "minimum": -1, "description": "0 or -1: off"}),
     ] = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    n: Annotated[int, Field(ge=1, description="answers")] = 1
     stop: Annotated[list[str], BeforeValidator(_stop_list), WithJsonSchema(_STOP_SCHEMA)] = []
     seed: Annotated[
         int | None,
@@ -328,16 +328,25 @@ class ChatCompletionRequest(Payload):
         _replace(-1, None),
         WithJsonSchema({"type": "integer", "minimum": -1, "description": "-1: a random one"}),
     ] = None
+    min_tokens: Annotated[int, Field(ge=0, description="no end token is drawn before")] = 0
+    ignore_eos: Annotated[bool, Field(description="no end token is drawn at all")] = False
+    repetition_penalty: Annotated[
+        float, Field(ge=0.01, le=100, description="above 1: tokens that occurred become less likely")
+    ] = 1.0
     stream: bool = False
     stream_options: StreamOptions | None = None
-
-    objectives: WeightMap | None = None
-    strength: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    guidance: WeightMap | None = None
-    num_candidates: Annotated[int, Field(ge=1)] | None = None
-    strategy: ServedStrategy | None = None
-    score_temperature: Annotated[float, Field(ge=1e-3, le=1000)] | None = None
-    aggregation: AggregationFields | None = None
+    objectives: Annotated[WeightMap | None, Field(description="weights over the policy's heads")] = None
+    strength: Annotated[
+        float | None,
+        Field(ge=0, allow_inf_nan=False),
+        WithJsonSchema(
+            {
+                "type": "number",
+                "minimum": 0,
+                "description": "0: the model the policy was made from, 1: the policy",
+            }
+        ),
+    ] = None
 
     # Without effect on the answer.
     user: Ignored = None
@@ -346,18 +355,50 @@ class ChatCompletionRequest(Payload):
     safety_identifier: Ignored = None
     prompt_cache_key: Ignored = None
     prompt_cache_retention: Ignored = None
-    parallel_tool_calls: Ignored = None
     # Not supported: accepted at the value that changes nothing.
-    n: Annotated[JsonValue, Only(1)] = 1
-    best_of: Annotated[JsonValue, Only(1)] = None
     store: Annotated[JsonValue, Only(False)] = None
+    best_of: Annotated[JsonValue, Only(1)] = None
     frequency_penalty: Annotated[JsonValue, Only(0)] = None
     presence_penalty: Annotated[JsonValue, Only(0)] = None
-    repetition_penalty: Annotated[JsonValue, Only(1)] = None
     logit_bias: Annotated[JsonValue, Only({})] = None
-    logprobs: Annotated[JsonValue, Only(False)] = None
-    top_logprobs: Annotated[JsonValue, Only(0)] = None
     response_format: Annotated[JsonValue, Only({"type": "text"})] = None
+    suffix: AbsentText = None
+
+    @model_validator(mode="after")
+    def _options_go_with_streams(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ApiError(400, "'stream_options' goes with 'stream': true only", "stream_options")
+        return self
+
+    def check(self, limits: RequestLimits) -> None:
+        """Raise ApiError naming the first field beyond the server's limits."""
+        if self.n > limits.max_choices:
+            raise _above_limit("n", self.n, limits.max_choices)
+        if self.strength is not None and self.strength > limits.max_strength:
+            raise _above_limit("strength", self.strength, limits.max_strength)
+
+
+class ChatCompletionRequest(SamplingFields):
+    """POST /v1/chat/completions.
+
+    objectives: decoding weights over the policy's heads; guidance: weights over the reward model's objectives
+    (the objectives' weights when left out); aggregation: what is made of a candidate's scores. strategy: how one of num_candidates is chosen at every step, as
+    in `GuidedRequest`; left out, "argmax" where there is a reward model, else "none".
+    """
+
+    messages: Messages
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: Annotated[bool, Field(description="of the answer's tokens, with its last chunk")] = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+
+    guidance: WeightMap | None = None
+    num_candidates: Annotated[int, Field(ge=1)] | None = None
+    strategy: ServedStrategy | None = None
+    score_temperature: Annotated[float, Field(ge=1e-3, le=1000)] | None = None
+    aggregation: AggregationFields | None = None
+
+    parallel_tool_calls: Ignored = None
     tools: AbsentList = None
     tool_choice: Annotated[JsonValue, Only("none", "auto")] = None
     functions: AbsentList = None
@@ -368,19 +409,16 @@ class ChatCompletionRequest(Payload):
     web_search_options: AbsentText = None
     verbosity: Annotated[JsonValue, Only("medium")] = None
     reasoning_effort: Annotated[JsonValue, Only("none")] = None
-    ignore_eos: Annotated[JsonValue, Only(False)] = None
-    min_tokens: Annotated[JsonValue, Only(0)] = None
     echo: Annotated[JsonValue, Only(False)] = None
-    suffix: AbsentText = None
 
     @model_validator(mode="after")
-    def _fields_agree(self) -> ChatCompletionRequest:
+    def _fields_agree(self) -> Self:
         if None not in (self.max_tokens, self.max_completion_tokens) and (
             self.max_tokens != self.max_completion_tokens
         ):
             raise ApiError(400, "'max_tokens' and 'max_completion_tokens' differ: give one", "max_tokens")
-        if self.stream_options is not None and not self.stream:
-            raise ApiError(400, "'stream_options' goes with 'stream': true only", "stream_options")
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError(400, "'top_logprobs' goes with 'logprobs': true only", "top_logprobs")
         if self.strategy == "none" and self.num_candidates not in (None, 1):
             raise ApiError(
                 400, "strategy 'none' decodes one candidate: leave 'num_candidates' out", "num_candidates"
@@ -399,11 +437,69 @@ class ChatCompletionRequest(Payload):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     def check(self, limits: RequestLimits) -> None:
-        """Raise ApiError naming the first field beyond the server's limits."""
+        super().check(limits)
         if self.num_candidates is not None and self.num_candidates > limits.max_candidates:
             raise _above_limit("num_candidates", self.num_candidates, limits.max_candidates)
-        if self.strength is not None and self.strength > limits.max_strength:
-            raise _above_limit("strength", self.strength, limits.max_strength)
+
+
+TokenIds = tuple[int, ...]
+
+
+def _prompt_list(value: Any) -> list[str | TokenIds]:
+    """One or several texts, or one or several lists of token ids, as a list."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if all(isinstance(item, str) for item in value):
+            return value
+        if all(type(item) is int for item in value):
+            value = [value]
+        if all(isinstance(item, list) and item and all(type(i) is int for i in item) for item in value):
+            if any(not 0 <= i < 2**31 for item in value for i in item):
+                raise ValueError("a token id must be a number from 0 on, as the tokenizer gives it")
+            return [tuple(item) for item in value]
+    raise ValueError("give a text, a list of texts, a list of token ids, or a list of such lists")
+
+
+_IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_PROMPT_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}, "minItems": 1},
+        _IDS_SCHEMA,
+        {"type": "array", "items": _IDS_SCHEMA, "minItems": 1},
+    ]
+}
+
+
+class CompletionRequest(SamplingFields):
+    """POST /v1/completions: the policy goes on with a text, or token ids, as they are: no chat template, and
+    no reward model, which judges conversations only. A special token written in the text is read as one.
+
+    logprobs: log-probabilities of every token, and of so many of the likeliest at its place; with `echo`
+    those of the prompt too, and with max_tokens 0 of nothing else.
+    """
+
+    prompt: Annotated[list[str | TokenIds], BeforeValidator(_prompt_list), WithJsonSchema(_PROMPT_SCHEMA)]
+    max_tokens: Annotated[int, Field(ge=0)] = 16
+    echo: bool = False
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+
+    guidance: Annotated[JsonValue, Only()] = None
+    num_candidates: Annotated[JsonValue, Only(1)] = None
+    strategy: Annotated[JsonValue, Only("none")] = None
+
+    @model_validator(mode="after")
+    def _something_is_asked_for(self) -> Self:
+        if self.max_tokens == 0 and not self.echo:
+            raise ApiError(400, "'max_tokens' 0 goes with 'echo': true only", "max_tokens")
+        return self
+
+    def check(self, limits: RequestLimits) -> None:
+        super().check(limits)
+        count = len(self.prompt) * self.n
+        if count > limits.max_choices:
+            raise _above_limit("prompt", count, limits.max_choices)
 
 
 class ScoreRequest(Payload):

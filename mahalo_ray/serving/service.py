@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from mahalo_ray.config import Aggregation, SamplingConfig, SamplingParams, ServeConfig
+from mahalo_ray.data.records import Message
 from mahalo_ray.decoding.guidance import GuidedRequest, Standardisation
+from mahalo_ray.decoding.guided import derived_seeds
 from mahalo_ray.objectives import Weights, unknown_name
+from mahalo_ray.serving.answers import AnswersWanted, ModelLoad, RawPrompt
 from mahalo_ray.serving.api_key import KeyDigest
 from mahalo_ray.serving.front import (
     Front,
@@ -20,16 +23,29 @@ from mahalo_ray.serving.front import (
     describe,
 )
 from mahalo_ray.serving.model_thread import Job, JobRunner, ModelThread
-from mahalo_ray.serving.responses import Completion, ServedDefaults, ServedLimits, ServedModel
+from mahalo_ray.serving.prometheus import ReplicaMetrics
+from mahalo_ray.serving.responses import (
+    ChatWriter,
+    ServedDefaults,
+    ServedLimits,
+    ServedModel,
+    TextWriter,
+)
 from mahalo_ray.serving.schema import (
     ApiError,
     ChatCompletionRequest,
+    CompletionRequest,
     RequestLimits,
+    SamplingFields,
     ScoreRequest,
     ServedStrategy,
     shorten,
     weights_of,
 )
+
+MAX_DERIVED_SEED = 2**53 - 1  # what JavaScript reads without loss
+
+RequestBody = TypeVar("RequestBody", bound=SamplingFields)
 
 
 @dataclass(frozen=True)
@@ -58,12 +74,13 @@ class ServiceSettings:
 
 
 class Backend(JobRunner, Protocol):
-    """The models: an engine for `GuidedRequest` and `ScoreRequest` payloads, run by the model's thread."""
+    """The models: an engine for `AnswersWanted` and `ScoreRequest` payloads, run by the model's thread."""
 
     objectives: tuple[str, ...]  # empty: an ordinary model with a single head
     guidance_objectives: tuple[str, ...]  # empty: no reward model
     has_strength: bool  # whether the policy can be decoded at other strengths than 1
     standardisation: Standardisation  # of the reward model's scores
+    usage: ModelLoad  # now
     steps_are_turns: bool  # a step is a whole turn, which no limit of its own may cut in two
 
 
@@ -80,7 +97,11 @@ class ChatService:
         self._front = measured.front(settings.descriptions)
         config, defaults = settings.config, settings.defaults
         self.limits = RequestLimits(
-            config.max_candidates, config.max_new_tokens, config.max_messages, config.max_strength
+            config.max_candidates,
+            config.max_new_tokens,
+            config.max_messages,
+            config.max_strength,
+            config.max_choices,
         )
         self.weights: Weights | None = None
         if backend.objectives:
@@ -104,42 +125,87 @@ class ChatService:
             config.max_queued_requests,
             config.batch_window_s,
         )
+        self.metrics = ReplicaMetrics(self.worker, lambda: backend.usage, backend.guidance_objectives)
 
-    def chat(self, body: ChatCompletionRequest) -> tuple[Job, Completion]:
-        """Queue an answer. ApiError if the request asks for what this server does not have or allow."""
+    def chat(self, body: ChatCompletionRequest) -> tuple[Job, ChatWriter]:
+        """Queue answers. ApiError if the request asks for what this server does not have or allow."""
         body.check(self.limits)
-        self._check_model(body.model)
+        asked = self._with_balance(body)
         self._check_last(body.messages[-1].role)
-        try:
-            request = self._guided_request(body)
-        except ValueError as error:  # the schema is stricter; this is the net below it
-            raise ApiError(400, str(error), code="invalid_value") from None
-        job = self._submit(request, body.stream)
-        return job, Completion(self.settings.model_name, request)
-
-    def _guided_request(self, body: ChatCompletionRequest) -> GuidedRequest:
-        """The request as the decoder takes it: defaults filled in, weights resolved, `max_tokens` capped."""
-        defaults = self.settings.defaults
-        weights = self._weights(body)
-        strategy = self._strategy(body)
-        guidance = self._guidance(body, strategy, weights)
-        max_new_tokens = min(body.token_limit or defaults.sampling.max_new_tokens, self.limits.max_new_tokens)
-        return GuidedRequest(
-            [message.as_record() for message in body.messages],
+        weights, strategy = self._weights(asked), self._strategy(asked)
+        guidance = self._guidance(asked, strategy, weights)
+        default = self.settings.defaults.num_candidates
+        limit = body.token_limit or self.settings.defaults.sampling.max_new_tokens
+        messages = [message.as_record() for message in body.messages]
+        requests = self._requests(
+            asked,
+            [messages],
+            limit,
             weights=weights,
             strength=self._strength(body),
             guidance=guidance,
-            num_candidates=1 if guidance is None else body.num_candidates or defaults.num_candidates,
-            seed=secrets.randbits(31) if body.seed is None else body.seed,
-            sampling=self._sampling(body),
-            max_new_tokens=max_new_tokens,
-            max_step_tokens=max_new_tokens if self.backend.steps_are_turns else GuidedRequest.max_step_tokens,
-            stop=tuple(body.stop),
+            num_candidates=1 if guidance is None else body.num_candidates or default,
             strategy=strategy,
             score_temperature=1.0 if body.score_temperature is None else body.score_temperature,
-            standardisation=self.backend.standardisation,
             aggregation=self._aggregation(body, strategy),
         )
+        top = (body.top_logprobs or 0) if body.logprobs else None
+        wanted = AnswersWanted(requests, (None,) * len(requests), top)
+        return self._submit(wanted, body.stream), ChatWriter(body.model, wanted)
+
+    def complete(self, body: CompletionRequest) -> tuple[Job, TextWriter]:
+        """Queue continuations of texts; ApiError as `chat`."""
+        body.check(self.limits)
+        asked = self._with_balance(body)
+        raw = [RawPrompt(prompt) for prompt in body.prompt]
+        # No reward model reads these, so the messages are never looked at.
+        unread = [[Message(role="user", content="")] for _ in raw]
+        requests = self._requests(
+            asked,
+            unread,
+            body.max_tokens or 1,
+            weights=self._weights(asked),
+            strength=self._strength(body),
+            guidance=None,
+            num_candidates=1,
+            strategy="none",
+        )
+        prompts = tuple(prompt for prompt in raw for _ in range(body.n))
+        wanted = AnswersWanted(requests, prompts, body.logprobs, body.echo, generates=body.max_tokens > 0)
+        return self._submit(wanted, body.stream), TextWriter(body.model, wanted)
+
+    def _requests(
+        self,
+        body: SamplingFields,
+        conversations: Sequence[Sequence[Message]],
+        max_tokens: int,
+        **options: Any,
+    ) -> tuple[GuidedRequest, ...]:
+        """`n` requests for each of the conversations, `max_tokens` capped."""
+        max_new_tokens = min(max_tokens, self.limits.max_new_tokens)
+        seed = secrets.randbits(31) if body.seed is None else body.seed
+        seeds = [seed, *(derived & MAX_DERIVED_SEED for derived in derived_seeds(seed, body.n)[1:])]
+        try:
+            return tuple(
+                GuidedRequest(
+                    messages,
+                    seed=own_seed,
+                    sampling=self._sampling(body),
+                    max_new_tokens=max_new_tokens,
+                    max_step_tokens=(
+                        max_new_tokens if self.backend.steps_are_turns else GuidedRequest.max_step_tokens
+                    ),
+                    min_tokens=max_new_tokens if body.ignore_eos else min(body.min_tokens, max_new_tokens),
+                    repetition_penalty=body.repetition_penalty,
+                    stop=tuple(body.stop),
+                    standardisation=self.backend.standardisation,
+                    **options,
+                )
+                for messages in conversations
+                for own_seed in seeds
+            )
+        except ValueError as error:  # the schema is stricter; this is the net below it
+            raise ApiError(400, str(error), code="invalid_value") from None
 
     def score(self, body: ScoreRequest) -> Job:
         """Queue a rating of candidate turns."""
@@ -149,12 +215,19 @@ class ChatService:
             raise ApiError(400, "this server has no reward model to score with", code="no_reward_model")
         return self._submit(body, streams=False)
 
+    def models(self) -> list[ServedModel]:
+        """The answer of GET /v1/models: the model, and one more id for every member of the portfolio."""
+        name = self.settings.model_name
+        return [self.model(one) for one in (name, *self._measured.member_models(name))]
+
     def model(self, name: str) -> ServedModel:
         """The answer of GET /v1/models/{name}; ApiError 404 for another name."""
-        self._check_model(name)
+        balance = self._balance(name)
+        weights = self.weights if balance is None else balance
         guided = bool(self.backend.guidance_objectives)
+        guidance = self._shared(weights) if balance is not None else self._default_guidance(weights)
         return ServedModel(
-            id=self.settings.model_name,
+            id=name,
             created=self.created,
             objectives=list(self.backend.objectives),
             guidance_objectives=list(self.backend.guidance_objectives),
@@ -164,10 +237,11 @@ class ChatService:
                 max_candidates=self.limits.max_candidates,
                 max_tokens=self.limits.max_new_tokens,
                 max_strength=self.limits.max_strength if self.backend.has_strength else 1,
+                max_choices=self.limits.max_choices,
             ),
             defaults=ServedDefaults(
-                objectives=dict(self.weights or {}),
-                guidance=dict(self._default_guidance(self.weights)) if guided else None,
+                objectives=dict(weights or {}),
+                guidance=dict(guidance) if guided else None,
                 num_candidates=self.settings.defaults.num_candidates,
             ),
         )
@@ -198,19 +272,19 @@ class ChatService:
         names = dict.fromkeys((*self.backend.objectives, *self.backend.guidance_objectives))
         return describe(tuple(names), self.settings.descriptions)
 
-    def _submit(self, payload: GuidedRequest | ScoreRequest, streams: bool) -> Job:
+    def _submit(self, payload: AnswersWanted | ScoreRequest, streams: bool) -> Job:
         job = Job(payload, self.settings.config.request_timeout_s, streams)
         self.worker.submit(job)
         return job
 
-    def _weights(self, body: ChatCompletionRequest) -> Weights | None:
+    def _weights(self, body: SamplingFields) -> Weights | None:
         if self.weights is None:
             if body.objectives is not None:
                 raise ApiError(400, "the model here has a single head: leave 'objectives' out", "objectives")
             return None
         return weights_of(body.objectives, self.backend.objectives, self.weights, "objectives")
 
-    def _strength(self, body: ChatCompletionRequest) -> float:
+    def _strength(self, body: SamplingFields) -> float:
         if body.strength in (None, 1) or self.backend.has_strength:
             return 1.0 if body.strength is None else body.strength
         lacking = "its base head was not saved with it" if self.backend.objectives else "it has a single head"
@@ -271,20 +345,42 @@ class ChatService:
         shared = {name: value for name, value in (weights or {}).items() if name in known and value > 0}
         return Weights(shared) if shared else Weights.balanced(known)
 
-    def _sampling(self, body: ChatCompletionRequest) -> SamplingParams:
+    def _sampling(self, body: SamplingFields) -> SamplingParams:
         names = set(SamplingParams.model_fields)
         given = body.model_dump(include=names, exclude_none=True)
         defaults = self.settings.defaults.sampling.model_dump(include=names)
         return SamplingParams.model_validate(defaults | given)
 
-    def _check_model(self, name: str) -> None:
-        if name != self.settings.model_name:
+    def _with_balance(self, body: RequestBody) -> RequestBody:
+        """The request with the weights that its model id carries; ApiError 404 for an unknown model."""
+        balance = self._balance(body.model)
+        if balance is None:
+            return body
+        if body.objectives is not None:
+            raise ApiError(400, "the model's id carries the weights: leave 'objectives' out", "objectives")
+        return body.model_copy(update={"objectives": dict(balance)})
+
+    def _balance(self, name: str) -> Weights | None:
+        """The weights in `mahalo@accuracy=0.8,engagement=0.2`; None for the bare name."""
+        base, at, weights = name.partition("@")
+        if base != self.settings.model_name:
             raise ApiError(
                 404,
                 f"there is no model '{shorten(name)}' here; this server has '{self.settings.model_name}'",
                 "model",
                 "model_not_found",
             )
+        if not at:
+            return None
+        try:
+            balance = Weights.parse(weights)
+            balance.over(self.backend.objectives)
+        except ValueError as error:
+            raise ApiError(404, f"the model's id: {error}", "model", "model_not_found") from None
+        return balance
+
+    def _check_model(self, name: str) -> None:
+        self._balance(name)
 
     def _check_last(self, role: str) -> None:
         if role == "assistant":
