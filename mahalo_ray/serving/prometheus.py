@@ -9,6 +9,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, Summary, generate_latest
 from prometheus_client.core import GaugeMetricFamily
@@ -32,7 +33,7 @@ class ReplicaMetrics:
     ) -> None:
         self.registry = CollectorRegistry()
         self._replica = f"{socket.gethostname()}-{os.getpid()}"
-        labels = {"registry": self.registry, "labelnames": ["replica"]}
+        labels: dict[str, Any] = {"registry": self.registry, "labelnames": ["replica"]}
         self.requests = Counter(
             "mahalo_requests",
             "Requests, by address and status",
@@ -47,7 +48,7 @@ class ReplicaMetrics:
         ).labels(self._replica)
         self._step = Histogram(
             "mahalo_step_seconds",
-            "From one accepted step of an answer to the next",
+            "From one accepted step of a request to the next",
             buckets=_SECONDS,
             **labels,
         ).labels(self._replica)

@@ -382,8 +382,9 @@ class ChatCompletionRequest(SamplingFields):
     """POST /v1/chat/completions.
 
     objectives: decoding weights over the policy's heads; guidance: weights over the reward model's objectives
-    (the objectives' weights when left out); aggregation: what is made of a candidate's scores. strategy: how one of num_candidates is chosen at every step, as
-    in `GuidedRequest`; left out, "argmax" where there is a reward model, else "none".
+    (the objectives' weights when left out); aggregation: what is made of a candidate's scores. strategy: how
+    one of num_candidates is chosen at every step, as in `GuidedRequest`; left out, "argmax" where there is a
+    reward model, else "none".
     """
 
     messages: Messages
