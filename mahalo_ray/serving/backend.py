@@ -26,7 +26,7 @@ from mahalo_ray.decoding.policy import (
 from mahalo_ray.decoding.session import GuidedSession, RequestState
 from mahalo_ray.decoding.stopping import INCOMPLETE, StopReason, TokenTexts, TurnBoundary
 from mahalo_ray.objectives import Weights
-from mahalo_ray.serving.answers import Answer, AnswerPart, AnswersWanted, ModelLoad, RawPrompt, TokenReport
+from mahalo_ray.serving.answer_job import Answer, AnswerPart, AnswersWanted, ModelLoad, RawPrompt, TokenReport
 from mahalo_ray.serving.model_thread import Job
 from mahalo_ray.serving.responses import ScoredCandidate
 from mahalo_ray.serving.schema import ApiError, ScoreRequest, internal_error

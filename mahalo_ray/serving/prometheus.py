@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mahalo_ray.decoding.guidance import GuidedResult
-from mahalo_ray.serving.answers import Answer, ModelLoad
+from mahalo_ray.serving.answer_job import Answer, ModelLoad
 from mahalo_ray.serving.model_thread import Job, ModelThread
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"

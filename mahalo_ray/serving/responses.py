@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_seri
 
 from mahalo_ray.decoding.guidance import GuidedResult, Step
 from mahalo_ray.decoding.stopping import StopReason
-from mahalo_ray.serving.answers import Answer, AnswerPart, AnswersWanted, TokenReport
+from mahalo_ray.serving.answer_job import Answer, AnswerPart, AnswersWanted, TokenReport
 from mahalo_ray.serving.front import ObjectiveReport
 
 END_OF_STREAM = "data: [DONE]\n\n"

@@ -13,7 +13,7 @@ from mahalo_ray.data.records import Message
 from mahalo_ray.decoding.guidance import GuidedRequest, Standardisation
 from mahalo_ray.decoding.guided import derived_seeds
 from mahalo_ray.objectives import Weights, unknown_name
-from mahalo_ray.serving.answers import AnswersWanted, ModelLoad, RawPrompt
+from mahalo_ray.serving.answer_job import AnswersWanted, ModelLoad, RawPrompt
 from mahalo_ray.serving.api_key import KeyDigest
 from mahalo_ray.serving.front import (
     Front,
