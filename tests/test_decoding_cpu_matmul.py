@@ -1,4 +1,4 @@
-"""Other kernels for the same cpu_matmul: the same numbers up to rounding, and layers as they were outside."""
+"""Other kernels for the same products: the same numbers up to rounding, and layers as they were outside."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mahalo_ray.decoding import cpu_matmul
 from mahalo_ray.decoding.cpu_matmul import OneDNNHead, OneDNNLinears, PackedWeights
+from mahalo_ray.decoding.engine import Engine
+from mahalo_ray.decoding.sampling import SamplingParams
 from mahalo_ray.models.heads import FullHead, LogitTransform
 
 
@@ -20,6 +23,7 @@ def wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels are tried wherever torch has them, faster or not."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("torch without oneDNN")
+    monkeypatch.setattr(cpu_matmul, "packing_is_faster", lambda: True)
     monkeypatch.setattr(cpu_matmul, "onednn_is_faster", lambda: True)
 
 
@@ -100,3 +104,88 @@ def test_small_layers_are_left_alone(wanted: None) -> None:
     module = nn.Linear(32, 32)
     with OneDNNLinears(module)():
         assert "forward" not in module.__dict__
+
+
+class Attention(nn.Module):
+    """Layers named as in Llama; `other` is what the keys are made of."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj = nn.Linear(256, 512, bias), nn.Linear(256, 64, bias)
+        self.v_proj = nn.Linear(256, 64, bias)
+
+    def forward(self, x: torch.Tensor, other: torch.Tensor | None = None) -> list[torch.Tensor]:
+        return [self.q_proj(x), self.k_proj(x if other is None else other), self.v_proj(x)]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_layers_that_read_one_input_are_one_product(
+    wanted: None, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    module, x, other = Attention(bias), torch.randn(3, 5, 256), torch.randn(3, 5, 256)
+    fast, calls = OneDNNLinears(module), []
+    multiply = torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(
+        torch.ops.mkldnn, "_linear_pointwise", lambda *given: (calls.append(1), multiply(*given))[1]
+    )
+    with torch.no_grad():
+        for count in (3, 1, 1):  # from the second use on together
+            expected = module(x)
+            calls.clear()
+            with fast():
+                found = module(x)
+            assert len(calls) == count
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+        expected = module(x, other)
+        with fast():
+            torch.testing.assert_close(module(x, other), expected, atol=1e-5, rtol=1e-4)
+        for parameter in module.parameters():
+            parameter.mul_(-0.5)
+            expected = module(x)
+            for _ in range(2):
+                with fast():
+                    torch.testing.assert_close(module(x), expected, atol=1e-5, rtol=1e-4)
+    assert not any("forward" in layer.__dict__ for layer in module.children())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_whatever_kernel_is_chosen_a_policy_says_the_same(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """States and greedy tokens with every choice that the rule can make, as far as it can run here."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=None,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    ids, tokens, states = torch.arange(1, 40)[None], [], []
+    for packs, onednn, bfloat16 in ((False, False, False), (True, False, False), (True, True, True)):
+        if packs and not torch.backends.mkldnn.is_available():
+            continue
+        bfloat16 = bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        monkeypatch.setattr(cpu_matmul, "packing_is_faster", lambda packs=packs: packs)
+        monkeypatch.setattr(cpu_matmul, "onednn_is_faster", lambda onednn=onednn: onednn)
+        monkeypatch.setattr(cpu_matmul, "multiplies_bfloat16", lambda bfloat16=bfloat16: bfloat16)
+        fast = OneDNNLinears(model.model)
+        for _ in range(3):
+            with fast():
+                found = model.model(ids).last_hidden_state
+        states.append(found.float())
+        engine = Engine(model)
+        engine.append(rows := engine.add(2), [ids[0].tolist(), [5, 6]])
+        sampled = engine.sample(rows, 3, SamplingParams(temperature=0), [0, 1], 12, [])
+        tokens.append(sampled.token_ids)
+    tolerance = 1e-4 if dtype is torch.float32 else 0.06
+    for other, said in zip(states[1:], tokens[1:], strict=True):
+        torch.testing.assert_close(other, states[0], atol=tolerance, rtol=tolerance)
+        assert said == tokens[0] or dtype is torch.bfloat16
+    for said in tokens:
+        assert all(candidate == of_row[0] for of_row in said for candidate in of_row)

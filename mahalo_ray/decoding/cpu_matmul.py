@@ -1,14 +1,25 @@
-"""Faster fp32 matrix products on AMD processors with AVX-512: linear layers through oneDNN instead of MKL.
+"""Faster matrix products on CPUs for weights that do not change: linear layers over oneDNN's packed weights.
 
-MKL takes AVX2 on AMD processors even where they have AVX-512; oneDNN, which torch carries too, does not. Only
-the kernel differs, so results differ by rounding alone. Nothing here changes a model or its training.
+A product of few rows, as in decoding, waits for the weights to arrive from memory. MKL, through which torch
+multiplies fp32, lays them out anew in every call; oneDNN, which torch carries too, keeps them in its own
+layout. Only kernel and layout differ, so results differ by rounding alone. Nothing here changes a model or
+its training.
+
+Which kernel is taken follows from the processor's features and the weights' sizes, never from a timing or
+from the number of rows: one machine gives the same answers every time, whatever else is in a batch.
+
+    weights      processor                           kernel
+    fp32         x86 with AVX2 or AVX-512            oneDNN, packed
+    fp32         AMD with AVX-512, > 1 GiB to pack   oneDNN, as they are (MKL takes AVX2 there)
+    bf16         AVX-512 or AMX for bf16             oneDNN, packed (torch itself: oneDNN, as they are)
+    any other                                        torch's own
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,18 +36,35 @@ _SMALLEST_WEIGHT = 100_000  # numbers of a layer
 _SMALLEST_WIDTH = 256  # of a vocabulary head
 _MOST_PACKED = 1 << 30  # bytes of a model's weights, or of a head's: of larger ones there is no second copy
 _ROWS = 64  # the batch that packed weights are laid out for: as good for 1 row and for 1000, within noise
+# Layers of one parent that read the same input, one after the other: one product over their weights together.
+_SIDE_BY_SIDE = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+@functools.cache
+def packing_is_faster() -> bool:
+    """Whether packed weights are faster than torch's products on this processor, with this torch."""
+    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() in (
+        "AVX2",
+        "AVX512",
+    )
 
 
 @functools.cache
 def onednn_is_faster() -> bool:
-    """Whether this is an AMD processor with AVX-512 and a torch with oneDNN."""
+    """Whether oneDNN is faster than MKL even for weights that are not packed: AMD processors with AVX-512."""
     info = Path("/proc/cpuinfo")
     return (
-        torch.backends.mkldnn.is_available()
+        packing_is_faster()
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
         and info.exists()
         and "AuthenticAMD" in info.read_text(errors="replace")
     )
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for products in bf16 (AVX-512 or AMX)."""
+    return packing_is_faster() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class PackedWeights:
@@ -48,28 +76,86 @@ class PackedWeights:
 
     def __init__(self, bytes_to_pack: int) -> None:
         """`bytes_to_pack`: of all the weights that this store will meet."""
-        self._packs = bytes_to_pack <= _MOST_PACKED
+        self.packs = bytes_to_pack <= _MOST_PACKED
         self._known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`F.linear`, fp32 on the CPU through oneDNN. No gradients."""
-        if x.dtype is torch.float32 and weight.dtype is torch.float32 and x.device.type == "cpu":
+        """`F.linear` by the kernel that the module's docstring names. No gradients."""
+        if self.takes(x, weight):
             packed = self._packed(weight)
             result: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
             return result
         return F.linear(x, weight, bias)
 
+    def takes(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether this product is oneDNN's."""
+        if x.device.type != "cpu" or x.dtype is not weight.dtype:
+            return False
+        if x.dtype is torch.float32:
+            return self.packs or onednn_is_faster()
+        return x.dtype is torch.bfloat16 and self.packs and multiplies_bfloat16()
+
     def _packed(self, weight: Tensor) -> Tensor:
-        if not self._packs or weight.is_inference():  # such tensors do not say when they change
+        if not self.packs or weight.is_inference():  # such tensors do not say when they change
             return weight
         version, packed = self._known.get(weight, (None, None))
         if version != weight._version:
             self._known[weight] = (weight._version, None)
             return weight
         if packed is None:
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
+            packed = packed_weight(weight.detach())
             self._known[weight] = (version, packed)
         return cast(Tensor, packed)
+
+
+def packed_weight(weight: Tensor) -> Tensor:
+    """A copy of a weight [out, in] in oneDNN's layout."""
+    return cast(Tensor, torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS))
+
+
+class _SideBySide:
+    """Layers that read one input, as one product: the first that is called makes it for all of them."""
+
+    def __init__(self, store: PackedWeights, layers: Sequence[nn.Linear]) -> None:
+        self._store, self._layers = store, layers
+        self._widths = [layer.out_features for layer in layers]
+        self._parameters = [parameter for layer in layers for parameter in layer.parameters()]
+        self._versions: list[int] = []
+        self._packed: Tensor | None = None
+        self._bias: Tensor | None = None
+        self._input: Tensor | None = None  # of the last product, until the last layer has asked for its part
+        self._parts: Sequence[Tensor] = ()
+
+    def forward(self, number: int, x: Tensor) -> Tensor:
+        """The output of the layer of this number. One that is called with another input than the first layer
+        multiplies by itself."""
+        if number == 0:
+            self._input, self._parts = x, self._products(x)
+        if self._input is not x or not self._parts:
+            layer = self._layers[number]
+            return self._store.linear(x, layer.weight, layer.bias)
+        part = self._parts[number]
+        if number == len(self._layers) - 1:
+            self._input, self._parts = None, ()
+        return part
+
+    def _products(self, x: Tensor) -> Sequence[Tensor]:
+        """The outputs of all layers; nothing where they cannot be multiplied together (yet)."""
+        if not self._store.packs or not self._store.takes(x, self._parameters[0]):
+            return ()
+        if any(parameter.is_inference() for parameter in self._parameters):
+            return ()
+        versions = [parameter._version for parameter in self._parameters]
+        if versions != self._versions:  # packed at the second use, as single weights are
+            self._versions, self._packed = versions, None
+            return ()
+        if self._packed is None:
+            weights = [layer.weight.detach() for layer in self._layers]
+            biases = [layer.bias.detach() for layer in self._layers if layer.bias is not None]
+            self._packed = packed_weight(torch.cat(weights))
+            self._bias = torch.cat(biases) if biases else None
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        return out.split(self._widths, dim=-1)
 
 
 class OneDNNLinears:
@@ -80,18 +166,30 @@ class OneDNNLinears:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        layers = [
+        groups = [
+            layers
+            for layers in _side_by_side(module)
+            if sum(layer.weight.numel() for layer in layers) >= _SMALLEST_WEIGHT and _is_packable(layers[0])
+        ]
+        grouped = {layer for layers in groups for layer in layers}
+        single = [
             layer
             for layer in module.modules()
             if type(layer) is nn.Linear
-            and layer.weight.device.type == "cpu"
+            and layer not in grouped
             and layer.weight.numel() >= _SMALLEST_WEIGHT
-            and onednn_is_faster()
+            and _is_packable(layer)
         ]
-        store = PackedWeights(sum(layer.weight.nbytes for layer in layers))
+        store = PackedWeights(sum(layer.weight.nbytes for layer in [*grouped, *single]))
         self._swaps: list[tuple[dict[str, Any], Callable[[Tensor], Tensor]]] = [
-            (layer.__dict__, functools.partial(_forward, store, layer)) for layer in layers
+            (layer.__dict__, functools.partial(_forward, store, layer)) for layer in single
         ]
+        for layers in groups:
+            together = _SideBySide(store, layers)
+            self._swaps += [
+                (layer.__dict__, functools.partial(together.forward, number))
+                for number, layer in enumerate(layers)
+            ]
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
@@ -104,6 +202,21 @@ class OneDNNLinears:
                 del attributes["forward"]
 
 
+def _is_packable(layer: nn.Linear) -> bool:
+    return layer.weight.device.type == "cpu" and packing_is_faster()
+
+
+def _side_by_side(module: nn.Module) -> Iterator[list[nn.Linear]]:
+    """Layers under one parent that read the same input, as their names say; all with a bias, or none."""
+    for parent in module.modules():
+        children = dict(parent.named_children())
+        for names in _SIDE_BY_SIDE:
+            layers = [child for name in names if type(child := children.get(name)) is nn.Linear]
+            kinds = {(layer.in_features, layer.bias is None, layer.weight.dtype) for layer in layers}
+            if len(layers) == len(names) and len(kinds) == 1:
+                yield layers
+
+
 def _forward(store: PackedWeights, layer: nn.Linear, x: Tensor) -> Tensor:
     return store.linear(x, layer.weight, layer.bias)
 
@@ -113,7 +226,7 @@ class OneDNNHead:
 
     def __init__(self, width: int, vocab_size: int) -> None:
         self._store = PackedWeights(4 * width * vocab_size)
-        self._fast = width >= _SMALLEST_WIDTH and onednn_is_faster()
+        self._fast = width >= _SMALLEST_WIDTH and packing_is_faster()
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
