@@ -14,11 +14,12 @@ from mahalo_ray.data import storage
 from mahalo_ray.data.records import Dialogue
 from mahalo_ray.domains.tutoring.scripted import scripted_dialogues
 from mahalo_ray.domains.tutoring.student import Episode
-from mahalo_ray.pipeline.evaluating import other_methods, sweep_methods
+from mahalo_ray.pipeline.evaluating import other_methods
 from mahalo_ray.pipeline.progress import RunProgress
 from mahalo_ray.pipeline.run import make_sft_data, pipeline
 from mahalo_ray.pipeline.seed_blocks import BLOCKS, check_domain, first_seed, fresh_students, round_seed
 from mahalo_ray.pipeline.stages import Context
+from mahalo_ray.pipeline.sweeping import sweep_methods
 from mahalo_ray.rollouts.dialogue_job import DialogueChunks
 from mahalo_ray.training.policy_methods import METHOD_VERSIONS
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from mahalo_ray.data import storage
 from mahalo_ray.data.records import CandidateSet, Dialogue, PreferencePair
 from mahalo_ray.pipeline.run import pipeline
 from mahalo_ray.pipeline.stages import Manifest
+from mahalo_ray.sweeps.sweep_table import SweepTable
 
 pytestmark = pytest.mark.slow
 
@@ -110,6 +112,41 @@ def kill_when(file: Path | str, arguments: tuple[str, ...], output: Path | str) 
                 time.sleep(0.05)
         finally:
             os.killpg(killed.pid, signal.SIGKILL)
+
+
+def test_a_sweep_killed_in_the_middle_ends_in_the_same_table(whole_run: Path, tmp_path: Path) -> None:
+    table = SweepTable.of_run(str(whole_run))
+    assert [point.sampler for point in table.points] == [None, None, "surf", "surf", "surf"]
+    halved = tmp_path / "halved"
+    shutil.copytree(whole_run, halved, ignore=shutil.ignore_patterns("checkpoints", "tune"))
+    files = sorted((halved / "sweep").glob("method-*.json"), key=lambda file: file.stat().st_mtime)
+    assert len(files) == 5
+    for left in ("manifest.json", "methods.json", "points.json", "front.parquet"):
+        (halved / "sweep" / left).unlink()
+    for unplayed in files[3:]:
+        unplayed.unlink()
+    said = mahalo("sweep", str(EXAMPLE), output=halved)
+    assert "continues an interrupted attempt" in said and "surf 1 / 0" in said
+    assert all(
+        file.stat().st_mtime == (whole_run / "sweep" / file.name).stat().st_mtime for file in files[:3]
+    )
+    again = SweepTable.of_run(str(halved))
+    untimed = [[p.model_copy(update={"seconds": 0.0}) for p in t.points] for t in (table, again)]
+    assert untimed[0] == untimed[1]
+
+
+def test_fronts_of_runs_are_one_page_that_asks_no_host(whole_run: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from mahalo_ray.cli import main; main()", "front", str(whole_run)]
+    done = subprocess.run([*command, "--output", str(tmp_path)], capture_output=True, text=True, check=True)
+    assert "surf weights" in done.stdout and "Reference point: accuracy 0, engagement 0." in done.stdout
+    document = json.loads((tmp_path / "front.json").read_text())
+    series = {front["name"]: front for front in document["series"]}
+    assert len(series["fixed weights"]["points"]) == 2 and len(series["surf weights"]["points"]) == 3
+    point = series["surf weights"]["points"][0]
+    assert point["samples"][0]["turns"] and 0 <= point["probability_non_dominated"] <= 1
+    page = (tmp_path / "front.html").read_text()
+    assert "http://www.w3.org/2000/svg" in page and len(re.findall("https?://", page)) == 1
+    assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_run_in_a_store_equals_the_one_on_disk(whole_run: Path, s3: str) -> None:

@@ -17,7 +17,8 @@ TINY = [
     "pairs.min_gap_std=0",
     "policy.metrics_every_steps=0",  # so few pairs leave none held out
     "evaluation={dialogues: 4, bootstrap_resamples: 50, sampling: {max_new_tokens: 8}}",
-    "sweep.weights=[{accuracy: 0.9, engagement: 0.1}, {accuracy: 0.5, engagement: 0.5}]",
+    "sweep={weights: [{accuracy: 0.9, engagement: 0.1}, {accuracy: 0.5, engagement: 0.5}],"
+    " sampler: surf, points: 3, rounds: 1}",
     "guided.num_candidates=2",
 ]
 

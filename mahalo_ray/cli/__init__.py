@@ -10,6 +10,7 @@ import typer
 from mahalo_ray import __version__
 from mahalo_ray.cli.commands import register
 from mahalo_ray.cli.common import provide_home, say
+from mahalo_ray.cli.sweep_commands import register_sweep_verbs
 
 app = typer.Typer(
     name="mahalo",
@@ -20,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 register(app)
+register_sweep_verbs(app)
 
 
 def main() -> NoReturn:

@@ -48,7 +48,7 @@ VERBS = {
     "reward": (("reward",), "Train the process reward model."),
     "pairs": (("pairs",), "Build preference pairs from scored candidates."),
     "policy": (("policy",), "Train the multi-head policy (MAH-DPO)."),
-    "sweep": (("sweep",), "Evaluate the sweep's weight vectors."),
+    "sweep": (("sweep",), "Try the weight vectors of 'sweep', and print the table of what they reached."),
     "evaluate": (("evaluate",), "Evaluate SFT, each head alone and guided decoding."),
     "report": (("report",), "Write the report."),
 }
@@ -150,6 +150,10 @@ def run_stages(config: RunConfig, targets: tuple[str, ...] | None, config_name: 
         return
     if "reward_report" in manifests:
         print_reward_report(wide_enough(out), storage.join(config.output, "reward_report"))
+    if targets == ("sweep",):
+        from mahalo_ray.sweeps.sweep_table import SweepTable, print_sweep
+
+        print_sweep(wide_enough(out), SweepTable.of_run(config.output))
     for name in targets or manifests:
         say(f"{name}: {storage.join(config.output, name)}")
 

@@ -22,9 +22,11 @@ from mahalo_ray.config.section import (
     PositiveFraction,
     PositiveInt,
     RunName,
+    SamplerName,
     Section,
     Seed,
     Strength,
+    SweepKind,
     Text,
     TraceFormat,
     WeightVector,
@@ -44,11 +46,70 @@ from mahalo_ray.objectives import Weights, unknown_name
 
 
 class SweepConfig(Section):
-    """Decoding weight vectors tried by Ray Tune; each is played against the same fresh students."""
+    """Weight vectors tried by Ray Tune; each is played against the same fresh students.
+
+    The vectors are a fixed list (`weights`), asked for by a `sampler`, or both: then the sampler knows the
+    results of the list. `kind` says what they weigh. Guidance weights, numbers of candidates and so on stand
+    beside them and are crossed: every combination is a front of its own, with a sampler of its own.
+    """
+
+    kind: SweepKind = "decoding"
+    """What the vectors weigh: the policy's heads (`decoding`), or the reward model's objectives (`guidance`,
+    with the heads at `guided.weights`)."""
 
     weights: list[WeightVector] = []
-    """Weight vectors over the policy's heads that are tried, each divided by its sum: `[{accuracy: 0.9,
-    engagement: 0.1}, ...]`."""
+    """Weight vectors that are tried, each divided by its sum: `[{accuracy: 0.9, engagement: 0.1}, ...]`."""
+
+    sampler: SamplerName | None = None
+    """What asks for further weight vectors: `surf` for points that lie evenly along the front; `lattice` for
+    equal steps of the weights, `sobol` and `dirichlet` for weights drawn evenly or at random. Null: only
+    `weights` are tried."""
+
+    points: Annotated[int, Field(ge=3, le=10_000), NOT_BOOL] = 11
+    """Points that the sampler asks for in each round."""
+
+    rounds: Annotated[int, Field(ge=1, le=100), NOT_BOOL] = 2
+    """Most rounds of the sampler. It stops sooner where another round would not help; all but `surf` have
+    one."""
+
+    relaxation: PositiveFraction = 0.7
+    """Of `surf`: how far a round's estimate replaces what was estimated before. Its paper has 0.3, for tens
+    of rounds; with few rounds more has to come of each."""
+
+    guidance: list[WeightVector] = []
+    """Guidance weights that are crossed with the vectors of `kind: decoding`. Empty: no guidance."""
+
+    num_candidates: list[PositiveInt] = []
+    """Numbers of candidates K that are crossed with the vectors; 1 is no guidance. Empty: that of `guided`
+    where there is guidance."""
+
+    strength: list[Strength] = []
+    """Decoding strengths that are crossed with the vectors; 0 is the SFT model, 1 the policy. Empty: 1."""
+
+    @model_validator(mode="after")
+    def _options_fit_the_kind(self) -> Self:
+        for name in ("points", "rounds"):
+            if self.sampler is None and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"'{name}' is the sampler's, and no 'sampler' is given")
+        if self.sampler != "surf" and self.relaxation != type(self).model_fields["relaxation"].default:
+            raise ValueError("'relaxation' is that of 'sampler: surf': leave it out")
+        if self.kind == "guidance" and 1 in self.num_candidates:
+            raise ValueError("'num_candidates' is 1, and one candidate leaves guidance nothing to choose")
+        if self.kind == "guidance" and self.guidance:
+            raise ValueError("'guidance' goes with 'kind: decoding': 'kind: guidance' varies it")
+        if self.kind == "decoding" and not self.guidance and set(self.num_candidates) - {1}:
+            raise ValueError("'num_candidates' above 1 needs 'guidance', which chooses among candidates")
+        return self
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is tried."""
+        return not self.weights and self.sampler is None
+
+    @property
+    def decoding_weights(self) -> list[Weights]:
+        """The vectors of the list, where they weigh the policy's heads."""
+        return [] if self.kind == "guidance" else list(self.weights)
 
 
 class GuidedConfig(Section):
@@ -310,7 +371,7 @@ class BaselineConfig(Section):
         """The weight vectors of its policies, in order."""
         if self.method == "dpo":
             return [Weights.one(name) for name in objectives]
-        return list(self.weights or sweep.weights)
+        return list(self.weights) or sweep.decoding_weights
 
     def pairs_of(self, weights: Weights, objectives: Sequence[str]) -> str:
         """The objective whose pairs MODPO trains on for this vector."""
@@ -451,8 +512,12 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _rollouts_or_own_data(self) -> Self:
         if self.data is None:
-            given = {"sweep.weights": self.sweep.weights, "guided.weights": self.guided.weights}
-            given["guided.guidance"] = self.guided.guidance
+            given = {"guided.weights": self.guided.weights, "guided.guidance": self.guided.guidance}
+            if self.sweep.is_empty:
+                raise ValueError(
+                    "'sweep.weights' is missing: give it, or a 'sweep.sampler'; only a run on own data "
+                    "('data') goes without both"
+                )
             for key, value in given.items():
                 if not value:
                     raise ValueError(f"'{key}' is missing: only a run on own data ('data') goes without it")
@@ -533,9 +598,12 @@ class RunConfig(Section):
         named: dict[str, Mapping[str, float]]
         named = {"guided.weights": self.guided.weights or {}, "guided.guidance": self.guided.guidance or {}}
         named |= {f"sweep.weights[{i}]": w for i, w in enumerate(self.sweep.weights)}
+        named |= {f"sweep.guidance[{i}]": w for i, w in enumerate(self.sweep.guidance)}
         for where, values in named.items():
             for name in values:
                 if name not in names:
                     raise ValueError(f"'{where}': {unknown_name('objective', name, names)}")
+        if self.sweep.sampler is not None and len(names) < 2:
+            raise ValueError("'sweep.sampler' needs at least 2 objectives: there is no front of one")
         self.compare.check_objectives(names, self.sweep)
         return self

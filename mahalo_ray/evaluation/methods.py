@@ -4,9 +4,10 @@ the same simulated students, and measure outcomes and KL to SFT. No Ray here."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,13 +57,30 @@ class Method:
     model_url: str | None = None
     strength: float = 1.0
 
+    def as_json(self) -> dict[str, Any]:
+        """JSON values; `from_json` reads them."""
+        return {
+            **asdict(self),
+            "weights": None if self.weights is None else dict(self.weights),
+            "guidance": None if self.guidance is None else dict(self.guidance),
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Method:
+        """Read what `as_json` gave."""
+        vectors = {
+            name: None if values[name] is None else Weights(values[name]) for name in ("weights", "guidance")
+        }
+        return cls(**{**values, **vectors})
+
 
 @dataclass(frozen=True)
 class Played:
-    """A method's result, and a few of its dialogues to read."""
+    """A method's result, a few of its dialogues to read, and how long it took (0 where nobody measured)."""
 
     result: MethodResult
     samples: list[Dialogue]
+    seconds: float = 0.0
 
 
 class MethodPlayer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -300,3 +300,82 @@ def _label_points(panel: Axes, table: ComparisonTable, x: int, y: int) -> None:
         for row in ordered
     ]
     place_labels(panel, points, list(_front_lines(table).values()))
+
+
+SERIES_COLORS = ("#2f7de1", "#e0562b", "#14967f", "#8b62d0", "#c98500", "#c2377e", "#6b8e23", "#7b7f86")
+_SERIES_SHAPES = "osD^vPXp"
+
+
+def fronts_png(document: Mapping[str, Any]) -> bytes:
+    """Several fronts in one picture, from the document of `front.json`: a plane for two objectives, else
+    parallel coordinates."""
+    with matplotlib.rc_context(_style(font_size=10.5)):
+        figure = Figure(figsize=(8.4, 6.2), layout="constrained")
+        panel = figure.subplots()
+        FigureCanvasAgg(figure)
+        if len(document["objectives"]) == 2:
+            _draw_fronts(panel, document)
+        else:
+            _draw_parallel(panel, document)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)
+        figure.suptitle(document["title"], fontweight="bold")
+        panel.set_title(document["units"], fontsize="small")
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=160, facecolor=SURFACE, bbox_inches="tight")
+    return buffer.getvalue()
+
+
+def _draw_fronts(panel: Axes, document: Mapping[str, Any]) -> None:
+    """The plane of two objectives: points with intervals, a line through each front, and its band."""
+    first, second = document["objectives"]
+    panel.set_axisbelow(True)
+    panel.grid(color=INK, alpha=0.12, linewidth=0.7)
+    panel.set_xlabel(f"{first}  (better →)")
+    panel.set_ylabel(f"{second}  (better →)")
+    for series, shape in zip(document["series"], itertools.cycle(_SERIES_SHAPES), strict=False):
+        color, points = series["color"], series["points"]
+        if series["band"]:
+            across, low, high = np.array(series["band"]).T
+            panel.fill_between(across, low, high, color=color, alpha=0.12, linewidth=0)
+        if series["is_line"]:
+            line = sorted((p["mean"][first], p["mean"][second]) for p in points if p["on_front"])
+            panel.plot(*np.array(line).T, color=color, linewidth=1.8, alpha=0.6, zorder=2)
+        for point in points:
+            x, y = point["mean"][first], point["mean"][second]
+            panel.plot(
+                [point["low"][first], point["high"][first]], [y, y], color=color, alpha=0.35, linewidth=1.1
+            )
+            panel.plot(
+                [x, x], [point["low"][second], point["high"][second]], color=color, alpha=0.35, linewidth=1.1
+            )
+            panel.plot(
+                x, y, shape, color=color, markerfacecolor=color if point["on_front"] else SURFACE, zorder=4
+            )
+            if not series["is_line"]:
+                panel.annotate(
+                    point["method"], (x, y), (6, 6), textcoords="offset points", fontsize="small", color=color
+                )
+        style = "-" if series["is_line"] else "none"
+        panel.plot([], [], shape, color=color, linestyle=style, label=series["name"])
+
+
+def _draw_parallel(panel: Axes, document: Mapping[str, Any]) -> None:
+    """A line per point over one axis per objective, each axis from the lowest to the highest mean."""
+    objectives = document["objectives"]
+    points = [point for series in document["series"] for point in series["points"]]
+    means = np.array([[point["mean"][name] for name in objectives] for point in points])
+    low, span = means.min(axis=0), np.where(np.ptp(means, axis=0) > 0, np.ptp(means, axis=0), 1.0)
+    for series in document["series"]:
+        for number, point in enumerate(series["points"]):
+            heights = (np.array([point["mean"][name] for name in objectives]) - low) / span
+            panel.plot(
+                range(len(objectives)),
+                heights,
+                color=series["color"],
+                alpha=0.8 if point["on_front"] else 0.25,
+                label=series["name"] if number == 0 else None,
+            )
+    ends = zip(objectives, low, low + span, strict=True)
+    labels = [f"{name}\n{bottom:.3g} to {top:.3g}" for name, bottom, top in ends]
+    panel.set_xticks(range(len(objectives)), labels)
+    panel.set_yticks([])

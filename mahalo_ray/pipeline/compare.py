@@ -25,21 +25,18 @@ from mahalo_ray.models.soup import average_models
 from mahalo_ray.objectives import Weights
 from mahalo_ray.pipeline import run
 from mahalo_ray.pipeline.evaluating import (
-    check_heads,
-    in_order,
     measurement,
     other_methods,
     play,
     policy_at,
-    same_vector,
     samples,
-    sweep_methods,
     table_of,
     wide_enough,
 )
 from mahalo_ray.pipeline.rounds import all_rounds, last_stage
 from mahalo_ray.pipeline.run import method_version, sections, train_heads
 from mahalo_ray.pipeline.stages import Context, Manifest, Pipeline, Stage, StageResult
+from mahalo_ray.pipeline.sweeping import check_heads, in_order, same_vector, sweep_methods
 
 SOUPS = "compare/soups"
 
@@ -205,6 +202,13 @@ def comparison_pipeline(config: RunConfig) -> Pipeline[RunConfig]:
     ValueError where the run has no policy with a head per objective to compare.
     """
     check_heads(config)
+    names = config.objective_names
+    for number, baseline in enumerate(config.compare.baselines):
+        if not baseline.vectors(names, config.sweep):
+            raise ValueError(
+                f"'compare.baselines.{number}.weights' is missing: 'sweep' has no list of decoding weights "
+                "to take them from"
+            )
     baselines = baseline_stages(config)
     baseline_names = tuple(stage.name for stage in baselines)
 

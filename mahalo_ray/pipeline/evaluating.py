@@ -1,8 +1,7 @@
-"""The last stages: the sweep, the other methods, and the report over all of them."""
+"""The last stages: the methods beside the sweep, and the report over all of them."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from rich.console import Console
@@ -10,9 +9,8 @@ from rich.console import Console
 from mahalo_ray.config import RunConfig
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import Dialogue
-from mahalo_ray.decoding.policy import DeviceConfig
 from mahalo_ray.evaluation.claims import check_claims
-from mahalo_ray.evaluation.methods import Method, Played
+from mahalo_ray.evaluation.methods import Method
 from mahalo_ray.evaluation.report import (
     ReportContents,
     SampleDialogue,
@@ -23,28 +21,26 @@ from mahalo_ray.evaluation.report import (
 )
 from mahalo_ray.evaluation.results import ComparisonTable, MethodResult
 from mahalo_ray.objectives import Weights
-from mahalo_ray.pipeline.rounds import all_rounds, last_output
-from mahalo_ray.pipeline.seed_blocks import fresh_students
+from mahalo_ray.pipeline.rounds import all_rounds
 from mahalo_ray.pipeline.stages import Context, Manifest, StageResult
-from mahalo_ray.sweeps.decoding import SweepSpec, play_methods
+from mahalo_ray.pipeline.sweeping import (
+    METHODS,
+    comparison_table,
+    document_of,
+    in_order,
+    methods_progress,
+    play_spec,
+    same_vector,
+    unguided_vectors,
+)
+from mahalo_ray.sweeps.decoding import play_methods
 
-METHODS = "methods.json"
 PLAIN_WIDTH = 120  # columns of the table where the output is not a terminal
-
-
-def sweep_methods(config: RunConfig) -> list[Method]:
-    """The policy at every weight vector of the sweep."""
-    return [Method(policy_at(config, w), "weights", weights=w, sweep=True) for w in config.sweep.weights]
 
 
 def policy_at(config: RunConfig, weights: Weights) -> str:
     """`weights 0.7 / 0.3`: the name of the policy at these decoding weights."""
     return f"weights {in_order(config, weights)}"
-
-
-def in_order(config: RunConfig, weights: Weights) -> str:
-    """`0.7 / 0.3`, in the order of the objectives: short enough for a table."""
-    return " / ".join(f"{value:.3g}" for value in weights.over(config.objective_names))
 
 
 def other_methods(config: RunConfig) -> list[Method]:
@@ -58,33 +54,9 @@ def other_methods(config: RunConfig) -> list[Method]:
         *(Method(f"{name} head", "head", weights=Weights.one(name)) for name in config.objective_names),
         Method("guided policy", "guided", weights, guidance, guided.num_candidates),
     ]
-    if not any(same_vector(config, weights, vector) for vector in config.sweep.weights):
+    if not any(same_vector(config, weights, vector) for vector in unguided_vectors(config)):
         methods.append(Method(policy_at(config, weights), "weights", weights=weights, sweep=False))
     return methods
-
-
-def same_vector(config: RunConfig, left: Weights, right: Weights) -> bool:
-    """Whether two weight vectors are equal up to rounding."""
-    order = config.objective_names
-    return all(
-        math.isclose(a, b, abs_tol=1e-6) for a, b in zip(left.over(order), right.over(order), strict=True)
-    )
-
-
-def check_heads(config: RunConfig) -> None:
-    """ValueError unless the policy has a head per objective, whose decoding weights can be varied."""
-    method = config.policy.method
-    if method != "mah_dpo":
-        raise ValueError(
-            f"'policy.method' is '{method}': that policy has one head, so there are no decoding weights to "
-            "sweep and compare. It is trained and can be exported ('mahalo policy', 'mahalo export'); the "
-            "stages after it need 'policy.method: mah_dpo'"
-        )
-
-
-def sweep(context: Context[RunConfig]) -> StageResult:
-    """Ray Tune over the decoding weights, every point against the same fresh students."""
-    return play(context, sweep_methods(context.config))
 
 
 def evaluate(context: Context[RunConfig]) -> StageResult:
@@ -94,37 +66,14 @@ def evaluate(context: Context[RunConfig]) -> StageResult:
 
 def play(context: Context[RunConfig], methods: list[Method]) -> StageResult:
     """Every method against the run's fresh students; needs the stages sft, policy and reward."""
-    config = context.config
-    check_heads(config)
-    spec = SweepSpec(
-        methods=tuple(methods),
-        sft_url=context.input("sft", "model"),
-        policy_url=last_output(context, "policy", "model"),
-        reward_url=context.input("reward", "model"),
-        output_url=context.folder,
-        placement=DeviceConfig(config.cluster.device, config.model.dtype),
-        threads=max(1, math.floor(config.cluster.cpus_per_rollout_actor)),
-        config=config.evaluation,
-        seeds=fresh_students(config),
-    )
-    context.progress.start(len(methods), "methods")
-    played = play_methods(
-        spec, config.cluster, "trials", lambda done, total, name: context.progress.update(done, total, name)
-    )
-    storage.write_json(context.path(METHODS), [_document(one) for one in played])
+    played = play_methods(play_spec(context), methods, context.config.cluster, methods_progress(context))
+    storage.write_json(context.path(METHODS), [document_of(one) for one in played])
     metrics = {one.result.name: _means(one.result) for one in played}
     return StageResult(metrics, {"methods": METHODS})
 
 
 def _means(result: MethodResult) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in result.values.items()}
-
-
-def _document(played: Played) -> dict[str, Any]:
-    return {
-        "result": played.result.model_dump(mode="json"),
-        "samples": [dialogue.model_dump(mode="json") for dialogue in played.samples],
-    }
 
 
 def report(context: Context[RunConfig]) -> StageResult:
@@ -145,13 +94,7 @@ def report(context: Context[RunConfig]) -> StageResult:
 
 def table_of(config: RunConfig, documents: list[dict[str, Any]]) -> ComparisonTable:
     """The table over what `play` wrote."""
-    return ComparisonTable(
-        [MethodResult.model_validate(document["result"]) for document in documents],
-        config.objective_names,
-        confidence=config.evaluation.confidence,
-        resamples=config.evaluation.bootstrap_resamples,
-        seed=config.seed,
-    )
+    return comparison_table(config, [MethodResult.model_validate(d["result"]) for d in documents])
 
 
 def _contents(context: Context[RunConfig], documents: list[dict[str, Any]]) -> ReportContents:

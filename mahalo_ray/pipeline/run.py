@@ -31,11 +31,12 @@ from mahalo_ray.decoding.policy import DeviceConfig
 from mahalo_ray.domains.tutoring.scripted import encode_example, scripted_dialogues, train_tokenizer
 from mahalo_ray.models.backbone import load_tokenizer
 from mahalo_ray.pipeline.artifacts import place_model
-from mahalo_ray.pipeline.evaluating import evaluate, report, sweep
+from mahalo_ray.pipeline.evaluating import evaluate, report
 from mahalo_ray.pipeline.rounds import all_rounds, last_stage, round_stage
 from mahalo_ray.pipeline.seed_blocks import first_seed, round_seed
 from mahalo_ray.pipeline.serve import try_serving
 from mahalo_ray.pipeline.stages import Context, Pipeline, Stage, StageResult
+from mahalo_ray.pipeline.sweeping import sweep, unguided_vectors
 from mahalo_ray.rollouts.dialogue_job import CANDIDATES, DialogueChunks, RolloutSpec, run_rollouts
 from mahalo_ray.rollouts.pair_building import build_pairs, labelled_traces
 from mahalo_ray.training.policy_methods import METHOD_VERSIONS
@@ -297,6 +298,23 @@ def _policy_settings(config: RunConfig) -> dict[str, Any]:
     return {**settings, **method_version(config.policy)}
 
 
+def _sweep_settings(config: RunConfig) -> dict[str, Any]:
+    """Where the sweep guides, `guided` gives the candidates and the heads' weights that it does not."""
+    guides = config.sweep.kind == "guidance" or bool(config.sweep.guidance)
+    guided = sections("guided")(config) if guides else {}
+    return {**sections("sweep", "evaluation", "objective_names", "model.dtype")(config), **guided}
+
+
+def _with_list_of_sweep(*names: str) -> Callable[[RunConfig], dict[str, Any]]:
+    """`sections(*names)`, and of the sweep the decoding weights that it has without guidance."""
+
+    def pick(config: RunConfig) -> dict[str, Any]:
+        vectors = [dict(weights) for weights in unguided_vectors(config)]
+        return {**sections(*names)(config), "sweep": {"weights": vectors}}
+
+    return pick
+
+
 def sections(*names: str) -> Callable[[RunConfig], Any]:
     """The part of a configuration named by dotted paths, as JSON values."""
 
@@ -397,18 +415,18 @@ def pipeline(config: RunConfig) -> Pipeline[RunConfig]:
             *itertools.chain.from_iterable(_round(number) for number in range(1, config.rounds + 1)),
             Stage(
                 "sweep",
-                "Sweep the decoding weights",
+                "Sweep the weights",
                 sweep,
-                sections("sweep", "evaluation", "objective_names", "model.dtype"),
+                _sweep_settings,
                 needs=("sft", "reward", last),
-                version=2,  # students with problems of no training dialogue
+                version=3,  # leaves the table of all points
                 resumes=True,
             ),
             Stage(
                 "evaluate",
                 "Evaluate heads and guidance",
                 evaluate,
-                sections("guided", "sweep", "evaluation", "objective_names", "model.dtype"),
+                _with_list_of_sweep("guided", "evaluation", "objective_names", "model.dtype"),
                 needs=("sft", "reward", last),
                 version=2,  # students with problems of no training dialogue
                 resumes=True,
@@ -417,14 +435,14 @@ def pipeline(config: RunConfig) -> Pipeline[RunConfig]:
                 "serve",
                 "Serve and ask once",
                 try_serving,
-                sections("serve", "guided", "sweep", "evaluation.sampling", "model.dtype"),
+                _with_list_of_sweep("serve", "guided", "evaluation.sampling", "model.dtype"),
                 needs=("reward", last),
             ),
             Stage(
                 "report",
                 "Write the report",
                 report,
-                sections("name", "objectives", "evaluation", "sweep", "guided"),
+                _with_list_of_sweep("name", "objectives", "evaluation", "guided"),
                 needs=("sft", "reward", *trained, "sweep", "evaluate"),
                 uses_ray=False,
             ),

@@ -44,7 +44,7 @@ def try_serving(context: Context[RunConfig]) -> StageResult:
     config = context.config
     context.progress.start(2, "steps", "starting")
     any_port = config.serve.model_copy(update={"port": 0})
-    weightings = [config.guided.point[0], *config.sweep.weights]
+    weightings = [config.guided.point[0], *config.sweep.decoding_weights]
     question = Episode.from_seed(first_seed(config.seed, "evaluation")).opening
     # A trial needs no key of the user's: it has one of its own where the endpoint will have one.
     key = secrets.token_urlsafe() if config.serve.api_key_env else None

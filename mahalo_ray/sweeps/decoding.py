@@ -1,19 +1,29 @@
-"""Run methods as Ray Tune trials: each plays one method (weights, guidance) against the same students.
+"""Play methods as Ray Tune trials: each plays one method (weights, guidance) against the same students.
 
-Trials share actors, so the models are loaded once per actor and not once per trial. A method's result is a
-file of its own, written as soon as it is known: a finished method is not played again.
+Which methods are played is up to rounds (`Rounds`): a fixed list is one round, a sampler asks for the next
+one once it knows the results of the last. Trials share actors, so the models are loaded once per actor and
+not once per trial.
+
+A method's result is a file of its own, named after what the method is and written as soon as it is known.
+These files are the whole state of a sweep: a new driver goes through the same rounds again, which costs
+nothing where the files are there, and plays what is missing.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
-from collections.abc import Callable, Sequence
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from ray import tune
-from ray.tune.experiment import Trial
+from ray.tune.search import Searcher
 
 from mahalo_ray.config import ClusterConfig, EvaluationConfig
 from mahalo_ray.data import storage
@@ -22,8 +32,15 @@ from mahalo_ray.decoding.policy import DeviceConfig
 from mahalo_ray.errors import StageError
 from mahalo_ray.evaluation.methods import Method, MethodPlayer, Played
 from mahalo_ray.evaluation.results import MethodResult
+from mahalo_ray.metrics import FloatArray
+from mahalo_ray.objectives import Weights
+from mahalo_ray.sweeps.sampler import Sampler
 
 PlayedCallback = Callable[[int, int, str], None]
+MethodAt = Callable[[Weights], Method]
+
+# Sampled weights have so many decimals: what is played is what the table and its file names say.
+WEIGHT_DECIMALS = 4
 
 
 class SweepError(StageError):
@@ -34,7 +51,6 @@ class SweepError(StageError):
 class SweepSpec:
     """What every trial needs; students are the given seeds, the same for all methods."""
 
-    methods: tuple[Method, ...]
     sft_url: str
     policy_url: str
     reward_url: str
@@ -44,9 +60,19 @@ class SweepSpec:
     config: EvaluationConfig
     seeds: tuple[int, ...]
 
-    def result_url(self, number: int) -> str:
-        """Where the result of method `number` lies."""
-        return storage.join(self.output_url, f"method-{number:03d}.json")
+    def result_url(self, method: Method) -> str:
+        """Where the result of a method lies."""
+        digest = hashlib.sha256(json.dumps(method.as_json(), sort_keys=True).encode()).hexdigest()
+        return storage.join(self.output_url, f"method-{digest[:16]}.json")
+
+    def read(self, method: Method) -> Played | None:
+        """The result of a method, None where it was not played yet."""
+        url = self.result_url(method)
+        if not storage.exists(url):
+            return None
+        document = storage.read_json(url)
+        samples = [Dialogue.model_validate(sample) for sample in document["samples"]]
+        return Played(MethodResult.model_validate(document["result"]), samples, document["seconds"])
 
 
 class MethodTrial(tune.Trainable):
@@ -57,24 +83,26 @@ class MethodTrial(tune.Trainable):
         torch.set_num_threads(spec.threads)
         logging.getLogger("transformers").setLevel(logging.ERROR)
         self.spec = spec
-        self.number = int(config["method"])
+        self.method = Method.from_json(config["method"])
         self.player = MethodPlayer(
             spec.sft_url, spec.policy_url, spec.reward_url, spec.placement, spec.config, spec.seeds
         )
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take over another method with the models already loaded."""
-        self.number = int(new_config["method"])
+        self.method = Method.from_json(new_config["method"])
         return True
 
     def step(self) -> dict[str, Any]:
         """Play the method and write its result."""
-        played = self.player.run(self.spec.methods[self.number])
+        began = time.monotonic()
+        played = self.player.run(self.method)
         document = {
             "result": played.result.model_dump(mode="json"),
             "samples": [dialogue.model_dump(mode="json") for dialogue in played.samples],
+            "seconds": round(time.monotonic() - began, 3),
         }
-        storage.write_json(self.spec.result_url(self.number), document)
+        storage.write_json(self.spec.result_url(self.method), document)
         means = {name: sum(values) / len(values) for name, values in played.result.values.items()}
         return {**means, "malformed_rate": played.result.malformed_rate, tune.result.DONE: True}
 
@@ -85,66 +113,289 @@ class MethodTrial(tune.Trainable):
         """See save_checkpoint."""
 
 
+class Rounds(Protocol):
+    """Says which methods are played, a round at a time."""
+
+    def next_round(self) -> list[Method]:
+        """The methods of the next round; empty when there is none."""
+
+    def tell(self, played: Sequence[Played | None]) -> None:
+        """Results of the last round, in its order; None: the trial failed."""
+
+
+class FixedMethods:
+    """One round: the given methods."""
+
+    def __init__(self, methods: Sequence[Method]) -> None:
+        self._methods = list(methods)
+
+    def next_round(self) -> list[Method]:
+        methods, self._methods = self._methods, []
+        return methods
+
+    def tell(self, played: Sequence[Played | None]) -> None:
+        """Nothing follows."""
+
+
+class SampledFront:
+    """Rounds of a sampler over one front: first the methods that are played in any case, then at most
+    `rounds` rounds of what the sampler asks for. It is told the results of all of them; where it chooses its
+    weights beforehand, and so would ask nothing after them, of its own round alone.
+
+    Args:
+        make: a fresh sampler.
+        method_at: what is played at a weight vector.
+        fixed: what is played in any case, by its weight vector.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], Sampler],
+        objectives: Sequence[str],
+        rounds: int,
+        method_at: MethodAt,
+        fixed: Mapping[Weights, Method] | None = None,
+    ) -> None:
+        self._make, self._sampler = make, make()
+        self._objectives, self._rounds, self._left = tuple(objectives), rounds, rounds
+        self._method_at = method_at
+        self._fixed = {
+            rounded(weights, self._objectives): method for weights, method in (fixed or {}).items()
+        }
+        self._known: dict[Weights, Method] = {}
+        self._asked: list[Weights] = []
+
+    def next_round(self) -> list[Method]:
+        if self._fixed:
+            self._asked = list(self._fixed)
+            self._known, self._fixed = self._fixed, {}
+        elif self._left == 0 or self._sampler.finished:
+            return []
+        else:
+            self._left -= 1
+            asked = (rounded(weights, self._objectives) for weights in self._sampler.ask())
+            self._asked = list(dict.fromkeys(asked))  # points that fall together are one
+            for weights in self._asked:
+                if weights not in self._known:
+                    self._known[weights] = self._method_at(weights)
+        return [self._known[weights] for weights in self._asked]
+
+    def tell(self, played: Sequence[Played | None]) -> None:
+        statistics = [mean_and_error(one, self._objectives) for one in played]
+        came, of_sampler = sum(one is not None for one in played), self._left < self._rounds
+        if came < 2 and not of_sampler:
+            return  # too little to tell it
+        if came < 2:
+            raise SweepError(
+                f"{came} of {len(played)} trials of a round have a result, and the sampler needs 2 to go on. "
+                "Trial logs are in the stage's folder 'tune'; run again to play only what is missing"
+            )
+        means, errors = (np.stack(column) for column in zip(*statistics, strict=True))
+        self._sampler.tell(self._asked, means, errors)
+        if self._sampler.finished and not of_sampler:
+            self._sampler = self._make()
+
+
+def rounded(weights: Weights, objectives: Sequence[str]) -> Weights:
+    """The nearest weights with few decimals that name every objective, in order.
+
+    >>> rounded(Weights({"b": 1, "a": 2}), ["a", "b"])
+    Weights(a=0.6667,b=0.3333)
+    """
+    scale = 10**WEIGHT_DECIMALS
+    counts = [round(value * scale) for value in weights.over(objectives)]
+    counts[counts.index(max(counts))] += scale - sum(counts)
+    return Weights({name: count / scale for name, count in zip(objectives, counts, strict=True)})
+
+
+def mean_and_error(played: Played | None, objectives: Sequence[str]) -> tuple[FloatArray, FloatArray]:
+    """Means over students and their standard errors, each [objectives]; NaN where the trial failed."""
+    if played is None:
+        return np.full(len(objectives), np.nan), np.full(len(objectives), np.nan)
+    values = np.array([played.result.values[name] for name in objectives])
+    students = values.shape[1]
+    errors = values.std(axis=1, ddof=1) / math.sqrt(students) if students > 1 else np.zeros(len(values))
+    return values.mean(axis=1), errors
+
+
+@dataclass(frozen=True)
+class Swept:
+    """A method that a sweep played. `played` None: its trial failed. `rounds`: those of its source that asked
+    for it, from 0."""
+
+    method: Method
+    played: Played | None
+    source: int
+    rounds: tuple[int, ...]
+
+
+class MethodSearch(Searcher):
+    """Gives Tune the methods of all sources, each source's next round as soon as its last one is known.
+
+    Its state is the result files: `save` has nothing to write, and a new search over the same sources stands
+    where the last one was stopped.
+    """
+
+    def __init__(self, spec: SweepSpec, sources: Sequence[Rounds], progress: PlayedCallback) -> None:
+        super().__init__()
+        self.spec, self.sources, self.progress = spec, list(sources), progress
+        self.failed: list[Method] = []
+        self.error: SweepError | None = None
+        self.rounds: list[list[list[Method]]] = [[] for _ in sources]  # source -> its rounds so far
+        self._open: list[list[Method] | None] = [[] for _ in sources]  # round that is played; None: no more
+        self._waiting: list[Method] = []
+        self._running: dict[str, Method] = {}
+        self._results: dict[Method, Played] = {}
+        for source in range(len(sources)):
+            self._advance(source)
+
+    @property
+    def methods(self) -> list[Method]:
+        """All that were asked for, each once, in order."""
+        every = (method for rounds in self.rounds for methods in rounds for method in methods)
+        return list(dict.fromkeys(every))
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is left to play."""
+        return not self._waiting and not self._running
+
+    def swept(self) -> list[Swept]:
+        """Everything that was played, in the order it was asked for."""
+        places: dict[Method, tuple[int, list[int]]] = {}
+        for source, rounds in enumerate(self.rounds):
+            for number, methods in enumerate(rounds):
+                for method in methods:
+                    places.setdefault(method, (source, []))[1].append(number)
+        return [
+            Swept(method, self._result(method), source, tuple(numbers))
+            for method, (source, numbers) in places.items()
+        ]
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The next method; None while another round may follow what is being played."""
+        if self._waiting:
+            method = self._running[trial_id] = self._waiting.pop(0)
+            return {"method": method.as_json()}
+        return None if self._running else Searcher.FINISHED
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Note what the trial came to, and begin the next round of every source that waited for it."""
+        method = self._running.pop(trial_id)
+        if self._result(method) is None:
+            self.failed.append(method)
+        try:
+            for source in range(len(self.sources)):
+                self._advance(source)
+        except SweepError as error:  # raised once Tune has come to its end
+            self.error = error
+            self._waiting.clear()
+        self._report(method.name)
+
+    def _advance(self, source: int) -> None:
+        """Begin the source's next rounds, as far as the results of the last ones are known."""
+        methods = self._open[source]
+        while methods is not None and all(map(self._is_settled, methods)):
+            if methods:
+                self.sources[source].tell([self._result(method) for method in methods])
+            methods = self.sources[source].next_round() or None
+            self._open[source] = methods
+            if methods is not None:
+                self.rounds[source].append(methods)
+                underway = {*self._waiting, *self._running.values()}
+                self._waiting += [m for m in methods if not self._is_settled(m) and m not in underway]
+        self._report("")
+
+    def _is_settled(self, method: Method) -> bool:
+        return method in self.failed or self._result(method) is not None
+
+    def _result(self, method: Method) -> Played | None:
+        if method not in self._results and (played := self.spec.read(method)) is not None:
+            self._results[method] = played
+        return self._results.get(method)
+
+    def _report(self, name: str) -> None:
+        methods = self.methods
+        self.progress(sum(map(self._is_settled, methods)), len(methods), name)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Everything is in the result files."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """See save."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune stores its searcher for a restore, which is not used: a progress bar cannot be pickled.
+        return {**self.__dict__, "progress": _ignore}
+
+
 def _ignore(done: int, total: int, name: str) -> None:
     """Stands for the caller's progress function in what Tune stores."""
 
 
-class _Progress(tune.Callback):
-    def __init__(self, spec: SweepSpec, done: int, callback: PlayedCallback) -> None:
-        self.spec, self.done, self.callback = spec, done, callback
+def play_rounds(
+    spec: SweepSpec, sources: Sequence[Rounds], cluster: ClusterConfig, progress: PlayedCallback
+) -> list[Swept]:
+    """Play the rounds of all sources; what was played before is read. A trial that fails is tried again
+    `cluster.max_failures` times, and then left out (`Swept.played` is None).
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Tune stores its callbacks for a restore, which is not used: a progress bar cannot be pickled.
-        return {**self.__dict__, "callback": _ignore}
-
-    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self.done += 1
-        name = self.spec.methods[int(trial.config["method"])].name
-        self.callback(self.done, len(self.spec.methods), name)
+    ray.init must have been called. Raises SweepError where a sampler has too few results to go on.
+    """
+    search = MethodSearch(spec, sources, progress)
+    if not search.is_done:
+        _tune(spec, search, cluster)
+    if search.error is not None:
+        raise search.error
+    return search.swept()
 
 
 def play_methods(
-    spec: SweepSpec, cluster: ClusterConfig, run_name: str, progress: PlayedCallback
+    spec: SweepSpec, methods: Sequence[Method], cluster: ClusterConfig, progress: PlayedCallback
 ) -> list[Played]:
-    """Play every method whose result is not there yet; returns all results in order of `spec.methods`.
+    """Play every method whose result is not there yet; returns all results in order of `methods`.
 
     ray.init must have been called. Raises SweepError naming the methods that failed.
     """
-    open_methods = [n for n in range(len(spec.methods)) if not storage.exists(spec.result_url(n))]
-    done = len(spec.methods) - len(open_methods)
-    progress(done, len(spec.methods), "")
-    if open_methods:
-        _tune(spec, cluster, run_name, open_methods, _Progress(spec, done, progress))
-    failed = [spec.methods[n].name for n in open_methods if not storage.exists(spec.result_url(n))]
+    swept = play_rounds(spec, [FixedMethods(methods)], cluster, progress)
+    by_method = {one.method: one.played for one in swept}
+    played = [by_method[method] for method in methods]
+    failed = [method.name for method, result in zip(methods, played, strict=True) if result is None]
     if failed:
-        raise SweepError(
-            f"methods without a result: {', '.join(failed)}. Trial logs are in "
-            f"'{storage.join(spec.output_url, 'tune', run_name)}'; run again to play only these."
-        )
-    return [_read(spec.result_url(number)) for number in range(len(spec.methods))]
+        raise methods_failed(failed, spec)
+    return [result for result in played if result is not None]
 
 
-def _tune(
-    spec: SweepSpec, cluster: ClusterConfig, run_name: str, numbers: Sequence[int], callback: _Progress
-) -> None:
+def methods_failed(names: Sequence[str], spec: SweepSpec) -> SweepError:
+    """The error that names them and says where to look."""
+    return SweepError(
+        f"methods without a result: {', '.join(names)}. Trial logs are in '{tune_folder(spec)}'; run again "
+        "to play only these."
+    )
+
+
+def tune_folder(spec: SweepSpec) -> str:
+    """Where Ray Tune keeps the logs of the trials."""
+    return storage.join(spec.output_url, "tune")
+
+
+def _tune(spec: SweepSpec, search: MethodSearch, cluster: ClusterConfig) -> None:
     resources = {"cpu": cluster.cpus_per_rollout_actor, "gpu": 1 if cluster.use_gpu else 0}
     trainable = tune.with_resources(tune.with_parameters(MethodTrial, spec=spec), resources)
     tuner = tune.Tuner(
         trainable,
-        param_space={"method": tune.grid_search(list(numbers))},
-        tune_config=tune.TuneConfig(reuse_actors=True, max_concurrent_trials=cluster.rollout_actors),
+        tune_config=tune.TuneConfig(
+            search_alg=search,
+            num_samples=-1,
+            reuse_actors=True,
+            max_concurrent_trials=cluster.rollout_actors,
+        ),
         run_config=tune.RunConfig(
-            name=run_name,
-            storage_path=storage.join(spec.output_url, "tune"),
-            callbacks=[callback],
+            name="trials",
+            storage_path=tune_folder(spec),
             failure_config=tune.FailureConfig(max_failures=cluster.max_failures),
             verbose=0,
         ),
     )
     tuner.fit()
-
-
-def _read(url: str) -> Played:
-    document = storage.read_json(url)
-    samples = [Dialogue.model_validate(sample) for sample in document["samples"]]
-    return Played(MethodResult.model_validate(document["result"]), samples)

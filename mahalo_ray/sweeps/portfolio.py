@@ -11,16 +11,19 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
+from scipy.spatial import ConvexHull, Delaunay, QhullError
 
 from mahalo_ray.data import storage
+from mahalo_ray.evaluation.statistics import finite_or_none
 from mahalo_ray.metrics import FloatArray, finite_array
 from mahalo_ray.objectives import Weights
 
-FORMAT = 1  # of the file that `save` writes
+FORMAT = 2  # of the file that `save` writes; 1, without policies, unit and samples, is still read
 _EXACT_UP_TO = 2000  # policies for which the cover is solved exactly
 _ROUNDING = 1e-12
 
@@ -41,6 +44,12 @@ class Portfolio:
             best - eps |best| - delta.
         exact: whether no smaller portfolio does that; False: a greedy cover, at most `gap` members too many.
         gap: members more than a proven lower bound.
+        policies: JSON of each of the N policies, as what serves them needs it (name, decoding weights,
+            guidance, ...); empty where nobody named them.
+        unit: what one unit of the weighted sum is, in words.
+        best: what the best policy is the best of, in words.
+        samples: [resamples, N, objectives] bootstrap means of the values, which make intervals; None where
+            the values are exact.
     """
 
     objectives: tuple[str, ...]
@@ -51,6 +60,10 @@ class Portfolio:
     delta: float
     exact: bool
     gap: int
+    policies: tuple[dict[str, Any], ...] = ()
+    unit: str = "the values' own"
+    best: str = "the given policies"
+    samples: FloatArray | None = None
 
     def member(self, weights: Weights) -> int:
         """The member (a row of `values`) that is worth most at these weights."""
@@ -67,19 +80,61 @@ class Portfolio:
         weights. `inf` where w lies outside the convex hull of the N weight vectors: nothing is known there.
         """
         point = np.array(weights.over(self.objectives))
-        known = ~np.isnan(self.values).any(axis=1)
-        vectors, points = self.weights[known], self.values[known]
+        return _loss_bound(self._found(self.values), point, self.values[self.member(weights)])
+
+    def known_loss(self, weights: Weights) -> float:
+        """How much more than the portfolio's member the best of the N given policies is worth."""
+        point = np.array(weights.over(self.objectives))
+        worth = self.values @ point
+        return float(np.nanmax(worth) - worth[self.member(weights)])
+
+    def loss_interval(self, weights: Weights, confidence: float = 0.95) -> tuple[float, float]:
+        """The central `confidence` share of the certified loss over bootstrap resamples of what the values
+        were measured on; the member is that of the means. Both ends are `loss_bound` without samples."""
+        if self.samples is None:
+            return (self.loss_bound(weights),) * 2
+        point, member = np.array(weights.over(self.objectives)), self.member(weights)
+        bounds = [_loss_bound(self._found(sample), point, sample[member]) for sample in self.samples]
+        tail = (1 - confidence) / 2
+        low, high = np.quantile(bounds, [tail, 1 - tail])
+        return float(low), float(high)
+
+    def certificate(self) -> Certificate:
+        """The weights in the convex hull of the N weight vectors at which `loss_bound` is largest.
+
+        The tightest bound on OPT is its lower convex envelope, which is linear over simplices (cells) of
+        weight vectors; the largest loss over a cell is a linear programme.
+        """
+        vectors, points = self._found(self.values)
         optima = (vectors @ points.T).max(axis=1)
-        solved = linprog(
-            optima,
-            A_eq=np.vstack([vectors.T, np.ones(len(optima))]),
-            b_eq=np.append(point, 1.0),
-            bounds=(0, None),
-            method="highs",
-        )
-        if not solved.success:
-            return math.inf
-        return max(0.0, float(solved.fun) - float(self.values[self.member(weights)] @ point))
+        members = self.values[list(self.members)]
+        worst: Certificate | None = None
+        for cell in _cells(vectors, optima):
+            # max t, s.t. t <= sum_j l_j (OPT_j - v_j.F_m) for every member m, and sum_j l_j = 1
+            losses = optima[cell] - members @ vectors[cell].T  # [members, corners]
+            solved = linprog(
+                np.append(np.zeros(len(cell)), -1.0),
+                A_ub=np.hstack([-losses, np.ones((len(members), 1))]),
+                b_ub=np.zeros(len(members)),
+                A_eq=np.append(np.ones(len(cell)), 0.0)[None],
+                b_eq=[1.0],
+                bounds=[(0, None)] * len(cell) + [(None, None)],
+                method="highs",
+            )
+            if solved.success and (worst is None or -solved.fun > worst.loss):
+                where = solved.x[:-1] @ vectors[cell]
+                named = Weights(dict(zip(self.objectives, np.maximum(where, 0).tolist(), strict=True)))
+                corners = tuple(
+                    Weights(dict(zip(self.objectives, row, strict=True))) for row in vectors[cell].tolist()
+                )
+                worst = Certificate(max(0.0, float(-solved.fun)), named, corners)
+        assert worst is not None
+        return worst
+
+    def _found(self, values: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """(weights, values) of the policies that did not fail."""
+        known = ~np.isnan(values).any(axis=1)
+        return self.weights[known], values[known]
 
     def save(self, url: str) -> None:
         """Write the portfolio as JSON to a path or storage URL."""
@@ -95,6 +150,10 @@ class Portfolio:
                 "delta": self.delta,
                 "exact": self.exact,
                 "gap": self.gap,
+                "policies": list(self.policies),
+                "unit": self.unit,
+                "best": self.best,
+                "samples": None if self.samples is None else finite_or_none(self.samples.round(6).tolist()),
             },
         )
 
@@ -103,8 +162,10 @@ class Portfolio:
         """Read what `save` wrote. ValueError naming the file if it is something else."""
         try:
             document = storage.read_json(url)
-            if document["format"] != FORMAT:
-                raise ValueError(f"format {document['format']}, this version reads {FORMAT}")
+            if document["format"] not in (1, FORMAT):
+                raise ValueError(f"format {document['format']}, this version reads 1 and {FORMAT}")
+            added = {name: document[name] for name in ("unit", "best") if document["format"] == FORMAT}
+            samples = document.get("samples")
             failed = [math.nan] * len(document["objectives"])
             return cls(
                 objectives=tuple(document["objectives"]),
@@ -115,9 +176,78 @@ class Portfolio:
                 delta=float(document["delta"]),
                 exact=bool(document["exact"]),
                 gap=int(document["gap"]),
+                policies=tuple(dict(policy) for policy in document.get("policies", ())),
+                samples=None if samples is None else np.array(samples, dtype=np.float64),
+                **added,
             )
         except (KeyError, TypeError, json.JSONDecodeError, ValueError) as error:
             raise ValueError(f"'{url}' is no portfolio: {error}") from error
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The largest certified loss of a portfolio over the convex hull of the weight vectors it was made of.
+
+    A policy evaluated at `weights`, the worst ones, splits their cell (whose corners are weight vectors) and
+    tightens the bound there.
+    """
+
+    loss: float
+    weights: Weights
+    cell: tuple[Weights, ...]
+
+
+def _loss_bound(found: tuple[FloatArray, FloatArray], point: FloatArray, member: FloatArray) -> float:
+    """See `Portfolio.loss_bound`; `found` are weights and values [N, objectives], `point` the weights asked
+    for and `member` the values of the policy that answers [objectives]."""
+    vectors, points = found
+    optima = (vectors @ points.T).max(axis=1)
+    solved = linprog(
+        optima,
+        A_eq=np.vstack([vectors.T, np.ones(len(optima))]),
+        b_eq=np.append(point, 1.0),
+        bounds=(0, None),
+        method="highs",
+    )
+    if not solved.success:
+        return math.inf
+    return max(0.0, float(solved.fun) - float(member @ point))
+
+
+def _cells(vectors: FloatArray, optima: FloatArray) -> list[NDArray[np.int64]]:
+    """The simplices over which the lower convex envelope of `optima` [N] at `vectors` [N, objectives] is
+    linear, as positions of their corners. A single weight vector is a cell of its own."""
+    distinct, first = np.unique(np.round(vectors, 12), axis=0, return_index=True)
+    lifted = np.column_stack([distinct[:, :-1], optima[first]])
+    if len(distinct) <= vectors.shape[1]:
+        return [first]
+    try:
+        hull = ConvexHull(lifted)
+        facets = hull.simplices[hull.equations[:, -2] < -1e-12]  # those that face down
+    except QhullError:  # OPT is linear: every triangulation is as tight
+        try:
+            facets = Delaunay(distinct[:, :-1]).simplices if vectors.shape[1] > 2 else _neighbours(distinct)
+        except QhullError:  # weight vectors on a line: their envelope by one programme over all of them
+            return [first]
+    return [first[facet] for facet in facets]
+
+
+def _neighbours(distinct: FloatArray) -> NDArray[np.int64]:
+    order = np.argsort(distinct[:, 0])
+    return np.stack([order[:-1], order[1:]], axis=1)
+
+
+def least_eps_by_size(
+    values: ArrayLike, weights: Sequence[Weights], sizes: Sequence[int], delta: float | None = None
+) -> dict[int, float]:
+    """The least eps that a portfolio of at most so many members reaches, for every size.
+
+    >>> w = [Weights.parse(f"a={n / 4},b={1 - n / 4}") for n in range(5)]
+    >>> values = [[0, 1], [0.4, 0.95], [0.7, 0.7], [0.95, 0.4], [1, 0]]
+    >>> {size: round(eps, 3) for size, eps in least_eps_by_size(values, w, [1, 2, 3]).items()}
+    {1: 0.3, 2: 0.05, 3: 0.05}
+    """
+    return {size: portfolio(values, weights, delta=delta, size=size).eps for size in sizes}
 
 
 def portfolio(
@@ -155,8 +285,8 @@ def portfolio(
             f"values have shape {array.shape}: {len(weights)} weights over {len(objectives)} objectives "
             f"({', '.join(objectives)}) need {(len(weights), len(objectives))}"
         )
-    if (eps is None and delta is None) == (size is None):
-        raise ValueError("give either 'eps' and/or 'delta', or 'size'")
+    if (eps is None and delta is None and size is None) or (eps is not None and size is not None):
+        raise ValueError("give either 'eps' and/or 'delta', or 'size' (with or without 'delta')")
     came = ~np.isnan(array).any(axis=1)
     if not came.any():
         raise ValueError("no policy has values: all rows hold NaN")

@@ -1,0 +1,85 @@
+"""The verbs about the fronts of finished runs: `mahalo front` and `mahalo portfolio`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mahalo_ray.cli.common import Debug, guarded, out, say
+from mahalo_ray.data import storage
+from mahalo_ray.objectives import unknown_name
+
+Runs = Annotated[list[str], typer.Argument(metavar="RUN...", help="Output folders of finished runs.")]
+ScaleOption = Annotated[
+    str,
+    typer.Option(
+        "--scale",
+        help="`none`: the objectives' own units; `range`: divided by their ranges over all points.",
+    ),
+]
+
+
+def register_sweep_verbs(app: typer.Typer) -> None:
+    """Add the verbs to the command."""
+    app.command()(front)
+
+
+def front(
+    runs: Runs,
+    output: Annotated[
+        str | None,
+        typer.Option(help="Folder for the pictures. Default: `front` in the run; needed for several runs."),
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Reference point: accuracy=0.05,engagement=0.3. Default: all 0.")
+    ] = None,
+    scale: ScaleOption = "none",
+    confidence: Annotated[float, typer.Option(min=0.5, max=0.999)] = 0.95,
+    resamples: Annotated[int, typer.Option(min=50, max=100_000)] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 17,
+    debug: Debug = False,
+) -> None:
+    """The fronts of one or several finished runs: figures with intervals, a picture, and a page to turn."""
+
+    def work() -> None:
+        from mahalo_ray.pipeline.evaluating import wide_enough
+        from mahalo_ray.pipeline.outputs import check_writable
+        from mahalo_ray.sweeps.front_report import fronts_of_run, measure_fronts, print_fronts, write_fronts
+
+        if output is None and len(runs) > 1:
+            raise ValueError("several runs have no folder in common: give --output")
+        folder = output or storage.join(runs[0], "front")
+        check_writable(folder)
+        fronts = [found for run in runs for found in fronts_of_run(run, named=len(runs) > 1)]
+        document = measure_fronts(
+            fronts, parse_point(reference), check_scale(scale), confidence, resamples, seed
+        )
+        print_fronts(wide_enough(out), document)
+        for file in write_fronts(folder, document):
+            say(file)
+
+    guarded(work, debug)
+
+
+def parse_point(text: str | None) -> dict[str, float] | None:
+    """`accuracy=0.05,engagement=0.3` as numbers by objective. ValueError naming the part that is none."""
+    if text is None:
+        return None
+    point: dict[str, float] = {}
+    for part in text.split(","):
+        name, equals, number = (piece.strip() for piece in part.partition("="))
+        try:
+            point[name] = float(number)
+        except ValueError:
+            equals = ""
+        if not equals or not name:
+            raise ValueError(f"cannot read '{part}' of '{text}': write objective=number")
+    return point
+
+
+def check_scale(name: str) -> str:
+    """The scale of that name. ValueError for another."""
+    if name not in ("none", "range"):
+        raise ValueError(unknown_name("scale", name, ("none", "range")))
+    return name

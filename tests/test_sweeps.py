@@ -1,0 +1,170 @@
+"""Sweeps: rounds of samplers over result files, the table, the fronts of a run, and what a config may say."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ray.tune.search import Searcher
+from tiny_run import EXAMPLE
+
+from mahalo_ray.config import ConfigError, EvaluationConfig, RunConfig, load_config
+from mahalo_ray.data import storage
+from mahalo_ray.decoding.policy import DeviceConfig
+from mahalo_ray.evaluation.methods import Method
+from mahalo_ray.evaluation.results import MethodResult
+from mahalo_ray.objectives import Weights
+from mahalo_ray.pipeline.sweeping import rounds_of, sweep_fronts, sweep_methods, sweep_table
+from mahalo_ray.sweeps.decoding import MethodSearch, SweepError, SweepSpec
+from mahalo_ray.sweeps.sweep_table import SweepTable
+
+STUDENTS = 60
+LIST = "sweep.weights=[{accuracy: 0.9, engagement: 0.1}, {accuracy: 0.1, engagement: 0.9}]"
+SURF = (LIST, "sweep.sampler=surf", "sweep.points=5", "sweep.rounds=2")
+
+
+def example(*overrides: str) -> RunConfig:
+    return load_config(EXAMPLE, list(overrides))
+
+
+def spec_in(folder: Path) -> SweepSpec:
+    return SweepSpec(
+        "", "", "", str(folder), DeviceConfig("cpu", "float32"), 1, EvaluationConfig(), tuple(range(STUDENTS))
+    )
+
+
+def play(spec: SweepSpec, method: Method) -> None:
+    """What a trial leaves: a front that turns sharply near all weight on engagement, with noise."""
+    assert method.weights is not None
+    share = method.weights["accuracy"] ** 0.5
+    noise = np.random.default_rng(0).normal(0, 0.02, (2, STUDENTS))
+    result = MethodResult(
+        name=method.name,
+        kind=method.kind,
+        weights=dict(method.weights),
+        guidance=None if method.guidance is None else dict(method.guidance),
+        num_candidates=method.num_candidates,
+        student_ids=list(spec.seeds),
+        values={"accuracy": (share + noise[0]).tolist(), "engagement": (1 - share**2 + noise[1]).tolist()},
+        malformed_rate=0.0,
+        tokens=100,
+        sweep=True,
+    )
+    document = {"result": result.model_dump(mode="json"), "samples": [], "seconds": 1.0}
+    storage.write_json(spec.result_url(method), document)
+
+
+def search_of(config: RunConfig, spec: SweepSpec) -> MethodSearch:
+    sources = [rounds_of(config, front) for front in sweep_fronts(config)]
+    return MethodSearch(spec, sources, lambda done, total, name: None)
+
+
+def run_trials(search: MethodSearch, at_most: int = 1000, failing: str = "never") -> list[str]:
+    """Play what the search suggests, two trials at a time as Tune would; returns the methods played."""
+    running: list[tuple[str, bool]] = []
+    played: list[str] = []
+    for number in itertools.count():
+        suggestion = search.suggest(str(number)) if len(running) < 2 and len(played) < at_most else None
+        if isinstance(suggestion, dict):
+            method = Method.from_json(suggestion["method"])
+            fails = failing in method.name
+            if not fails:
+                play(search.spec, method)
+            running.append((str(number), fails))
+            played.append(method.name)
+        elif running:
+            trial, fails = running.pop(0)
+            search.on_trial_complete(trial, error=fails)
+        else:
+            assert suggestion == Searcher.FINISHED or len(played) == at_most
+            return played
+    raise AssertionError
+
+
+def test_a_killed_sweep_plays_only_what_is_missing_and_ends_in_the_same_table(tmp_path: Path) -> None:
+    config = example(*SURF)
+    whole, halved = spec_in(tmp_path / "whole"), spec_in(tmp_path / "halved")
+    search = search_of(config, whole)
+    played = run_trials(search)
+    table = sweep_table(config, search.swept())
+    before = run_trials(search_of(config, halved), at_most=4)  # killed in the sampler's first round
+    again = search_of(config, halved)
+    after = run_trials(again)
+    assert before + after == played and len(played) == len(set(played))
+    url = str(tmp_path / "front.parquet")
+    sweep_table(config, again.swept()).save(url)
+    assert SweepTable.load(url).points == table.points
+    assert search_of(config, halved).is_done  # and now nothing is left to play
+
+
+def test_surf_knows_the_list_and_lies_more_evenly_than_it_began(tmp_path: Path) -> None:
+    search = search_of(example(*SURF), spec_in(tmp_path))
+    run_trials(search)
+    table = sweep_table(example(*SURF), search.swept())
+    assert [point.round for point in table.points[:2]] == [0, 0]
+    assert {point.sampler for point in table.points} == {None, "surf"}
+    last = np.array([[p.mean[o] for o in table.objectives] for p in table.points if p.last_round and p.mean])
+    even = np.linalg.norm(np.diff(last[np.argsort(last[:, 0])], axis=0), axis=1)
+    weights = np.linspace(0, 1, 5) ** 0.5
+    uniform = np.linalg.norm(np.diff(np.stack([weights, 1 - weights**2], axis=1), axis=0), axis=1)
+    assert even.std() / even.mean() < 0.7 * uniform.std() / uniform.mean()
+    near = table.nearest(Weights.parse("accuracy=0.88,engagement=0.12"))
+    assert abs(near.weights["accuracy"] - 0.88) < 0.2 and near.n == STUDENTS
+    assert near.mean and near.low and near.high and near.standard_error
+    assert near.low["accuracy"] < near.mean["accuracy"] < near.high["accuracy"]
+    assert near.standard_error["accuracy"] == pytest.approx(0.02 / STUDENTS**0.5, rel=0.3)
+
+
+def test_a_failed_trial_is_left_out_and_a_round_without_results_ends_the_sweep(tmp_path: Path) -> None:
+    config = example(*SURF)
+    search = search_of(config, spec_in(tmp_path / "one"))
+    run_trials(search, failing="surf 0 / 1")
+    table = sweep_table(config, search.swept())
+    assert table.failed == ["surf 0 / 1"]
+    assert np.isnan(table.means()).any(axis=1).sum() == 1 and len(table.points) > 7
+    search = search_of(config, spec_in(tmp_path / "all"))
+    run_trials(search, failing="surf")
+    assert isinstance(search.error, SweepError) and "0 of 5 trials" in str(search.error)
+
+
+def test_fronts_are_crossed_with_guidance_and_candidates(tmp_path: Path) -> None:
+    crossed = ("sweep.guidance=[{accuracy: 1}, {engagement: 1}]", "sweep.num_candidates=[1, 3]")
+    config = example(*SURF, *crossed)
+    names = [method.name for method in sweep_methods(config)]
+    assert len(names) == len(set(names)) == 6  # two vectors; unguided once, guided by each objective
+    assert "weights 0.9 / 0.1, guided 0 / 1, K 3" in names and "weights 0.9 / 0.1" in names
+    search = search_of(config, spec_in(tmp_path))
+    run_trials(search)
+    points = sweep_table(config, search.swept()).points
+    sampled = [point for point in points if point.sampler == "surf" and point.last_round]
+    assert {str(point.guidance) for point in sampled} == {str(point.guidance) for point in points}
+    varied = example("sweep={kind: guidance, weights: [{accuracy: 1}], num_candidates: [2, 4]}")
+    methods = sweep_methods(varied)
+    assert [method.num_candidates for method in methods] == [2, 4]
+    assert {method.weights for method in methods} == {varied.guided.point[0]}
+    assert {method.guidance for method in methods} == {Weights.one("accuracy")}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["sweep={}"], "'sweep.weights' is missing: give it, or a 'sweep.sampler'"),
+        (["sweep.points=5"], "'points' is the sampler's, and no 'sampler' is given"),
+        (["sweep.sampler=serf"], "Did you mean 'surf'"),
+        (["sweep.sampler=surf", "sweep.points=2"], "greater than or equal to 3"),
+        (["sweep.num_candidates=[4]"], "'num_candidates' above 1 needs 'guidance'"),
+        (["sweep.kind=guidance", "sweep.num_candidates=[1]"], "one candidate leaves guidance nothing"),
+        (["sweep.kind=guidance", "sweep.guidance=[{accuracy: 1}]"], "'kind: guidance' varies it"),
+        (["sweep.guidance=[{speed: 1}]"], r"sweep\.guidance\[0\].*unknown objective 'speed'"),
+    ],
+)
+def test_a_sweep_that_makes_no_sense_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        example(*overrides)
+
+
+def test_a_table_that_is_none_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no finished sweep"):
+        SweepTable.of_run(str(tmp_path))
