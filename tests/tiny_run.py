@@ -15,7 +15,8 @@ TINY = [
     "reward_rollouts={dialogues: 4, candidates: 3, continuations: 1, sampling: {max_new_tokens: 8}}",
     "pair_rollouts={dialogues: 6, candidates: 3, sampling: {max_new_tokens: 8}}",
     "pairs.min_gap_std=0",
-    "policy.metrics_every_steps=0",  # so few pairs leave none held out
+    # so few pairs leave none held out
+    *("policy.metrics_every_steps=0", "policy.max_kl=null", "policy.sampled_turns=0"),
     "evaluation={dialogues: 4, bootstrap_resamples: 50, sampling: {max_new_tokens: 8}}",
     "sweep={weights: [{accuracy: 0.9, engagement: 0.1}, {accuracy: 0.5, engagement: 0.5}],"
     " sampler: surf, points: 3, rounds: 1}",
