@@ -1,6 +1,7 @@
 """The playground in a real browser: headless Chromium on a served tiny model, over a socket.
 
-Skipped where no Chromium is installed (Debian's package `chromium`).
+Skipped where no Chromium is installed (Debian's package `chromium`). The check by axe-core is skipped where
+`npm install axe-core` was not run in the repository's folder.
 """
 
 from __future__ import annotations
@@ -13,21 +14,26 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_guided
 import torch
 import uvicorn
+from evaluated_run import run_of, table_of
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
 from mahalo_ray.config import SamplingConfig, ServeConfig
 from mahalo_ray.decoding import GuidedDecoder
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
 from mahalo_ray.models.reward import ProcessRewardModel
+from mahalo_ray.objectives import Weights
 from mahalo_ray.serving.app import create_app
 from mahalo_ray.serving.backend import GuidedBackend
+from mahalo_ray.serving.front import Measurements
 from mahalo_ray.serving.service import ChatService, Defaults, KeyDigest, ServiceSettings
+from mahalo_ray.sweeps import portfolio
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -39,6 +45,8 @@ needs_browser = pytest.mark.skipif(
 TWO = {"accuracy": "value", "engagement": "probability"}
 THREE = {"accuracy": "value", "engagement": "probability", "brevity": "value"}
 QUESTION = "What is 2 + 3?"
+AXE = Path(__file__).parent.parent / "node_modules" / "axe-core" / "axe.min.js"
+WCAG = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
 
 
 @dataclass
@@ -48,6 +56,7 @@ class Served:
     kinds: dict[str, str]
     key: str | None = None
     port: int = 0
+    measured: Measurements | None = None
 
     def __enter__(self) -> Served:
         torch.manual_seed(0)
@@ -65,10 +74,12 @@ class Served:
             "mahalo",
             Defaults(num_candidates=3, sampling=SamplingConfig(max_new_tokens=24)),
             None if self.key is None else KeyDigest.of(self.key),
+            {"accuracy": "does the student solve the problem"},
+            (QUESTION,),
         )
         listener = socket.create_server(("127.0.0.1", self.port))
         self.port = listener.getsockname()[1]
-        app = create_app(ChatService(GuidedBackend(decoder), settings))
+        app = create_app(ChatService(GuidedBackend(decoder), settings, self.measured))
         self._server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
         self._thread = threading.Thread(target=self._server.run, args=([listener],))
         self._thread.start()
@@ -93,7 +104,12 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def two() -> Iterator[Served]:
-    with Served(TWO) as served:
+    """Two objectives, with the measurements of a made-up run and a portfolio of its sweep."""
+    methods = run_of()
+    swept = [method for method in methods if method.kind == "weights" and method.weights]
+    values = [[sum(method.values[name]) / len(method.values[name]) for name in TWO] for method in swept]
+    members = portfolio(values, [Weights(method.weights) for method in swept], size=2)
+    with Served(TWO, measured=Measurements(table_of(methods), members)) as served:
         yield served
 
 
@@ -241,13 +257,205 @@ def test_three_objectives_are_a_triangle_with_sliders_for_the_keyboard(
     assert complaints == []
 
 
+# -- what was measured ---------------------------------------------------------------------------------------
+
+
+@needs_browser
+def test_a_point_of_the_front_sets_the_selected_balance_and_the_portfolio_follows(
+    context: BrowserContext, two: Served
+) -> None:
+    complaints: list[str] = []
+    page = visit(context, two.url, complaints)
+    points = page.get_by_role("radio", name=re.compile("taken as sampled: reached accuracy"))
+    assert points.count() == 7  # the sweep's five and the two heads; the model before has no balance to take
+    slider = page.get_by_role("slider", name="Balance B, from accuracy to engagement")
+    slider.focus()  # selects B
+    page.get_by_role("radio", name=re.compile("^accuracy 75\u00a0%, engagement 25")).click(force=True)
+    assert slider.input_value() == "25"
+    expect(page.locator("#portfolio")).to_contain_text(
+        re.compile("For balance B the portfolio has .* Certified:")
+    )
+    before = slider.input_value()
+    page.keyboard.press("Tab")
+    chosen = page.get_by_role("radio", name=re.compile("^accuracy 75\u00a0%"), checked=True)
+    chosen.focus()
+    page.keyboard.press("ArrowRight")
+    assert slider.input_value() != before
+    page.get_by_role("button", name="Use this member").click()
+    expect(page.locator("#status")).to_contain_text("Balance B is now")
+    assert complaints == []
+
+
+@needs_browser
+def test_without_measurements_there_is_no_picture(context: BrowserContext, three: Served) -> None:
+    page = visit(context, three.url)
+    expect(page.get_by_role("button", name=QUESTION)).to_be_visible()
+    expect(page.locator("#front-part")).to_be_hidden()
+
+
+# -- scores and choices --------------------------------------------------------------------------------------
+
+
+@needs_browser
+def test_bars_of_an_objective_have_the_same_ends_everywhere(context: BrowserContext, two: Served) -> None:
+    page = visit(context, two.url)
+    ask(page)
+    for summary in page.get_by_text("and why this one").all():
+        summary.click()
+    bars = page.evaluate(
+        """() => [...document.querySelectorAll(".scores dt")].map((name) => {
+            const track = name.nextElementSibling, fill = track.firstElementChild;
+            const value = Number(track.nextElementSibling.textContent.replace("\u2212", "-"));
+            return [name.textContent, value, parseFloat(fill.style.left), parseFloat(fill.style.width)];
+        })"""
+    )
+    assert len(bars) == 2 * (2 + 2 * 3)  # two objectives: two answers, and three candidates of each
+    for name in TWO:
+        own = [bar for bar in bars if bar[0] == name]
+        low = min(0.0, *(bar[1] for bar in own))
+        # One scale: equal differences of scores are equal differences of lengths.
+        lengths = {round(width / abs(value)) for _, value, _, width in own if abs(value) > 0.05}
+        assert max(lengths) - min(lengths) <= 1, (name, low, own)
+
+
+@needs_browser
+@pytest.mark.parametrize(
+    ("totals", "texts", "chosen", "said"),
+    [
+        ([1.0, 2.0, 2.0], "abc", 1, "same total as candidate 3; of equal totals the one sampled first"),
+        (
+            [1.0, 2.0, 2.0],
+            "abb",
+            1,
+            "Candidate 3 is the same text, sampled again. It has the highest total, 2.00",
+        ),
+        ([1.6842, 1.6821], "ab", 0, "highest total, 1.684; next comes candidate 2 with 1.682"),
+        ([1.0, 3.0], ["a", " "], 0, "says nothing at all"),
+    ],
+)
+def test_the_page_says_why_a_candidate_was_chosen(
+    context: BrowserContext, two: Served, totals: list[float], texts: str, chosen: int, said: str
+) -> None:
+    page = visit(context, two.url)
+    candidates = [
+        {"text": text, "total": total, "scores": {"accuracy": total / 4}}
+        for text, total in zip(texts, totals, strict=True)
+    ]
+    told = page.evaluate(
+        """async (step) => {
+            const {whyChosen} = await import("/playground/answers.js");
+            return whyChosen(step, "argmax", {accuracy: 1});
+        }""",
+        {"candidates": candidates, "chosen": chosen},
+    )
+    assert said in told
+
+
+@needs_browser
+def test_which_do_you_prefer_learns_a_balance(context: BrowserContext, two: Served) -> None:
+    page = visit(context, two.url)
+    page.get_by_text("Which do you prefer?").click()
+    ask(page)
+    assert "%" not in page.locator(".answers").inner_text()  # the balances stay hidden until the choice
+    page.get_by_role("button", name="I prefer the second").click()
+    note = page.locator(".preference")
+    expect(note).to_contain_text("After 1 choice")
+    expect(page.locator(".answer.taken")).to_have_count(1)
+    assert page.evaluate("document.activeElement.textContent") == "Another pair"
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="No difference to me").click()
+    expect(note).to_contain_text("After 2 choices")
+    page.get_by_role("button", name="Use this balance").click()
+    expect(page.get_by_role("slider", name="Balance, from accuracy to engagement")).to_be_visible()
+
+
+@needs_browser
+def test_choices_lead_to_the_balance_of_who_makes_them(context: BrowserContext, two: Served) -> None:
+    """A person whose balance is 80 : 20 decides between pairs that the page chooses."""
+    page = visit(context, two.url)
+    learned = page.evaluate(
+        """async () => {
+            const {belief, choiceOf, nextPair} = await import("/playground/preference.js");
+            const names = ["a", "b"], choices = [], worth = ({a, b}) => 0.8 * a + 0.2 * b;
+            let state = 7;
+            const random = () => (state = (state * 48271) % 2147483647) / 2147483647;
+            const before = belief(names, choices);
+            for (let n = 0; n < 40; n++) {
+                // Answers reach what their balances ask for, along a curved front, with some luck.
+                const [first, second] = nextPair(names, choices, random).map((shares) => ({shares, scores: {
+                    a: Math.sqrt(shares[0]) + 0.2 * random(), b: Math.sqrt(shares[1]) + 0.2 * random()}}));
+                const kept = worth(first.scores) > worth(second.scores) ? 1 : -1;
+                choices.push(choiceOf(names, first, second, kept, [0.1, 0.1]));
+            }
+            const after = belief(names, choices);
+            return {before, after};
+        }"""
+    )
+    assert learned["before"]["mean"] == pytest.approx([0.5, 0.5])
+    after = learned["after"]
+    assert after["mean"][0] == pytest.approx(0.8, abs=0.07)
+    assert after["low"][0] <= 0.8 <= after["high"][0]
+    assert after["high"][0] - after["low"][0] < 0.2
+
+
+@needs_browser
+def test_without_scores_choices_pull_towards_the_preferred_balances(
+    context: BrowserContext, two: Served
+) -> None:
+    page = visit(context, two.url)
+    mean = page.evaluate(
+        """async () => {
+            const {belief, choiceOf, nextPair} = await import("/playground/preference.js");
+            const names = ["a", "b", "c"], wish = [0.6, 0.3, 0.1], choices = [];
+            let state = 7;
+            const random = () => (state = (state * 48271) % 2147483647) / 2147483647;
+            const far = (shares) => Math.hypot(...shares.map((share, n) => share - wish[n]));
+            for (let n = 0; n < 60; n++) {
+                const pair = nextPair(names, choices, random);
+                const [first, second] = pair.map((shares) => ({shares, scores: null}));
+                const kept = far(first.shares) < far(second.shares) ? 1 : -1;
+                choices.push(choiceOf(names, first, second, kept, [1, 1, 1]));
+            }
+            return belief(names, choices).mean;
+        }"""
+    )
+    assert mean == pytest.approx([0.6, 0.3, 0.1], abs=0.1)
+
+
+@needs_browser
+def test_a_link_carries_settings_and_question_but_no_key(context: BrowserContext, two: Served) -> None:
+    page = visit(context, two.url)
+    page.get_by_role("slider", name="Balance A, from accuracy to engagement").fill("35")
+    page.get_by_text("Advanced", exact=True).click()
+    page.get_by_label("Candidates per step").fill("2")
+    page.get_by_label("What the total is").select_option("soft_min")
+    ask(page, "Is 'this' \"quoted\"?")
+    page.get_by_role("button", name="Copy as curl").first.click()
+    command = page.input_value("#copy-text")
+    assert '"accuracy": 0.65' in command
+    assert "Is '\\''this'\\''" in command
+    page.get_by_role("button", name="Python", exact=True).click()
+    compile(page.input_value("#copy-text"), "copied", "exec")
+    page.get_by_role("button", name="Link", exact=True).click()
+    link = page.input_value("#copy-text")
+    page.keyboard.press("Escape")
+    assert page.evaluate("document.activeElement.textContent").startswith("Copy as curl")
+    other = context.new_page()
+    other.goto(link)
+    expect(other.locator("#message")).to_have_value("Is 'this' \"quoted\"?")
+    assert other.get_by_role("slider", name="Balance A, from accuracy to engagement").input_value() == "35"
+    assert other.input_value("#candidates") == "2"
+    assert other.input_value("#aggregation") == "soft_min"
+    assert other.url == two.url  # a reload keeps what is changed from here on
+
+
 # -- what can go wrong ---------------------------------------------------------------------------------------
 
 
 @needs_browser
 def test_a_refused_answer_can_be_tried_again(context: BrowserContext, two: Served) -> None:
     page = visit(context, two.url)
-    page.get_by_role("button", name="Add a third balance").click()
+    page.get_by_role("button", name="Add a third").click()
     ask(page)  # the server has two places
     failed = page.locator(".failure")
     expect(failed).to_have_count(1)
@@ -258,6 +466,22 @@ def test_a_refused_answer_can_be_tried_again(context: BrowserContext, two: Serve
     expect(page.locator("#stop")).to_be_hidden()
     assert all(text.strip() for text in last_answers(page))
     assert page.evaluate("document.activeElement !== document.body")
+
+
+@needs_browser
+def test_a_stopped_answer_says_so_and_can_be_asked_for_again(context: BrowserContext, two: Served) -> None:
+    page = visit(context, two.url)
+    held: list[Any] = []
+    page.route("**/v1/chat/completions", held.append)  # the requests are on their way, and stay there
+    page.fill("#message", QUESTION)
+    page.press("#message", "Enter")
+    page.wait_for_timeout(500)  # a double click is no stop
+    page.click("#stop")
+    expect(page.get_by_text("You stopped this answer here.")).to_have_count(2)
+    assert page.evaluate("document.activeElement.id") == "send"
+    page.unroute("**/v1/chat/completions")
+    page.get_by_role("button", name="Answer again").click()
+    expect(page.locator(".answer.taken")).to_have_count(1)
 
 
 @needs_browser
@@ -342,3 +566,47 @@ def test_a_key_is_asked_for_and_kept_out_of_storage(context: BrowserContext) -> 
         ask(page)
         assert "sesame" not in page.evaluate("JSON.stringify(sessionStorage) + JSON.stringify(localStorage)")
         assert all(text.strip() for text in last_answers(page))
+
+
+# -- for everyone --------------------------------------------------------------------------------------------
+
+
+@needs_browser
+@pytest.mark.skipif(not AXE.exists(), reason="no axe-core: run `npm install axe-core` here")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_axe_finds_nothing(browser: Browser, two: Served, scheme: Any, width: int) -> None:
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page = visit(context, two.url)
+
+    def violations() -> list[str]:
+        page.evaluate(AXE.read_text(encoding="utf-8"))
+        found = page.evaluate("(tags) => axe.run(document, {runOnly: tags})", WCAG)
+        return [f"{rule['id']}: {rule['nodes'][0]['target']}" for rule in found["violations"]]
+
+    assert violations() == []
+    page.evaluate("document.querySelectorAll('#controls details').forEach((part) => { part.open = true; })")
+    ask(page)
+    page.get_by_text("and why this one").first.click()
+    assert violations() == []
+    page.get_by_text("Which do you prefer?").click()
+    page.get_by_role("button", name="Answer again").click()
+    page.get_by_role("button", name="I prefer the first").click()
+    assert violations() == []
+    context.close()
+
+
+@needs_browser
+def test_on_a_phone_the_balances_and_the_question_stay_in_sight(browser: Browser, two: Served) -> None:
+    context = browser.new_context(
+        viewport={"width": 390, "height": 844}, has_touch=True, reduced_motion="reduce"
+    )
+    page = visit(context, two.url)
+    ask(page)
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.evaluate("scrollTo(0, document.body.scrollHeight)")
+    for name in ("Balance A, from accuracy to engagement", "Balance B, from accuracy to engagement"):
+        expect(page.get_by_role("slider", name=name)).to_be_in_viewport()
+    expect(page.locator("#message")).to_be_in_viewport()
+    expect(page.locator("#more > section").first).to_be_hidden()  # folded
+    context.close()

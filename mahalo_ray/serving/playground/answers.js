@@ -62,6 +62,7 @@ function digitsOf(candidates) {
   const totals = candidates.map(({total}) => total).filter((total) => total !== null).sort((a, b) => a - b);
   const gaps = totals.slice(1).map((total, n) => total - totals[n]).filter((gap) => gap > EQUAL);
   const told = (digits) => totals.every((total, n) => !n || total - totals[n - 1] <= EQUAL || total.toFixed(digits) !== totals[n - 1].toFixed(digits));
+  if (totals.every(Number.isInteger)) return 0; // ranks
   return gaps.length ? [2, 3, 4, 6].find(told) ?? 9 : 2;
 }
 
@@ -123,7 +124,9 @@ function stepBlock(context, answer, step, number, total) {
     candidate.scores && scoreList(context, candidate.scores)));
   return [
     total > 1 && html("h4", {}, `Step ${number} of ${total}`),
-    step.candidates.length > 1 && html("p", {class: "why"}, whyChosen(step, strategy, guidance)),
+    step.candidates.length > 1 && html("p", {class: "why"},
+      answer.sent.aggregation?.kind === "thresholds" && "Totals are ranks here, 0 for the worst. ",
+      whyChosen(step, strategy, guidance)),
     html("ol", {class: "candidates"}, items),
   ];
 }
@@ -180,26 +183,28 @@ function answerCard(context, turn, answer, index, view) {
     several && !blind && html("span", {class: "badge", "aria-hidden": "true"}, letter),
     blind ? name : balanceBar(context.names, answer.shares)));
   card.append(text);
-  if (answer.state === "running") card.append(html("p", {class: "waiting"}, answer.text ? "Writing\u2026" : "Thinking\u2026"));
-  if (answer.state === "stopped") card.append(html("p", {class: "note"}, "You stopped this answer here."));
-  if (answer.state === "failed") card.append(failure(answer, index, actions));
+  const rest = html("div", {class: "rest"});
+  if (answer.state === "running") rest.append(html("p", {class: "waiting"}, answer.text ? "Writing\u2026" : "Thinking\u2026"));
+  if (answer.state === "stopped") rest.append(html("p", {class: "note"}, "You stopped this answer here."));
+  if (answer.state === "failed") rest.append(failure(answer, index, actions));
   if (report && !blind) {
     const scores = meanScores(report);
-    if (scores) card.append(scoreList(context, scores));
+    if (scores) rest.append(scoreList(context, scores));
   }
-  if (view.settled && several) card.append(choiceOf(context, turn, answer, index, view, name));
+  if (view.settled && several) rest.append(choiceOf(context, turn, answer, index, view, name));
   if (report && !blind) {
     const most = Math.max(...report.steps.map((step) => step.candidates.length));
-    card.append(fold(answer, "candidates",
+    rest.append(fold(answer, "candidates",
       most > 1 ? `The ${most} candidates${report.steps.length > 1 ? " of each step" : ""}, and why this one` : "What was sampled",
       report.steps.map((step, n) => stepBlock(context, answer, step, n + 1, report.steps.length)),
       html("p", {class: "used"}, usedText(answer))));
   }
   if (answer.sent && !blind && view.settled && answer.state !== "failed") {
-    card.append(html("p", {class: "elsewhere"},
+    rest.append(html("p", {class: "elsewhere"},
       html("button", {type: "button", class: "link", "data-key": answer.id + "copy", onclick: () => actions.copy(turn, answer)},
         "Copy as curl, Python or a link")));
   }
+  card.append(rest);
   return card;
 }
 

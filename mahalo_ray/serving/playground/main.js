@@ -4,18 +4,13 @@ import {ServerError, get, streamAnswer, useKey} from "./api.js";
 import {meanScores, scalesOf, showConversation, showText, spoken} from "./answers.js";
 import {BalanceControl} from "./balance.js";
 import {offerCopies, prepareCopies} from "./copies.js";
-import {$, html, refill} from "./dom.js";
+import {$, decimals, html, refill} from "./dom.js";
 import {FrontPicture, portfolioNote} from "./front.js";
+import {RANGES, drawNotes, drawSettings} from "./panel.js";
 import {belief, choiceOf, learnedNote, nextPair, usualSpreads} from "./preference.js";
 import * as set from "./settings.js";
-import {described, distance, fromWeights, presets} from "./shares.js";
+import {described, distance, fromWeights} from "./shares.js";
 
-const MODE_NAMES = {compare: "Compare", one: "One answer", prefer: "Which do you prefer?"};
-const MODE_HINTS = {
-  compare: "Each balance answers the same question.",
-  one: "The model answers at your balance.",
-  prefer: "You get two answers and say which you prefer. From that the page learns your balance.",
-};
 const PAIRS_TRIED = 3; // when both answers of a pair say the same
 const LIVE_DELAY_MS = 250;
 const DOUBLE_CLICK_MS = 400;
@@ -253,76 +248,12 @@ function draw() {
   $("message-label").textContent = $("message").placeholder = begun ? "What you say next" : "Your question";
 }
 
-function drawSettings() {
-  const {model, settings} = state;
-  const several = model.names.length > 1;
-  refill($("modes"), set.MODES.map((mode) => html("label", {}, html("input", {
-    type: "radio", name: "mode", value: mode, checked: settings.mode === mode, "data-key": "mode" + mode, onchange: () => setMode(mode),
-  }), MODE_NAMES[mode])));
-  $("modes").hidden = $("presets-part").hidden = !several;
-  $("mode-hint").textContent = several ? MODE_HINTS[settings.mode] : `This model has one goal, ${model.names[0] ?? "and no reward model"}: there is nothing to balance.`;
-  $("balance-card").hidden = !several || settings.mode === "prefer";
-  $("balance-buttons").hidden = $("balance-card").hidden;
-  $("columns").hidden = settings.mode !== "compare";
-  $("columns").textContent = settings.columns === 2 ? "Add a third balance" : "Back to two";
-  refill($("presets"), presets(model.names).map(({label, shares}) => html("button", {
-    type: "button", "data-key": "preset" + label, onclick: () => setBalance(shares),
-  }, label)));
-  const meanings = model.names.filter((name) => model.described[name]);
-  $("meaning-part").hidden = !meanings.length;
-  refill($("meaning"), meanings.map((name) => [
-    html("dt", {}, html("i", {class: "dot o" + model.names.indexOf(name), "aria-hidden": "true"}), name),
-    html("dd", {}, model.described[name]),
-  ]));
-  const scored = model.scored.length > 0;
-  $("numbers").hidden = !scored;
-  for (const name of ["candidates", "strategy"]) $(name).parentElement.hidden = !scored;
-  for (const name of ["strength", "aggregation"]) $(name).parentElement.hidden = settings[name] === null;
-  for (const name of ["candidates", "seed"]) if ($(name).value !== settings[name]) $(name).value = settings[name];
-  $("strength").max = model.limits.max_strength ?? 1;
-  $("strength").value = settings.strength ?? "1";
-  $("strength-value").textContent = Number(settings.strength).toFixed(1);
-  refill($("strategy"), Object.entries(set.STRATEGIES).map(([value, label]) =>
-    html("option", {value, selected: value === settings.strategy}, label)));
-  $("apart-part").hidden = !(scored && model.heads.length && several);
-  $("apart").checked = settings.apart;
-  $("guidance").hidden = !settings.apart;
-  drawNotes();
-  drawStart();
-}
-
-function drawNotes() {
-  const {settings, model} = state;
-  const notes = {
-    seed: [set.seedProblem(settings.seed), settings.seed === "" ? "Empty: every question gets a random seed." : "Equal seeds give equal answers."],
-    candidates: [set.candidatesProblem(settings.candidates, model.limits.max_candidates), "More: better chosen, slower."],
-  };
-  for (const [name, [problem, note]] of Object.entries(notes)) {
-    $(name).setAttribute("aria-invalid", String(Boolean(problem)));
-    $(name + "-note").textContent = problem ?? note;
-    $(name + "-note").classList.toggle("wrong", Boolean(problem));
-  }
-}
-
-function drawStart() {
-  const {model} = state;
-  const several = model.names.length > 1;
-  refill($("start"),
-    html("h2", {id: "start-title"}, several ? "One question, answered by what counts more" : "Ask the model something"),
-    html("p", {}, several
-      ? `This model was trained for ${model.names.length} goals at once: ${model.names.join(", ")}. They pull its answers in ` +
-        "different directions. Ask something, and read the same model at different balances, side by side."
-      : "Its answer appears here, with what the reward model thought of each candidate."),
-    model.examples.length > 0 && [html("h3", {}, "Begin with one of these"),
-      html("div", {class: "examples"}, model.examples.map((example) => html("button", {
-        type: "button", onclick: () => submit(example),
-      }, example)))]);
-}
-
 // -- settings
 
+const panelActions = {setMode, setBalance, submit};
+
 function settingsChanged() {
-  drawSettings();
+  drawSettings(state, panelActions);
   control?.update();
   guidanceControl?.update();
   picture?.update();
@@ -512,19 +443,21 @@ $("live").addEventListener("change", () => {
 for (const name of ["candidates", "seed"]) {
   $(name).addEventListener("input", () => {
     state.settings[name] = $(name).value.trim();
-    drawNotes();
+    drawNotes(state);
     remember();
   });
 }
-$("strength").addEventListener("input", () => {
-  state.settings.strength = $("strength").value;
-  $("strength-value").textContent = Number(state.settings.strength).toFixed(1);
-  remember();
-});
-for (const name of ["strategy", "aggregation"]) {
+for (const name of RANGES) {
+  $(name).addEventListener("input", () => {
+    state.settings[name] = $(name).value;
+    $(name + "-value").textContent = decimals(Number($(name).value), 1);
+    remember();
+  });
+}
+for (const name of ["strategy", "aggregation", "floored"]) {
   $(name).addEventListener("change", () => {
     state.settings[name] = $(name).value;
-    remember();
+    settingsChanged();
   });
 }
 $("apart").addEventListener("change", () => {
@@ -567,7 +500,7 @@ function restoreAll(model) {
   const usual = set.defaultSettings(model);
   const kept = set.restore(model);
   state.settings = {...usual, ...kept?.settings};
-  for (const name of ["strength", "aggregation"]) if (usual[name] === null) state.settings[name] = null;
+  if (usual.strength === null) state.settings.strength = null;
   state.turns = (kept?.turns ?? []).map(ended);
   state.choices = kept?.choices ?? [];
   state.draft = kept?.draft ?? "";

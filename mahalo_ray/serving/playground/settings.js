@@ -13,6 +13,13 @@ export const STRATEGIES = {
   none: "none: the first thing sampled",
 };
 
+/** How scores become a total, for people. */
+export const AGGREGATIONS = {
+  sum: "the weighted sum",
+  soft_min: "mostly the goal that fares worst",
+  thresholds: "first enough of one goal, then the sum",
+};
+
 /** A model of GET /v1/models with what the page asks about it again and again. */
 export function servedModel(entry) {
   const names = [...new Set([...entry.objectives, ...entry.guidance_objectives])];
@@ -33,7 +40,7 @@ export function defaultSettings(model) {
     live: false, apart: false, guidance: fromWeights(names, defaults.guidance ?? {}),
     candidates: String(defaults.num_candidates), strategy: model.scored.length ? "argmax" : "none", seed: "1",
     strength: model.heads.length && model.limits.max_strength > 1 ? "1" : null,
-    aggregation: defaults.aggregation ?? null,
+    aggregation: "sum", softness: "1", floor: "0", floored: model.scored[0] ?? names[0],
   };
 }
 
@@ -64,12 +71,15 @@ export function requestBody(model, settings, shares, messages, seed) {
   if (model.heads.length) {
     body.objectives = toWeights(model.names, shares, model.heads);
     if (settings.strength !== null) body.strength = Number(settings.strength);
-    if (settings.aggregation !== null) body.aggregation = settings.aggregation;
   }
   if (!model.scored.length || settings.strategy === "none") return {...body, strategy: "none"};
   body.guidance = toWeights(model.names, settings.apart ? settings.guidance : shares, model.scored);
   body.num_candidates = Number(settings.candidates);
   if (settings.strategy !== "argmax") body.strategy = settings.strategy;
+  if (settings.aggregation === "soft_min") body.aggregation = {kind: "soft_min", temperature: Number(settings.softness)};
+  if (settings.aggregation === "thresholds") {
+    body.aggregation = {kind: "thresholds", thresholds: [{objective: settings.floored, at_least: Number(settings.floor)}]};
+  }
   return body;
 }
 
@@ -121,9 +131,9 @@ export function linkTo(model, settings, question) {
     values.set(LETTERS[column], weightText(model.names, settings.balances[column]));
   }
   if (settings.apart) values.set("guidance", weightText(model.names, settings.guidance));
-  for (const name of ["candidates", "strategy", "seed", "strength", "aggregation"]) {
-    if (settings[name] !== null) values.set(name, settings[name]);
-  }
+  const plain = ["candidates", "strategy", "seed", "strength", "aggregation"];
+  const more = {soft_min: ["softness"], thresholds: ["floored", "floor"]}[settings.aggregation] ?? [];
+  for (const name of [...plain, ...more]) if (settings[name] !== null) values.set(name, settings[name]);
   if (question) values.set("question", question);
   return location.href.replace(/#.*$/, "") + "#" + values;
 }
@@ -142,10 +152,13 @@ export function readLink(model, settings, hash) {
   const guidance = values.has("guidance") && weightsFrom(model.names, values.get("guidance"));
   Object.assign(linked, guidance ? {apart: true, guidance} : {apart: false});
   for (const name of ["candidates", "seed"]) if (values.has(name)) linked[name] = values.get(name).slice(0, 25);
-  if (values.get("strategy") in STRATEGIES && model.scored.length) linked.strategy = values.get("strategy");
-  for (const name of ["strength", "aggregation"]) {
-    if (values.has(name) && settings[name] !== null) linked[name] = values.get(name).slice(0, 25);
-    if (name === "strength" && !(Number(linked[name]) >= 0 && Number(linked[name]) <= model.limits.max_strength)) linked[name] = settings[name];
+  const choices = {strategy: model.scored.length ? Object.keys(STRATEGIES) : [], aggregation: Object.keys(AGGREGATIONS), floored: model.scored};
+  for (const [name, known] of Object.entries(choices)) if (known.includes(values.get(name))) linked[name] = values.get(name);
+  const ranges = {softness: [0.1, 5], floor: [-3, 3]};
+  if (settings.strength !== null) ranges.strength = [0, model.limits.max_strength];
+  for (const [name, [low, high]] of Object.entries(ranges)) {
+    const value = values.has(name) ? Number(values.get(name)) : NaN;
+    if (value >= low && value <= high) linked[name] = String(value);
   }
   return {settings: linked, question: values.get("question") ?? ""};
 }
