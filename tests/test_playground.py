@@ -22,7 +22,7 @@ import tiny_guided
 import torch
 import uvicorn
 from evaluated_run import run_of, table_of
-from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, expect, sync_playwright
 
 from mahalo_ray.config import SamplingConfig, ServeConfig
 from mahalo_ray.decoding import GuidedDecoder
@@ -35,6 +35,7 @@ from mahalo_ray.serving.front import Measurements
 from mahalo_ray.serving.service import ChatService, Defaults, KeyDigest, ServiceSettings
 from mahalo_ray.sweeps import portfolio
 
+expect.set_options(timeout=60_000)
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 pytestmark = pytest.mark.slow
@@ -122,7 +123,7 @@ def three() -> Iterator[Served]:
 @pytest.fixture
 def context(browser: Browser) -> Iterator[BrowserContext]:
     opened = browser.new_context(viewport={"width": 1280, "height": 900})
-    opened.set_default_timeout(20_000)
+    opened.set_default_timeout(60_000)
     yield opened
     opened.close()
 
@@ -132,7 +133,13 @@ def visit(context: BrowserContext, url: str, complaints: list[str] | None = None
     page = context.new_page()
     if complaints is not None:
         page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("console", lambda said: said.type == "error" and complaints.append(said.text))
+
+        def note(said: ConsoleMessage) -> None:
+            # Without a front the answer is 404, which the browser reports on its own.
+            if said.type == "error" and not said.text.startswith("Failed to load resource"):
+                complaints.append(said.text)
+
+        page.on("console", note)
     page.goto(url)
     expect(page.locator("#about")).to_contain_text("mahalo")
     return page
@@ -270,14 +277,14 @@ def test_a_point_of_the_front_sets_the_selected_balance_and_the_portfolio_follow
     assert points.count() == 7  # the sweep's five and the two heads; the model before has no balance to take
     slider = page.get_by_role("slider", name="Balance B, from accuracy to engagement")
     slider.focus()  # selects B
-    page.get_by_role("radio", name=re.compile("^accuracy 75\u00a0%, engagement 25")).click(force=True)
+    page.get_by_role("radio", name=re.compile(r"^accuracy 75\s%, engagement 25")).click(force=True)
     assert slider.input_value() == "25"
     expect(page.locator("#portfolio")).to_contain_text(
         re.compile("For balance B the portfolio has .* Certified:")
     )
     before = slider.input_value()
     page.keyboard.press("Tab")
-    chosen = page.get_by_role("radio", name=re.compile("^accuracy 75\u00a0%"), checked=True)
+    chosen = page.get_by_role("radio", name=re.compile(r"^accuracy 75\s%"), checked=True)
     chosen.focus()
     page.keyboard.press("ArrowRight")
     assert slider.input_value() != before
@@ -472,7 +479,9 @@ def test_a_refused_answer_can_be_tried_again(context: BrowserContext, two: Serve
 def test_a_stopped_answer_says_so_and_can_be_asked_for_again(context: BrowserContext, two: Served) -> None:
     page = visit(context, two.url)
     held: list[Any] = []
-    page.route("**/v1/chat/completions", held.append)  # the requests are on their way, and stay there
+    page.route(
+        "**/v1/chat/completions", lambda route: held.append(route)
+    )  # the requests are on their way, and stay there
     page.fill("#message", QUESTION)
     page.press("#message", "Enter")
     page.wait_for_timeout(500)  # a double click is no stop
