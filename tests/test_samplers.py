@@ -13,7 +13,7 @@ from mahalo_ray.objectives import Weights
 from mahalo_ray.sweeps import SAMPLERS, Sampler, SamplerSearcher, make_sampler
 from mahalo_ray.sweeps.front_metrics import largest_empty_ball
 
-MODULES = ("sampler", "simplex", "registry", "searcher", "surf", "surface")
+MODULES = ("sampler", "simplex", "registry", "searcher", "surf", "surface", "curve_walks")
 
 
 def rows(weights: list[Weights], names: str) -> np.ndarray:
@@ -39,7 +39,7 @@ def test_a_sampler_keeps_the_protocol_and_can_be_told_again(name: str) -> None:
         first.tell(asked, circle(asked))
         second.tell(asked, circle(asked))
         rounds += 1
-        assert rounds <= 200
+        assert rounds <= 600
     assert second.finished
     assert len(first.ask()) == 7
     assert first.notes == ()
@@ -158,6 +158,31 @@ def test_a_surface_stops_at_gaps_noise_and_single_points() -> None:
     cover(loud, concave=False, noise=0.8)
     assert "within the noise" in loud.notes[-1]
     assert len(loud.ask()) < 60
+
+
+@pytest.mark.parametrize("name", ["root_finding", "arc_length"])
+def test_walks_along_a_curve_end_with_equal_chords(name: str) -> None:
+    sampler = make_sampler(name, ["a", "b"], 9)
+    failed = 0
+    while not sampler.finished:
+        asked = sampler.ask()
+        values = circle(asked)
+        if len(asked) == 1 and failed < 3 and sampler.evaluations % 2:  # type: ignore[attr-defined]
+            values[:] = np.nan
+            failed += 1
+        sampler.tell(asked, values)
+    assert failed == 3
+    assert "3 of" in sampler.notes[0]
+    chords = np.linalg.norm(np.diff(circle(sampler.ask()), axis=0), axis=1)
+    assert chords.std() / chords.mean() < 0.01
+    stuck = make_sampler(name, ["a", "b"], 9)
+    stuck.tell(stuck.ask(), circle(stuck.ask()))
+    with pytest.raises(ValueError, match="weights that it asked for"):
+        stuck.tell([Weights.one("a")], [[1, 0]])
+    for _ in range(2):
+        stuck.tell(stuck.ask(), np.full((1, 2), np.nan))
+    with pytest.raises(ValueError, match="0 of 1 trials"):
+        stuck.tell(stuck.ask(), np.full((1, 2), np.nan))
 
 
 def play(searcher: SamplerSearcher, steps: int | None = None) -> None:

@@ -1,6 +1,7 @@
 """Weight sweeps: methods as Ray Tune trials, weights that cover the front evenly, and portfolios of
 policies."""
 
+from mahalo_ray.sweeps.curve_walks import ArcLengthSampler, RootFindingSampler
 from mahalo_ray.sweeps.front_metrics import FrontMeasures, measure_front
 from mahalo_ray.sweeps.portfolio import Portfolio, portfolio
 from mahalo_ray.sweeps.registry import SAMPLERS, make_sampler
@@ -12,10 +13,12 @@ from mahalo_ray.sweeps.surface import SurfaceSampler
 
 __all__ = [
     "SAMPLERS",
+    "ArcLengthSampler",
     "DirichletSampler",
     "FrontMeasures",
     "LatticeSampler",
     "Portfolio",
+    "RootFindingSampler",
     "Sampler",
     "SamplerSearcher",
     "SobolSampler",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mahalo_ray.objectives import unknown_name
+from mahalo_ray.sweeps.curve_walks import ArcLengthSampler, RootFindingSampler
 from mahalo_ray.sweeps.sampler import Sampler
 from mahalo_ray.sweeps.simplex import DirichletSampler, LatticeSampler, SobolSampler
 from mahalo_ray.sweeps.surf import SurfSampler
@@ -17,6 +18,8 @@ SAMPLERS: dict[str, Callable[..., Sampler]] = {
     "dirichlet": DirichletSampler,
     "surf": SurfSampler,
     "surface": SurfaceSampler,
+    "root_finding": RootFindingSampler,
+    "arc_length": ArcLengthSampler,
 }
 
 

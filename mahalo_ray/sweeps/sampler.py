@@ -99,7 +99,7 @@ class SweepResults:
     ) -> tuple[FloatArray, FloatArray, FloatArray]:
         """Check and keep one round; returns its (weights, values, standard errors), each [m, objectives],
         without failed trials. Nothing is kept of a round that raises."""
-        vectors = [self._checked(vector) for vector in weights]
+        vectors = [self.checked(vector) for vector in weights]
         rows = np.array([vector.over(self.objectives) for vector in vectors], dtype=np.float64)
         points = np.asarray(values, dtype=np.float64)
         expected = (len(vectors), len(self.objectives))
@@ -165,7 +165,8 @@ class SweepResults:
             )
         return tuple(found)
 
-    def _checked(self, vector: Weights | Mapping[str, float]) -> Weights:
+    def checked(self, vector: Weights | Mapping[str, float]) -> Weights:
+        """The vector as `Weights`; ValueError if it is a mapping off the simplex."""
         if isinstance(vector, Weights):
             return vector
         total = sum(vector.values())
