@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ import pytest
 import tiny_guided
 import uvicorn
 import yaml
+from hypothesis import HealthCheck, given, settings
 from openai import AsyncOpenAI, OpenAI
 from test_serving_app import make_app
 
@@ -284,3 +287,53 @@ def test_lm_evaluation_harness(
         found = httpx.post(f"{url}/v1/completions", json=body).json()["choices"][0]["logprobs"]
         start = len(tokenizer.encode("What is 2 + 3?"))
         assert float(likelihood) == pytest.approx(sum(found["token_logprobs"][start:]), abs=1e-4)
+
+
+def test_guidellm(url: str, tokenizer_folder: str, tmp_path: Path) -> None:
+    pytest.importorskip("guidellm")
+    command = [sys.executable, "-m", "guidellm", "benchmark", "--target", url, "--model", "mahalo"]
+    command += ["--profile", "synchronous", "--max-requests", "3", "--processor", tokenizer_folder]
+    command += ["--data", "prompt_tokens=12,output_tokens=6", "--output-dir", str(tmp_path)]
+    command += ["--outputs", "json", "--disable-console"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (report,) = tmp_path.glob("*.json")
+    (benchmark,) = json.loads(report.read_text())["benchmarks"]
+    totals = benchmark["metrics"]["request_totals"]
+    assert (totals["successful"], totals["errored"]) == (3, 0)
+
+
+# -- the document --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/score", "other"])
+def test_schemathesis_finds_no_undocumented_answer(url: str, path: str) -> None:
+    """Requests drawn from the document, valid and not: every answer is as the document says, and none a 500.
+
+    That every request its schemas allow is taken is not asked: they cannot say which fields exclude others.
+    """
+    schemathesis = pytest.importorskip("schemathesis")
+    from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+    schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
+    operations = [result.ok() for result in schema.get_all_operations()]
+    posts = {operation.path for operation in operations if operation.method == "post"}
+    for operation in operations:
+        if operation.path != path and (path != "other" or operation.path in posts):
+            continue
+
+        @settings(
+            max_examples=30 if operation.path in posts else 3,
+            deadline=None,
+            database=None,
+            derandomize=True,
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(case=operation.as_strategy())
+        def check(case: Any) -> None:
+            if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
+                case.body["model"] = "mahalo"  # a name that is drawn is never that of a model
+                case.body["max_tokens"] = 2
+            case.call_and_validate(excluded_checks=[positive_data_acceptance])
+
+        check()

@@ -29,10 +29,11 @@ from mahalo_ray.decoding import GuidedDecoder
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
 from mahalo_ray.models.reward import ProcessRewardModel
 from mahalo_ray.objectives import Weights
+from mahalo_ray.serving.api_key import KeyDigests
 from mahalo_ray.serving.app import create_app
 from mahalo_ray.serving.backend import GuidedBackend
 from mahalo_ray.serving.front import Measurements
-from mahalo_ray.serving.service import ChatService, Defaults, KeyDigest, ServiceSettings
+from mahalo_ray.serving.service import ChatService, Defaults, ServiceSettings
 from mahalo_ray.sweeps import portfolio
 
 expect.set_options(timeout=60_000)
@@ -74,7 +75,7 @@ class Served:
             config,
             "mahalo",
             Defaults(num_candidates=3, sampling=SamplingConfig(max_new_tokens=24)),
-            None if self.key is None else KeyDigest.of(self.key),
+            None if self.key is None else KeyDigests.of(self.key),
             {"accuracy": "does the student solve the problem"},
             (QUESTION,),
         )

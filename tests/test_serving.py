@@ -15,7 +15,7 @@ from openai.types.chat import ChatCompletionMessage
 from mahalo_ray.config import ServeConfig
 from mahalo_ray.data.records import Message
 from mahalo_ray.objectives import Weights
-from mahalo_ray.serving.api_key import KeyDigest
+from mahalo_ray.serving.api_key import KeyDigests, RateLimiter
 from mahalo_ray.serving.backend import VisibleText
 from mahalo_ray.serving.launch import ServeError, free_port
 from mahalo_ray.serving.model_thread import MAX_FAILURES_IN_A_ROW, Job, ModelThread
@@ -270,7 +270,7 @@ def test_errors_have_openais_form():
 
 def test_the_key_is_wanted_right_and_never_kept(monkeypatch):
     monkeypatch.setenv("SOME_KEY", "secret-key")
-    key = KeyDigest.from_environment(ServeConfig(api_key_env="SOME_KEY"))
+    key = KeyDigests.configured(ServeConfig(api_key_env="SOME_KEY"))
     assert key is not None
     key.check("Bearer secret-key")
     key.check("bearer  secret-key ")
@@ -288,7 +288,43 @@ def test_the_key_is_wanted_right_and_never_kept(monkeypatch):
             key.check(header)
         assert caught.value.status == 401
         assert caught.value.headers()["WWW-Authenticate"] == "Bearer"
-    assert b"secret" not in key.digest and "secret" not in repr(key)
+    assert b"secret" not in key.digests[0] and "secret" not in repr(key)
+
+
+def test_several_keys_of_a_variable_and_a_file_are_told_apart(monkeypatch, tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("# of the night shift\nthird\n\nfourth\nfirst\n")
+    monkeypatch.setenv("SOME_KEY", "first, second")
+    config = ServeConfig(api_key_env="SOME_KEY", api_key_file=str(file))
+    keys = KeyDigests.configured(config)
+    numbers = [keys.check(f"Bearer {name}") for name in ("first", "second", "third", "fourth")]
+    assert numbers == [0, 1, 2, 3] and len(keys.digests) == 4
+    with pytest.raises(ApiError):
+        keys.check("Bearer # of the night shift")
+    file.write_text("# nothing\n")
+    with pytest.raises(ValueError, match="keys', which is unset or empty"):
+        KeyDigests.configured(ServeConfig(api_key_file=str(file)))
+    with pytest.raises(ValueError, match="cannot be read"):
+        KeyDigests.configured(ServeConfig(api_key_file=str(tmp_path / "missing")))
+
+
+def test_a_key_that_asks_too_often_is_told_when_to_come_back(monkeypatch):
+    clock = 100.0
+    monkeypatch.setattr("mahalo_ray.serving.api_key.time.monotonic", lambda: clock)
+    limiter = RateLimiter(3)
+    for _ in range(3):
+        limiter.take(0)
+    limiter.take(1)  # another key has its own
+    with pytest.raises(ApiError) as caught:
+        limiter.take(0)
+    assert (caught.value.status, caught.value.code) == (429, "rate_limit_exceeded")
+    assert caught.value.headers() == {"Retry-After": "20"}
+    clock += 19
+    with pytest.raises(ApiError):
+        limiter.take(0)
+    clock += 1
+    limiter.take(0)
+    RateLimiter(None).take(0)
 
 
 @pytest.mark.parametrize("value", [None, "", "  "])
@@ -297,15 +333,15 @@ def test_an_empty_key_refuses_to_start(monkeypatch, value):
     if value is not None:
         monkeypatch.setenv("SOME_KEY", value)
     with pytest.raises(ValueError, match="'SOME_KEY', which is unset or empty"):
-        KeyDigest.from_environment(ServeConfig(api_key_env="SOME_KEY"))
-    assert KeyDigest.from_environment(ServeConfig()) is None
+        KeyDigests.configured(ServeConfig(api_key_env="SOME_KEY"))
+    assert KeyDigests.configured(ServeConfig()) is None
 
 
 @pytest.mark.parametrize("value", ["schlüssel", "two words", "tab\tkey"])
 def test_a_key_that_no_client_can_send_refuses_to_start(monkeypatch, value):
     monkeypatch.setenv("SOME_KEY", value)
     with pytest.raises(ValueError, match="'SOME_KEY', and the key in it has characters"):
-        KeyDigest.from_environment(ServeConfig(api_key_env="SOME_KEY"))
+        KeyDigests.configured(ServeConfig(api_key_env="SOME_KEY"))
 
 
 # -- the model's thread --------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
 
 from mahalo_ray.config import SamplingConfig, ServeConfig
 from mahalo_ray.data import storage
@@ -25,7 +26,7 @@ from mahalo_ray.decoding import GuidedDecoder
 from mahalo_ray.decoding.session import GuidedSession
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
 from mahalo_ray.objectives import Weights
-from mahalo_ray.serving.api_key import KeyDigest
+from mahalo_ray.serving.api_key import KeyDigests
 from mahalo_ray.serving.app import create_app
 from mahalo_ray.serving.backend import GuidedBackend
 from mahalo_ray.serving.front import Measurements, RunFiles
@@ -45,7 +46,7 @@ CHAT = "/v1/chat/completions"
 
 
 def make_app(
-    key: KeyDigest | None = None,
+    key: KeyDigests | None = None,
     domain: str = "tutoring",
     measured: Measurements | None = None,
     **config: Any,
@@ -585,8 +586,52 @@ def test_the_openapi_document_types_every_body_and_answer(client: TestClient) ->
         check(body(temperature="hot"), "ChatCompletionRequest")
 
 
+def test_each_key_has_an_allowance_of_its_own() -> None:
+    with TestClient(make_app(key=KeyDigests.of("one", "two"), requests_per_minute=2)) as asked:
+
+        def ask(key: str) -> httpx.Response:
+            headers = {"Authorization": f"Bearer {key}"}
+            return asked.post(CHAT, json=body(strategy="none", max_tokens=2), headers=headers)
+
+        assert [ask("one").status_code for _ in range(3)] == [200, 200, 429]
+        refused = ask("one")
+        assert error_of(refused)["code"] == "rate_limit_exceeded"
+        assert error_of(refused)["type"] == "rate_limit_error" and int(refused.headers["Retry-After"]) > 1
+        assert ask("two").status_code == 200
+        assert ask("three").status_code == 401
+
+
+def test_the_figures_are_prometheus_text(client: TestClient) -> None:
+    client.post(CHAT, json=body(max_tokens=4))
+    client.post(CHAT, json=body(stream=True, strategy="none", max_tokens=4))
+    client.get("/nowhere/at/all")
+    answer = client.get("/metrics")
+    assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+    samples = {
+        (sample.name, sample.labels.get("objective") or sample.labels.get("path")): sample.value
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+    }
+    assert samples["mahalo_requests_total", CHAT] >= 2
+    assert samples["mahalo_requests_total", "other"] >= 1
+    for name in ("first_step", "queue", "answer"):
+        assert samples[f"mahalo_{name}_seconds_count", None] >= 2
+    assert samples["mahalo_step_seconds_count", None] >= 3  # of the stream's tokens
+    assert samples["mahalo_guidance_lift_count", "accuracy"] >= 1
+    assert samples["mahalo_answer_tokens_total", None] >= 5
+    assert samples["mahalo_rows", None] == 0
+
+
+def test_a_path_prefix_is_part_of_every_address() -> None:
+    with TestClient(make_app(), root_path="/tutor") as asked:
+        assert asked.get("/tutor/v1/models").status_code == 200
+        assert asked.get("/tutor/openapi.json").json()["servers"] == [{"url": "/tutor"}]
+        asked.post(f"/tutor{CHAT}", json=body(strategy="none", max_tokens=2))
+        assert f'mahalo_requests_total{{path="{CHAT}"' in asked.get("/tutor/metrics").text
+
+
 def test_the_openapi_document_says_that_a_key_is_needed() -> None:
-    app = make_app(key=KeyDigest.of("secret"))
+    app = make_app(key=KeyDigests.of("secret"))
     with TestClient(app) as asked:
         document = asked.get("/openapi.json").json()
         assert asked.get("/v1/models").status_code == 401

@@ -38,7 +38,7 @@ from mahalo_ray.models.multi_head import MultiHeadCausalLM
 from mahalo_ray.models.reward import ProcessRewardModel
 from mahalo_ray.objectives import Weights
 from mahalo_ray.pipeline.serve import SmokeError, smoke
-from mahalo_ray.serving.api_key import KeyDigest
+from mahalo_ray.serving.api_key import KeyDigests
 from mahalo_ray.serving.launch import ServeError, Serving, serve_forever, start
 from mahalo_ray.serving.service import Defaults
 
@@ -123,7 +123,7 @@ def serving(cluster, folders, tmp_path_factory):
         log_folder=str(tmp_path_factory.mktemp("logs")),
     )
     defaults = Defaults(num_candidates=3, sampling=SamplingConfig(max_new_tokens=8))
-    with start(config, *folders, defaults=defaults, key=KeyDigest.of(KEY)) as running:
+    with start(config, *folders, defaults=defaults, key=KeyDigests.of(KEY)) as running:
         yield running
 
 

@@ -170,9 +170,9 @@ def targets_of(config: RunConfig, asked: tuple[str, ...] | None) -> tuple[str, .
 
 def serve_run(config: RunConfig) -> None:
     """Make policy and reward model if they are not there yet, then serve them until Ctrl-C."""
-    from mahalo_ray.serving.api_key import KeyDigest
+    from mahalo_ray.serving.api_key import KeyDigests
 
-    key = KeyDigest.from_environment(config.serve)  # before anything takes time
+    key = KeyDigests.configured(config.serve)  # before anything takes time
     from mahalo_ray.pipeline.serve import serve_in_foreground
 
     manifests = execute(pipeline_of(config, ("serve",)), config, targets_of(config, ("policy",)))

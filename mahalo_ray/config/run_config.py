@@ -217,7 +217,15 @@ class ServeConfig(Section):
     folder, or a folder under the temporary one where the run is in an object store."""
 
     api_key_env: EnvironmentVariable | None = None
-    """Name of the environment variable that holds the key clients must send. Null: no key is asked for."""
+    """Name of the environment variable that holds the key clients must send, or several separated by commas.
+    Null, and no `api_key_file`: no key is asked for."""
+
+    api_key_file: Text | None = None
+    """File with a key on every line; empty lines and lines that begin with `#` are left out."""
+
+    requests_per_minute: PositiveInt | None = None
+    """Most requests a minute that one key may send to one replica; the next one gets 429 with Retry-After.
+    Without keys all clients share them. Null: no limit."""
 
 
 class MiniatureConfig(Section):

@@ -27,7 +27,7 @@ from mahalo_ray.pipeline.rounds import last_output, last_stage
 from mahalo_ray.pipeline.seed_blocks import first_seed
 from mahalo_ray.pipeline.stages import Context, Manifest, StageResult
 from mahalo_ray.serving import launch
-from mahalo_ray.serving.api_key import KeyDigest
+from mahalo_ray.serving.api_key import KeyDigests
 from mahalo_ray.serving.front import RunFiles
 from mahalo_ray.serving.launch import Serving, error_log_folder, serve_forever, start
 from mahalo_ray.serving.service import Defaults, ServiceSettings
@@ -47,8 +47,9 @@ def try_serving(context: Context[RunConfig]) -> StageResult:
     weightings = [config.guided.point[0], *config.sweep.decoding_weights]
     question = Episode.from_seed(first_seed(config.seed, "evaluation")).opening
     # A trial needs no key of the user's: it has one of its own where the endpoint will have one.
-    key = secrets.token_urlsafe() if config.serve.api_key_env else None
-    digest = None if key is None else KeyDigest.of(key)
+    asks_for_key = config.serve.api_key_env is not None or config.serve.api_key_file is not None
+    key = secrets.token_urlsafe() if asks_for_key else None
+    digest = None if key is None else KeyDigests.of(key)
     with _start(
         config, any_port, last_output(context, "policy", "model"), context.input("reward", "model"), digest
     ) as serving:
@@ -70,7 +71,7 @@ def try_serving(context: Context[RunConfig]) -> StageResult:
 
 
 def serve_in_foreground(
-    config: RunConfig, manifests: dict[str, Manifest], key: KeyDigest | None, console: Console
+    config: RunConfig, manifests: dict[str, Manifest], key: KeyDigests | None, console: Console
 ) -> None:
     """Serve until Ctrl-C; Ray has to be connected. `key`: the digest of the API key, None: no key."""
     output = storage.absolute(config.output)
@@ -103,12 +104,13 @@ def with_log_folder(config: ServeConfig, output: str) -> ServeConfig:
 
 class Deployed(BaseModel):
     """`args` of `application` in a Ray Serve config file. `run`: the output folder or URL of a finished run;
-    `api_key_env`: the variable with the API key, in place of the run's own `serve.api_key_env`."""
+    `api_key_env`, `api_key_file`: the variable or file with the API keys, in place of the run's own."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     run: str
     api_key_env: str | None = None
+    api_key_file: str | None = None
 
 
 def application(args: Mapping[str, str]) -> serve.Application:
@@ -134,9 +136,10 @@ def _application(args: Mapping[str, str]) -> serve.Application:
     policy, reward = (run_model(deployed.run, stage) for stage in ("policy", "reward"))
     resolved = storage.read_bytes(storage.join(deployed.run, "config.yaml"))
     config = RunConfig.model_validate(yaml.safe_load(resolved))
-    named = config.serve.model_copy(update={"api_key_env": deployed.api_key_env or config.serve.api_key_env})
+    given = deployed.model_dump(include={"api_key_env", "api_key_file"}, exclude_none=True)
+    named = config.serve.model_copy(update=given)
     settings = with_log_folder(named, storage.absolute(deployed.run))
-    key = KeyDigest.from_environment(settings)
+    key = KeyDigests.configured(settings)
     if key is None:
         logger.warning("serving '%s' without an API key: whoever reaches its port can use it", deployed.run)
     return launch.application(
@@ -164,7 +167,7 @@ def _start(
     settings: ServeConfig,
     policy_url: str,
     reward_url: str,
-    key: KeyDigest | None,
+    key: KeyDigests | None,
     run: RunFiles | None = None,
 ) -> Serving:
     return start(

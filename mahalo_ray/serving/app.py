@@ -65,6 +65,7 @@ _ERRORS = {
     408: "the body did not arrive in time",
     413: "the body is too large",
     415: "the body is not JSON",
+    429: "the key has sent too many requests; `Retry-After` says when to try again",
     500: "a defect of the server: `message` holds the reference of its log's entry",
     503: "the server is busy, shutting down or being replaced; `Retry-After` says when to try again",
     504: "the answer took longer than the server's limit",
@@ -154,10 +155,10 @@ def _takes(body: type[Payload]) -> dict[str, Any]:
 
 def _add_api(app: FastAPI, service: ChatService) -> None:
     config = service.settings.config
-    failures = (400, 401, 404, 408, 413, 415, 500, 503, 504)
+    failures = (400, 401, 404, 408, 413, 415, 429, 500, 503, 504)
 
     async def read(request: Request, model: type[RequestBody]) -> RequestBody:
-        authorise(request)
+        service.rate.take(authorise(request))
         with service.worker.reserve():
             try:
                 async with asyncio.timeout(config.body_timeout_s):
@@ -169,9 +170,10 @@ def _add_api(app: FastAPI, service: ChatService) -> None:
                 return parse(model, body, service.limits)
             return await asyncio.to_thread(parse, model, body, service.limits)
 
-    def authorise(request: Request) -> None:
-        if service.settings.key is not None:
-            service.settings.key.check(request.headers.get("authorization"))
+    def authorise(request: Request) -> int:
+        """The number of the client's key, 0 where none is asked for; ApiError 401."""
+        keys = service.settings.key
+        return 0 if keys is None else keys.check(request.headers.get("authorization"))
 
     stream = {"text/event-stream": {"schema": {"$ref": _SCHEMAS + ChatCompletionChunk.__name__}}}
     chat_answers = _answers(ChatCompletion, *failures)

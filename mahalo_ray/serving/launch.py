@@ -31,7 +31,7 @@ from ray.serve.handle import DeploymentHandle
 from mahalo_ray.config import ServeConfig
 from mahalo_ray.data import storage
 from mahalo_ray.decoding.policy import DeviceConfig
-from mahalo_ray.serving.api_key import KeyDigest
+from mahalo_ray.serving.api_key import KeyDigests
 from mahalo_ray.serving.app import create_app
 from mahalo_ray.serving.front import RunFiles
 from mahalo_ray.serving.service import ChatService, Defaults, ServiceSettings
@@ -119,7 +119,7 @@ def start(
     model_name: str = DEFAULT_MODEL_NAME,
     use_gpu: bool = False,
     dtype: str = "float32",
-    key: KeyDigest | None = None,
+    key: KeyDigests | None = None,
     descriptions: Mapping[str, str] | None = None,
     run: RunFiles | None = None,
     examples: tuple[str, ...] = (),
@@ -131,7 +131,7 @@ def start(
     Raises ServeError if the port is taken, Ray Serve already runs on this cluster, a folder is missing or a
     replica cannot load its models; ValueError if the API key's variable is empty.
     """
-    key = key or KeyDigest.from_environment(config)
+    key = key or KeyDigests.configured(config)
     for url in filter(None, (policy_url, reward_url)):
         if not storage.exists(url):
             raise ServeError(f"there is no model at '{url}': train it first, or correct the path")

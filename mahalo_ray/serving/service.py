@@ -14,7 +14,7 @@ from mahalo_ray.decoding.guidance import GuidedRequest, Standardisation
 from mahalo_ray.decoding.guided import derived_seeds
 from mahalo_ray.objectives import Weights, unknown_name
 from mahalo_ray.serving.answer_job import AnswersWanted, ModelLoad, RawPrompt
-from mahalo_ray.serving.api_key import KeyDigest
+from mahalo_ray.serving.api_key import KeyDigests, RateLimiter
 from mahalo_ray.serving.front import (
     Front,
     Measurements,
@@ -68,7 +68,7 @@ class ServiceSettings:
     config: ServeConfig
     model_name: str
     defaults: Defaults = field(default_factory=Defaults)
-    key: KeyDigest | None = None
+    key: KeyDigests | None = None
     descriptions: Mapping[str, str] = field(default_factory=dict)
     examples: tuple[str, ...] = ()
 
@@ -125,6 +125,7 @@ class ChatService:
             config.max_queued_requests,
             config.batch_window_s,
         )
+        self.rate = RateLimiter(config.requests_per_minute)
         self.metrics = ReplicaMetrics(self.worker, lambda: backend.usage, backend.guidance_objectives)
 
     def chat(self, body: ChatCompletionRequest) -> tuple[Job, ChatWriter]:
