@@ -195,7 +195,7 @@ def test_streaming_gives_the_same_text_and_ends_properly(client):
     text = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
     assert text == whole.choices[0].message.content
     assert chunks[0].choices[0].delta.role == "assistant"
-    assert chunks[0].model_extra["mahalo"]["candidates"]
+    assert chunks[1].model_extra["mahalo"]["candidates"]
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == whole.choices[0].finish_reason
     assert chunks[-1].usage == whole.usage and not chunks[-1].choices
     assert len({chunk.id for chunk in chunks}) == 1
@@ -221,7 +221,7 @@ def test_an_answer_can_be_sent_back_as_the_client_dumps_it(client):
 def test_unguided_answers_stream_by_token(client):
     whole = ask(client, {"strategy": "none"}, max_tokens=8)
     chunks = list(ask(client, {"strategy": "none"}, max_tokens=8, stream=True))
-    assert len(chunks) == whole.usage.completion_tokens + 1
+    assert len(chunks) == whole.usage.completion_tokens + 2  # its opening and its end
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     assert text == whole.choices[0].message.content
 
@@ -491,9 +491,17 @@ def test_after_stop_nothing_answers_and_another_can_start(stopped, serving, fold
         urllib.request.urlopen(serving.url + "/health", timeout=5)
     # Nothing starts before its deadline, so that what waits can be looked at.
     config = ServeConfig(
-        port=0, request_timeout_s=2, batch_window_s=4, max_ongoing_requests=4, max_queued_requests=1
+        port=0,
+        path_prefix="/tutor",
+        request_timeout_s=2,
+        batch_window_s=4,
+        max_ongoing_requests=4,
+        max_queued_requests=1,
     )
     with start(config, folders[0], None) as bare:
+        assert bare.url.endswith("/tutor")
+        with urllib.request.urlopen(f"{bare.url}/openapi.json", timeout=5) as answer:
+            assert json.load(answer)["servers"] == [{"url": "/tutor"}]
         client = OpenAI(base_url=f"{bare.url}/v1", api_key="none", max_retries=0)
 
         def status(_: int) -> int:
