@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -355,11 +356,12 @@ def test_beyond_the_bound_requests_are_refused_at_once_and_none_hangs(client):
 
 def send_and_leave(serving: Serving) -> None:
     body = json.dumps({"model": "mahalo", "messages": MESSAGES, "max_tokens": 100}).encode()
-    host, port = serving.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=30) as raw:
+    address = urllib.parse.urlsplit(serving.url)
+    with socket.create_connection((address.hostname, address.port), timeout=30) as raw:
         raw.sendall(
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-            b"Authorization: Bearer %s\r\nContent-Length: %d\r\n\r\n%s" % (KEY.encode(), len(body), body)
+            b"POST %s/v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Authorization: Bearer %s\r\nContent-Length: %d\r\n\r\n%s"
+            % (address.path.encode(), KEY.encode(), len(body), body)
         )
         # Long enough to get through the proxy, not to be answered.
         time.sleep(0.1)
