@@ -13,7 +13,8 @@ import transformers as tf
 from mahalo_ray.decoding.engine import Engine
 from mahalo_ray.decoding.policy import as_policy
 from mahalo_ray.decoding.sampling import SamplingParams
-from mahalo_ray.models import MultiHeadCausalLM
+from mahalo_ray.models import MultiHeadCausalLM, ProcessRewardModel
+from mahalo_ray.models.backbone import check_trained_length
 from mahalo_ray.objectives import Weights
 
 V = 61
@@ -328,3 +329,9 @@ def test_position_encodings_that_depend_on_the_longest_row_bound_the_context() -
     assert as_policy(make(EQUAL["phi3, longrope"])).max_context == 16
     assert as_policy(make(EQUAL["llama, dynamic rope"])).max_context == 16
     assert as_policy(make(EQUAL["llama, yarn"])).max_context == 64
+    longrope = make(EQUAL["phi3, longrope"])
+    assert ProcessRewardModel.from_base(longrope, {"right": "probability"}).max_length == 16
+    check_trained_length(longrope.config, 16)
+    with pytest.raises(ValueError, match="is 17, and beyond 16 tokens"):
+        check_trained_length(longrope.config, 17)
+    check_trained_length(make(EQUAL["llama, yarn"]).config, 1024)

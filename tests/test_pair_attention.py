@@ -16,7 +16,7 @@ from tiny_policies import FAMILIES, OBJECTIVES, V, policy, tiny
 from torch import Tensor
 
 from mahalo_ray.config import LoraConfig
-from mahalo_ray.models import ChunkedCausalLM, MultiHeadCausalLM
+from mahalo_ray.models import ChunkedCausalLM, MultiHeadCausalLM, attention
 from mahalo_ray.models.pair_attention import packing_unsupported_reason
 from mahalo_ray.training.pairs import PackedPairs, PaddedPairs, PairInputs, TokenPairs, TokenRows, pair_inputs
 
@@ -114,6 +114,23 @@ def test_an_ordinary_causal_lm_reads_packed_pairs(family: str) -> None:
     expected = logps(model, data)
     model.enable_pair_packing()
     torch.testing.assert_close(logps(model, PackedPairs(data.pairs)), expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen2-tied", "gemma2-softcap"])
+def test_attention_in_parts_gives_the_same_log_probs_and_gradients(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for scores_at_once in (attention.SCORES_AT_ONCE, 40):
+        monkeypatch.setattr(attention, "SCORES_AT_ONCE", scores_at_once)
+        model = ChunkedCausalLM(tiny(family))
+        model.enable_pair_packing()
+        result = logps(model, PackedPairs(padded(SIZES).pairs))
+        result.sum().backward()
+        found.append([result, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(found[0]) > 5
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-4)
 
 
 def test_with_an_adapter_and_recomputed_activations() -> None:

@@ -358,6 +358,15 @@ class Steps:
         self.go = threading.Event()
         self.go.set()
         self.dead = False
+        self.prepared: list[object] = []
+        self.readable = threading.Event()
+        self.readable.set()
+
+    def prepare(self, job):
+        assert self.readable.wait(10)
+        self.prepared.append(job.payload)
+        if job.payload == "unreadable":
+            job.fail(ApiError(400, "too long"))
 
     def admit(self, jobs):
         self.active += jobs
@@ -397,8 +406,8 @@ def run_with_worker(scenario, max_active=4, max_waiting=4, window_s=0.05):
     async def main():
         worker = ModelThread(engine, max_active, max_waiting, window_s)
 
-        def submit(payload, timeout_s=10.0):
-            job = Job(payload, timeout_s, streams=True)
+        def submit(payload, timeout_s=10.0, is_long=False):
+            job = Job(payload, timeout_s, streams=True, is_long=is_long)
             worker.submit(job)
             return job
 
@@ -460,6 +469,27 @@ def test_beyond_the_bound_requests_are_refused_with_a_time_to_come_back():
         worker.check_room()
 
     run_with_worker(scenario, max_active=2, max_waiting=1)
+
+
+def test_long_requests_are_prepared_beside_the_batch_and_hold_a_place():
+    async def scenario(worker, engine, submit):
+        engine.readable.clear()
+        long = [submit(payload, is_long=True) for payload in ("long", "unreadable")]
+        await submit("short").result()  # is not held up
+        assert worker.num_held == 2
+        submit("last place")
+        with pytest.raises(ApiError) as caught:
+            submit("one too many")
+        assert caught.value.code == "overloaded"
+        engine.readable.set()
+        await long[0].result()
+        with pytest.raises(ApiError, match="too long"):
+            await long[1].result()
+        await until(lambda: worker.num_held == 0)
+
+    _, engine = run_with_worker(scenario, max_active=2, max_waiting=1)
+    assert engine.prepared == ["long", "unreadable"]
+    assert ["unreadable"] not in engine.batches
 
 
 def test_a_request_nobody_waits_for_leaves_its_place_before_and_while_it_runs():

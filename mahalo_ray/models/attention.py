@@ -11,7 +11,10 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
+
+SCORES_AT_ONCE = 2**26  # numbers of masks or scores held at a time: 256 MiB in fp32
 
 # Arguments some architectures pass to their attention that change its result: ignoring one would be silently
 # wrong.
@@ -95,29 +98,46 @@ def prefix_attention(
     query [B, Hq, S, D]; key, value [B, Hkv, L, D]; starts [B]: the position of each row's first query among
     its keys (None: 0 for every row and L = S, the plain causal case). Returns [B, S, Hq, D].
     """
-    # Query i of row b sees keys 0 .. starts[b] + i. SDPA's `is_causal` lines query 0 up with key 0, whatever
-    # L is, so it is right only without a prefix; with one it would hide most of it. The mask [B, 1, S, L] is
-    # then made here. It also hides what stands behind a shorter row's tokens, which other sequences left in
-    # the buffer.
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_heads(key, groups), repeat_heads(value, groups)
-    mask = None if starts is None else _visible(starts, query.shape[2], key.shape[2])
-    if softcap is None:
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling
-        )
-    else:
-        # SDPA has no soft cap, so scores [B, Hq, S, L] are formed. The cap comes before the mask: tanh would
-        # turn a masked -inf into -softcap, and hidden keys would keep some weight. The softmax sums in fp32,
-        # as transformers' own attention does.
-        if mask is None:
-            mask = _visible(
-                torch.zeros(1, dtype=torch.long, device=query.device), query.shape[2], key.shape[2]
-            )
-        scores = softcapped(query @ key.transpose(-1, -2) * scaling, softcap)
-        scores = scores.masked_fill(~mask, float("-inf"))
-        out = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype) @ value
+    if starts is None and softcap is None:
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+        return out.transpose(1, 2)
+    if starts is None:
+        starts = torch.zeros(1, dtype=torch.long, device=query.device)
+    # With a prefix, every query needs its row of a mask [B, 1, S, L]; with a soft cap, of scores
+    # [B, Hq, S, L]. Queries do not see each other's rows, so long ones are taken a part at a time; for
+    # gradients, what a part computed is computed again.
+    held = query.shape[0] * key.shape[2] * (1 if softcap is None else query.shape[1])
+    size = max(1, SCORES_AT_ONCE // held)
+    is_cut = size < query.shape[2]
+    parts = []
+    for first in range(0, query.shape[2], size):
+        part = (query[:, :, first : first + size], key, value, starts + first, scaling, softcap)
+        if is_cut and torch.is_grad_enabled():
+            parts.append(checkpoint(_attend_rows, *part, use_reentrant=False))
+        else:
+            parts.append(_attend_rows(*part))
+    out = torch.cat(parts, dim=2) if is_cut else parts[0]
     return out.transpose(1, 2)
+
+
+def _attend_rows(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scaling: float, softcap: float | None
+) -> Tensor:
+    """`prefix_attention` of a few queries at once, [B, Hq, S, D]; key and value have all heads."""
+    # Query i of row b sees keys 0 .. starts[b] + i. SDPA's `is_causal` lines query 0 up with key 0, whatever
+    # L is, so it is right only without a prefix; with one it would hide most of it. The mask also hides what
+    # stands behind a shorter row's tokens, which other sequences left in the buffer.
+    mask = _visible(starts, query.shape[2], key.shape[2])
+    if softcap is None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    # SDPA has no soft cap, so the scores are formed. The cap comes before the mask: tanh would turn a masked
+    # -inf into -softcap, and hidden keys would keep some weight. The softmax sums in fp32, as transformers'
+    # own attention does.
+    scores = softcapped(query @ key.transpose(-1, -2) * scaling, softcap)
+    scores = scores.masked_fill(~mask, float("-inf"))
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype) @ value
 
 
 def _visible(starts: Tensor, width: int, length: int) -> Tensor:

@@ -211,6 +211,17 @@ def row_independent_context(config: PretrainedConfig) -> int:
     return min(limits)
 
 
+def check_trained_length(config: PretrainedConfig, max_length: int) -> None:
+    """ValueError if a training row of `max_length` tokens would change the other rows of its batch."""
+    limit = row_independent_context(config)
+    if max_length > limit:
+        raise ValueError(
+            f"'model.max_length' is {max_length}, and beyond {limit} tokens the position encoding of "
+            f"'{config._name_or_path or config.model_type}' takes other frequencies for the whole batch: "
+            f"what a row teaches would depend on its neighbours' length. Set it to {limit} or less"
+        )
+
+
 def assemble_causal_lm(backbone: nn.Module, weight: Tensor, bias: Tensor | None) -> PreTrainedModel:
     """An ordinary causal LM from a plain backbone and a head weight [V, D] (bias [V]). The backbone is used,
     not copied; the head is a copy, not tied to the embedding. ValueError for a family with other parameters.

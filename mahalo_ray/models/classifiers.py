@@ -100,6 +100,14 @@ class SequenceClassifierScorer(_Classifier, StepScorer):
         scores = iter(self._scores(sequences, batch_size))
         return [{self.objectives[0]: [next(scores) for _ in steps]} for _, steps in traces]
 
+    def check_length(self, prompt: Messages, steps: Sequence[str]) -> None:
+        messages = [Message.model_validate(message) for message in prompt]
+        self._check_tokens(len(self.encode(messages, self.step_separator.join(steps))["input_ids"]))
+
+    def _check_tokens(self, tokens: int) -> None:
+        if tokens > self.max_length:
+            raise ValueError(f"a conversation has {tokens} tokens, the model reads {self.max_length}")
+
     def encode(self, prompt: Sequence[Message], answer: str) -> Mapping[str, Any]:
         """The tokenizer's encoding of prompt and answer, however long."""
         if self.tokenizer.chat_template:
@@ -110,9 +118,7 @@ class SequenceClassifierScorer(_Classifier, StepScorer):
         return self.tokenizer("\n".join(message.content for message in prompt), answer)
 
     def _scores(self, sequences: Sequence[Mapping[str, Any]], batch_size: int) -> list[float]:
-        longest = max((len(encoded["input_ids"]) for encoded in sequences), default=0)
-        if longest > self.max_length:
-            raise ValueError(f"a conversation has {longest} tokens, the model reads {self.max_length}")
+        self._check_tokens(max((len(encoded["input_ids"]) for encoded in sequences), default=0))
         # A causal classifier finds the last token by looking for its own padding id, which need not be the
         # tokenizer's; without one, rows go singly.
         pad_id = self.model.config.pad_token_id

@@ -22,6 +22,7 @@ from mahalo_ray.models.backbone import (
     load_causal_lm,
     load_tokenizer,
     prefixed,
+    row_independent_context,
     run_backbone,
     split_causal_lm,
 )
@@ -316,8 +317,9 @@ class ProcessRewardModel(BackboneModel, TraceScorer):
 
     @property
     def max_length(self) -> int:
-        """The backbone's context, in tokens."""
-        return self.config.get_text_config().max_position_embeddings
+        """The backbone's context, in tokens, as far as a row's scores do not depend on its neighbours."""
+        configured = self.config.get_text_config().max_position_embeddings
+        return min(configured, row_independent_context(self.config))
 
     def final_scores(self, input_ids: Tensor, attention_mask: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
         """`activate(step_scores(...))`, [B, S, H]."""

@@ -204,6 +204,10 @@ class StepScorer(ABC):
         """
         return self.score_batch([(prompt, steps)])[0]
 
+    @abstractmethod
+    def check_length(self, prompt: Messages, steps: Sequence[str]) -> None:
+        """ValueError for a text that is longer than the model reads; nothing is computed."""
+
     def fit_calibration(
         self, scores: Mapping[str, Sequence[float]], groups: Mapping[str, Sequence[Hashable]] | None = None
     ) -> None:
@@ -257,6 +261,16 @@ class TraceScorer(StepScorer):
             for scores in self.score_traces(encoded, batch_size)
         ]
 
+    def check_length(self, prompt: Messages, steps: Sequence[str]) -> None:
+        self._check_trace(0, self.encoder.encode(prompt, steps))
+
+    def _check_trace(self, number: int, trace: TokenTrace) -> None:
+        if len(trace.input_ids) > self.max_length:
+            raise ValueError(
+                f"trace {number} has {len(trace.input_ids)} tokens, the model reads {self.max_length}: "
+                "cut it at a step boundary"
+            )
+
     @torch.no_grad()
     def score_traces(self, traces: Sequence[TokenTrace], batch_size: int = 16) -> list[Tensor]:
         """Scores [S, H] of every token trace, on the CPU, in their order.
@@ -264,11 +278,7 @@ class TraceScorer(StepScorer):
         ValueError for a trace longer than the model reads.
         """
         for number, trace in enumerate(traces):
-            if len(trace.input_ids) > self.max_length:
-                raise ValueError(
-                    f"trace {number} has {len(trace.input_ids)} tokens, the model reads {self.max_length}: "
-                    "cut it at a step boundary"
-                )
+            self._check_trace(number, trace)
         module = cast(nn.Module, self)
         training, device = module.training, next(module.parameters()).device
         module.eval()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 from jinja2 import TemplateError
@@ -247,25 +248,27 @@ class GuidedBackend:
             standardisation=self.standardisation,
         )
 
+    def prepare(self, job: Job) -> None:
+        """Encode a request's texts, whichever thread calls. What is wrong with them fails the job."""
+        with _own_errors(job):
+            if not isinstance(job.payload, ScoreRequest):
+                job.prepared = self._read_prompts(job.payload)
+                return
+            messages = [message.as_record() for message in job.payload.messages]
+            for model in self._decoder.reward_models:
+                for candidate in job.payload.candidates:
+                    model.check_length(messages, [candidate])
+
     def admit(self, jobs: Sequence[Job]) -> None:
         """Let jobs join. What is wrong with one of them fails that one."""
         for job in jobs:
-            try:
+            with _own_errors(job):
                 if isinstance(job.payload, ScoreRequest):
                     self._scorings.append(_Scoring(job, job.payload))
                 else:
                     self._begin(job, job.payload)
-            except ApiError as error:
-                job.fail(error)
-            except ValueError as error:
-                job.fail(refusal_of(error))
-            except Exception:
-                # Nothing of the batch has been touched yet: the error is this request's own.
-                reference = secrets.token_hex(4)
-                logger.exception("error %s: a request could not be begun", reference)
-                job.fail(internal_error(reference))
 
-    def _begin(self, job: Job, wanted: AnswersWanted) -> None:
+    def _read_prompts(self, wanted: AnswersWanted) -> list[Prompt]:
         pairs = zip(wanted.requests, wanted.prompts, strict=True)
         # The same prompt several times (`n`) is read once.
         read: dict[int, Prompt] = {}
@@ -275,6 +278,10 @@ class GuidedBackend:
             if key not in read:
                 read[key] = self._session.check(request) if raw is None else self._raw_prompt(raw, wanted)
             prompts.append(read[key])
+        return prompts
+
+    def _begin(self, job: Job, wanted: AnswersWanted) -> None:
+        prompts = self._read_prompts(wanted) if job.prepared is None else job.prepared
         echoed = [self._decoder.vocabulary.decode(p.token_ids) if wanted.echo else "" for p in prompts]
         for number, raw in enumerate(wanted.prompts):
             if wanted.echo and raw is not None and isinstance(raw.value, str):
@@ -347,6 +354,21 @@ class GuidedBackend:
             scoring.advance(self._decoder, 1 if self._answers else _SCORED_AT_ONCE)
         except (ValueError, TemplateError) as error:
             scoring.job.fail(refusal_of(error))
+
+
+@contextmanager
+def _own_errors(job: Job) -> Iterator[None]:
+    """Before a request joins the batch, any error is its own: it fails the job and goes no further."""
+    try:
+        yield
+    except ApiError as error:
+        job.fail(error)
+    except (ValueError, TemplateError) as error:
+        job.fail(refusal_of(error))
+    except Exception:
+        reference = secrets.token_hex(4)
+        logger.exception("error %s: a request could not be begun", reference)
+        job.fail(internal_error(reference))
 
 
 def refusal_of(error: Exception) -> ApiError:

@@ -18,6 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -32,11 +33,15 @@ STALLED_S = 300.0  # one call into the engine is a few tokens
 class Job:
     """One request on its way through the worker; `payload` is for the engine.
 
-    `streams`: the client takes the result in parts; otherwise parts are not handed over.
+    `streams`: the client takes the result in parts; otherwise parts are not handed over. `is_long`: its texts
+    are encoded before it joins, in another thread, since that would hold up the others; `prepared` is what
+    came of it.
     """
 
-    def __init__(self, payload: Any, timeout_s: float, streams: bool = False) -> None:
+    def __init__(self, payload: Any, timeout_s: float, streams: bool = False, is_long: bool = False) -> None:
         self.payload = payload
+        self.is_long = is_long
+        self.prepared: Any = None
         self.timeout_s = timeout_s
         self.streams = streams
         self.arrived_at = time.monotonic()
@@ -132,6 +137,11 @@ class Job:
 class JobRunner(Protocol):
     """What the thread drives. A job ends by `finish` or `fail`."""
 
+    def prepare(self, job: Job) -> None:
+        """Do what needs no batch, in another thread than the rest: encode a long text. What is wrong with it
+        fails the job."""
+        ...
+
     def admit(self, jobs: Sequence[Job]) -> None:
         """Take new jobs in. Those that cannot be done fail here, alone."""
         ...
@@ -163,12 +173,15 @@ class ModelThread:
         self._waiting: deque[Job] = deque()
         self._active: list[Job] = []
         self._suspects: deque[Job] = deque()  # of a batch that failed: each is answered again alone
+        self._preparing: list[Job] = []
         self._reserved = 0
         self._changed = threading.Condition()
         self._closed = self._draining = self._broken = False
         self._failures = 0  # since the last job that was answered
         self._call_began: float | None = None  # into the engine
         self._job_seconds = 1.0  # moving average, for Retry-After
+        # One thread for all long texts: they wait for each other, and short ones for none of them.
+        self._preparer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mahalo-prepare")
         self._thread = threading.Thread(target=self._run, name="mahalo-model", daemon=True)
         self._thread.start()
 
@@ -222,8 +235,24 @@ class ModelThread:
         """Queue a job; ApiError 503 when full, shutting down or broken."""
         with self._changed:
             self._check_room()
-            self._waiting.append(job)
-            self._changed.notify()
+            if job.is_long:
+                self._preparing.append(job)
+                self._preparer.submit(self._prepare, job)
+            else:
+                self._waiting.append(job)
+                self._changed.notify()
+
+    def _prepare(self, job: Job) -> None:
+        """In the preparer's thread."""
+        if job.wanted and not job.finished:
+            self._engine.prepare(job)
+        with self._changed:
+            self._preparing.remove(job)
+            if not job.finished and self._broken:
+                job.fail(_broken_error())
+            elif not job.finished:
+                self._waiting.append(job)
+                self._changed.notify()
 
     def drain(self) -> None:
         """Take no more jobs; those that run or wait are answered."""
@@ -233,17 +262,19 @@ class ModelThread:
         """Answer everything unfinished with 503 and stop the thread after what it is at."""
         with self._changed:
             self._closed = True
-            unfinished = [*self._active, *self._suspects, *self._waiting]
+            unfinished = [*self._active, *self._suspects, *self._waiting, *self._preparing]
             self._waiting.clear()
             self._suspects.clear()
             self._changed.notify()
         for job in unfinished:
             job.fail(_shutting_down())
+        self._preparer.shutdown(wait=False, cancel_futures=True)
 
     def _count_held(self) -> int:
         # Those whose clients left give their waiting places back at once.
         self._waiting = deque(job for job in self._waiting if job.wanted)
-        return len(self._active) + len(self._suspects) + len(self._waiting) + self._reserved
+        held = (self._active, self._suspects, self._waiting, self._preparing)
+        return sum(map(len, held)) + self._reserved
 
     def _check_room(self) -> None:
         if self._closed or self._draining:
@@ -347,6 +378,11 @@ class ModelThread:
             left = window_ends - time.monotonic()
             if left <= 0 or not self._changed.wait(left):
                 return
+
+
+def _broken_error() -> ApiError:
+    message = "the models do not work any more; they are being replaced"
+    return ApiError(503, message, code="unhealthy", retry_after_s=10)
 
 
 def _shutting_down() -> ApiError:

@@ -47,6 +47,9 @@ MAX_DERIVED_SEED = 2**53 - 1  # what JavaScript reads without loss
 
 RequestBody = TypeVar("RequestBody", bound=SamplingFields)
 
+# Of a request: a few milliseconds of a tokenizer, and more than most prompts have.
+_LONG_CHARACTERS = 10_000
+
 
 @dataclass(frozen=True)
 class Defaults:
@@ -274,7 +277,8 @@ class ChatService:
         return describe(tuple(names), self.settings.descriptions)
 
     def _submit(self, payload: AnswersWanted | ScoreRequest, streams: bool) -> Job:
-        job = Job(payload, self.settings.config.request_timeout_s, streams)
+        is_long = _count_characters(payload) > _LONG_CHARACTERS
+        job = Job(payload, self.settings.config.request_timeout_s, streams, is_long)
         self.worker.submit(job)
         return job
 
@@ -391,3 +395,13 @@ class ChatService:
                 "messages",
                 "invalid_value",
             )
+
+
+def _count_characters(payload: AnswersWanted | ScoreRequest) -> int:
+    """Characters (of raw prompts perhaps tokens) to be read; a conversation that is asked `n` times once."""
+    if isinstance(payload, ScoreRequest):
+        return sum(map(len, [*(message.text for message in payload.messages), *payload.candidates]))
+    conversations = {id(request.messages): request.messages for request in payload.requests}
+    raw = {id(prompt): prompt.value for prompt in payload.prompts if prompt is not None}
+    contents = [Message.model_validate(m).content for messages in conversations.values() for m in messages]
+    return sum(map(len, [*contents, *raw.values()]))

@@ -28,6 +28,7 @@ from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.domains.tutoring.moves import is_malformed
 from mahalo_ray.losses import dpo_loss, sft_loss
 from mahalo_ray.models import MultiHeadCausalLM
+from mahalo_ray.models.backbone import check_trained_length
 from mahalo_ray.models.folder import keeps_backbone, model_folder
 from mahalo_ray.models.pair_attention import packing_unsupported_reason
 from mahalo_ray.training.batches import HashSplit, Indices, plan_balanced_batches, shard
@@ -117,10 +118,12 @@ class PolicyRecipe:
         return (pair for pair in records if pair.objective not in unused)
 
     def _shares_prompts(self) -> bool:
-        """Whether pairs are packed, their prompts read once; ValueError if that is demanded and cannot be."""
+        """Whether pairs are packed, their prompts read once; ValueError if that is demanded and cannot be, or
+        for a length that no batch of this model may have."""
+        config = AutoConfig.from_pretrained(self._folder) if self._start is None else self._start.config
+        check_trained_length(config, self._model.max_length)
         if self._policy.share_prompts == "never":
             return False
-        config = AutoConfig.from_pretrained(self._folder) if self._start is None else self._start.config
         reason = packing_unsupported_reason(config, self._model.attn_implementation, self._model.max_length)
         if reason is not None and self._policy.share_prompts == "always":
             raise ValueError(f"'policy.share_prompts: always' is not possible with this model: {reason}")

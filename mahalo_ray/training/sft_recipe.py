@@ -17,7 +17,7 @@ from mahalo_ray.data.records import EXAMPLE_SCHEMA
 from mahalo_ray.logprobs import IGNORE_INDEX
 from mahalo_ray.losses import sft_loss, shift_labels
 from mahalo_ray.models import ChunkedCausalLM
-from mahalo_ray.models.backbone import load_causal_lm
+from mahalo_ray.models.backbone import check_trained_length, load_causal_lm
 from mahalo_ray.models.folder import model_folder
 from mahalo_ray.models.lora import check_no_adapter
 from mahalo_ray.training.batches import Indices, RowGroups, plan_batches
@@ -53,6 +53,7 @@ class SftRecipe:
         if settings.scratch is None:
             model = load_causal_lm(folder, dtype, attention)
             check_no_adapter(model)
+            check_trained_length(model.config, settings.max_length)
             return ChunkedCausalLM(model)
         config = AutoConfig.from_pretrained(folder)
         return ChunkedCausalLM(
