@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -55,10 +55,13 @@ class PromptRow:
 
 @dataclass
 class ReadPrompts:
-    """Prompts of one or several sources, and what became of every row in `report`."""
+    """Prompts of one or several sources, and what became of every row in `report`. `take`: what is done with
+    a prompt, instead of keeping it in `prompts`."""
 
     prompts: list[PromptRow] = field(default_factory=list)
     report: ReadReport = field(default_factory=ReadReport)
+    taken: int = 0
+    take: Callable[[PromptRow], None] | None = None
     ids: UniqueIds = field(default_factory=UniqueIds)
 
     @property
@@ -76,15 +79,16 @@ def read_prompts(
     prompt.
     """
     read = ReadPrompts() if into is None else into
-    before, bad_before = len(read.prompts), len(read.bad)
+    before, bad_before = read.taken, len(read.bad)
 
     def use(row: Row, place: Place) -> None:
         default_id = f"{name}/{place}" if name else str(place)
         prompt = parse_prompt_row(row, default_id, place, with_answers)
-        read.prompts.append(replace(prompt, id=read.ids.claim(prompt.id, place, name)))
+        (read.take or read.prompts.append)(replace(prompt, id=read.ids.claim(prompt.id, place, name)))
+        read.taken += 1
 
     use_rows(path, use, read.report)
-    if len(read.prompts) == before:
+    if read.taken == before:
         bad = read.bad[bad_before:]
         first = f"; the first row: {bad[0].reason}" if bad else ""
         raise ValueError(f"'{path}' holds no prompts ({len(bad)} rows cannot be used{first})")

@@ -81,6 +81,36 @@ class Record(BaseModel):
 
 
 R = TypeVar("R", bound=Record)
+_ROWS_AS_OBJECTS = 1024
+
+
+class RecordTable(Generic[R]):
+    """Records in the order they were appended, kept as Arrow tables, which take a fraction of the memory of
+    objects. Iterating makes objects of a few at a time."""
+
+    def __init__(self, kind: type[R]) -> None:
+        self._kind = kind
+        self._tables: list[pa.Table] = []
+        self._last: list[R] = []
+
+    def append(self, record: R) -> None:
+        """One record more."""
+        self._last.append(record)
+        if len(self._last) == _ROWS_AS_OBJECTS:
+            self._tables.append(self._kind.to_table(self._last))
+            self._last = []
+
+    def __len__(self) -> int:
+        return sum(map(len, self._tables)) + len(self._last)
+
+    def __iter__(self) -> Iterator[R]:
+        for table in self._tables:
+            yield from self._kind.from_table(table)
+        yield from self._last
+
+    def table(self) -> pa.Table:
+        """All records as one Arrow table."""
+        return pa.concat_tables([*self._tables, self._kind.to_table(self._last)])
 
 
 class PreferencePair(Record):

@@ -6,8 +6,9 @@ A unified model can be compared with dedicated ones on the same rows.
 from __future__ import annotations
 
 import io
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 from matplotlib.axes import Axes
@@ -23,6 +24,8 @@ from mahalo_ray.data.records import (
     HELD_OUT_PAIRS,
     HELD_OUT_TRACES,
     PreferencePair,
+    R,
+    RecordTable,
     ScoredPair,
     ScoredTrace,
     StepTrace,
@@ -45,6 +48,7 @@ from mahalo_ray.objectives import unknown_name
 from mahalo_ray.training.pairs import cut_pair, split_key
 from mahalo_ray.training.reward_data import token_trace
 
+_ROWS_TOGETHER = 4096  # scored together: as objects, and as token ids
 _ORDERING = ("auc", "correct_against_wrong", "best_against_worst", "pairwise_accuracy", "outcome_auc")
 _COLORS = ("#2f7de1", "#e0562b", "#c98500", "#8b62d0", "#2a9d6f", "#7b7f86", "#d13f8a")
 
@@ -111,8 +115,8 @@ def _cycle(count: int) -> list[str]:
 class Rows(NamedTuple):
     """What was read; `seen`: all rows and traces, the unusable ones in `report` included."""
 
-    traces: list[StepTrace]
-    pairs: list[PreferencePair]
+    traces: RecordTable[StepTrace]
+    pairs: RecordTable[PreferencePair]
     report: ReadReport
     seen: int
 
@@ -122,7 +126,8 @@ def read_held_out(
 ) -> Rows:
     """The rows of all files and folders. `objective` is that of rows that name none; pairs name theirs in the
     field `objective`. `row_format` is that of step traces. ValueError when there is nothing to read."""
-    pairs, traces = ReadPairs(), ReadTraces()
+    rows = Rows(RecordTable(StepTrace), RecordTable(PreferencePair), ReadReport(), 0)
+    pairs, traces = ReadPairs(take=rows.pairs.append), ReadTraces(take=rows.traces.append)
     for number, path in enumerate(paths):
         fields = _first_fields(path)
         if {"chosen", "rejected"} <= fields:
@@ -130,10 +135,9 @@ def read_held_out(
             read_pairs(path, "auto", objectives, objective, named, str(number), pairs)
         else:
             read_traces(path, row_format, objectives, objective, None, str(number), traces)
-    report = ReadReport()
-    report.add(pairs.report)
-    report.add(traces.report)
-    return Rows(traces.traces, pairs.pairs, report, pairs.rows + traces.seen)
+    rows.report.add(pairs.report)
+    rows.report.add(traces.report)
+    return rows._replace(seen=pairs.rows + traces.seen)
 
 
 def _first_fields(path: str) -> set[str]:
@@ -155,8 +159,8 @@ class Scored(NamedTuple):
 
 def score_rows(
     scorer: StepScorer,
-    traces: Sequence[StepTrace],
-    pairs: Sequence[PreferencePair],
+    traces: Iterable[StepTrace],
+    pairs: Iterable[PreferencePair],
     batch_size: int = 16,
 ) -> Scored:
     """Scores of all steps, and of both responses of pairs of the scorer's objectives.
@@ -164,7 +168,28 @@ def score_rows(
     Traces longer than a model's context are cut at a step boundary; what has no step left is left out. A
     sequence classifier refuses what it cannot read (ValueError).
     """
-    pairs = [pair for pair in pairs if pair.objective in scorer.objectives]
+    scored = Scored([], [], 0)
+    asked = (pair for pair in pairs if pair.objective in scorer.objectives)
+    for traces_together, pairs_together in itertools.zip_longest(
+        _by_block(traces), _by_block(asked), fillvalue=[]
+    ):
+        block = _score_block(scorer, traces_together, pairs_together, batch_size)
+        scored.traces.extend(block.traces)
+        scored.pairs.extend(block.pairs)
+        scored = scored._replace(cut=scored.cut + block.cut)
+    return scored
+
+
+def _by_block(records: Iterable[R]) -> Iterator[list[R]]:
+    """Some records at a time: batches are made by length within them."""
+    rest = iter(records)
+    while block := list(itertools.islice(rest, _ROWS_TOGETHER)):
+        yield block
+
+
+def _score_block(
+    scorer: StepScorer, traces: Sequence[StepTrace], pairs: Sequence[PreferencePair], batch_size: int
+) -> Scored:
     if isinstance(scorer, TraceScorer):
         return _by_tokens(scorer, traces, pairs, batch_size)
     assert isinstance(scorer, SequenceClassifierScorer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -113,13 +113,13 @@ def calibrate_judge(config: LabelConfig) -> tuple[str, dict[str, Any]]:
     check_output(config.output)
     sign_output(config.output)
     spec = judge_spec(settings.objective, judge.model_copy(update={"calibration": None}))
-    traces, ratings, account = _rated(config, settings)
-    scores, asked = _scores(config, spec, traces)
+    rated, account = _rated(config, settings)
+    scores, asked = _scores(config, spec, rated.items)
     kept = [at for at, score in enumerate(scores) if not isinstance(score, Unjudged)]
     agreement = measure_agreement(
         np.array([scores[at] for at in kept], dtype=np.float64),
-        np.array([ratings[at] >= settings.positive_from for at in kept]),
-        [traces[at].dialogue or traces[at].group for at in kept],
+        np.array([rated.ratings[at] >= settings.positive_from for at in kept]),
+        [rated.groups[at] for at in kept],
         settings.folds,
         Bootstrap(settings.bootstrap_resamples, settings.confidence, config.seed),
     )
@@ -145,28 +145,38 @@ def calibrate_judge(config: LabelConfig) -> tuple[str, dict[str, Any]]:
     return url, found
 
 
-def _rated(
-    config: LabelConfig, settings: CalibrationConfig
-) -> tuple[list[StepTrace], list[float], dict[str, Any]]:
-    """What people rated, the ratings in 0..1, and the account of the rows."""
-    name, read = settings.objective, ReadTraces()
+class _Rated(NamedTuple):
+    """Responses that people rated: each with its rating in 0..1 and what is not independent of it."""
+
+    items: list[Judged]
+    ratings: list[float]
+    groups: list[str]
+
+
+def _rated(config: LabelConfig, settings: CalibrationConfig) -> tuple[_Rated, dict[str, Any]]:
+    """What people rated, and the account of the rows."""
+    name, rated = settings.objective, _Rated([], [], [])
+
+    def take(trace: StepTrace) -> None:
+        if trace.outcome is not None and name in trace.outcome:
+            response = joined(trace.steps, config.step_separator).strip()
+            rated.items.append(Judged(tuple(trace.prompt), tuple(trace.steps), trace.answer, response))
+            rated.ratings.append(trace.outcome[name])
+            rated.groups.append(trace.dialogue or trace.group)
+
+    read = ReadTraces(take=take)
     source, scale = settings.ratings, settings.label_range
     read_traces(source, settings.format, [name], name, None, "ratings", read, label_range=scale)
     url, share = storage.join(config.output, QUARANTINE), settings.max_bad_fraction
     quarantine(read.bad, read.seen, share, url, "calibration.max_bad_fraction")
-    rated = [(t, t.outcome[name]) for t in read.traces if t.outcome is not None and name in t.outcome]
-    return [trace for trace, _ in rated], [rating for _, rating in rated], read.report.as_json()
+    return rated, read.report.as_json()
 
 
 def _scores(
-    config: LabelConfig, spec: JudgeSpec, traces: Sequence[StepTrace]
+    config: LabelConfig, spec: JudgeSpec, items: Sequence[Judged]
 ) -> tuple[list[Score], dict[str, Any]]:
     """The judge's score of every rated response, and what it was asked."""
     judge = spec.open(DeviceConfig(config.cluster.device, config.dtype), 1, config.seed)
-    items = [
-        Judged(tuple(t.prompt), tuple(t.steps), t.answer, joined(t.steps, config.step_separator).strip())
-        for t in traces
-    ]
     try:
         scores, asked = judge.score(items), judge.counts()
     finally:

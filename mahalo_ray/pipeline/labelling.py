@@ -4,13 +4,17 @@ where it stopped."""
 from __future__ import annotations
 
 import math
+from array import array
 from dataclasses import asdict
 from typing import Any
+
+import numpy as np
+import pyarrow as pa
 
 from mahalo_ray.config import ConfigError, EndpointJudgeConfig, LabelConfig
 from mahalo_ray.data import storage
 from mahalo_ray.data.prompts import PromptRow, ReadPrompts, read_prompts
-from mahalo_ray.data.records import StepTrace
+from mahalo_ray.data.records import RecordTable, StepTrace
 from mahalo_ray.data.row_fields import digest
 from mahalo_ray.data.row_files import QUARANTINE, data_files
 from mahalo_ray.data.rows import ReadReport, quarantine
@@ -121,41 +125,54 @@ def _read_input(context: Context[LabelConfig]) -> StageResult:
     """The input as files of `traces_per_chunk` rows, traces of one prompt together."""
     config = context.config
     assert config.input is not None
-    read, prompts = ReadTraces(), ReadPrompts()
+    limit = math.inf if config.input.limit is None else config.input.limit
+    traces, groups, numbers = RecordTable(StepTrace), array("q"), dict[str, int]()
+    prompts: dict[int, RecordTable[StepTrace]] = {}  # by how many responses each gets
+
+    def take_trace(trace: StepTrace) -> None:
+        if len(traces) < limit:
+            traces.append(trace)
+            groups.append(numbers.setdefault(trace.group, len(numbers)))
+
+    def take_prompt(prompt: PromptRow) -> None:
+        if len(traces) + sum(map(len, prompts.values())) < limit:
+            prompts.setdefault(responses, RecordTable(StepTrace)).append(_without_steps(prompt))
+
+    read, asked = ReadTraces(take=take_trace), ReadPrompts(take=take_prompt)
     for number, source in enumerate(config.input.traces):
         read_traces(source.path, source.format, [], None, None, f"traces{number}", read, with_labels=False)
-    answers: list[int] = []
-    for number, asked in enumerate(config.input.prompts):
-        read_prompts(asked.path, f"prompts{number}", prompts, with_answers=True)
-        answers += [asked.responses] * (len(prompts.prompts) - len(answers))
-    bad, seen = [*read.bad, *prompts.bad], read.seen + len(prompts.prompts) + len(prompts.bad)
+    for number, questions in enumerate(config.input.prompts):
+        responses = questions.responses
+        read_prompts(questions.path, f"prompts{number}", asked, with_answers=True)
+    bad, seen = [*read.bad, *asked.bad], read.seen + asked.taken + len(asked.bad)
     report = ReadReport()
     report.add(read.report)
-    report.add(prompts.report)
+    report.add(asked.report)
     account = context.account(report)
     share, url = config.input.max_bad_fraction, context.output_path(QUARANTINE)
     quarantine(bad, seen, share, url, "input.max_bad_fraction")
-    limit = config.input.limit
-    traces = read.traces[:limit]
-    left = None if limit is None else limit - len(traces)
-    size, chunks = config.traces_per_chunk, []
-    place: dict[str, int] = {}
-    for trace in traces:
-        place.setdefault(trace.group, len(place))
-    traces = sorted(traces, key=lambda trace: place[trace.group])
-    for at in range(0, len(traces), size):
-        chunks.append(_write_chunk(context, f"traces-{at // size:06d}", traces[at : at + size], 0))
-    asked_traces = [_without_steps(prompt) for prompt in prompts.prompts[:left]]
-    for responses in dict.fromkeys(answers):
-        own = [t for t, count in zip(asked_traces, answers, strict=False) if count == responses]
-        per_chunk = max(1, size // responses)
-        for at in range(0, len(own), per_chunk):
-            name = f"prompts-{responses}-{at // per_chunk:06d}"
-            chunks.append(_write_chunk(context, name, own[at : at + per_chunk], responses))
+    size = config.traces_per_chunk
+    together = traces.table().take(np.argsort(np.asarray(groups), kind="stable"))
+    chunks = _write_chunks(context, "traces", together, size, 0)
+    for responses, rows in prompts.items():
+        name, per_chunk = f"prompts-{responses}", max(1, size // responses)
+        chunks += _write_chunks(context, name, rows.table(), per_chunk, responses)
     if not chunks:
         raise ValueError("'input' holds nothing that can be labelled")
     storage.write_json(context.path(CHUNKS), [asdict(chunk) for chunk in chunks])
     return StageResult({"rows": seen, "quarantined": len(bad), "data": account}, {"chunks": CHUNKS})
+
+
+def _write_chunks(
+    context: Context[LabelConfig], name: str, rows: pa.Table, size: int, responses: int
+) -> list[LabelChunk]:
+    """The rows in files of at most `size`."""
+    chunks = []
+    for first in range(0, len(rows), size):
+        url, part = context.path(f"{name}-{first // size:06d}.parquet"), rows.slice(first, size)
+        storage.write_table(url, part)
+        chunks.append(LabelChunk(url, len(part), responses))
+    return chunks
 
 
 def _without_steps(prompt: PromptRow) -> StepTrace:
@@ -169,14 +186,6 @@ def _without_steps(prompt: PromptRow) -> StepTrace:
         source=prompt.file,
         answer=prompt.answer,
     )
-
-
-def _write_chunk(
-    context: Context[LabelConfig], name: str, rows: list[StepTrace], responses: int
-) -> LabelChunk:
-    url = context.path(f"{name}.parquet")
-    StepTrace.save(rows, url)
-    return LabelChunk(url, len(rows), responses)
 
 
 def _spec(context: Context[LabelConfig], judges: dict[str, JudgeSpec], chunks: int) -> LabelSpec:
