@@ -170,10 +170,9 @@ def score_rows(
     """
     scored = Scored([], [], 0)
     asked = (pair for pair in pairs if pair.objective in scorer.objectives)
-    for traces_together, pairs_together in itertools.zip_longest(
-        _by_block(traces), _by_block(asked), fillvalue=[]
-    ):
-        block = _score_block(scorer, traces_together, pairs_together, batch_size)
+    blocks = itertools.zip_longest(_by_block(traces), _by_block(asked))
+    for some_traces, some_pairs in blocks:
+        block = _score_block(scorer, some_traces or [], some_pairs or [], batch_size)
         scored.traces.extend(block.traces)
         scored.pairs.extend(block.pairs)
         scored = scored._replace(cut=scored.cut + block.cut)
