@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Qwe
 
 from mahalo_ray.config import ModelConfig, PolicyConfig, ZeroStage
 from mahalo_ray.models import MultiHeadCausalLM
+from mahalo_ray.models.adapters import ADAPTER_PARAMETERS
 from mahalo_ray.models.heads import LogitTransform
 from mahalo_ray.training.deepspeed_config import BUCKET_ELEMENTS
 
@@ -146,6 +147,7 @@ def policy_on_meta(
             bias=head.bias is not None,
             dtype=dtype,
             rank=policy.head_rank,
+            adapters=policy.adapters,
             keep_base_head=True,
         )
         if policy.lora is not None:
@@ -155,7 +157,11 @@ def policy_on_meta(
 
 def count_parameters(policy: MultiHeadCausalLM) -> ParameterCount:
     """Every parameter once, by what it belongs to."""
-    adapter = sum(p.numel() for name, p in policy.backbone.named_parameters() if ".lora_" in name)
+    adapter = sum(
+        p.numel()
+        for name, p in policy.backbone.named_parameters()
+        if ".lora_" in name or name.endswith(ADAPTER_PARAMETERS)
+    )
     base_head = 0 if policy.base_head is None else _count(policy.base_head)
     return ParameterCount(
         backbone=_count(policy.backbone) - adapter,
@@ -234,7 +240,7 @@ def print_plan(console: Console, plan: Plan, gpu_memory_gb: float) -> None:
     """Counts, memory per GPU, sizes on disk."""
     wide = console if console.is_terminal else Console(file=console.file, width=130, highlight=False)
     counts = plan.counts
-    parts = {"backbone": counts.backbone, "LoRA adapter": counts.adapter}
+    parts = {"backbone": counts.backbone, "adapters": counts.adapter}
     parts |= {"base head (frozen)": counts.base_head, "heads": counts.heads, "total": counts.total}
     table = Table(title="Parameters", title_justify="left")
     table.add_column("part")

@@ -93,6 +93,7 @@ from mahalo_ray.config.section import (
 )
 from mahalo_ray.config.stage_config import (
     ActorsConfig,
+    AdaptersConfig,
     ClusterConfig,
     LoraConfig,
     ModelConfig,
@@ -111,6 +112,7 @@ __all__ = [
     "DEFAULT_THRESHOLD",
     "ROLLOUT_SUPERVISION",
     "ActorsConfig",
+    "AdaptersConfig",
     "AdaptiveConfig",
     "Aggregation",
     "BaselineConfig",

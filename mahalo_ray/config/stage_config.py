@@ -140,6 +140,41 @@ class LoraConfig(Section):
     """Names of the layers that get an adapter, or `all-linear` for every linear layer of the backbone."""
 
 
+class AdaptersConfig(Section):
+    """LoRA adapters of each objective's own on the upper blocks of the policy's backbone, mixed by the
+    decoding weights like the heads.
+
+    The more blocks have them, the less the objectives share: with none (`depth: 0`) the policy is MAH-DPO's
+    heads over one backbone, with all of them every mixture is a soup of one model per objective.
+
+    >>> AdaptersConfig(depth=2).rank
+    8
+    """
+
+    depth: NonNegativeInt | Literal["all"] = 0
+    """Number of blocks, counted from the last, whose linear layers get an adapter per objective; or `all`.
+    0: none."""
+
+    rank: PositiveInt = 8
+    """Rank of the two matrices that are added to each layer for each objective."""
+
+    alpha: PositiveFloat = 16
+    """Scale: what the adapters add is multiplied by `alpha / rank`."""
+
+    learning_rate: PositiveFloat | None = None
+    """Highest learning rate of the adapters. Null: that of the heads."""
+
+    freeze_backbone: bool = False
+    """Whether adapters and heads alone are trained, and the backbone stays the SFT model's."""
+
+    @model_validator(mode="after")
+    def _options_are_used(self) -> Self:
+        defaults = {name: info.default for name, info in type(self).model_fields.items()}
+        if self.depth == 0 and dict(self) != defaults:
+            raise ValueError("options of 'adapters' are set, but 'depth' is 0: no block has any")
+        return self
+
+
 class ModelConfig(Section):
     """The language model everything starts from: a `base` folder or hub id, or one made from scratch."""
 
@@ -491,6 +526,9 @@ class PolicyConfig(Section):
     lora: LoraConfig | None = None
     """Shape of LoRA adapters on the backbone. Null: the whole backbone is trained."""
 
+    adapters: Annotated[AdaptersConfig, Field(json_schema_extra=SHAPING_WHERE_SET)] = AdaptersConfig()
+    """Adapters of each objective's own on the upper blocks of the backbone. Only with `mah_dpo`."""
+
     metrics_every_steps: NonNegativeInt = 0
     """Optimizer steps between two measurements, on held-out pairs, of the KL to the reference of every head
     and of several mixtures, of loss and accuracy. 0: never."""
@@ -524,6 +562,10 @@ class PolicyConfig(Section):
                 raise ValueError(f"'method: {self.method}' needs '{option}'")
         if self.head_kind == "full" and self.head_rank != type(self).model_fields["head_rank"].default:
             raise ValueError("'head_rank' is that of 'head_kind: low_rank': leave it out")
+        if self.adapters.depth != 0 and self.method != "mah_dpo":
+            raise ValueError(f"'adapters' are per objective, and 'method: {self.method}' has one head")
+        if self.adapters.depth != 0 and self.lora is not None:
+            raise ValueError("give either 'adapters' (per objective) or 'lora' (one for all), not both")
         if self.method == "modpo" and self.loss != "sigmoid":
             raise ValueError("'method: modpo' is defined for 'loss: sigmoid' only")
         mixture: Mapping[str, float] = self.mixture or {}

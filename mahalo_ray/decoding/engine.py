@@ -342,7 +342,9 @@ class Engine:
             ids, counts = pad_right([self._pending[sequence] for sequence in batch])
             width = ids.shape[1]
             view = self.cache.append(self._slots.slots(batch), counts, width)
-            hidden = self.policy.hidden_states(ids.to(device), view.positions(width, device), view)
+            read = self.policy.reader([self._mixes[sequence] for sequence in batch])
+            rows = torch.arange(len(batch), device=device)
+            hidden = read(ids.to(device), view.positions(width, device), view, rows)
             view.commit()
             last = torch.from_numpy(counts - 1).to(device)
             self._set_last_hidden(batch, hidden[torch.arange(len(batch), device=device), last])

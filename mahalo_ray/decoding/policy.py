@@ -52,6 +52,15 @@ class LogitFunction(Protocol):
         ...
 
 
+class StateFunction(Protocol):
+    """The hidden states of a batch of requests, whose mixes were given to `Policy.reader`."""
+
+    def __call__(self, input_ids: Tensor, position_ids: Tensor, kv_cache: View, rows: Tensor) -> Tensor:
+        """[B, T] new tokens at these positions, rows [B] (each one's number among those mixes) -> final
+        normalised hidden states [B, T, D]."""
+        ...
+
+
 class Policy(Protocol):
     """A causal language model over the decoding cache."""
 
@@ -60,8 +69,8 @@ class Policy(Protocol):
     max_context: int
     end_ids: frozenset[int]  # tokens at which the model stops, by its generation_config
 
-    def hidden_states(self, input_ids: Tensor, position_ids: Tensor, kv_cache: View) -> Tensor:
-        """[B, T] new tokens at these positions -> final normalised hidden states [B, T, D]."""
+    def reader(self, mixes: Sequence[HeadMix]) -> StateFunction:
+        """The hidden states of requests with these mixes; built once per batch, called once per token."""
         ...
 
     def check_mix(self, mix: HeadMix) -> None:
@@ -207,8 +216,10 @@ class CausalPolicy:
         self.end_ids = _end_ids(model.generation_config)
         self._onednn_head = OneDNNHead(text.hidden_size, self.vocab_size)
 
-    def hidden_states(self, input_ids: Tensor, position_ids: Tensor, kv_cache: View) -> Tensor:
-        return self._backbone(input_ids, position_ids, kv_cache)
+    def reader(self, mixes: Sequence[HeadMix]) -> StateFunction:
+        return lambda input_ids, position_ids, kv_cache, rows: self._backbone(
+            input_ids, position_ids, kv_cache
+        )
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -239,6 +250,7 @@ class MultiHeadPolicy:
 
     def __init__(self, model: MultiHeadCausalLM, merged_heads_kept: int = 8) -> None:
         self.model = model
+        model.mix(None)
         self._backbone = CachedBackbone(model.backbone)
         self.device = self._backbone.device
         self.max_context = self._backbone.max_context
@@ -249,8 +261,30 @@ class MultiHeadPolicy:
         self._merged: OrderedDict[HeadMix, FullHead] = OrderedDict()
         self._merged_heads_kept = merged_heads_kept
 
-    def hidden_states(self, input_ids: Tensor, position_ids: Tensor, kv_cache: View) -> Tensor:
-        return self._backbone(input_ids, position_ids, kv_cache)
+    def reader(self, mixes: Sequence[HeadMix]) -> StateFunction:
+        """With adapters, conversations that share weights and strength share folded layers; others get what
+        the adapters add by low-rank products, row by row."""
+        model = self.model
+        weights: Weights | Tensor | None = None
+        strength: float | Tensor = 1.0
+        if model.adapters is not None and mixes:
+            for mix in mixes:
+                self.check_mix(mix)
+            if len(set(mixes)) == 1:
+                weights, strength = mixes[0].weights, mixes[0].strength
+            else:
+                shares = [mix.weights.over(model.objectives) for mix in mixes if mix.weights is not None]
+                weights = torch.tensor(shares, device=self.device)
+                strength = torch.tensor([mix.strength for mix in mixes], device=self.device)
+
+        def read(input_ids: Tensor, position_ids: Tensor, kv_cache: View, rows: Tensor) -> Tensor:
+            if isinstance(weights, Tensor) and isinstance(strength, Tensor):
+                model.mix(weights[rows], strength[rows])
+            else:
+                model.mix(weights, strength)
+            return self._backbone(input_ids, position_ids, kv_cache)
+
+        return read
 
     def check_mix(self, mix: HeadMix) -> None:
         if mix.weights is None:

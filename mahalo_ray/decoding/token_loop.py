@@ -21,7 +21,7 @@ from mahalo_ray.decoding.kv_cache import (
     SlotTable,
     resized,
 )
-from mahalo_ray.decoding.policy import HeadMix, LogitFunction, Policy
+from mahalo_ray.decoding.policy import HeadMix, LogitFunction, Policy, StateFunction
 from mahalo_ray.decoding.sampling import (
     UNBOUND,
     DrawLimits,
@@ -137,6 +137,7 @@ class RequestTable:
         self.triggers: Tensor | None = None  # [V], tokens after which the text must be read
         self.params: SamplingBatch
         self.head: LogitFunction
+        self.read: StateFunction
         self.max_tokens: Tensor  # per row, as the next two
         self.lengths: Tensor
         self.limit_codes: Tensor  # why a branch ends with its max_tokens-th token
@@ -193,7 +194,8 @@ class RequestTable:
         if settings == self._settings or not requests:
             return  # the usual case: the next step of the same requests
         self._settings = settings
-        self.head = self._policy.head([request.mix for request in requests])
+        mixes = [request.mix for request in requests]
+        self.head, self.read = self._policy.head(mixes), self._policy.reader(mixes)
         self.params = SamplingBatch.of([request.params for request in requests], device)
         if self.stop is not None:
             self.triggers = self.stop.trigger_table(self._policy.vocab_size).to(device)
@@ -331,6 +333,7 @@ class BranchDecoder:
         # Branches that decode, in ascending order, and where they lie in the grid: at the index of the same
         # number, unless the grid was compacted.
         self._live = self._live_index = self._sampled
+        self._row = self._sampled  # the request of each of them
         self._live_rows, self._is_new = NO_ROWS, True
 
     @property
@@ -449,8 +452,8 @@ class BranchDecoder:
         grid_row = self._live_index // self.grid.columns
         self._live_rows = np.unique(grid_row.cpu().numpy())
         self._is_new = True
+        self._row = live // max(self._buffers.columns, 1)
         if len(live):
-            self._row = live // self._buffers.columns
             # As many tokens drawn as the model has read since the request started.
             self._count = torch.from_numpy(self.grid.lengths).to(self.device)[grid_row]
             self._max_tokens = self._requests.max_tokens[self._row]
@@ -500,7 +503,8 @@ class BranchDecoder:
         if requests or self._is_new:
             self.grid.select(self._live_index, self._live_rows, opening)
             self._is_new = bool(requests)
-        hidden = self.policy.hidden_states(ids[:, None], positions[:, None], self.grid)[:, 0]
+        rows = torch.cat([self._row, torch.from_numpy(opening).to(self.device)]) if requests else self._row
+        hidden = self._requests.read(ids[:, None], positions[:, None], self.grid, rows)[:, 0]
         self.grid.advance(1)
         if count:
             self._count = self._count + 1

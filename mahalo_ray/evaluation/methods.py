@@ -244,7 +244,8 @@ def _predictions(
     cache = RaggedCache()
     view = cache.append(cache.add(len(ids)), lengths, ids.shape[1])
     device = policy.device
-    hidden = policy.hidden_states(ids.to(device), view.positions(ids.shape[1], device), view)
+    every = torch.arange(len(ids), device=device)
+    hidden = policy.reader(mixes)(ids.to(device), view.positions(ids.shape[1], device), view, every)
     rows, positions = rows.to(device), positions.to(device)
     states, head = hidden[rows, positions - 1], policy.head(mixes)
     return lambda part: torch.log_softmax(head(states[part], rows[part]).float(), dim=-1)

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from mahalo_ray.logprobs import IGNORE_INDEX
+from mahalo_ray.models.adapters import ADAPTER_PARAMETERS
 from mahalo_ray.models.folder import (
     ADAPTER_FOLDER,
     BACKBONE_FOLDER,
@@ -319,6 +320,8 @@ def save_backbone(
             "the backbone comes from a model in memory, without a name to load it from: save it too"
         )
     state = prefixed(state, "backbone.")
+    # Adapters per objective have a file of their own: the backbone's folder is an ordinary one.
+    state = {name: tensor for name, tensor in state.items() if not name.endswith(ADAPTER_PARAMETERS)}
     plain, plain_state = backbone, dict(state)
     if isinstance(backbone, PeftModel):
         backbone.save_pretrained(
@@ -511,6 +514,7 @@ class BackboneModel(nn.Module, ABC):
         metadata = read_metadata(path, cls.kind)
         model = cls._from_saved(load_saved_backbone(path, metadata, dtype, attn_implementation, backbone))
         fill_parameters(path / HEADS_FILE, model.head_file_parameters())
+        model._fill_extras(path)
         return model if device is None else model.to(device)
 
     @abstractmethod
@@ -527,6 +531,9 @@ class BackboneModel(nn.Module, ABC):
 
     def _save_extras(self, folder: Path, state: Mapping[str, Tensor]) -> None:
         """Write the files that this kind of model has besides backbone, heads and tokenizer."""
+
+    def _fill_extras(self, folder: Path) -> None:
+        """Read the parameters that `_save_extras` wrote."""
 
     @classmethod
     @abstractmethod

@@ -20,10 +20,11 @@ from mahalo_ray.data import storage
 from mahalo_ray.models.sharding import full_shape, gathered
 
 METADATA_FILE = "mahalo.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: `adapters.safetensors`, written where there are any; all else is version 1
 BACKBONE_FOLDER = "backbone"
 ADAPTER_FOLDER = "adapter"
 HEADS_FILE = "heads.safetensors"
+ADAPTERS_FILE = "adapters.safetensors"
 
 Metrics = Mapping[str, float | str]
 
@@ -110,7 +111,8 @@ def weights_fingerprint(parameters: Mapping[str, Tensor]) -> str:
 
 def write_metadata(folder: Path, kind: str, values: Mapping[str, Any]) -> None:
     """Write `mahalo.json`: kind and format version first, then the values."""
-    document = {"kind": kind, "format_version": FORMAT_VERSION, **values}
+    version = FORMAT_VERSION if values.get("adapters") else 1  # older versions read all folders that they can
+    document = {"kind": kind, "format_version": version, **values}
     (folder / METADATA_FILE).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 

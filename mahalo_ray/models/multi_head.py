@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -20,9 +21,10 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from mahalo_ray.config import HeadKind, LoraConfig
+from mahalo_ray.config import AdaptersConfig, HeadKind, LoraConfig
 from mahalo_ray.logprobs import DEFAULT_CHUNK_SIZE, IGNORE_INDEX, sum_rows
 from mahalo_ray.models import lora
+from mahalo_ray.models.adapters import ObjectiveAdapters, token_coefficients
 from mahalo_ray.models.backbone import (
     BackboneModel,
     SavedModel,
@@ -31,7 +33,7 @@ from mahalo_ray.models.backbone import (
     load_causal_lm,
     split_causal_lm,
 )
-from mahalo_ray.models.folder import Card
+from mahalo_ray.models.folder import ADAPTERS_FILE, Card, fill_parameters, save_tensors
 from mahalo_ray.models.heads import (
     FullHead,
     Head,
@@ -43,6 +45,7 @@ from mahalo_ray.models.heads import (
     merge_heads,
     weighted_projection,
 )
+from mahalo_ray.models.pair_attention import sequence_numbers
 from mahalo_ray.models.sharding import full_shape, sharded_creation
 from mahalo_ray.objectives import Weights, unknown_name
 
@@ -91,8 +94,9 @@ class MultiHeadCausalLM(BackboneModel):
         keep_base_head: bool = False,
         generation_config: GenerationConfig | None = None,
         base_name: str | None = None,
+        adapters: AdaptersConfig | None = None,
     ) -> None:
-        """With uninitialised heads: use `from_base` or `from_pretrained`."""
+        """With uninitialised heads and adapters: use `from_base` or `from_pretrained`."""
         super().__init__()
         check_objectives(objectives)
         if head_kind not in get_args(HeadKind):
@@ -105,6 +109,11 @@ class MultiHeadCausalLM(BackboneModel):
         self.generation_config = generation_config
         self.base_name = base_name
         self.backbone = backbone
+        self.adapters: ObjectiveAdapters | None = None
+        if adapters is not None and adapters.depth != 0:
+            if adapters.freeze_backbone:
+                backbone.requires_grad_(False)
+            self.adapters = ObjectiveAdapters.on(backbone, self.objectives, adapters)
         self.base_head: FullHead | None = None
         self.heads = nn.ModuleDict()
         with sharded_creation():
@@ -130,8 +139,10 @@ class MultiHeadCausalLM(BackboneModel):
         dtype: torch.dtype | None = None,
         attn_implementation: str | None = None,
         keep_base_head: bool = False,
+        adapters: AdaptersConfig | None = None,
     ) -> MultiHeadCausalLM:
-        """Every head starts as the base model's head plus N(0, noise^2), with a seed of its own.
+        """Every head starts as the base model's head plus N(0, noise^2), with a seed of its own, and
+        `adapters` on the upper blocks as nothing added.
 
         `base` is a folder, a hub id or a transformers causal LM, whose backbone is then used, not copied. The
         embedding stays with the backbone: a head tied to it is copied first. Works under ZeRO-3 without a
@@ -154,7 +165,10 @@ class MultiHeadCausalLM(BackboneModel):
             keep_base_head=keep_base_head,
             generation_config=model.generation_config,
             base_name=model.config._name_or_path or None,
+            adapters=adapters,
         )
+        if policy.adapters is not None:
+            policy.adapters.initialise(policy.objectives, seed)
         for head in filter(None, (policy.base_head, *policy.heads.values())):
             head.to(weight.device)
         initialise_heads(policy.base_head, policy.heads, weight, bias, noise, seed)
@@ -170,6 +184,48 @@ class MultiHeadCausalLM(BackboneModel):
 
     def _heads(self) -> list[Head]:
         return [cast(Head, head) for head in self.heads.values()]
+
+    def backbone_parameters(self) -> Iterator[nn.Parameter]:
+        """The trainable parameters that all objectives share."""
+        own = set() if self.adapters is None else {id(p) for p in self.adapters.parameters().values()}
+        return (parameter for parameter in super().backbone_parameters() if id(parameter) not in own)
+
+    def adapter_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of the objectives' adapters; none without them."""
+        return iter(() if self.adapters is None else self.adapters.parameters().values())
+
+    def mix(self, weights: Weights | Tensor | None, strength: float | Tensor = 1.0) -> None:
+        """What the adapters of the following forwards of `backbone` are mixed by: weights and strength as in
+        `logits`, a tensor [B, T, H] for tokens by themselves, or None: the shared backbone alone. Nothing to
+        do for a policy without adapters. All methods of this class that take weights call it."""
+        if self.adapters is None:
+            return
+        if isinstance(weights, Weights):
+            shares = weights.over(self.objectives)
+            if not isinstance(strength, Tensor):
+                self.adapters.mix.current = tuple(strength * w for w in shares)
+                return
+            weights = torch.tensor(shares, device=self.device).expand(len(strength), -1)
+        if weights is not None:
+            rows = weights if weights.dim() == 3 else weights[:, None]
+            weights = rows * torch.as_tensor(strength, device=rows.device).reshape(-1, 1, 1)
+        self.adapters.mix.current = weights
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        weights: Weights | Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Final normalised states [B, T, D]; kwargs (position_ids, kv_cache...) reach the backbone. With
+        adapters they depend on `weights` (see `mix`); None: those of the shared backbone alone."""
+        self.mix(weights)
+        return super().hidden_states(input_ids, attention_mask, **kwargs)
+
+    def enable_pair_packing(self) -> None:
+        self.mix(None)
+        super().enable_pair_packing()
 
     def head_parameters(self) -> Iterator[nn.Parameter]:
         """The heads' trainable parameters."""
@@ -250,6 +306,7 @@ class MultiHeadCausalLM(BackboneModel):
         uses `completion_logps`, which never holds whole logits.
         """
         kwargs.setdefault("use_cache", False)
+        self.mix(self._single_head() if weights is None else weights, strength)
         output = self.backbone(
             input_ids=input_ids, attention_mask=attention_mask, **{**kwargs, "return_dict": True}
         )
@@ -282,7 +339,9 @@ class MultiHeadCausalLM(BackboneModel):
         None is for policies with a single head. Every other argument is that of `transformers.generate`.
         """
         training = self.training
-        head = self.merged_head(self._single_head() if weights is None else weights, strength)
+        weights = self._single_head() if weights is None else weights
+        head = self.merged_head(weights, strength)
+        self.mix(weights, strength)
         model = assemble_causal_lm(self.plain_backbone, head.weight, head.bias).eval()
         if self.generation_config is not None:
             model.generation_config = self.generation_config
@@ -324,7 +383,12 @@ class MultiHeadCausalLM(BackboneModel):
             raise ValueError(
                 f"head_index {head_index.tolist()} names a head outside 0..{len(self.objectives) - 1}"
             )
-        states = completion_states(self.hidden_states, input_ids, attention_mask, labels, pair_lengths)
+        tokens = None  # mixing weights [B, T, H]
+        if self.adapters is not None:
+            sequences = sequence_numbers(labels, pair_lengths)
+            tokens = token_coefficients(head_index, sequences, len(self.objectives))
+        read = partial(self.hidden_states, weights=tokens)
+        states = completion_states(read, input_ids, attention_mask, labels, pair_lengths)
         totals = torch.zeros(states.completions, dtype=torch.float32, device=labels.device)
         # Every head is called, in one order, even without rows: under ZeRO-3 a call gathers the head's shards
         # from all ranks, and a rank that skipped it would leave the others waiting.
@@ -376,11 +440,14 @@ class MultiHeadCausalLM(BackboneModel):
         """An ordinary single-head transformers causal LM whose logits are the weighted sum (before a
         soft-cap) at this `strength`.
 
-        LoRA is folded in. `copied=False` hands over this model's backbone instead of a copy: for exporting a
-        large model, after which this one must not be used any more.
+        LoRA and the objectives' adapters are folded in. `copied=False` hands over this model's backbone
+        instead of a copy: for exporting a large model, after which this one must not be used any more.
         """
         head = self.merged_head(weights, strength)
         backbone = lora.fold_adapter(self.backbone, copied)
+        if self.adapters is not None:
+            shares = tuple(strength * w for w in weights.over(self.objectives))
+            backbone = self.adapters.fold_into(backbone, shares)
         model = assemble_causal_lm(backbone, head.weight, head.bias).eval()
         if self.generation_config is not None:
             model.generation_config = self.generation_config
@@ -402,6 +469,7 @@ class MultiHeadCausalLM(BackboneModel):
             "head_bias": any(name.endswith("bias") for name in self.head_file_parameters()),
             "logit_scale": self.transform.scale,
             "logit_softcap": self.transform.softcap,
+            **({} if self.adapters is None else {"adapters": self.adapters.metadata()}),
         }
 
     def _card(self) -> Card:
@@ -416,6 +484,13 @@ class MultiHeadCausalLM(BackboneModel):
     def _save_extras(self, folder: Path, state: Mapping[str, Tensor]) -> None:
         if self.generation_config is not None:
             self.generation_config.save_pretrained(str(folder))
+        if self.adapters is not None:
+            names = self.adapters.parameters()
+            save_tensors(folder / ADAPTERS_FILE, {name: state[f"backbone.{name}"] for name in names})
+
+    def _fill_extras(self, folder: Path) -> None:
+        if self.adapters is not None:
+            fill_parameters(folder / ADAPTERS_FILE, self.adapters.parameters())
 
     @classmethod
     def _from_saved(cls, saved: SavedModel) -> MultiHeadCausalLM:
@@ -436,4 +511,5 @@ class MultiHeadCausalLM(BackboneModel):
                 GenerationConfig.from_pretrained(str(saved.folder)) if generation.is_file() else None
             ),
             base_name=saved.base_name,
+            adapters=AdaptersConfig(**metadata["adapters"]) if metadata.get("adapters") else None,
         )

@@ -151,12 +151,16 @@ class HeldOutKl:
         return {name + KL: value for name, value in zip(self.mixtures, kl.tolist(), strict=True)}
 
 
-def _answer_states(model: nn.Module, **tensors: Tensor) -> Tensor:
-    """States [N, D] that predict the answers' tokens, of what `PairInputs.chosen_tensors` gives."""
+def _answer_states(model: nn.Module, mixture: Tensor | None = None, **tensors: Tensor) -> Tensor:
+    """States [N, D] that predict the answers' tokens, of what `PairInputs.chosen_tensors` gives. `mixture`
+    [H]: weights of the objectives' adapters, where there are any; None: the shared backbone's states."""
     inputs = pair_inputs(tensors)
     labels, packed = tensors["labels"], packed_arguments(inputs["pair_lengths"])
     hidden = cast(MultiHeadCausalLM, model).hidden_states(
-        tensors["input_ids"], inputs["attention_mask"], **packed
+        tensors["input_ids"],
+        inputs["attention_mask"],
+        None if mixture is None else mixture[None, None],
+        **packed,
     )
     return hidden[labels != IGNORE_INDEX]
 
@@ -169,8 +173,13 @@ def _kl_sums(
     policy = cast(MultiHeadCausalLM, model)
     base_head, heads = policy.base_head, [cast(Head, head) for head in policy.heads.values()]
     assert base_head is not None, "the recipe keeps the base head for these metrics"
-    states = _answer_states(model, **inputs)
-    mixtures = len(mixture_names(policy.objectives))
+    weights = mixture_weights(len(heads)).to(reference.device)
+    mixtures = len(weights)
+    # With adapters every mixture has states of its own.
+    own_states = (
+        [] if policy.adapters is None else [_answer_states(model, mixture=w, **inputs) for w in weights]
+    )
+    states = own_states[0] if own_states else _answer_states(model, **inputs)
     sums = torch.zeros(mixtures + 1, len(heads), dtype=torch.float64, device=states.device)
     for number in range(chunks):
         chunk = slice(number * chunk_size, (number + 1) * chunk_size)
@@ -180,6 +189,13 @@ def _kl_sums(
             logps = policy.transform(logits).float().log_softmax(-1)
             sums[row].index_add_(0, of_group, (logps.exp() * (logps - frozen)).sum(-1).double())
 
+        if own_states:
+            for row, mixture in enumerate(weights):
+                projections = [head(own_states[row][chunk], transformed=False).float() for head in heads]
+                add(
+                    row, sum((w * z for w, z in zip(mixture, projections, strict=True)), 0.0 * projections[0])
+                )
+            continue
         # Heads are mixed before scale and soft cap, as decoding does. Each is called twice, so that the
         # logits of two exist at a time and not of all: under ZeRO-3 its shards are gathered twice.
         even = torch.zeros_like(frozen)
@@ -286,6 +302,7 @@ def _sample_turns(
     heads = [cast(Head, head) for head in policy.heads.values()]
     before = policy.plain_backbone.config._attn_implementation
     policy.set_attn_implementation(attention)
+    policy.mix(weights)
     cache, tokens = None, []
     running = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
     for draw in draws.unbind(1):

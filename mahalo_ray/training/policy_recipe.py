@@ -217,6 +217,11 @@ class PolicyRecipe:
     def build_model(self) -> nn.Module:
         policy = self._policy
         if self._start is not None:
+            if self._start.adapters is not None:
+                raise ValueError(
+                    "a policy in memory with adapters per objective cannot be trained on: its reference "
+                    "would be what they are added to; train from the folder of the SFT model"
+                )
             return self._start
         assert self._folder is not None
         model = MultiHeadCausalLM.from_base(
@@ -229,6 +234,7 @@ class PolicyRecipe:
             dtype=getattr(torch, self._model.dtype),
             attn_implementation=self._model.attn_implementation,
             keep_base_head=True,  # decoding at another strength than 1 needs it
+            adapters=policy.adapters,
         )
         if self.packed:
             model.enable_pair_packing()
@@ -245,10 +251,17 @@ class PolicyRecipe:
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         policy, decay = cast(MultiHeadCausalLM, model), self._training.weight_decay
-        backbone, heads = list(policy.backbone_parameters()), list(policy.head_parameters())
+        head_rate = self._policy.head_learning_rate
+        groups = (
+            ("backbone", policy.backbone_parameters(), self._training.learning_rate),
+            ("adapters", policy.adapter_parameters(), self._policy.adapters.learning_rate or head_rate),
+            ("heads", policy.head_parameters(), head_rate),
+        )
         return [
-            *parameter_group("backbone", backbone, self._training.learning_rate, decay),
-            *parameter_group("heads", heads, self._policy.head_learning_rate, decay),
+            group
+            for name, parameters, rate in groups
+            if (trained := list(parameters))
+            for group in parameter_group(name, trained, rate, decay)
         ]
 
     def loss_denominators(self, batch: Indices) -> dict[str, float]:
