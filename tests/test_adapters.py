@@ -10,7 +10,7 @@ from tiny_policies import OBJECTIVES, batch, tiny
 from tiny_tutor import TOKENIZER, model
 from transformers import AutoModel, PreTrainedModel
 
-from mahalo_ray.config import AdaptersConfig, PolicyConfig
+from mahalo_ray.config import AdaptersConfig, ModelConfig, PolicyConfig, ScratchModelConfig
 from mahalo_ray.decoding.engine import Engine
 from mahalo_ray.decoding.policy import MultiHeadPolicy
 from mahalo_ray.decoding.sampling import SamplingParams
@@ -18,6 +18,7 @@ from mahalo_ray.models import MultiHeadCausalLM
 from mahalo_ray.models.adapters import AdaptedLinear
 from mahalo_ray.models.soup import average_models
 from mahalo_ray.objectives import Weights
+from mahalo_ray.planning import make_plan
 
 SETTINGS = AdaptersConfig(depth=1, rank=2, alpha=4)
 MIXTURE = Weights.parse("accuracy=0.5,engagement=0.2,brevity=0.3")
@@ -128,12 +129,28 @@ def test_a_batch_of_different_weights_is_each_row_by_itself(strength: float) -> 
     for row, model in enumerate(merged):
         one = model.generate(IDS[row : row + 1], max_new_tokens=10, do_sample=False, eos_token_id=None)
         assert mixed[row] == one[0, 5:].tolist()
+    assert in_flight(policy, rows, strength) == mixed
     same = greedy(Engine(MultiHeadPolicy(policy)), [MIXTURE, MIXTURE])
     assert same[0] == mixed[0]
     generated = policy.generate(
         IDS[:1], weights=MIXTURE, strength=strength, max_new_tokens=10, do_sample=False
     )
     assert generated[0, 5:].tolist()[:3] == mixed[0][:3]
+
+
+def in_flight(policy: MultiHeadCausalLM, rows: list[Weights], strength: float) -> list[list[int]]:
+    """Ten greedy tokens of every row, the second of which joins when the first is at its third token."""
+    engine = Engine(MultiHeadPolicy(policy))
+    sequences = engine.add(len(rows), rows, strength=strength)
+    engine.append(sequences, IDS.tolist())
+    settings = ([1], [SamplingParams(temperature=0)], [1], [10], [None])
+    engine.start(sequences[:1], *settings)
+    done = engine.step() + engine.step()
+    engine.start(sequences[1:], *settings)
+    while engine.is_busy:
+        done += engine.step()
+    assert sorted(done) == sorted(sequences)
+    return [ids[0] for ids in engine.collect(sequences).token_ids]
 
 
 def test_a_folder_keeps_the_adapters_and_an_ordinary_backbone(tmp_path: Path) -> None:
@@ -163,6 +180,22 @@ def test_folded_layers_follow_the_parameters() -> None:
         after = policy(IDS, weights=MIXTURE).logits
         torch.testing.assert_close(after, policy.merge(MIXTURE)(IDS).logits)
     assert not torch.allclose(before, after)
+
+
+def test_the_plan_counts_adapters() -> None:
+    """Per objective and rank: 4 layers of 96 to 96, 3 between 96 and 256."""
+    model = ModelConfig(scratch=ScratchModelConfig(hidden_size=96, intermediate_size=256, num_layers=3))
+    plans = {
+        depth: make_plan(model, PolicyConfig.model_validate({"adapters": {"depth": depth}}), 2, 1)
+        for depth in (0, 2, "all")
+    }
+    one_block = 8 * 2 * (4 * (96 + 96) + 3 * (96 + 256))
+    assert [plan.counts.adapter for plan in plans.values()] == [0, 2 * one_block, 3 * one_block]
+    assert len({plan.counts.backbone for plan in plans.values()}) == 1
+    assert plans[2].counts.trained - plans[0].counts.trained == 2 * one_block
+    frozen = PolicyConfig.model_validate({"adapters": {"depth": 2, "freeze_backbone": True}})
+    counts = make_plan(model, frozen, 2, 1).counts
+    assert counts.trained == counts.adapter + counts.heads
 
 
 def test_adapters_that_cannot_be() -> None:

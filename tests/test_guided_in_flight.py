@@ -122,14 +122,19 @@ def test_one_forward_serves_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
     """Six requests need about as many forwards as the longest of them, not as all one after the other."""
     counts: dict[str, int] = {}
     made = decoder()
-    forward = made.policy.hidden_states
+    reader = made.policy.reader
     where = "alone"
 
-    def counted(*arguments: Any) -> Any:
-        counts[where] = counts.get(where, 0) + 1
-        return forward(*arguments)
+    def counting_reader(mixes: Any) -> Any:
+        read = reader(mixes)
 
-    monkeypatch.setattr(made.policy, "hidden_states", counted)
+        def counted(*arguments: Any) -> Any:
+            counts[where] = counts.get(where, 0) + 1
+            return read(*arguments)
+
+        return counted
+
+    monkeypatch.setattr(made.policy, "reader", counting_reader)
     longest = 0
     for one in REQUESTS:
         before = counts.get("alone", 0)

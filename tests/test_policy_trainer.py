@@ -241,3 +241,38 @@ def test_a_kl_budget_ends_training_with_the_weights_within_it(base: str, tmp_pat
         with pytest.raises(ValueError, match=r"first measurement, after step 2, found a KL .* above 1e-09"):
             run("none", 9, 1e-9)
         assert "stopped_at_step" not in run("ample", 9, 2 * largest[-1] + 1)["metrics"]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_adapters_are_trained_for_each_objective(base: str, stage: int) -> None:
+    """With a frozen backbone nothing is shared: what one objective's pairs change, the other's do not see."""
+    settings = {"adapters": {"depth": 1, "rank": 2, "freeze_backbone": True}, "metrics_every_steps": 2}
+    training = {**TRAINING, "zero_stage": stage, "gradient_checkpointing": True}
+    training["gradient_clipping"] = (
+        0.0  # the norm is over all parameters: it would tie the objectives together
+    )
+    pairs = rows()
+    trained = []
+    for objectives in (world.OBJECTIVES, world.OBJECTIVES[:1]):
+        # The last objective's pairs turned round, the second time.
+        turned = [
+            row
+            if row["objective"] in objectives
+            else {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
+            for row in pairs
+        ]
+        policy = PolicyConfig.model_validate({**settings, "training": training})
+        trainer = make(base, turned, policy)
+        metrics = trainer.train()
+        trained.append(trainer.model)
+        assert any("kl" in name for name in trainer.history[-1]), trainer.history
+        assert metrics["held_out/pairs"] > 0
+    (first, second), start = trained, MultiHeadCausalLM.from_base(base, world.OBJECTIVES)
+    assert first.adapters is not None and second.adapters is not None
+    for name, parameter in first.adapters.parameters().items():
+        other = second.adapters.parameters()[name]
+        if name.endswith("adapter_up"):  # [out, objectives * rank]
+            assert parameter.abs().max() > 0
+            assert torch.equal(parameter[:, :2], other[:, :2]) and not torch.equal(parameter, other)
+    for name, parameter in start.backbone.named_parameters():
+        assert torch.equal(parameter, dict(first.backbone.named_parameters())[name])
