@@ -484,15 +484,20 @@ def test_a_forward_without_memory_costs_the_largest_request_alone(monkeypatch):
         for n, text in enumerate(["So?", "Is it? Yes!", "Dr. Smith said e.g. this."])
     ]
     alone = [made.generate_each([request])[0] for request in requests]
-    forward, calls = made.policy.hidden_states, []
+    reader, calls = made.policy.reader, []
 
-    def limited(*arguments):
-        calls.append(1)
-        if len(calls) == 15:
-            raise torch.OutOfMemoryError("no memory")
-        return forward(*arguments)
+    def limited(mixes):
+        read = reader(mixes)
 
-    monkeypatch.setattr(made.policy, "hidden_states", limited)
+        def forward(*arguments):
+            calls.append(1)
+            if len(calls) == 15:
+                raise torch.OutOfMemoryError("no memory")
+            return read(*arguments)
+
+        return forward
+
+    monkeypatch.setattr(made.policy, "reader", limited)
     *good, largest = made.generate_each(requests)
     assert isinstance(largest, ValueError) and "more memory than there is" in str(largest)
     for result, expected in zip(good, alone, strict=False):
