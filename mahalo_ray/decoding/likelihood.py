@@ -54,7 +54,8 @@ def token_logps(
     ids, counts = pad_right(sequences)
     view = cache.append(numbers, counts, ids.shape[1])
     device = policy.device
-    hidden = policy.hidden_states(ids.to(device), view.positions(ids.shape[1], device), view)
+    every = torch.arange(len(sequences), device=device)
+    hidden = policy.reader(mixes)(ids.to(device), view.positions(ids.shape[1], device), view, every)
     # Of every sequence all places but the last, which predict its tokens but the first.
     places = [(row, place) for row, count in enumerate(counts.tolist()) for place in range(count - 1)]
     rows, columns = (torch.tensor([pair[i] for pair in places], device=device) for i in (0, 1))
