@@ -87,6 +87,7 @@ from mahalo_ray.config.section import (
     Strategy,
     Supervision,
     Temperature,
+    Threshold,
     TraceFormat,
     Tuning,
     ZeroStage,
