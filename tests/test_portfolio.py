@@ -12,6 +12,7 @@ import pytest
 
 from mahalo_ray.objectives import Weights
 from mahalo_ray.sweeps import Portfolio, portfolio
+from mahalo_ray.sweeps.portfolio import least_eps_by_size
 
 NAMES = "abc"
 
@@ -29,7 +30,7 @@ def shortfall(values: np.ndarray, weights: np.ndarray, members: tuple[int, ...])
 
 def test_small_cases_equal_brute_force_and_certificates_hold() -> None:
     draws = np.random.default_rng(0)
-    for _ in range(40):
+    for _ in range(20):
         count, objectives = int(draws.integers(3, 9)), int(draws.integers(2, 4))
         values, weights = draws.normal(size=(count, objectives)), draws.dirichlet(np.ones(objectives), count)
         found = portfolio(values, vectors(weights), eps=0.1)
@@ -80,6 +81,62 @@ def test_failed_policies_keep_their_rows_and_a_file_gives_it_all_back(tmp_path: 
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(ValueError, match=r"other\.json' is no portfolio"):
         Portfolio.load(str(tmp_path / "other.json"))
+
+
+def test_the_certificate_is_the_largest_bound_and_what_is_played_there_tightens_it() -> None:
+    draws = np.random.default_rng(2)
+    for objectives in (2, 3):
+        rewards = draws.random((objectives, 15))
+
+        def solve(grid: np.ndarray, rewards: np.ndarray = rewards) -> np.ndarray:
+            """The best policies of a bandit with entropy at weights [N, objectives] -> their values."""
+            policies = np.exp((grid @ rewards) / 0.2)
+            return (policies / policies.sum(axis=1, keepdims=True)) @ rewards.T
+
+        grid = np.concatenate([np.eye(objectives), draws.dirichlet(np.ones(objectives), 4)])
+        for _ in range(3):
+            found = portfolio(solve(grid), vectors(grid), size=2)
+            worst = found.certificate()
+            assert worst.loss == pytest.approx(found.loss_bound(worst.weights), abs=1e-9)
+            asked = vectors(draws.dirichlet(np.ones(objectives), 60))
+            assert max(map(found.loss_bound, asked)) <= worst.loss + 1e-9
+            before = found.loss_bound(worst.weights)
+            grid = np.concatenate([grid, [worst.weights.over(NAMES[:objectives])]])
+            again = portfolio(solve(grid), vectors(grid), size=2)
+            assert again.loss_bound(worst.weights) <= before + 1e-9
+    flat = portfolio(np.ones((5, 2)), vectors(draws.dirichlet(np.ones(2), 5)), size=1)
+    assert flat.certificate().loss == pytest.approx(0)  # OPT is linear: no hull to take
+
+
+def test_a_loss_has_an_interval_where_the_values_were_measured(tmp_path: Path) -> None:
+    weights = vectors(np.stack([np.linspace(0, 1, 5), 1 - np.linspace(0, 1, 5)], axis=1))
+    values = np.array([[0, 1], [0.4, 0.95], [0.7, 0.7], [0.95, 0.4], [1, 0]])
+    exact = portfolio(values, weights, size=2)
+    asked = Weights.parse("a=0.4,b=0.6")
+    assert exact.loss_interval(asked) == (exact.loss_bound(asked),) * 2
+    samples = values + np.random.default_rng(0).normal(0, 0.02, (300, 5, 2))
+    policies = tuple({"method": f"policy {n}"} for n in range(5))
+    noisy = exact.described(policies, "reward", "best of five", samples, "abc")
+    low, high = noisy.loss_interval(asked)
+    assert 0 <= low < high < 0.2 and high > exact.loss_bound(asked)
+    url = str(tmp_path / "portfolio.json")
+    noisy.save(url)
+    again = Portfolio.load(url)
+    assert again.loss_interval(asked) == pytest.approx((low, high), abs=1e-5)
+    assert (again.policies, again.unit, again.best, again.sweep) == (
+        policies,
+        "reward",
+        "best of five",
+        "abc",
+    )
+    assert again.name_of(again.member(asked)).startswith("policy ")
+
+
+def test_more_members_never_lose_more() -> None:
+    draws = np.random.default_rng(3)
+    values, weights = draws.random((12, 3)), vectors(draws.dirichlet(np.ones(3), 12))
+    curve = least_eps_by_size(values, weights, range(1, 7))
+    assert list(curve.values()) == sorted(curve.values(), reverse=True)
 
 
 def test_weights_outside_the_hull_have_no_certificate() -> None:

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from mahalo_ray.cli.common import Debug, guarded, out, say
+from mahalo_ray.cli.common import Debug, guarded, open_session, out, say
 from mahalo_ray.data import storage
-from mahalo_ray.objectives import unknown_name
+from mahalo_ray.objectives import Weights, unknown_name
 
 Runs = Annotated[list[str], typer.Argument(metavar="RUN...", help="Output folders of finished runs.")]
 ScaleOption = Annotated[
@@ -23,6 +23,7 @@ ScaleOption = Annotated[
 def register_sweep_verbs(app: typer.Typer) -> None:
     """Add the verbs to the command."""
     app.command()(front)
+    app.command()(portfolio)
 
 
 def front(
@@ -57,6 +58,65 @@ def front(
         )
         print_fronts(wide_enough(out), document)
         for file in write_fronts(folder, document):
+            say(file)
+
+    guarded(work, debug)
+
+
+def portfolio(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Output folder of a finished run.")],
+    eps: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Relative loss allowed, e.g. 0.015.")
+    ] = None,
+    delta: Annotated[float | None, typer.Option(min=0, help="Absolute loss allowed on top.")] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Instead of eps: at most so many members.")] = None,
+    scale: ScaleOption = "none",
+    evaluate: Annotated[
+        int, typer.Option(min=0, help="Most further policies to play, each where least is certified.")
+    ] = 0,
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="With --evaluate: certified loss that is small enough.")
+    ] = 0.0,
+    weights: Annotated[
+        str | None, typer.Option(help="Show the member and certified loss here: accuracy=.6,engagement=.4.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """A few policies of a finished run of which one is nearly the best at every balance; saved in the run.
+
+    With --weights alone, the saved portfolio is asked.
+    """
+
+    def work() -> None:
+        from mahalo_ray.pipeline import portfolios
+        from mahalo_ray.pipeline.evaluating import wide_enough
+        from mahalo_ray.pipeline.progress import RunProgress
+        from mahalo_ray.sweeps import Portfolio
+
+        console = wide_enough(out)
+        asked = None if weights is None else Weights.parse(weights)
+        makes_one = (eps, delta, size) != (None, None, None) or evaluate > 0
+        if asked is not None and not makes_one:
+            portfolios.print_choice(console, Portfolio.of_run(run), asked)
+            return
+        if (eps, delta, size) == (None, None, None):
+            raise ValueError("say how good or how large it has to be: --eps (and --delta), or --size")
+        demand = portfolios.PortfolioDemand(eps, delta, size, check_scale(scale))
+        found = portfolios.candidates_of(run)
+        with storage.run_lock(storage.absolute(run)):
+            if evaluate:
+                with RunProgress(out) as display, display.stage("Play further policies") as progress:
+                    progress.start(0, "methods")
+                    count = portfolios.split_worst_cells(
+                        run, found, demand, tolerance, evaluate, open_session, progress.update
+                    )
+                say(f"further policies: {count}")
+            chosen = found.choose(demand)
+            files = portfolios.save_portfolio(run, found, demand, chosen)
+        portfolios.print_portfolio(console, chosen)
+        if asked is not None:
+            portfolios.print_choice(console, chosen, asked)
+        for file in files:
             say(file)
 
     guarded(work, debug)

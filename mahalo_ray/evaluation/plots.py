@@ -379,3 +379,24 @@ def _draw_parallel(panel: Axes, document: Mapping[str, Any]) -> None:
     labels = [f"{name}\n{bottom:.3g} to {top:.3g}" for name, bottom, top in ends]
     panel.set_xticks(range(len(objectives)), labels)
     panel.set_yticks([])
+
+
+def portfolio_png(least_eps: Mapping[int, float], size: int, unit: str) -> bytes:
+    """Size of a portfolio against the least relative loss that so many members reach; `size` is marked."""
+    with matplotlib.rc_context(_style(font_size=10.5)):
+        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        panel = figure.subplots()
+        FigureCanvasAgg(figure)
+        panel.set_axisbelow(True)
+        panel.grid(color=INK, alpha=0.12, linewidth=0.7)
+        panel.plot(list(least_eps), [100 * eps for eps in least_eps.values()], "o-", color=SERIES_COLORS[0])
+        if size in least_eps:
+            panel.plot(size, 100 * least_eps[size], "o", color=SERIES_COLORS[1], markersize=10, zorder=4)
+        panel.set_xticks(list(least_eps))
+        panel.set_ylim(bottom=0)
+        panel.set_xlabel("members of the portfolio")
+        panel.set_ylabel("largest relative loss (%)")
+        panel.set_title(unit, fontsize="small", wrap=True)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=160, facecolor=SURFACE)
+    return buffer.getvalue()

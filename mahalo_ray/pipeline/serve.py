@@ -31,6 +31,7 @@ from mahalo_ray.serving.api_key import KeyDigests
 from mahalo_ray.serving.front import RunFiles
 from mahalo_ray.serving.launch import Serving, error_log_folder, serve_forever, start
 from mahalo_ray.serving.service import Defaults, ServiceSettings
+from mahalo_ray.sweeps.portfolio import FILE_IN_RUN, Portfolio, sweep_fingerprint
 
 DOMAIN = "tutoring"
 SMOKE_SEED = 7
@@ -185,6 +186,11 @@ def _start(
     )
 
 
+def _is_current(portfolio: str, output: str) -> bool:
+    """Whether it was made from the sweep that the run has now."""
+    return Portfolio.load(portfolio).sweep == sweep_fingerprint(output)
+
+
 def run_files(config: RunConfig, output: str) -> RunFiles:
     """What the finished stages of the run in `output` have measured."""
     finished = {}
@@ -192,9 +198,10 @@ def run_files(config: RunConfig, output: str) -> RunFiles:
         if (manifest := Manifest.read(storage.join(output, stage))) is not None:
             outputs = manifest.outputs.items()
             finished[stage] = {name: storage.join(output, stage, file) for name, file in outputs}
+    portfolio = storage.join(output, FILE_IN_RUN)
     return RunFiles(
         methods=tuple(files["methods"] for files in finished.values()),
-        portfolio=finished.get("sweep", {}).get("portfolio"),
+        portfolio=portfolio if storage.exists(portfolio) and _is_current(portfolio, output) else None,
         objectives=config.objective_names,
         confidence=config.evaluation.confidence,
         resamples=config.evaluation.bootstrap_resamples,

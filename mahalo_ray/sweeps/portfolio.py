@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from mahalo_ray.evaluation.statistics import finite_or_none
 from mahalo_ray.metrics import FloatArray, finite_array
 from mahalo_ray.objectives import Weights
 
+FILE_IN_RUN = "portfolio.json"
 FORMAT = 2  # of the file that `save` writes; 1, without policies, unit and samples, is still read
 _EXACT_UP_TO = 2000  # policies for which the cover is solved exactly
 _ROUNDING = 1e-12
@@ -50,6 +51,7 @@ class Portfolio:
         best: what the best policy is the best of, in words.
         samples: [resamples, N, objectives] bootstrap means of the values, which make intervals; None where
             the values are exact.
+        sweep: fingerprint of the run's sweep that it was made from; "" where it was made from none.
     """
 
     objectives: tuple[str, ...]
@@ -64,6 +66,7 @@ class Portfolio:
     unit: str = "the values' own"
     best: str = "the given policies"
     samples: FloatArray | None = None
+    sweep: str = ""
 
     def member(self, weights: Weights) -> int:
         """The member (a row of `values`) that is worth most at these weights."""
@@ -100,7 +103,11 @@ class Portfolio:
         return float(low), float(high)
 
     def certificate(self) -> Certificate:
-        """The weights in the convex hull of the N weight vectors at which `loss_bound` is largest.
+        """The weights in the convex hull of the N weight vectors at which `loss_bound` is largest."""
+        return self.cells()[0]
+
+    def cells(self) -> list[Certificate]:
+        """The largest `loss_bound` in every cell, the worst cell first.
 
         The tightest bound on OPT is its lower convex envelope, which is linear over simplices (cells) of
         weight vectors; the largest loss over a cell is a linear programme.
@@ -108,7 +115,7 @@ class Portfolio:
         vectors, points = self._found(self.values)
         optima = (vectors @ points.T).max(axis=1)
         members = self.values[list(self.members)]
-        worst: Certificate | None = None
+        certificates = []
         for cell in _cells(vectors, optima):
             # max t, s.t. t <= sum_j l_j (OPT_j - v_j.F_m) for every member m, and sum_j l_j = 1
             losses = optima[cell] - members @ vectors[cell].T  # [members, corners]
@@ -121,15 +128,31 @@ class Portfolio:
                 bounds=[(0, None)] * len(cell) + [(None, None)],
                 method="highs",
             )
-            if solved.success and (worst is None or -solved.fun > worst.loss):
-                where = solved.x[:-1] @ vectors[cell]
-                named = Weights(dict(zip(self.objectives, np.maximum(where, 0).tolist(), strict=True)))
-                corners = tuple(
-                    Weights(dict(zip(self.objectives, row, strict=True))) for row in vectors[cell].tolist()
-                )
-                worst = Certificate(max(0.0, float(-solved.fun)), named, corners)
-        assert worst is not None
-        return worst
+            where = np.maximum(solved.x[:-1] @ vectors[cell], 0.0)
+            corners = tuple(self._named(row) for row in vectors[cell])
+            certificates.append(Certificate(max(0.0, float(-solved.fun)), self._named(where), corners))
+        return sorted(certificates, key=lambda cell: -cell.loss)
+
+    def described(
+        self,
+        policies: tuple[dict[str, Any], ...],
+        unit: str,
+        best: str,
+        samples: FloatArray | None,
+        sweep: str,
+    ) -> Portfolio:
+        """The same portfolio with what its policies, its unit and its best are, with resampled values
+        [resamples, N, objectives], and with the fingerprint of its sweep."""
+        return replace(self, policies=policies, unit=unit, best=best, samples=samples, sweep=sweep)
+
+    def name_of(self, row: int) -> str:
+        """The name of a policy, or its weights where nobody named it."""
+        if self.policies:
+            return str(self.policies[row]["method"])
+        return self._named(self.weights[row]).label()
+
+    def _named(self, vector: FloatArray) -> Weights:
+        return Weights(dict(zip(self.objectives, vector.tolist(), strict=True)))
 
     def _found(self, values: FloatArray) -> tuple[FloatArray, FloatArray]:
         """(weights, values) of the policies that did not fail."""
@@ -153,9 +176,28 @@ class Portfolio:
                 "policies": list(self.policies),
                 "unit": self.unit,
                 "best": self.best,
+                "sweep": self.sweep,
                 "samples": None if self.samples is None else finite_or_none(self.samples.round(6).tolist()),
             },
         )
+
+    @classmethod
+    def of_run(cls, run: str) -> Portfolio:
+        """The portfolio that `mahalo portfolio` saved in the run in this folder (a path or URL). ValueError
+        where there is none, or the sweep that it was made from has been made anew since."""
+        url = storage.join(storage.absolute(run), FILE_IN_RUN)
+        if not storage.exists(url):
+            raise ValueError(
+                f"the run at '{run}' has no portfolio yet: make one with `mahalo portfolio {run} --size 5`, "
+                "or --eps and --delta"
+            )
+        found = cls.load(url)
+        if found.sweep != sweep_fingerprint(run):
+            raise ValueError(
+                f"'{url}' was made from another sweep than the run now has: make it anew with "
+                f"`mahalo portfolio {run}`"
+            )
+        return found
 
     @classmethod
     def load(cls, url: str) -> Portfolio:
@@ -164,7 +206,7 @@ class Portfolio:
             document = storage.read_json(url)
             if document["format"] not in (1, FORMAT):
                 raise ValueError(f"format {document['format']}, this version reads 1 and {FORMAT}")
-            added = {name: document[name] for name in ("unit", "best") if document["format"] == FORMAT}
+            later = ("unit", "best", "sweep") if document["format"] == FORMAT else ()
             samples = document.get("samples")
             failed = [math.nan] * len(document["objectives"])
             return cls(
@@ -178,7 +220,7 @@ class Portfolio:
                 gap=int(document["gap"]),
                 policies=tuple(dict(policy) for policy in document.get("policies", ())),
                 samples=None if samples is None else np.array(samples, dtype=np.float64),
-                **added,
+                **{name: str(document[name]) for name in later},
             )
         except (KeyError, TypeError, json.JSONDecodeError, ValueError) as error:
             raise ValueError(f"'{url}' is no portfolio: {error}") from error
@@ -235,6 +277,12 @@ def _cells(vectors: FloatArray, optima: FloatArray) -> list[NDArray[np.int64]]:
 def _neighbours(distinct: FloatArray) -> NDArray[np.int64]:
     order = np.argsort(distinct[:, 0])
     return np.stack([order[:-1], order[1:]], axis=1)
+
+
+def sweep_fingerprint(run: str) -> str:
+    """What the finished sweep of a run was made from, as its manifest says; "" without one."""
+    url = storage.join(storage.absolute(run), "sweep", "manifest.json")
+    return str(storage.read_json(url)["fingerprint"]) if storage.exists(url) else ""
 
 
 def least_eps_by_size(
