@@ -113,6 +113,8 @@ class PortfolioReport(BaseModel):
     delta: float
     exact: bool = Field(description="whether no smaller portfolio keeps eps and delta")
     gap: int = Field(description="members more than a proven lower bound")
+    unit: str = Field(description="of values, worth and losses, in words")
+    best: str = Field(description="what the best policy is the best of, in words")
     members: list[PortfolioMember]
     choices: list[CertifiedChoice] = Field(
         description="at every weight vector that was tried; with `weights` in the address, at those alone"
@@ -188,6 +190,8 @@ class Measurements:
             delta=found.delta,
             exact=found.exact,
             gap=found.gap,
+            unit=found.unit,
+            best=found.best,
             members=[
                 PortfolioMember(
                     model=ids[member],
