@@ -252,7 +252,7 @@ def test_three_objectives_are_a_triangle_with_sliders_for_the_keyboard(
     box = page.locator("#balance .triangle").bounding_box()
     assert box is not None
     # Into the lower right corner: all of the third objective, for balance A, which stands at the top.
-    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] * 22 / 196)
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] * 34 / 214)
     page.mouse.down()
     page.mouse.move(box["x"] + box["width"] * 0.95, box["y"] + box["height"] * 0.97, steps=4)
     page.mouse.up()
@@ -263,6 +263,23 @@ def test_three_objectives_are_a_triangle_with_sliders_for_the_keyboard(
         ask(page)
     assert request.value.post_data_json["objectives"] == {"accuracy": 0.4, "engagement": 0, "brevity": 0.6}
     assert complaints == []
+
+
+@needs_browser
+def test_moving_a_balance_answers_again_only_where_it_moved(context: BrowserContext, two: Served) -> None:
+    page = visit(context, two.url)
+    ask(page)
+    first = last_answers(page)
+    page.get_by_label("Answer again as I move").check()
+    sent: list[dict[str, Any]] = []
+    page.on("request", lambda request: request.method == "POST" and sent.append(request.post_data_json))
+    with page.expect_response("**/v1/chat/completions"):
+        page.get_by_role("slider", name="Balance A, from accuracy to engagement").fill("90")
+    expect(page.locator("#stop")).to_be_hidden()
+    assert [body["objectives"]["accuracy"] for body in sent] == [0.1]
+    assert last_answers(page) == [first[1], first[1]]  # A stands where B stands: the same words
+    expect(page.locator(".comparison")).to_contain_text("All balances lead to the same words here")
+    assert page.locator(".turn").count() == 1
 
 
 # -- what was measured ---------------------------------------------------------------------------------------

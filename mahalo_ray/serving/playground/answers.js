@@ -34,7 +34,10 @@ function bar(context, name, value) {
   const fill = html("span", {class: "fill o" + context.names.indexOf(name)});
   fill.style.left = at(Math.min(value, Math.max(low, 0))) + "%";
   fill.style.width = Math.abs(at(value) - at(Math.max(low, 0))) + "%";
-  return html("dd", {class: "track", "aria-hidden": "true"}, fill);
+  if (low >= 0) return html("dd", {class: "track", "aria-hidden": "true"}, fill);
+  const zero = html("span", {class: "zero"});
+  zero.style.left = at(0) + "%";
+  return html("dd", {class: "track", "aria-hidden": "true"}, fill, zero);
 }
 
 function scoreList(context, scores) {
@@ -152,7 +155,8 @@ function balanceBar(names, shares) {
 
 function answerText(answer, marked) {
   const text = html("p", {class: "text"});
-  if (answer.text.trim()) {
+  if (answer.state === "running" && !answer.text && answer.before) text.textContent = answer.before.text;
+  else if (answer.text.trim()) {
     if (!marked) text.textContent = answer.text;
     else text.append(...marked.map((run) => (run.differs ? html("mark", {}, run.text) : run.text)));
   } else if (answer.state === "done") text.append(html("em", {}, "(an empty answer)"));
@@ -163,7 +167,9 @@ function answerText(answer, marked) {
 const growing = new WeakMap();
 export function showText(answer) {
   const node = growing.get(answer);
-  if (node) node.textContent = answer.text;
+  if (!node) return;
+  node.textContent = answer.text;
+  node.closest(".answer").classList.remove("stale");
 }
 
 function answerCard(context, turn, answer, index, view) {
@@ -175,8 +181,9 @@ function answerCard(context, turn, answer, index, view) {
   const text = answerText(answer, view.marked?.[index]);
   growing.set(answer, text);
   const chosen = turn.chosen === index;
+  const stale = answer.state === "running" && !answer.text && answer.before;
   const card = html("section", {
-    class: "answer" + (several && chosen && view.settled ? " taken" : ""), "aria-label": name,
+    class: "answer" + (several && chosen && view.settled ? " taken" : "") + (stale ? " stale" : ""), "aria-label": name,
     "aria-busy": String(answer.state === "running"),
   });
   card.append(html("h3", {},
@@ -184,13 +191,13 @@ function answerCard(context, turn, answer, index, view) {
     blind ? name : balanceBar(context.names, answer.shares)));
   card.append(text);
   const rest = html("div", {class: "rest"});
-  if (answer.state === "running") rest.append(html("p", {class: "waiting"}, answer.text ? "Writing\u2026" : "Thinking\u2026"));
   if (answer.state === "stopped") rest.append(html("p", {class: "note"}, "You stopped this answer here."));
   if (answer.state === "failed") rest.append(failure(answer, index, actions));
-  if (report && !blind) {
-    const scores = meanScores(report);
+  if ((report || stale) && !blind) {
+    const scores = meanScores(report ?? answer.before.report);
     if (scores) rest.append(scoreList(context, scores));
   }
+  if (answer.state === "running") rest.append(html("p", {class: "waiting"}, answer.text ? "Writing\u2026" : "Thinking\u2026"));
   if (view.settled && several) rest.append(choiceOf(context, turn, answer, index, view, name));
   if (report && !blind) {
     const most = Math.max(...report.steps.map((step) => step.candidates.length));

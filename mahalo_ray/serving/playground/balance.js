@@ -4,7 +4,8 @@
 import {html, svg, refill} from "./dom.js";
 import {described, percentages, withShare} from "./shares.js";
 
-const CORNERS = [[110, 22], [22, 172], [198, 172]]; // of the triangle, in the units of its view box
+const CORNERS = [[110, 34], [22, 184], [198, 184]]; // of the triangle, in the units of its view box
+const HEIGHT = 214;
 const RADIUS = 11;
 
 /**
@@ -118,19 +119,19 @@ export class BalanceControl {
     if (this.names.length !== 3) return null;
     const {letters} = this.read();
     const anchors = ["middle", "start", "end"];
-    const drawing = svg("svg", {viewBox: "0 0 220 196", class: "triangle", "aria-hidden": "true"},
+    const drawing = svg("svg", {viewBox: `0 0 220 ${HEIGHT}`, class: "triangle", "aria-hidden": "true"},
       svg("polygon", {points: CORNERS.map((corner) => corner.join()).join(" "), class: "field"}),
       [0.25, 0.5, 0.75].map((share) => lines(share)),
       CORNERS.map(([x, y], n) => svg("circle", {cx: x, cy: y, r: 4, class: "corner o" + n})),
       CORNERS.map(([x, y], n) => svg("text", {
-        x: n === 0 ? x : n === 1 ? 2 : 218, y: n === 0 ? 13 : 190, "text-anchor": anchors[n], class: "name o" + n,
+        x: n === 0 ? x : n === 1 ? 2 : 218, y: n === 0 ? 14 : HEIGHT - 3, "text-anchor": anchors[n], class: "name o" + n,
       }, shortened(this.names[n]))),
       letters.map((letter, column) => svg("g", {class: "handle", "data-column": column},
         svg("circle", {r: RADIUS}), svg("text", {"text-anchor": "middle", dy: "0.36em"}, letter))));
     let dragged = null;
     const at = (event) => {
       const box = drawing.getBoundingClientRect();
-      return [((event.clientX - box.left) / box.width) * 220, ((event.clientY - box.top) / box.height) * 196];
+      return [((event.clientX - box.left) / box.width) * 220, ((event.clientY - box.top) / box.height) * HEIGHT];
     };
     drawing.addEventListener("pointerdown", (event) => {
       const point = at(event);

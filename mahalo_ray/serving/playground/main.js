@@ -84,16 +84,30 @@ function showLastTurn() {
   article.scrollIntoView({block: "start", behavior: still ? "auto" : "smooth"});
 }
 
-/** Answer the last question anew at the balances of now; its old answers stay until there are new ones. */
-async function askAgain() {
+/**
+ * Answer the last question anew at the balances of now; its old answers stay until there are new ones.
+ * `onlyMoved`: an answer whose request would be the same stays.
+ */
+async function askAgain(onlyMoved = false) {
   const turn = lastTurn();
   const {settings} = state;
   if (!turn || hindrance()) return;
   stop();
   const before = {...turn};
   Object.assign(turn, {mode: settings.mode, answers: plannedAnswers(settings), chosen: null, preferred: null});
+  // What an answer was before is shown, dimmed, until its new words arrive.
+  turn.answers.forEach((answer, n) => {
+    if (settings.mode !== "prefer") answer.before = before.answers[n]?.text ? before.answers[n] : before.answers[n]?.before;
+  });
   turn.seed = settings.mode === "prefer" ? (turn.seed + 1) % 2 ** 32 : set.drawSeed(settings.seed);
-  await run(turn, turn.answers);
+  if (onlyMoved) {
+    const wanted = (answer) => JSON.stringify(set.requestBody(state.model, settings, answer.shares, messagesUpTo(turn), turn.seed));
+    turn.answers = turn.answers.map((answer, n) => {
+      const old = before.answers.find(({state: how, sent}) => how === "done" && JSON.stringify(sent) === wanted(answer));
+      return old ? {...old, letter: set.LETTERS[n], shares: answer.shares} : answer;
+    });
+  }
+  await run(turn, turn.answers.filter(({state: how}) => how === "running"));
   if (turn.answers.every((answer) => answer.state === "failed") && before.answers.some(({text}) => text)) {
     const reason = turn.answers[0].error;
     Object.assign(turn, before);
@@ -112,6 +126,7 @@ async function run(turn, answers, attempt = 1) {
   say(answers.length > 1 ? "Answering " + answers.length + " times\u2026" : "Answering\u2026");
   await Promise.all(answers.map((answer) => fillIn(answer, running.abort.signal)));
   if (state.running !== running) return; // another run has taken its place
+  for (const answer of answers) delete answer.before;
   const same = new Set(turn.answers.map(({text}) => text.trim())).size === 1;
   if (turn.mode === "prefer" && same && turn.answers.every((answer) => answer.state === "done") && attempt < PAIRS_TRIED) {
     turn.seed = (turn.seed + 1) % 2 ** 32;
@@ -281,9 +296,10 @@ function setBalance(shares) {
 function balanceMoved(done) {
   control.update();
   picture?.update();
-  if (!done) return;
-  remember();
-  showPortfolio();
+  if (done) {
+    remember();
+    showPortfolio();
+  }
   const {settings} = state;
   const turn = lastTurn();
   if (!settings.live || !turn || settings.mode === "prefer") return;
@@ -291,7 +307,7 @@ function balanceMoved(done) {
   liveTimer = setTimeout(() => {
     const now = settings.balances.slice(0, set.columnsOf(settings));
     const differs = now.length !== turn.answers.length || now.some((shares, n) => distance(shares, turn.answers[n].shares) > 1e-6);
-    if (differs && turn === lastTurn()) askAgain();
+    if (differs && turn === lastTurn()) askAgain(true);
   }, LIVE_DELAY_MS);
 }
 
@@ -528,11 +544,12 @@ function ended(turn) {
 }
 
 // What scrolls into view stays clear of what is fixed above and below.
-new ResizeObserver(() => {
+const clearance = new ResizeObserver(() => {
   const above = narrow.matches && !$("balance-card").hidden ? $("balance-card").offsetHeight + 8 : 0;
   document.documentElement.style.scrollPaddingTop = above + 8 + "px";
   document.documentElement.style.scrollPaddingBottom = $("ask").offsetHeight + 8 + "px";
-}).observe($("conversation"));
+});
+for (const name of ["conversation", "balance-card", "ask"]) clearance.observe($(name));
 
 // On a phone the settings begin folded.
 $("more").open = !narrow.matches;
