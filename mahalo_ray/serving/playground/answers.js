@@ -163,6 +163,9 @@ function answerText(answer, marked) {
   return text;
 }
 
+/** Two answers wait for a choice between them. */
+const isOpen = (turn) => turn.mode === "prefer" && turn.preferred === null;
+
 /** The node of an answer's text while it streams in. */
 const growing = new WeakMap();
 export function showText(answer) {
@@ -175,7 +178,7 @@ export function showText(answer) {
 function answerCard(context, turn, answer, index, view) {
   const {actions} = context;
   const {letter, report} = answer;
-  const blind = turn.mode === "prefer" && turn.preferred === null;
+  const blind = isOpen(turn) && view.isLast;
   const several = turn.answers.length > 1;
   const name = blind ? ["First answer", "Second answer"][index] : several ? "Answer " + letter : "Answer";
   const text = answerText(answer, view.marked?.[index]);
@@ -239,7 +242,7 @@ function failure(answer, index, actions) {
 function choiceOf(context, turn, answer, index, view, name) {
   const {actions} = context;
   const usable = answer.text.trim() && answer.state !== "failed";
-  if (turn.mode === "prefer" && turn.preferred === null) {
+  if (isOpen(turn) && view.isLast) {
     return html("p", {class: "choice"}, usable && html("button", {
       type: "button", "data-key": answer.id + "prefer", onclick: () => actions.prefer(turn, index),
     }, `I prefer the ${["first", "second"][index]}`));
@@ -260,7 +263,7 @@ function choiceOf(context, turn, answer, index, view, name) {
 /** What the answers' words and scores come to, side by side. */
 function comparison(context, turn, found) {
   const done = turn.answers.filter(({state}) => state === "done");
-  if (done.length < 2 || (turn.mode === "prefer" && turn.preferred === null)) return null;
+  if (done.length < 2 || isOpen(turn)) return null;
   const parts = [];
   if (new Set(done.map(({text}) => text.trim())).size === 1) {
     parts.push("All balances lead to the same words here. Try balances further apart, or another seed.");
@@ -300,7 +303,8 @@ function turnBlock(context, turn, isLast, isRunning) {
     answers.append(...cards);
     article.append(answers, comparison(context, turn, found) ?? "", settled ? preference(context, turn, isLast) ?? "" : "");
     if (!isLast && turn.chosen === null) {
-      article.append(html("p", {class: "note"}, "This question has no answer and is not part of the conversation."));
+      article.append(html("p", {class: "note"},
+        (isOpen(turn) ? "You preferred neither" : "There is no answer") + ", so this question is not part of the conversation."));
     }
   } else {
     // What was not taken steps back once the conversation has gone on.
@@ -335,7 +339,7 @@ export function showConversation(box, context, turns, isRunning) {
 
 /** What a screen reader hears when the answers are complete. */
 export function spoken(names, turn) {
-  const blind = turn.mode === "prefer" && turn.preferred === null;
+  const blind = isOpen(turn);
   return turn.answers.map((answer, n) => {
     const who = blind ? ["First", "Second"][n] + " answer" : turn.answers.length > 1
       ? `Answer ${answer.letter}, ${described(names, answer.shares)}` : "Answer";

@@ -92,32 +92,40 @@ async function askAgain(onlyMoved = false) {
   const turn = lastTurn();
   const {settings} = state;
   if (!turn || hindrance()) return;
+  // Moves in quick succession: what was there before the first of them.
+  const before = state.running?.turn === turn ? state.running.before : {...turn};
   stop();
-  const before = {...turn};
   Object.assign(turn, {mode: settings.mode, answers: plannedAnswers(settings), chosen: null, preferred: null});
   // What an answer was before is shown, dimmed, until its new words arrive.
   turn.answers.forEach((answer, n) => {
-    if (settings.mode !== "prefer") answer.before = before.answers[n]?.text ? before.answers[n] : before.answers[n]?.before;
+    if (settings.mode !== "prefer" && before.answers[n]?.text) answer.before = before.answers[n];
   });
-  turn.seed = settings.mode === "prefer" ? (turn.seed + 1) % 2 ** 32 : set.drawSeed(settings.seed);
-  if (onlyMoved) {
+  if (!onlyMoved) turn.seed = settings.mode === "prefer" ? (turn.seed + 1) % 2 ** 32 : set.drawSeed(settings.seed);
+  else {
     const wanted = (answer) => JSON.stringify(set.requestBody(state.model, settings, answer.shares, messagesUpTo(turn), turn.seed));
     turn.answers = turn.answers.map((answer, n) => {
       const old = before.answers.find(({state: how, sent}) => how === "done" && JSON.stringify(sent) === wanted(answer));
       return old ? {...old, letter: set.LETTERS[n], shares: answer.shares} : answer;
     });
   }
-  await run(turn, turn.answers.filter(({state: how}) => how === "running"));
-  if (turn.answers.every((answer) => answer.state === "failed") && before.answers.some(({text}) => text)) {
-    const reason = turn.answers[0].error;
-    Object.assign(turn, before);
-    draw();
-    say(reason + " The answers before are still there; you can try again.", true);
-  }
+  await run(turn, turn.answers.filter(({state: how}) => how === "running"), before);
 }
 
-async function run(turn, answers, attempt = 1) {
-  const running = state.running = {turn, abort: new AbortController(), since: performance.now()};
+/** Put back what was there before, where nothing new has come; whether it was. */
+function putBack(turn, before) {
+  const ended = ({state: how, text}) => (how === "failed" || how === "stopped") && !text;
+  if (!before?.answers.some(({text}) => text) || !turn.answers.every(ended)) return false;
+  const failed = turn.answers.find(({state: how}) => how === "failed");
+  Object.assign(turn, before);
+  draw();
+  remember();
+  say((failed ? failed.error : "Stopped.") + " The answers before are still there; you can try again.", Boolean(failed));
+  return true;
+}
+
+/** Fill in these answers of a turn; `before`: the turn as it was, if it is answered anew. */
+async function run(turn, answers, before = null, attempt = 1) {
+  const running = state.running = {turn, before, abort: new AbortController(), since: performance.now()};
   for (const answer of answers) {
     Object.assign(answer, {state: "running", text: "", report: null, error: undefined});
     answer.sent = set.requestBody(state.model, state.settings, answer.shares, messagesUpTo(turn), turn.seed);
@@ -130,10 +138,10 @@ async function run(turn, answers, attempt = 1) {
   const same = new Set(turn.answers.map(({text}) => text.trim())).size === 1;
   if (turn.mode === "prefer" && same && turn.answers.every((answer) => answer.state === "done") && attempt < PAIRS_TRIED) {
     turn.seed = (turn.seed + 1) % 2 ** 32;
-    return void await run(turn, answers, attempt + 1);
+    return void await run(turn, answers, before, attempt + 1);
   }
   state.running = null;
-  settle(turn);
+  if (!putBack(turn, before)) settle(turn);
 }
 
 async function fillIn(answer, signal) {

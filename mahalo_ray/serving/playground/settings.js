@@ -141,7 +141,7 @@ export function linkTo(model, settings, question) {
 /** The settings that a link carries over `settings`; {settings, question}, or null without any. */
 export function readLink(model, settings, hash) {
   const values = new URLSearchParams(hash.replace(/^#/, ""));
-  if (![...values.keys()].length) return null;
+  if (!values.has("mode")) return null;
   const linked = {...settings, balances: [...settings.balances]};
   if (MODES.includes(values.get("mode")) && model.names.length > 1) linked.mode = values.get("mode");
   LETTERS.forEach((letter, column) => {
