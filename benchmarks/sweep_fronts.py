@@ -41,7 +41,13 @@ class Curve:
         best = pareto(-costs)
         return parameter[best], costs[best]
 
-    @property
+    @cached_property
+    def _ratio(self) -> Array:
+        """Of the distances from the ideal point; it rises along the front."""
+        shifted = self._grid[1] - self.ideal
+        return shifted[:, 0] / np.maximum(shifted[:, 1], 1e-300)
+
+    @cached_property
     def dense(self) -> Array:
         """Points along the whole front."""
         return -self._grid[1][:: max(1, len(self._grid[1]) // 20_000)]
@@ -52,14 +58,13 @@ class Curve:
 
     def solve(self, weights: Array) -> Array:
         """The point of the front for each row of weights [n, 2] -> [n, 2]."""
-        parameter, costs = self._grid
+        parameter, _ = self._grid
 
         def excess(at: Array) -> Array:
             shifted = self.cost(at) - self.ideal
             return weights[:, 0] * shifted[:, 0] - weights[:, 1] * shifted[:, 1]
 
-        shifted = costs - self.ideal
-        ratio = shifted[:, 0] / np.maximum(shifted[:, 1], 1e-300)  # rises along the front
+        ratio = self._ratio
         wanted = weights[:, 1] / np.maximum(weights[:, 0], 1e-300)
         after = np.clip(np.searchsorted(ratio, wanted), 1, len(ratio) - 1)
         low, high = parameter[after - 1], parameter[after]

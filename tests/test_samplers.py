@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import os
+import pickle
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import ray
 
 from mahalo_ray.objectives import Weights
 from mahalo_ray.sweeps import SAMPLERS, Sampler, SamplerSearcher, make_sampler
@@ -217,9 +224,64 @@ def test_a_searcher_continues_from_its_file_and_ends_with_the_same_table(tmp_pat
         resumed.on_trial_complete(trial, {"a": reached[0], "b": reached[1]})
     play(resumed)
     assert resumed.table() == whole.table()
-    (tmp_path / "other").write_text("[]")
+    whole_state = (tmp_path / "state").read_text()
+    (tmp_path / "state").write_text(whole_state[: len(whole_state) - 30])  # cut off while it was copied
+    shortened = SamplerSearcher(make_sampler("surf", ["a", "b"], 6))
+    shortened.restore(str(tmp_path / "state"))
+    play(shortened)
+    assert shortened.table() == whole.table()
+    (tmp_path / "other").write_text("[]\n")
     with pytest.raises(ValueError, match="other' is no state of a search over a, b"):
         resumed.restore(str(tmp_path / "other"))
+
+
+@pytest.mark.slow
+def test_a_killed_driver_of_tune_ends_with_the_table_of_an_unbroken_run(tmp_path: Path) -> None:
+    program = Path(__file__).parent / "programs" / "swept_run.py"
+    context = ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        command = [sys.executable, str(program), context.address_info["gcs_address"], str(tmp_path)]
+        environment = {**os.environ, "TUNE_GLOBAL_CHECKPOINT_S": "0"}
+        driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+        try:
+            deadline = time.monotonic() + 120
+            while not (found := told(tmp_path)) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            assert len(found) >= 4, "the first round has 4 results"
+        finally:
+            driver.kill()
+            driver.wait()
+        (tmp_path / "go").touch()
+        subprocess.run(command, env=environment, check=True, timeout=180, stdout=subprocess.DEVNULL)
+    finally:
+        ray.shutdown()
+    unbroken = SamplerSearcher(make_sampler("surf", ["a", "b"], 4, max_rounds=3))
+    play(unbroken)
+    assert told(tmp_path) == unbroken.table()
+    evaluated = (tmp_path / "evaluated").read_text().splitlines()
+    # The first round was not played again; of the second, what was running at the kill.
+    assert len(set(evaluated[:4])) == 4
+    assert not set(evaluated[:4]) & set(evaluated[4:])
+
+
+def told(folder: Path) -> list[dict[str, Any]]:
+    """The table in the newest state that Tune saved, once a round was told."""
+    searcher = SamplerSearcher(make_sampler("surf", ["a", "b"], 4, max_rounds=3))
+    try:
+        searcher.restore_from_dir(str(folder / "search"))
+    except RuntimeError:
+        return []  # no state is saved yet
+    return searcher.table() if searcher.sampler.rounds else []  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_sampler_in_the_middle_of_its_search_can_be_pickled(name: str) -> None:
+    sampler = make_sampler(name, ["a", "b"], 7)
+    asked = sampler.ask()
+    sampler.tell(asked, circle(asked))
+    copy = pickle.loads(pickle.dumps(sampler))  # noqa: S301  # its own
+    assert copy.ask() == sampler.ask()
+    assert copy.finished == sampler.finished
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import doctest
-from collections.abc import Callable
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 
 from mahalo_ray.objectives import Weights
 from mahalo_ray.sweeps import SurfSampler, surf
+from mahalo_ray.sweeps.front_metrics import coefficient_of_variation, segment_lengths
 
 ARMS = np.array([0.0, 0.25, 0.5, 0.75, 1.0])
 REWARDS = np.stack([ARMS, 1 - ARMS**4])
@@ -59,6 +64,49 @@ def test_the_bandit_is_spaced_as_evenly_as_the_exact_rule_in_fewer_rounds() -> N
     assert after.std() / after.mean() < 1e-3
     assert after.max() / after.min() < 1.003
     assert after.sum() == pytest.approx(1.41723, abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("front", "uniform_weights", "published"),
+    [
+        ("dtlz2", 0.2023, 4.6e-5),
+        ("wfg4", 0.3326, 3.4e-5),
+        ("zdt2", 0.1523, 5e-5),
+        ("zdt3", 0.6334, 0.2412),
+        ("dtlz7", 0.6605, 0.5102),
+        ("wfg2", 0.7018, 0.2896),
+    ],
+)
+def test_published_unevenness_is_reached_in_fewer_rounds(
+    front: str, uniform_weights: float, published: float, fronts: ModuleType
+) -> None:
+    """Figures of arXiv 2605.20619: 16 points, 30 rounds, exact solver, Chebyshev scalarisation."""
+    curve = fronts.Curve(front, getattr(fronts, front))
+    sampler = SurfSampler(["a", "b"], 16, scalarisation="chebyshev", tolerance=1e-4)
+    first = coefficient_of_variation(segment_lengths(curve.solve(rows(sampler.ask()))))
+    assert first == pytest.approx(uniform_weights, abs=1e-4)
+    while not sampler.finished:
+        asked = sampler.ask()
+        sampler.tell(asked, curve.solve(rows(asked)))
+    assert sampler.rounds <= 15
+    reached = coefficient_of_variation(segment_lengths(curve.solve(rows(sampler.ask()))))
+    assert reached <= published
+    assert bool(sampler.notes) == (published > 0.1)  # a gap is stated
+
+
+@pytest.fixture(scope="module")
+def fronts() -> Iterator[ModuleType]:
+    """The closed forms of the benchmarks."""
+    folder = str(Path(__file__).resolve().parents[1] / "benchmarks")
+    sys.path.insert(0, folder)
+    try:
+        yield importlib.import_module("sweep_fronts")
+    finally:
+        sys.path.remove(folder)
+
+
+def rows(weights: list[Weights]) -> np.ndarray:
+    return np.array([vector.over(("a", "b")) for vector in weights])
 
 
 @pytest.mark.parametrize(("front", "start"), [(bandit, 0.658), (circle, 0.2013)])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -56,6 +56,18 @@ class _CurveWalk:
         self._begun = list(self._open)  # the weights of the last whole walk
         self._known: dict[int, FloatArray] = {}  # results of the open question, by position
         self._attempts = 0
+        self._sent: list[FloatArray] = []  # to the generator so far
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A generator cannot be pickled: it is run again up to where it was.
+        return {name: value for name, value in self.__dict__.items() if name != "_walk"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._walk = self._steps()
+        next(self._walk)
+        for points in self._sent if self._final is None else []:
+            self._walk.send(points)
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -117,6 +129,7 @@ class _CurveWalk:
             return
         points = np.stack([self._known[n] for n in range(len(self._open))])
         self._known = {}
+        self._sent.append(points)
         try:
             self._open = list(self._walk.send(points))
         except StopIteration as end:

@@ -26,8 +26,8 @@ class SamplerSearcher(Searcher):
     {objective: number}. A trial that fails or reports NaN is told to the sampler as failed. Give Tune
     `num_samples=-1`: the sampler says when the search is over; `max_concurrent_trials` works as always.
 
-    The state is kept as JSON: the rounds told, the results of the open round, and which trial has which
-    weights. `Tuner.restore` continues with it after a killed driver and asks what it would have asked.
+    The state is kept as lines of JSON: the rounds told, the results of the open round, and which trial has
+    which weights. `Tuner.restore` continues with it after a killed driver and asks what it would have asked.
 
     Args:
         sampler: a fresh one; on a restore, made with the arguments that it had.
@@ -87,26 +87,34 @@ class SamplerSearcher(Searcher):
         self._close_round()
 
     def save(self, checkpoint_path: str) -> None:
-        """Write the state as JSON."""
-        document = {
-            "format": FORMAT,
-            "objectives": list(self.sampler.objectives),
-            "told": [[row.as_json() for row in rows] for rows in self._told],
-            "open": {str(n): row.as_json() for n, row in self._results.items()},
-            "trials": self._trials,
-        }
-        Path(checkpoint_path).write_text(json.dumps(document))
+        """Write the state, one JSON document a line: what it is for, each round told, the open round."""
+        lines: list[dict[str, Any]] = [{"format": FORMAT, "objectives": list(self.sampler.objectives)}]
+        lines += [{"told": [row.as_json() for row in rows]} for rows in self._told]
+        results = {str(n): row.as_json() for n, row in self._results.items()}
+        lines.append({"open": results, "trials": self._trials})
+        Path(checkpoint_path).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def restore(self, checkpoint_path: str) -> None:
-        """Read what `save` wrote and tell it all to the (fresh) sampler again. ValueError if it is something
-        else or belongs to another sampler."""
+        """Read what `save` wrote and tell it all to the (fresh) sampler again.
+
+        Tune copies the file to its storage in pieces: a last line cut off by a kill is left out, and what it
+        told is evaluated again. ValueError if the file is something else or belongs to another sampler.
+        """
+        rounds: list[list[_Row]] = []
+        results: dict[int, _Row] = {}
+        trials: dict[str, int] = {}
         try:
-            document = json.loads(Path(checkpoint_path).read_text())
-            if document["format"] != FORMAT or document["objectives"] != list(self.sampler.objectives):
-                raise ValueError(f"format {document['format']} for {', '.join(document['objectives'])}")
-            rounds = [[_Row.from_json(row) for row in rows] for rows in document["told"]]
-            results = {int(n): _Row.from_json(row) for n, row in document["open"].items()}
-            trials = {str(trial): int(n) for trial, n in document["trials"].items()}
+            lines = Path(checkpoint_path).read_text().split("\n")[:-1]
+            documents = [json.loads(line) for line in lines]
+            head = documents[:1]
+            if head and (head[0]["format"], head[0]["objectives"]) != (FORMAT, list(self.sampler.objectives)):
+                raise ValueError(f"it has format {head[0]['format']}, for {', '.join(head[0]['objectives'])}")
+            for document in documents[1:]:
+                if "told" in document:
+                    rounds.append([_Row.from_json(row) for row in document["told"]])
+                else:
+                    results = {int(n): _Row.from_json(row) for n, row in document["open"].items()}
+                    trials = {str(trial): int(n) for trial, n in document["trials"].items()}
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             names = ", ".join(self.sampler.objectives)
             raise ValueError(f"'{checkpoint_path}' is no state of a search over {names}: {error}") from error
