@@ -150,12 +150,22 @@ def test_a_surface_may_be_a_curve_or_have_four_objectives(objectives: int) -> No
     assert least < (0.12 if objectives == 2 else 0.4)
 
 
+def test_a_surface_knows_what_was_told_before_its_first_round() -> None:
+    sampler = make_sampler("surface", list("abc"), 20)
+    start = sampler.ask()
+    before = [Weights.balanced("abc"), Weights.parse("a=0.2,b=0.2,c=0.6")]
+    sampler.tell(before, circle(before, "abc"))
+    assert sampler.ask() == start
+    cover(sampler, concave=False)
+    assert len(sampler.ask()) == 22
+
+
 def test_a_surface_stops_at_gaps_noise_and_single_points() -> None:
     point = make_sampler("surface", list("abc"), 30)
     point.tell(point.ask(), np.ones((len(point.ask()), 3)))
     assert point.finished
     assert "the front is one point" in point.notes[0]
-    corners = make_sampler("surface", list("abc"), 60, batch=4)
+    corners = make_sampler("surface", list("abc"), 60, rounds=12)
     while not corners.finished:  # three policies and nothing between them
         asked = corners.ask()
         best = rows(asked, "abc").argmax(axis=1)

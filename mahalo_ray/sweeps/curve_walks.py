@@ -19,6 +19,7 @@ from mahalo_ray.sweeps.sampler import SweepResults, check_objectives
 
 _MARGINS = {"linear": 0.0, "chebyshev": 1e-3}
 _ATTEMPTS = 3
+_ROUNDED = 1e-3  # weights told may differ by this from those asked for
 _NARROWEST = 1e-9  # bracket of a weight: a chord that is still missed then is that of a gap
 
 Asked = Generator[list[float], FloatArray, list[float]]  # asks weights [m], is sent results [m, 2], returns n
@@ -103,7 +104,8 @@ class _CurveWalk:
         """See `Sampler`; `weights` must be those asked for. A failed trial is asked again, a little moved: a
         walk cannot go on without it. ValueError if three in a row fail."""
         rows = [self._results.checked(vector).over(self.objectives) for vector in weights]
-        if rows != [vector.over(self.objectives) for vector in self.ask()]:
+        expected = [vector.over(self.objectives) for vector in self.ask()]
+        if len(rows) != len(expected) or np.abs(np.subtract(rows, expected)).max() > _ROUNDED:
             raise ValueError("a walk has to be told the results of the weights that it asked for, in order")
         array = np.asarray(values, dtype=np.float64)
         failed = np.asarray(np.isnan(array).any(axis=-1))

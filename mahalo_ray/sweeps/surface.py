@@ -33,6 +33,7 @@ from mahalo_ray.sweeps.simplex import lattice_steps, simplex_lattice
 _STREWN = 6000  # points strewn over the measured surface
 _SCALARISATIONS = ("linear", "chebyshev")
 _FUTILE = 0.2  # a result within this share of the hole's radius of a known one brought nothing new
+_ROUNDED = 1e-3  # weights told may differ by this from those asked for
 _PATIENCE = 2  # rounds of which every trial was futile before the sampler stops
 _POLISHING = 12  # rounds of moving new points within their cells
 _MOST_OBJECTIVES = 6  # triangulations grow too fast beyond
@@ -41,13 +42,14 @@ _MOST_OBJECTIVES = 6  # triangulations grow too fast beyond
 class SurfaceSampler:
     """Spreads `n` points evenly over the front; by default, every evaluation is one of them.
 
-    It begins with a small simplex lattice. Every later round asks for `batch` weight vectors: the places
+    It begins with a small simplex lattice; results told before (a list played in any case) are known, and not
+    counted. Every later round asks for an equal part of what is left of `n`: the places
     farthest from all results on the measured surface, one after the other, then moved to the middle of what
     they have to cover. With `respacings`, all `n` places except the corners are then chosen anew on the
     surface known by now, so many times at most: more even, at `n` further evaluations each.
 
     Guaranteed: on the surface as measured before a round, the largest empty ball after it has at most twice
-    the least radius that any `batch` further points could give (farthest-point insertion, Gonzalez 1985;
+    the least radius that as many further points could give (farthest-point insertion, Gonzalez 1985;
     moves are accepted only if they shrink it). On the true front it is larger by at most the distance of the
     measured surface from it. Nothing is guaranteed about parts of the front that no scalarisation of this
     kind reaches.
@@ -55,7 +57,7 @@ class SurfaceSampler:
     Args:
         objectives: at least two names, at most six.
         n: points, at least one more than there are objectives.
-        batch: evaluations in a round after the first; by default a fifth of what the lattice leaves.
+        rounds: in which the `n` points are spread, the lattice included; at least 2.
         scalarisation: "linear" (weighted sum), or "chebyshev" (the largest weighted distance from an ideal
             point). Under the latter, the result lies in the direction 1/w from the ideal point: the
             triangulation then has 1/w for coordinates, and weights stay away from 0.
@@ -87,7 +89,7 @@ class SurfaceSampler:
         objectives: Sequence[str],
         n: int,
         *,
-        batch: int | None = None,
+        rounds: int = 6,
         scalarisation: Literal["linear", "chebyshev"] = "linear",
         margin: float | None = None,
         respacings: int = 0,
@@ -109,20 +111,20 @@ class SurfaceSampler:
         if not 0 <= margin < 1 / count or (self._reciprocal and margin == 0):
             raise ValueError(f"margin is {margin}: it must lie between 0 and {1 / count:.3g}")
         start = simplex_lattice(count, lattice_steps(count, max(count, n // 3)))
-        if batch is None:
-            batch = max(1, math.ceil((n - len(start)) / 5))
-        if batch < 1:
-            raise ValueError(f"batch is {batch}: a round has at least 1 point")
+        if rounds < 2:
+            raise ValueError(f"rounds is {rounds}: the first is a lattice, and at least one has to follow")
         if respacings < 0:
             raise ValueError(f"respacings is {respacings}: it must not be negative")
-        self.n, self.batch, self.margin, self.tolerance, self.seed = n, batch, margin, tolerance, seed
+        self.n, self.margin, self.tolerance, self.seed = n, margin, tolerance, seed
+        self.batch = max(1, math.ceil((n - len(start)) / (rounds - 1)))
         self.respacings = respacings
         self.radius = math.inf  # of the largest empty ball on the measured surface
-        self._results = SweepResults(objectives, needed=count)
+        self._results = SweepResults(objectives)
         self._told = 0
         self._sets: list[FloatArray] = []  # weights [n, objectives] of each respacing
         self._chosen: FloatArray | None = None  # the most even of these sets
         self._spaced = respacings == 0  # no respacing is left
+        self._started = False  # whether the lattice was told
         self._next = self._to_weights(start)
         self._expected: FloatArray | None = None  # where the round's results are expected
         self._unreachable = np.zeros((0, count))
@@ -170,10 +172,16 @@ class SurfaceSampler:
     def tell(
         self, weights: Sequence[Weights], values: ArrayLike, standard_errors: ArrayLike | None = None
     ) -> None:
-        """See `Sampler`. The first round needs as many results as there are objectives."""
+        """See `Sampler`. The lattice needs as many results as there are objectives."""
+        rows = np.array([self._results.checked(vector).over(self.objectives) for vector in weights])
+        start = np.array([vector.over(self.objectives) for vector in self._next])
+        starts = not self._started and rows.shape == start.shape and np.abs(rows - start).max() < _ROUNDED
+        self._results.needed = len(self.objectives) if starts else 1
         known = self._results.merged()[1] if len(self._results) else None
         _, points, _ = self._results.add(weights, values, standard_errors)
-        rows = np.array([vector.over(self.objectives) for vector in weights])
+        self._started |= starts
+        if not self._started:
+            return
         if self._told >= self.n:
             self._sets.append(rows)
         self._told += len(weights)
