@@ -40,7 +40,15 @@ COMMON: dict[str, Any] = {
     "checkpoint_every_steps": 4,
     "logit_chunk_size": 7,
 }
-POLICY = PolicyConfig(head_learning_rate=2e-2, training=TrainingConfig(**COMMON, zero_stage=3))
+# Measured every other step, with a budget that is not reached: neither may change what is trained.
+POLICY = PolicyConfig(
+    head_learning_rate=2e-2,
+    metrics_every_steps=2,
+    metrics_rows=5,
+    sampled_turns=5,
+    max_kl=1000.0,
+    training=TrainingConfig(**COMMON, zero_stage=3),
+)
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +93,11 @@ def check_same(result: TrainingResult, losses: list[float]) -> None:
     assert [entry["loss"] for entry in result.history] == pytest.approx(losses, abs=1e-5)
 
 
-def run_policy(base: str, folder: Path, progress: Any = None) -> TrainingResult:
+def run_policy(
+    base: str, folder: Path, progress: Any = None, policy: PolicyConfig = POLICY
+) -> TrainingResult:
     pairs = world.save_pairs(folder / "pairs", world.make_pairs())
-    settings = world.policy_settings(pairs, base, POLICY, output=f"{folder}/model")
+    settings = world.policy_settings(pairs, base, policy, output=f"{folder}/model")
     return run_stage(settings, cluster=CLUSTER, run_dir=f"{folder}/run", progress=progress)
 
 
@@ -108,7 +118,7 @@ def test_policy_with_zero_3_equals_plain_torch(unbroken: tuple[TrainingResult, P
     check_same(result, losses)
     assert losses[-1] < losses[0]
     heads = load_file(folder / "model" / "heads.safetensors")
-    assert set(heads) == {f"heads.{name}.weight" for name in world.OBJECTIVES}
+    assert set(heads) == {"base_head.weight", *(f"heads.{name}.weight" for name in world.OBJECTIVES)}
     for name, weight in heads.items():
         torch.testing.assert_close(weight, state[name], rtol=1e-4, atol=1e-5)
     assert result.metrics["held_out/pairs"] > 0
@@ -199,6 +209,25 @@ def test_a_lost_driver_goes_on_from_the_latest_checkpoint(
     result = run_policy(base, tmp_path, lambda step, total, unit, metrics: steps.append(step))
     assert steps[0] > 4
     assert figures(result) == figures(unbroken[0])
+
+
+def test_two_workers_stop_at_a_kl_budget(
+    unbroken: tuple[TrainingResult, Path], base: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The weights kept are those of the last measurement within it, and the driver says so."""
+    measured = {
+        int(entry["step"]): max(value for name, value in entry.items() if name.endswith("/kl"))
+        for entry in unbroken[0].history
+        if "even/kl" in entry
+    }
+    first, second, third = sorted(measured)[:3]
+    budget = (max(measured[first], measured[second]) + measured[third]) / 2
+    assert measured[third] > budget
+    result = run_policy(base, tmp_path, policy=POLICY.model_copy(update={"max_kl": budget}))
+    assert (result.metrics["kept_step"], result.metrics["stopped_at_step"]) == (second, third)
+    assert figures(result) == figures(unbroken[0])[:third]
+    assert f"was reached at step {third}" in caplog.text
+    assert (tmp_path / "model" / "heads.safetensors").exists()
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_at_once(

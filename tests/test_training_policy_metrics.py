@@ -228,7 +228,9 @@ def sampled_alone(model: Any, turns: Any, row: int) -> list[int]:
 
 
 def test_the_alarm_says_what_is_wrong_and_what_to_do() -> None:
-    settings = world.policy_settings("pairs", "base", PolicyConfig())
+    policy = PolicyConfig(metrics_every_steps=20, sampled_turns=40)
+    settings = world.policy_settings("pairs", "base", policy)
+    few = world.policy_settings("pairs", "base", policy.model_copy(update={"sampled_turns": 5}))
     calm = {"step": 40.0, "accuracy/kl": 0.1, "even/kl": 0.2, "malformed_turns": 0.1}
     calm |= {"malformed_turns_at_start": 0.05, "loss": 9.0}
     assert settings.alarm(calm) is None and settings.alarm({}) is None
@@ -236,4 +238,5 @@ def test_the_alarm_says_what_is_wrong_and_what_to_do() -> None:
         settings.alarm(calm | {"even/kl": 0.7}) or ""
     )
     alarm = settings.alarm(calm | {"malformed_turns": 0.3}) or ""
+    assert few.alarm(calm | {"malformed_turns": 0.3}) is None  # one turn or two
     assert "30% of sampled turns are malformed (5% at the start)" in alarm and "policy.max_kl" in alarm

@@ -24,8 +24,8 @@ from mahalo_ray.config.section import Section
 from mahalo_ray.data import storage
 
 # Beyond these a policy of the miniature was falling apart (docs/training.md): nats per token, and how much
-# higher a share of malformed turns is than at the start.
-ALARMING_KL, ALARMING_TURNS = 0.5, 0.1
+# higher a share of malformed turns is than at the start, if these are more than a few turns.
+ALARMING_KL, ALARMING_TURNS, FEWEST_ALARMING_TURNS = 0.5, 0.1, 3
 
 # (done, in all, of what: "steps", or what comes before the first; metrics of the last report)
 ProgressFunction = Callable[[int, int, str, dict[str, float]], None]
@@ -186,7 +186,8 @@ class PolicySettings(StageSettings):
             worst = max(kl, key=lambda name: kl[name])
             found.append(f"the KL to the reference is {kl[worst]:.2f} nats per token ('{worst}')")
         rate, at_start = (metrics.get(f"malformed_turns{part}", 0.0) for part in ("", "_at_start"))
-        if rate > at_start + ALARMING_TURNS:
+        more = rate - at_start
+        if more > ALARMING_TURNS and more * self.policy.sampled_turns > FEWEST_ALARMING_TURNS:
             found.append(f"{rate:.0%} of sampled turns are malformed ({at_start:.0%} at the start)")
         if not found:
             return None
