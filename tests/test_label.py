@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 from tiny_reward_models import TOKENIZER, base
 
-from mahalo_ray.config import AdaptiveConfig, ContinuationsConfig, ObjectiveConfig, SamplingConfig
+from mahalo_ray.config import (
+    AdaptiveConfig,
+    ContinuationsConfig,
+    LabelConfig,
+    ObjectiveConfig,
+    SamplingConfig,
+)
 from mahalo_ray.data.records import Message, StepTrace
 from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.decoding.policy import as_policy
@@ -182,3 +188,53 @@ def test_responses_to_prompts_are_cut_into_steps() -> None:
     assert all(step.strip() for one in found for step in one.steps)
     again = Continuer(POLICY, ChatFormat(TOKENIZER), MathBoundary(), "\n\n", config, seed=3)
     assert again.respond(prompts[1:], 3) == [one for one in found if one.id.startswith("q")]
+
+
+class WrongFrom(Judge):
+    """A response is wrong where its steps have the word; continuations are judged by what came before them."""
+
+    def score(self, items: Sequence[Judged]) -> list[float | Unjudged]:
+        return [0.0 if any("wrong" in step for step in item.steps) else 1.0 for item in items]
+
+
+def chain(name: str, length: int, wrong: int | None) -> StepTrace:
+    return trace(
+        name, f"{name}?", *(f"wrong {n}." if n == wrong else f"Step {n}." for n in range(1, length + 1))
+    )
+
+
+def test_the_first_error_is_found_by_halving() -> None:
+    """The labels of continuing every step, from the logarithm of as many continuations."""
+    traces = [chain(f"t{wrong}", 9, wrong) for wrong in (None, *range(1, 10))] + [chain("one", 1, 1)]
+    found = {}
+    for search in (False, True):
+        config = ContinuationsConfig(
+            policy="unused here", sampling=SAMPLING, samples=2, search_first_error=search
+        )
+        continuer = Continuer(POLICY, ChatFormat(TOKENIZER), MathBoundary(), "\n\n", config, seed=3)
+        judges = [ObjectiveJudge(VOTE, WrongFrom(), 0.5)]
+        result = Labeller(judges, continuer, config, "\n\n", "job").label(traces)
+        found[search] = [one.labels["clear"] for one in result.traces]
+        counts = continuer.counts
+        assert (counts.steps, counts.samples_full) == (80, 160)
+        if not search:
+            assert counts.prefixes == 80  # all inner prefixes differ
+        else:
+            # A right response needs none; the first error among 9 steps at most log2(9) prefixes.
+            assert counts.samples == 2 * counts.prefixes <= 2 * 9 * 4
+    assert found[True] == found[False]
+    assert found[True][3] == [1, 1, 0, 0, 0, 0, 0, 0, 0]
+
+
+def test_values_are_not_searched() -> None:
+    with pytest.raises(ValueError, match="use judged_rollouts, or continue every step"):
+        LabelConfig.model_validate(
+            {
+                "name": "x",
+                "output": "x",
+                "domain": "math",
+                "objectives": [VALUE.model_dump()],
+                "judges": {"accuracy": {"kind": "checker"}},
+                "continuations": {"policy": "p", "search_first_error": True},
+            }
+        )

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from mahalo_ray.config.section import (
     MAX_COUNT,
     NOT_BOOL,
+    SHAPING_WHERE_SET,
     Domain,
     Dtype,
     EndpointConfig,
@@ -236,6 +237,11 @@ class ContinuationsConfig(Section):
     adaptive: AdaptiveConfig | None = None
     """When to stop early. Null: always `samples` continuations."""
 
+    search_first_error: Annotated[bool, Field(json_schema_extra=SHAPING_WHERE_SET)] = False
+    """Whether the first wrong step of each response is searched by halving: log2 of its steps are continued
+    instead of all. Steps from there on are labelled 0, those before 1, and all of a response that is right
+    itself. Only where every objective labelled by rollouts is supervised by `judged_rollouts`."""
+
     sampling: SamplingConfig = SamplingConfig(max_new_tokens=256)
     """How continuations are drawn; `max_new_tokens` is the most of each one."""
 
@@ -362,6 +368,18 @@ class LabelConfig(Section):
         if self.calibration is not None and self.calibration.objective not in self.objective_names:
             named = self.calibration.objective
             raise ValueError(f"'calibration': {unknown_name('objective', named, self.objective_names)}")
+        return self
+
+    @model_validator(mode="after")
+    def _first_errors_are_searched_for_votes(self) -> Self:
+        if self.continuations is not None and self.continuations.search_first_error:
+            for objective in self.objectives:
+                if objective.supervision == "rollout_value":
+                    raise ValueError(
+                        f"'continuations.search_first_error' gives labels of 0 and 1, and "
+                        f"'{objective.name}' is supervised by rollout_value: use judged_rollouts, or continue "
+                        "every step"
+                    )
         return self
 
     @model_validator(mode="after")

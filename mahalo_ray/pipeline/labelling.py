@@ -101,6 +101,8 @@ def _settings(config: LabelConfig, judges: dict[str, JudgeSpec]) -> dict[str, An
     """What the labels depend on: not where they are made, nor how hard endpoints may be asked."""
     excluded = {"output", "cluster", "max_unjudged_fraction", "judges", "calibration", "seed", "input"}
     settings = config.model_dump(mode="json", exclude=excluded)
+    if config.continuations is not None:
+        settings["continuations"] = config.continuations.shaping()
     settings["judges"] = {
         name: {**judge_identity(spec), "threshold": spec.threshold} for name, spec in judges.items()
     }

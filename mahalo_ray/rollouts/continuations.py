@@ -3,7 +3,7 @@ shared by its samples and by the prefixes that go on from it. No Ray here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from mahalo_ray.config import ContinuationsConfig
@@ -45,8 +45,8 @@ class Prefix:
 
 @dataclass
 class SamplingCounts:
-    """What sampling came to. `steps`: prefixes of all traces that were to be continued, `prefixes` the
-    distinct ones among them; `samples_full` what M samples for each of these would be; `cut`: samples that
+    """What sampling came to. `steps`: inner prefixes of all traces, `prefixes` the distinct ones that were
+    continued; `samples_full`: M samples for each distinct inner prefix; `cut`: samples that
     ended at a limit; `tokens_encoded`: those of prompts and steps that went through the policy."""
 
     steps: int = 0
@@ -104,10 +104,16 @@ class Continuer:
         room = self._policy.max_context
         return None if needed < room else f"{needed} tokens do not fit the policy's context of {room}"
 
-    def sample(self, traces: Sequence[StepTrace], decide: Callable[[list[Prefix]], list[Prefix]]) -> None:
+    def sample(
+        self,
+        traces: Sequence[StepTrace],
+        decide: Callable[[list[Prefix]], list[Prefix]],
+        wanted: Collection[Key] | None = None,
+    ) -> None:
         """Continue every inner prefix of the traces, those of one number of steps at once, M times at most.
 
         After every round `decide` is given the prefixes with new samples, and says which of them go on.
+        `wanted`: only these prefixes are continued; the others are only read on the way.
         """
         engine = Engine(self._policy)
         level = self._prompts(engine, traces)
@@ -115,10 +121,17 @@ class Continuer:
         while level:
             depth += 1
             level = self._next_level(engine, level, traces, depth)
-            going_on = list(level.values())
+            going_on = [p for key, p in level.items() if wanted is None or key in wanted]
+            self.counts.prefixes += len(going_on)
             while going_on:
                 self._round(engine, going_on)
                 going_on = [p for p in decide(going_on) if len(p.samples) < self._settings.samples]
+
+    def count(self, traces: Sequence[StepTrace]) -> None:
+        """What continuing every inner prefix of these traces would be."""
+        inner = [prefix_key(trace, n) for trace in traces for n in range(1, len(trace.steps))]
+        self.counts.steps += len(inner)
+        self.counts.samples_full += len(set(inner)) * self._settings.samples
 
     def _prompts(self, engine: Engine, traces: Sequence[StepTrace]) -> dict[Key, Prefix]:
         prefixes = {prefix_key(trace, 0): Prefix(trace, ()) for trace in traces}
@@ -136,7 +149,6 @@ class Continuer:
         for trace in traces:
             if depth >= len(trace.steps):
                 continue
-            self.counts.steps += 1
             key = prefix_key(trace, depth)
             if key not in children:
                 children[key] = Prefix(trace, tuple(trace.steps[:depth]))
@@ -144,8 +156,6 @@ class Continuer:
         self._take_rows(engine, level, grown)
         steps = [(child, self._encoder.step_ids(child.steps[-1])) for child in children.values()]
         self._append(engine, steps)
-        self.counts.prefixes += len(children)
-        self.counts.samples_full += len(children) * self._settings.samples
         return children
 
     def _take_rows(self, engine: Engine, level: dict[Key, Prefix], grown: dict[Key, list[Prefix]]) -> None:

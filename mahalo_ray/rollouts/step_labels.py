@@ -118,6 +118,40 @@ class _Continued:
         return next(z.reason for z in self.verdicts[name] if isinstance(z, Unjudged))
 
 
+@dataclass
+class _Search:
+    """Where a response's first error may be: the prefix of `right` steps has none, and inner prefixes of more
+    than `open_until` steps are settled."""
+
+    right: int
+    open_until: int
+    unjudged: Unjudged | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return self.unjudged is None and self.right < self.open_until
+
+    @property
+    def middle(self) -> int:
+        """Steps of the prefix that is continued next."""
+        return (self.right + self.open_until + 1) // 2
+
+    def settle(self, verdict: Verdict) -> None:
+        """The middle prefix has this label."""
+        if isinstance(verdict, Unjudged):
+            self.unjudged = verdict
+        elif verdict == 1.0:
+            self.right = self.middle
+        else:
+            self.open_until = self.middle - 1
+
+    def labels(self, inner: int, right: bool) -> list[Verdict]:
+        """Labels of the inner steps; `right`: the whole response is."""
+        if self.unjudged is not None:
+            return [self.unjudged] * inner
+        return [1.0 if right or step <= self.right else 0.0 for step in range(1, inner + 1)]
+
+
 class Labeller:
     """Labels traces. `continuer` is needed where an objective is labelled by rollouts; `source` is written
     into every trace."""
@@ -168,22 +202,78 @@ class Labeller:
         errors = [self._continuer.context_error(trace) for trace in traces]
         fitting = [trace for trace, error in zip(traces, errors, strict=True) if error is None]
         continued: dict[Key, _Continued] = {}
-        self._continuer.sample(fitting, lambda prefixes: self._decide(prefixes, continued))
+        self._continuer.count(fitting)
+        found: dict[str, list[list[Verdict]]] = {}
+        wholes = [self._judged(trace, trace.steps) for trace in fitting]
+        verdicts = {judge.objective.name: judge.verdicts(wholes) for judge in self._rollouts}
+        if self._settings is not None and self._settings.search_first_error:
+            found = self._search_first_errors(fitting, verdicts, continued)
+        else:
+            self._continuer.sample(fitting, lambda prefixes: self._decide(prefixes, continued))
         for judge in self._rollouts:
             name = judge.objective.name
-            ends = iter(judge.verdicts([self._judged(trace, trace.steps) for trace in fitting]))
+            ends, inner_of = iter(verdicts[name]), iter(found.get(name, ()))
             for trace, error, by_objective, outcome in zip(traces, errors, labels, outcomes, strict=True):
                 if error is not None:
                     by_objective[name] = [Unjudged(error)] * len(trace.steps)
                     continue
                 end = next(ends)
-                inner = [
-                    self._target(judge, trace, n, continued[prefix_key(trace, n)])
-                    for n in range(1, len(trace.steps))
-                ]
+                if found:
+                    inner = next(inner_of)
+                else:
+                    inner = [
+                        self._target(judge, trace, n, continued[prefix_key(trace, n)])
+                        for n in range(1, len(trace.steps))
+                    ]
                 by_objective[name] = [*inner, self._end_target(judge, trace, end)]
                 if not isinstance(end, Unjudged):
                     outcome[name] = end
+
+    def _search_first_errors(
+        self,
+        traces: Sequence[StepTrace],
+        ends: Mapping[str, Sequence[Verdict]],
+        continued: dict[Key, _Continued],
+    ) -> dict[str, list[list[Verdict]]]:
+        """Labels of the inner steps of every trace, per objective: 1 before its first error and 0 from there
+        on, which is found by halving (OmegaPRM, Luo et al. 2024, arXiv 2406.06592).
+
+        A prefix from which most continuations succeed has no error in it, one from which they fail has: so
+        the middle of the steps in question is continued, and half of them are settled. A response that is
+        right itself has none. A prefix without a verdict leaves its trace without labels.
+        """
+        assert self._continuer is not None
+        searches = {
+            name: [
+                _Search(0, 0 if verdict == 1.0 else len(trace.steps) - 1)
+                for trace, verdict in zip(traces, verdicts, strict=True)
+            ]
+            for name, verdicts in ends.items()
+        }
+        while True:
+            # As far as they are read: a trace ends behind the prefix that is continued.
+            middles = [
+                trace.model_copy(update={"steps": trace.steps[: search.middle + 1]})
+                for of_traces in searches.values()
+                for trace, search in zip(traces, of_traces, strict=True)
+                if search.is_open
+            ]
+            if not middles:
+                break
+            wanted = {prefix_key(trace, len(trace.steps) - 1) for trace in middles} - continued.keys()
+            self._continuer.sample(middles, lambda prefixes: self._decide(prefixes, continued), wanted)
+            for judge in self._rollouts:
+                for trace, search in zip(traces, searches[judge.objective.name], strict=True):
+                    if search.is_open:
+                        state = continued[prefix_key(trace, search.middle)]
+                        search.settle(self._target(judge, trace, search.middle, state))
+        return {
+            name: [
+                search.labels(len(trace.steps) - 1, right=verdict == 1.0)
+                for trace, search, verdict in zip(traces, of_traces, ends[name], strict=True)
+            ]
+            for name, of_traces in searches.items()
+        }
 
     def _decide(self, prefixes: list[Prefix], continued: dict[Key, _Continued]) -> list[Prefix]:
         """Judge the new continuations; the prefixes that need more of them."""
