@@ -191,16 +191,15 @@ def test_responses_to_prompts_are_cut_into_steps() -> None:
 
 
 class WrongFrom(Judge):
-    """A response is wrong where its steps have the word; continuations are judged by what came before them."""
+    """A response is wrong where its steps have the word: continuations mend nothing and break nothing."""
 
     def score(self, items: Sequence[Judged]) -> list[float | Unjudged]:
         return [0.0 if any("wrong" in step for step in item.steps) else 1.0 for item in items]
 
 
 def chain(name: str, length: int, wrong: int | None) -> StepTrace:
-    return trace(
-        name, f"{name}?", *(f"wrong {n}." if n == wrong else f"Step {n}." for n in range(1, length + 1))
-    )
+    steps = [f"wrong {n}." if n == wrong else f"Step {n}." for n in range(1, length + 1)]
+    return trace(name, f"{name}?", *steps)
 
 
 def test_the_first_error_is_found_by_halving() -> None:
@@ -227,7 +226,7 @@ def test_the_first_error_is_found_by_halving() -> None:
 
 
 def test_values_are_not_searched() -> None:
-    with pytest.raises(ValueError, match="use judged_rollouts, or continue every step"):
+    with pytest.raises(ValueError, match="or continue every step"):
         LabelConfig.model_validate(
             {
                 "name": "x",

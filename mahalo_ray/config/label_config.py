@@ -376,9 +376,8 @@ class LabelConfig(Section):
             for objective in self.objectives:
                 if objective.supervision == "rollout_value":
                     raise ValueError(
-                        f"'continuations.search_first_error' gives labels of 0 and 1, and "
-                        f"'{objective.name}' is supervised by rollout_value: use judged_rollouts, or continue "
-                        "every step"
+                        "'continuations.search_first_error' gives labels of 0 and 1: supervise "
+                        f"'{objective.name}' by judged_rollouts, or continue every step"
                     )
         return self
 
