@@ -117,6 +117,16 @@ def test_surf_knows_the_list_and_lies_more_evenly_than_it_began(tmp_path: Path) 
     assert near.standard_error["accuracy"] == pytest.approx(0.02 / STUDENTS**0.5, rel=0.3)
 
 
+def test_rounds_of_surface_add_up_to_its_points(tmp_path: Path) -> None:
+    config = example(LIST, "sweep.sampler=surface", "sweep.points=9", "sweep.rounds=3")
+    search = search_of(config, spec_in(tmp_path))
+    run_trials(search)
+    table = sweep_table(config, search.swept())
+    sampled = [point for point in table.points if point.sampler == "surface"]
+    assert len(sampled) == 9 and all(point.last_round for point in sampled)
+    assert {point.round for point in sampled} == {1, 2, 3}
+
+
 def test_a_failed_trial_is_left_out_and_a_round_without_results_ends_the_sweep(tmp_path: Path) -> None:
     config = example(*SURF)
     search = search_of(config, spec_in(tmp_path / "one"))
@@ -154,6 +164,7 @@ def test_fronts_are_crossed_with_guidance_and_candidates(tmp_path: Path) -> None
         (["sweep.points=5"], "'points' is the sampler's, and no 'sampler' is given"),
         (["sweep.sampler=serf"], "Did you mean 'surf'"),
         (["sweep.sampler=surf", "sweep.points=2"], "greater than or equal to 3"),
+        (["sweep.sampler=surface", "sweep.rounds=1"], "'sampler: surface' needs 'rounds' of at least 2"),
         (["sweep.num_candidates=[4]"], "'num_candidates' above 1 needs 'guidance'"),
         (["sweep.kind=guidance", "sweep.num_candidates=[1]"], "one candidate leaves guidance nothing"),
         (["sweep.kind=guidance", "sweep.guidance=[{accuracy: 1}]"], "'kind: guidance' varies it"),

@@ -61,16 +61,16 @@ class SweepConfig(Section):
     """Weight vectors that are tried, each divided by its sum: `[{accuracy: 0.9, engagement: 0.1}, ...]`."""
 
     sampler: SamplerName | None = None
-    """What asks for further weight vectors: `surf` for points that lie evenly along the front; `lattice` for
-    equal steps of the weights, `sobol` and `dirichlet` for weights drawn evenly or at random. Null: only
-    `weights` are tried."""
+    """What asks for further weight vectors: `surf` for points that lie evenly along the front of two
+    objectives; `surface` for points spread evenly over that of two to six; `lattice` for equal steps of the
+    weights, `sobol` and `dirichlet` for weights drawn evenly or at random. Null: only `weights` are tried."""
 
     points: Annotated[int, Field(ge=3, le=10_000), NOT_BOOL] = 11
-    """Points that the sampler asks for in each round."""
+    """Points that the sampler asks for in each round; of `surface`, in all rounds together."""
 
     rounds: Annotated[int, Field(ge=1, le=100), NOT_BOOL] = 2
-    """Most rounds of the sampler. It stops sooner where another round would not help; all but `surf` have
-    one."""
+    """Most rounds of the sampler. It stops sooner where another round would not help; all but `surf` and
+    `surface` have one."""
 
     relaxation: PositiveFraction = 0.7
     """Of `surf`: how far a round's estimate replaces what was estimated before. Its paper has 0.3, for tens
@@ -93,6 +93,8 @@ class SweepConfig(Section):
                 raise ValueError(f"'{name}' is the sampler's, and no 'sampler' is given")
         if self.sampler != "surf" and self.relaxation != type(self).model_fields["relaxation"].default:
             raise ValueError("'relaxation' is that of 'sampler: surf': leave it out")
+        if self.sampler == "surface" and self.rounds < 2:
+            raise ValueError("'sampler: surface' needs 'rounds' of at least 2: the first is a lattice")
         if self.kind == "guidance" and 1 in self.num_candidates:
             raise ValueError("'num_candidates' is 1, and one candidate leaves guidance nothing to choose")
         if self.kind == "guidance" and self.guidance:
@@ -613,5 +615,14 @@ class RunConfig(Section):
                     raise ValueError(f"'{where}': {unknown_name('objective', name, names)}")
         if self.sweep.sampler is not None and len(names) < 2:
             raise ValueError("'sweep.sampler' needs at least 2 objectives: there is no front of one")
+        if self.sweep.sampler == "surf" and len(names) > 2:
+            raise ValueError(
+                f"'sweep.sampler' is surf, which follows a curve: {len(names)} objectives need 'surface'"
+            )
+        if self.sweep.sampler == "surface" and not len(names) < min(self.sweep.points, 7):
+            raise ValueError(
+                f"'sweep.sampler' is surface: {len(names)} objectives need more than {len(names)} points, "
+                "and it is for at most 6"
+            )
         self.compare.check_objectives(names, self.sweep)
         return self

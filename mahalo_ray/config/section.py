@@ -110,7 +110,7 @@ AggregationKind = Literal["sum", "soft_min", "thresholds"]
 # 0: the head of the model that a policy was made from, 1: the policy's own.
 Strength = Annotated[float, Field(ge=0, le=100), NOT_BOOL]
 SweepKind = Literal["decoding", "guidance"]
-SamplerName = Literal["lattice", "sobol", "dirichlet", "surf"]
+SamplerName = Literal["lattice", "sobol", "dirichlet", "surf", "surface"]
 
 SMALLEST_TEMPERATURE = 1e-6
 

@@ -138,7 +138,11 @@ def rounds_of(config: RunConfig, front: SweepFront) -> Rounds:
     fixed = {vector: front.method_at(config, vector) for vector in section.weights}
     if section.sampler is None:
         return FixedMethods(list(fixed.values()))
-    name, options = section.sampler, {"relaxation": section.relaxation} if section.sampler == "surf" else {}
+    name, options = section.sampler, {}
+    if name == "surf":
+        options = {"relaxation": section.relaxation}
+    elif name == "surface":
+        options = {"rounds": section.rounds}
     return SampledFront(
         lambda: make_sampler(name, config.objective_names, section.points, **options),
         config.objective_names,
@@ -151,11 +155,13 @@ def rounds_of(config: RunConfig, front: SweepFront) -> Rounds:
 def _is_report_row(config: RunConfig, one: Swept, swept: list[Swept]) -> bool:
     if config.sweep.weights:
         return 0 in one.rounds
-    return _is_last(one, swept)
+    return _is_chosen(config, one, swept)
 
 
-def _is_last(one: Swept, swept: list[Swept]) -> bool:
-    """Whether it is of the last round of its source."""
+def _is_chosen(config: RunConfig, one: Swept, swept: list[Swept]) -> bool:
+    """Whether it is of the last round of its source; with `surface`, whose rounds add up, of any."""
+    if config.sweep.sampler == "surface":
+        return True
     return max(one.rounds) == max(n for other in swept if other.source == one.source for n in other.rounds)
 
 
@@ -193,7 +199,7 @@ def sweep_table(config: RunConfig, swept: list[Swept]) -> SweepTable:
                 strength=method.strength,
                 sampler=config.sweep.sampler if asked else None,
                 round=one.rounds[0] + 1 - fixed_rounds,
-                last_round=asked and _is_last(one, swept),
+                last_round=asked and _is_chosen(config, one, swept),
                 seed=config.seed,
                 **figures,
             )

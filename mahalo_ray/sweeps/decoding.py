@@ -185,7 +185,7 @@ class SampledFront:
         came, of_sampler = sum(one is not None for one in played), self._left < self._rounds
         if came < 2 and not of_sampler:
             return  # too little to tell it
-        if came < 2:
+        if came < min(2, len(played)):
             raise SweepError(
                 f"{came} of {len(played)} trials of a round have a result, and the sampler needs 2 to go on. "
                 "Trial logs are in the stage's folder 'tune'; run again to play only what is missing"

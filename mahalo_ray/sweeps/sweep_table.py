@@ -65,7 +65,8 @@ class SweepPoint(BaseModel):
     """The sampler's round that asked for it first; 0: the fixed list."""
 
     last_round: bool = False
-    """Whether it is of the sampler's last round: the points that are to lie evenly."""
+    """Whether it is one of the points that are to lie evenly: those of the sampler's last round, with
+    `surface` those of all its rounds."""
 
     mean: dict[str, float] | None = None
     """Mean over students of every objective."""
