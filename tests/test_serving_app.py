@@ -549,7 +549,7 @@ def test_the_portfolio_names_a_member_and_its_certified_loss(
 ) -> None:
     report = measuring.get("/v1/portfolio").json()
     (member,) = report["members"]
-    assert member["model"] == "mahalo@accuracy=0.5,engagement=0.5"
+    assert (member["model"], member["name"]) == ("mahalo@member-1", "accuracy=0.5,engagement=0.5")
     assert member["values"] == {"accuracy": 0.6, "engagement": 0.7}
     assert [choice["loss_bound"] for choice in report["choices"]] == pytest.approx([0.2, 0.0])
     asked = measuring.get("/v1/portfolio", params={"weights": "accuracy=0.75,engagement=0.25"}).json()
@@ -560,6 +560,14 @@ def test_the_portfolio_names_a_member_and_its_certified_loss(
     assert outside["choices"][0]["loss_bound"] is None
     wrong = measuring.get("/v1/portfolio", params={"weights": "acuracy=1"})
     assert (wrong.status_code, error_of(wrong)["param"]) == (400, "weights")
+    answer = measuring.post(CHAT, json={**body(max_tokens=4), "model": "mahalo@member-1"}).json()
+    # Answered as it was measured: at its weights, without guidance.
+    assert answer["mahalo"]["objectives"] == member["objectives"] == {"accuracy": 0.5, "engagement": 0.5}
+    assert (answer["mahalo"]["strategy"], answer["mahalo"]["guidance"]) == ("none", None)
+    listed = [model["id"] for model in measuring.get("/v1/models").json()["data"]]
+    assert listed == ["mahalo", "mahalo@member-1"]
+    twice = measuring.post(CHAT, json={**body(strategy="argmax"), "model": "mahalo@member-1"})
+    assert (twice.status_code, error_of(twice)["param"]) == (400, "strategy")
     missing = client.get("/v1/portfolio")
     assert (missing.status_code, error_of(missing)["code"]) == (404, "no_portfolio")
 

@@ -38,6 +38,7 @@ class FrontPoint(BaseModel):
     weights: dict[str, float] | None
     guidance: dict[str, float] | None
     num_candidates: int
+    strength: float
     values: dict[str, Estimate] = Field(
         description="means over the dialogues, with intervals; more is better"
     )
@@ -53,6 +54,7 @@ class FrontPoint(BaseModel):
             weights=row.weights,
             guidance=row.guidance,
             num_candidates=row.num_candidates,
+            strength=row.strength,
             values=row.means,
             in_sweep=row.in_sweep,
             on_front=row.on_front,
@@ -85,10 +87,16 @@ class Front(BaseModel):
 
 
 class PortfolioMember(BaseModel):
-    """A member: `model` is the id that asks for it in a request's `model`."""
+    """A member: `model` is the id that asks for it in a request's `model`, with everything it was measured
+    with. `weights`: where it was found; `objectives`: its decoding weights; `guidance` null: unguided."""
 
     model: str
+    name: str
     weights: dict[str, float]
+    objectives: dict[str, float] | None
+    strength: float
+    guidance: dict[str, float] | None
+    num_candidates: int
     values: dict[str, float]
 
 
@@ -168,12 +176,27 @@ class Measurements:
         """The answer of GET /v1/front."""
         return None if self.table is None else Front.of(self.table, descriptions)
 
-    def member_models(self, model: str) -> list[str]:
-        """The model ids that ask for the portfolio's members."""
-        if self.portfolio is None:
-            return []
-        vectors = _vectors(self.portfolio)
-        return [balanced_model(model, vectors[member]) for member in self.portfolio.members]
+    def members(self, model: str) -> dict[str, PortfolioMember]:
+        """The portfolio's members by the model ids that ask for them, `mahalo@member-1` and so on."""
+        found = self.portfolio
+        if found is None:
+            return {}
+        members = {}
+        for number, row in enumerate(found.members, start=1):
+            vector = _vector(found, row)
+            # A portfolio of bare weight vectors is one of decoding weights.
+            policy = found.policies[row] if found.policies else {"weights": dict(vector)}
+            members[f"{model}@member-{number}"] = PortfolioMember(
+                model=f"{model}@member-{number}",
+                name=found.name_of(row),
+                weights=dict(vector),
+                objectives=policy["weights"],
+                strength=policy.get("strength", 1.0),
+                guidance=policy.get("guidance"),
+                num_candidates=policy.get("num_candidates", 1),
+                values=dict(zip(found.objectives, found.values[row].tolist(), strict=True)),
+            )
+        return members
 
     def report_portfolio(
         self, model: str, descriptions: Mapping[str, str], weights: Weights | None
@@ -182,8 +205,9 @@ class Measurements:
         found = self.portfolio
         if found is None:
             return None
-        asked = _vectors(found)
-        ids = {member: balanced_model(model, asked[member]) for member in found.members}
+        members = self.members(model)
+        ids = dict(zip(found.members, members, strict=True))
+        asked = [_vector(found, row) for row in range(len(found.weights))] if weights is None else [weights]
         return PortfolioReport(
             objectives=describe(found.objectives, descriptions),
             eps=found.eps,
@@ -192,20 +216,13 @@ class Measurements:
             gap=found.gap,
             unit=found.unit,
             best=found.best,
-            members=[
-                PortfolioMember(
-                    model=ids[member],
-                    weights=dict(asked[member]),
-                    values=dict(zip(found.objectives, found.values[member].tolist(), strict=True)),
-                )
-                for member in found.members
-            ],
-            choices=[_choice(found, vector, ids) for vector in (asked if weights is None else [weights])],
+            members=list(members.values()),
+            choices=[_choice(found, vector, ids) for vector in asked],
         )
 
 
-def _vectors(found: Portfolio) -> list[Weights]:
-    return [Weights(dict(zip(found.objectives, row, strict=True))) for row in found.weights.tolist()]
+def _vector(found: Portfolio, row: int) -> Weights:
+    return Weights(dict(zip(found.objectives, found.weights[row].tolist(), strict=True)))
 
 
 def _choice(found: Portfolio, weights: Weights, ids: Mapping[int, str]) -> CertifiedChoice:
@@ -222,8 +239,3 @@ def _choice(found: Portfolio, weights: Weights, ids: Mapping[int, str]) -> Certi
 def describe(objectives: tuple[str, ...], descriptions: Mapping[str, str]) -> list[ObjectiveReport]:
     """The objectives with what is known of their meaning."""
     return [ObjectiveReport(name=name, description=descriptions.get(name, "")) for name in objectives]
-
-
-def balanced_model(model: str, weights: Weights) -> str:
-    """The model id that carries a balance: `mahalo@accuracy=0.8,engagement=0.2`."""
-    return f"{model}@{weights.label()}"

@@ -19,6 +19,7 @@ from mahalo_ray.serving.front import (
     Front,
     Measurements,
     ObjectiveReport,
+    PortfolioMember,
     PortfolioReport,
     describe,
 )
@@ -98,6 +99,7 @@ class ChatService:
         measured = measured or Measurements()
         self._measured = measured
         self._front = measured.front(settings.descriptions)
+        self._members = measured.members(settings.model_name)
         config, defaults = settings.config, settings.defaults
         self.limits = RequestLimits(
             config.max_candidates,
@@ -133,8 +135,8 @@ class ChatService:
 
     def chat(self, body: ChatCompletionRequest) -> tuple[Job, ChatWriter]:
         """Queue answers. ApiError if the request asks for what this server does not have or allow."""
-        body.check(self.limits)
-        asked = self._with_balance(body)
+        asked = self._as_model_says(body)
+        asked.check(self.limits)
         self._check_last(body.messages[-1].role)
         weights, strategy = self._weights(asked), self._strategy(asked)
         guidance = self._guidance(asked, strategy, weights)
@@ -146,12 +148,12 @@ class ChatService:
             [messages],
             limit,
             weights=weights,
-            strength=self._strength(body),
+            strength=self._strength(asked),
             guidance=guidance,
-            num_candidates=1 if guidance is None else body.num_candidates or default,
+            num_candidates=1 if guidance is None else asked.num_candidates or default,
             strategy=strategy,
             score_temperature=1.0 if body.score_temperature is None else body.score_temperature,
-            aggregation=self._aggregation(body, strategy),
+            aggregation=self._aggregation(asked, strategy),
         )
         top = (body.top_logprobs or 0) if body.logprobs else None
         wanted = AnswersWanted(requests, (None,) * len(requests), top)
@@ -159,8 +161,8 @@ class ChatService:
 
     def complete(self, body: CompletionRequest) -> tuple[Job, TextWriter]:
         """Queue continuations of texts; ApiError as `chat`."""
-        body.check(self.limits)
-        asked = self._with_balance(body)
+        asked = self._as_model_says(body)
+        asked.check(self.limits)
         raw = [RawPrompt(prompt) for prompt in body.prompt]
         # No reward model reads these, so the messages are never looked at.
         unread = [[Message(role="user", content="")] for _ in raw]
@@ -169,7 +171,7 @@ class ChatService:
             unread,
             body.max_tokens or 1,
             weights=self._weights(asked),
-            strength=self._strength(body),
+            strength=self._strength(asked),
             guidance=None,
             num_candidates=1,
             strategy="none",
@@ -221,15 +223,17 @@ class ChatService:
 
     def models(self) -> list[ServedModel]:
         """The answer of GET /v1/models: the model, and one more id for every member of the portfolio."""
-        name = self.settings.model_name
-        return [self.model(one) for one in (name, *self._measured.member_models(name))]
+        return [self.model(name) for name in (self.settings.model_name, *self._members)]
 
     def model(self, name: str) -> ServedModel:
         """The answer of GET /v1/models/{name}; ApiError 404 for another name."""
-        balance = self._balance(name)
-        weights = self.weights if balance is None else balance
-        guided = bool(self.backend.guidance_objectives)
-        guidance = self._shared(weights) if balance is not None else self._default_guidance(weights)
+        carried = self._carried(name)
+        weights = Weights(carried["objectives"]) if "objectives" in carried else self.weights
+        guided = bool(self.backend.guidance_objectives) and carried.get("strategy") != "none"
+        guidance = self._shared(weights) if "objectives" in carried else self._default_guidance(weights)
+        if "guidance" in carried:
+            guidance = Weights(carried["guidance"])
+        candidates = carried.get("num_candidates", self.settings.defaults.num_candidates)
         return ServedModel(
             id=name,
             created=self.created,
@@ -246,7 +250,7 @@ class ChatService:
             defaults=ServedDefaults(
                 objectives=dict(weights or {}),
                 guidance=dict(guidance) if guided else None,
-                num_candidates=self.settings.defaults.num_candidates,
+                num_candidates=candidates,
             ),
         )
 
@@ -356,17 +360,19 @@ class ChatService:
         defaults = self.settings.defaults.sampling.model_dump(include=names)
         return SamplingParams.model_validate(defaults | given)
 
-    def _with_balance(self, body: RequestBody) -> RequestBody:
-        """The request with the weights that its model id carries; ApiError 404 for an unknown model."""
-        balance = self._balance(body.model)
-        if balance is None:
-            return body
-        if body.objectives is not None:
-            raise ApiError(400, "the model's id carries the weights: leave 'objectives' out", "objectives")
-        return body.model_copy(update={"objectives": dict(balance)})
+    def _as_model_says(self, body: RequestBody) -> RequestBody:
+        """The request with what its model id carries; ApiError 404 for an unknown model."""
+        carried = self._carried(body.model)
+        for name in carried:
+            if getattr(body, name) is not None:
+                raise ApiError(400, f"the model's id carries it: leave '{name}' out", name)
+        if "guidance" in carried and isinstance(body, CompletionRequest):
+            message = "this member of the portfolio is guided, which needs a conversation"
+            raise ApiError(400, f"{message}: use /v1/chat/completions", "model")
+        return body.model_copy(update=carried)
 
-    def _balance(self, name: str) -> Weights | None:
-        """The weights in `mahalo@accuracy=0.8,engagement=0.2`; None for the bare name."""
+    def _carried(self, name: str) -> dict[str, Any]:
+        """The fields of a request in `mahalo@accuracy=0.8,engagement=0.2` or `mahalo@member-1`."""
         base, at, weights = name.partition("@")
         if base != self.settings.model_name:
             raise ApiError(
@@ -376,16 +382,31 @@ class ChatService:
                 "model_not_found",
             )
         if not at:
-            return None
+            return {}
+        if name in self._members:
+            return self._fields_of(self._members[name])
         try:
             balance = Weights.parse(weights)
             balance.over(self.backend.objectives)
         except ValueError as error:
             raise ApiError(404, f"the model's id: {error}", "model", "model_not_found") from None
-        return balance
+        return {"objectives": dict(balance)}
+
+    def _fields_of(self, member: PortfolioMember) -> dict[str, Any]:
+        """The request that is answered as the member was when it was measured."""
+        fields: dict[str, Any] = {}
+        if member.objectives is not None:
+            fields["objectives"] = member.objectives
+        if member.strength != 1:
+            fields["strength"] = member.strength
+        if member.guidance is not None:
+            fields |= {"guidance": member.guidance, "num_candidates": member.num_candidates}
+        elif self.backend.guidance_objectives:
+            fields["strategy"] = "none"
+        return fields
 
     def _check_model(self, name: str) -> None:
-        self._balance(name)
+        self._carried(name)
 
     def _check_last(self, role: str) -> None:
         if role == "assistant":
