@@ -48,7 +48,7 @@ export function explained(status, details, retryAfter) {
   if (status === 400 && param === "messages" && /limit/.test(message ?? "")) {
     return new ServerError("This conversation has as many messages as the server allows. Start a new one to go on.", "full");
   }
-  if (code === "overloaded") return new ServerError("The model is busy with other people's questions." + later, "busy");
+  if (code === "overloaded") return new ServerError("The model is busy with other questions." + later, "busy");
   if (status === 429) return new ServerError("You have asked more often than this server allows." + later, "busy");
   if (code === "shutting_down") return new ServerError("The server is being stopped or replaced." + later, "busy");
   if (code === "timeout" || status === 504) {
