@@ -198,4 +198,4 @@ def bandit_of_three(arms: int = 20, tau: float = 0.1, seed: int = 1) -> Surface:
     points = bandit_values(weights, rewards, tau)
     cells = np.round((points - points.min(axis=0)) / np.ptp(points, axis=0) * 120).astype(int)
     even = points[np.unique(cells, axis=0, return_index=True)[1]]
-    return Surface(f"KL bandit, {arms} arms", lambda w: bandit_values(w, rewards, tau), even)
+    return Surface(f"KL bandit, tau {tau:g}", lambda w: bandit_values(w, rewards, tau), even)

@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -214,8 +215,13 @@ def play(searcher: SamplerSearcher, steps: int | None = None) -> None:
             running.append((f"trial-{len(searcher.table())}-{len(running)}", suggested["weights"]))
             continue
         trial, weights = running.pop()
-        reached = circle([Weights(weights)])[0].tolist()
-        searcher.on_trial_complete(trial, {"a": reached[0], "b": reached[1], "standard_error/a": 0.0})
+        searcher.on_trial_complete(trial, {**reached(weights), "standard_error/a": 0.0})
+
+
+def reached(weights: Mapping[str, float]) -> dict[str, float]:
+    """As the trials of programs/swept_run.py, to the last digit."""
+    length = float(np.hypot(weights["a"], weights["b"]))
+    return {name: weight / length for name, weight in weights.items()}
 
 
 def test_a_searcher_continues_from_its_file_and_ends_with_the_same_table(tmp_path: Path) -> None:
@@ -230,8 +236,7 @@ def test_a_searcher_continues_from_its_file_and_ends_with_the_same_table(tmp_pat
     assert resumed.table() == broken.table()
     for trial in list(resumed._trials):  # Tune runs interrupted trials again, under the ids that they had
         weights = resumed._asked[resumed._trials[trial]]
-        reached = circle([weights])[0].tolist()
-        resumed.on_trial_complete(trial, {"a": reached[0], "b": reached[1]})
+        resumed.on_trial_complete(trial, reached(weights))
     play(resumed)
     assert resumed.table() == whole.table()
     whole_state = (tmp_path / "state").read_text()
