@@ -143,12 +143,15 @@ def test_three_objectives_are_covered_better_than_by_a_lattice() -> None:
     assert cover(make_sampler("surface", list("abc"), 28, respacings=3), concave=False) < 0.2
 
 
-@pytest.mark.parametrize("objectives", [2, 4])
-def test_a_surface_may_be_a_curve_or_have_four_objectives(objectives: int) -> None:
-    names = list("abcd")[:objectives]
-    n = 12 if objectives == 2 else 60
-    least = cover(make_sampler("surface", names, n), concave=False)
-    assert least < (0.12 if objectives == 2 else 0.4)
+@pytest.mark.parametrize(
+    ("objectives", "n", "radius"), [(2, 12, 0.12), (3, 9, 0.45), (4, 14, 0.62), (4, 60, 0.4)]
+)
+def test_a_surface_may_be_a_curve_begin_with_corners_and_have_four_objectives(
+    objectives: int, n: int, radius: float
+) -> None:
+    sampler = make_sampler("surface", list("abcd")[:objectives], n)
+    assert cover(sampler, concave=False) < radius
+    assert len(sampler.ask()) == n
 
 
 def test_a_surface_knows_what_was_told_before_its_first_round() -> None:

@@ -254,6 +254,8 @@ def _strew(coordinates: FloatArray, values: FloatArray, seed: int) -> _Strewn | 
     if count == 2:
         order = np.argsort(coordinates[:, 0])
         cells = np.stack([order[:-1], order[1:]], axis=1)
+    elif len(coordinates) == count:
+        cells = np.arange(count)[None]  # the corners alone
     else:
         cells = Delaunay(coordinates[:, :-1], qhull_options="QJ Qbb Q12").simplices
     edges = values[cells[:, 1:]] - values[cells[:, :1]]
