@@ -140,7 +140,7 @@ class RequestTable:
         self.read: StateFunction
         self.max_tokens: Tensor  # per row, as the next two
         self.lengths: Tensor
-        self.limit_codes: Tensor  # why a branch ends with its max_tokens-th token
+        self.limit_codes: list[int]  # per row: why a branch ends with its max_tokens-th token
         self.min_tokens: Tensor | None = None  # per row; None: no row has any, as with the next two
         self.penalties: Tensor | None = None
         self.occurred: Tensor | None = None  # [rows, V]
@@ -184,8 +184,9 @@ class RequestTable:
         device, requests = self._policy.device, self._requests
         self.max_tokens = torch.tensor([request.max_tokens for request in requests], device=device)
         self.lengths = torch.tensor([request.length for request in requests], device=device)
-        codes = [CODE[StopReason.CONTEXT if r.fills_context else StopReason.LENGTH] for r in requests]
-        self.limit_codes = torch.tensor(codes, device=device)
+        self.limit_codes = [
+            CODE[StopReason.CONTEXT if r.fills_context else StopReason.LENGTH] for r in requests
+        ]
         self._tabulate_limits()
         rules: Sequence[StopRule | None] = [request.rule for request in requests]
         self.stop = None if self._texts is None else TextStop(self._texts, rules)
@@ -449,11 +450,13 @@ class BranchDecoder:
     def _set_live(self, live: Tensor) -> None:
         """These branches decode now, in ascending order: prepare what the token loop needs of each."""
         self._live, self._live_index = live, self._index_of(live)
-        grid_row = self._live_index // self.grid.columns
-        self._live_rows = np.unique(grid_row.cpu().numpy())
-        self._is_new = True
+        self._live_rows, self._is_new = NO_ROWS, True
         self._row = live // max(self._buffers.columns, 1)
         if len(live):
+            grid_row = self._live_index // self.grid.columns
+            # Rows of the grid and of the requests, for what the host decides.
+            self._grid_rows, self._rows = torch.stack([grid_row, self._row]).cpu().numpy()
+            self._live_rows = np.unique(self._grid_rows)
             # As many tokens drawn as the model has read since the request started.
             self._count = torch.from_numpy(self.grid.lengths).to(self.device)[grid_row]
             self._max_tokens = self._requests.max_tokens[self._row]
@@ -539,48 +542,50 @@ class BranchDecoder:
     def _end_branches(self, sampled: Tensor) -> list[int]:
         """Take out the branches that end with the token just drawn. Returns the sequences without any left.
 
-        The host waits for the device once per token, to learn whether any branch ends or must be read.
+        The host waits for the device once per token, to learn which branches end or must be read, and once
+        more for the texts of those.
         """
         stopped = self._stop_table[sampled]
-        ended = stopped | (self._max_tokens <= self._count + 1)
+        flags = [stopped, self._max_tokens <= self._count + 1]
+        if self._requests.triggers is not None:
+            flags.append(self._requests.triggers[sampled] & ~stopped)
+        is_stopped, is_full, *is_suspect = torch.stack(flags).tolist()
         self._sampled = sampled
-        by_text: tuple[Tensor, Tensor] | None = None
-        if self._requests.triggers is None:
-            any_ended = bool(ended.any())
-        else:
-            suspects = self._requests.triggers[sampled] & ~stopped
-            any_ended, any_suspect = torch.stack([ended.any(), suspects.any()]).tolist()
-            if any_suspect:
-                by_text = self._read_texts(suspects.nonzero()[:, 0])
-            if by_text is not None:
-                ended[by_text[0]] = True
-                any_ended = True
-        if not any_ended:
+        suspects = [branch for branch, flag in enumerate(is_suspect[0]) if flag] if is_suspect else []
+        codes = self._read_texts(suspects) if suspects else {}
+        for branch in range(len(is_stopped)):
+            if is_stopped[branch]:
+                codes[branch] = CODE[StopReason.TOKEN]
+            elif is_full[branch]:
+                codes.setdefault(branch, self._requests.limit_codes[self._rows[branch]])
+        if not codes:
             return []
-        reason = torch.where(stopped, CODE[StopReason.TOKEN], self._requests.limit_codes[self._row])
-        if by_text is not None:
-            reason[by_text[0]] = by_text[1]
-        self._buffers.end(self._live[ended], self._count[ended] + 1, reason[ended])
-        ended_rows, left_rows = self._row[ended], self._row[~ended]
-        self._sampled = sampled[~ended]
-        self._set_live(self._live[~ended])
-        finished = sorted({*ended_rows.tolist()} - {*left_rows.tolist()})
+        gone, left = sorted(codes), [branch for branch in range(len(is_stopped)) if branch not in codes]
+        ended, going_on = (
+            torch.tensor(which, dtype=torch.long, device=self.device) for which in (gone, left)
+        )
+        reasons = torch.tensor([codes[branch] for branch in gone], device=self.device)
+        self._buffers.end(self._live[ended], self._count[ended] + 1, reasons)
+        finished = sorted({*self._rows[gone].tolist()} - {*self._rows[left].tolist()})
+        self._sampled = sampled[going_on]
+        self._set_live(self._live[going_on])
         return [self._requests[row].sequence for row in finished]
 
-    def _read_texts(self, which: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Which of these live branches end with their text, and why (codes). Only tokens that can end a step
-        or a stop string come here."""
+    def _read_texts(self, which: Sequence[int]) -> dict[int, int]:
+        """Why (codes) these of the live branches end with their text, those that do. Only branches whose last
+        token can end a step or a stop string come here."""
         assert self._requests.stop is not None
-        counts = (self._count[which] + 1).tolist()
-        tokens = self._buffers.tokens[self._live[which], : max(counts)].tolist()
+        counts = (self.grid.lengths[self._grid_rows[which]] + 1).tolist()
+        branches = self._live[torch.tensor(which, device=self.device)]
+        tokens = self._buffers.tokens[branches, : max(counts)].tolist()
         verdicts = self._requests.stop.verdicts(
-            self._row[which].tolist(), [ids[:n] for ids, n in zip(tokens, counts, strict=True)]
+            self._rows[which].tolist(), [ids[:n] for ids, n in zip(tokens, counts, strict=True)]
         )
-        hits = [(number, CODE[verdict]) for number, verdict in enumerate(verdicts) if verdict is not None]
-        if not hits:
-            return None
-        numbers, codes = torch.tensor(hits, device=self.device).unbind(1)
-        return which[numbers], codes
+        return {
+            branch: CODE[verdict]
+            for branch, verdict in zip(which, verdicts, strict=True)
+            if verdict is not None
+        }
 
 
 class CompactingDecoder(BranchDecoder):
