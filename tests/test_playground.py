@@ -53,7 +53,8 @@ WCAG = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
 
 @dataclass
 class Served:
-    """A tiny model served over a real socket, by uvicorn in a thread of this process."""
+    """A tiny model served over a real socket, by uvicorn in a thread of this process; without objectives it
+    has a single head and no reward model."""
 
     kinds: dict[str, str]
     key: str | None = None
@@ -63,11 +64,14 @@ class Served:
     def __enter__(self) -> Served:
         torch.manual_seed(0)
         base, scorer = copy.deepcopy((tiny_guided.model(), tiny_guided.model(1)))
-        policy = MultiHeadCausalLM.from_base(base, tuple(self.kinds), noise=0.3).eval()
-        reward = ProcessRewardModel.from_base(
-            scorer, self.kinds, tuning="frozen", tokenizer=tiny_guided.tokenizer(), step_separator="\n\n"
-        )
-        decoder = GuidedDecoder(policy, reward, "tutoring", tiny_guided.tokenizer(), 64)
+        if self.kinds:
+            policy = MultiHeadCausalLM.from_base(base, tuple(self.kinds), noise=0.3).eval()
+            reward = ProcessRewardModel.from_base(
+                scorer, self.kinds, tuning="frozen", tokenizer=tiny_guided.tokenizer(), step_separator="\n\n"
+            )
+            decoder = GuidedDecoder(policy, reward, "tutoring", tiny_guided.tokenizer(), 64)
+        else:
+            decoder = GuidedDecoder(base, [], "tutoring", tiny_guided.tokenizer(), 64)
         config = ServeConfig(
             max_ongoing_requests=2, max_queued_requests=0, max_new_tokens=64, max_candidates=4, max_messages=8
         )
@@ -291,6 +295,18 @@ def test_moving_a_balance_answers_again_only_where_it_moved(context: BrowserCont
     assert last_answers(page) == [first[1], first[1]]
     assert len(sent) == 1
     assert page.locator(".turn").count() == 1
+
+
+@needs_browser
+def test_a_model_without_objectives_just_answers(context: BrowserContext) -> None:
+    complaints: list[str] = []
+    with Served({}) as served:
+        page = visit(context, served.url, complaints)
+        expect(page.locator("#mode-hint")).to_contain_text("no goals to balance")
+        ask(page)
+        assert len(last_answers(page)) == 1
+        expect(page.locator("#balance")).to_be_hidden()
+    assert complaints == []
 
 
 # -- what was measured ---------------------------------------------------------------------------------------

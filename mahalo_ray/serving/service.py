@@ -229,10 +229,11 @@ class ChatService:
         """The answer of GET /v1/models/{name}; ApiError 404 for another name."""
         carried = self._carried(name)
         weights = Weights(carried["objectives"]) if "objectives" in carried else self.weights
-        guided = bool(self.backend.guidance_objectives) and carried.get("strategy") != "none"
-        guidance = self._shared(weights) if "objectives" in carried else self._default_guidance(weights)
-        if "guidance" in carried:
-            guidance = Weights(carried["guidance"])
+        guidance = None
+        if self.backend.guidance_objectives and carried.get("strategy") != "none":
+            guidance = self._shared(weights) if "objectives" in carried else self._default_guidance(weights)
+            if "guidance" in carried:
+                guidance = Weights(carried["guidance"])
         candidates = carried.get("num_candidates", self.settings.defaults.num_candidates)
         return ServedModel(
             id=name,
@@ -249,7 +250,7 @@ class ChatService:
             ),
             defaults=ServedDefaults(
                 objectives=dict(weights or {}),
-                guidance=dict(guidance) if guided else None,
+                guidance=None if guidance is None else dict(guidance),
                 num_candidates=candidates,
             ),
         )

@@ -20,7 +20,9 @@ export function drawSettings(state, actions) {
     type: "radio", name: "mode", value: mode, checked: settings.mode === mode, "data-key": "mode" + mode, onchange: () => actions.setMode(mode),
   }), MODE_NAMES[mode])));
   $("modes").hidden = $("presets-part").hidden = !several;
-  $("mode-hint").textContent = several ? MODE_HINTS[settings.mode] : `This model has one goal, ${model.names[0] ?? "and no reward model"}: there is nothing to balance.`;
+  $("mode-hint").textContent = several ? MODE_HINTS[settings.mode]
+    : model.names.length ? `This model has one goal, ${model.names[0]}: there is nothing to balance.`
+      : "This model has no goals to balance, and no reward model.";
   $("balance-card").hidden = !several || settings.mode === "prefer";
   $("balance-buttons").hidden = $("balance-card").hidden;
   $("columns").hidden = settings.mode !== "compare";
