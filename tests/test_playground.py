@@ -154,7 +154,7 @@ def visit(context: BrowserContext, url: str, complaints: list[str] | None = None
 
         page.on("console", note)
     page.goto(url)
-    expect(page.locator("#about")).to_contain_text("mahalo")
+    expect(page.locator("#about")).to_contain_text("Model")
     return page
 
 

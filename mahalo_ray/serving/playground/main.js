@@ -534,7 +534,8 @@ function restoreAll(model) {
     state.draft = linked.question || state.draft;
     history.replaceState(null, "", location.pathname + location.search);
   }
-  $("about").textContent = `Model \u2018${model.id}\u2019. Choose what counts more, and see what that does to its answers.`;
+  $("about").textContent = `Model \u2018${model.id}\u2019.` +
+    (model.names.length > 1 ? " Choose what counts more, and see what that does to its answers." : "");
   $("live").checked = state.settings.live;
   $("message").value = state.draft;
   fitMessage();
