@@ -159,7 +159,7 @@ class SurfSampler:
         self._phi = (self._phi - self._phi[0]) / (self._phi[-1] - self._phi[0])
 
     def _weights(self, shares: FloatArray) -> list[Weights]:
-        first = self.margin + (1 - 2 * self.margin) * shares
+        first = self.margin + (1 - 2 * self.margin) * np.clip(shares, 0.0, 1.0)
         return [Weights(dict(zip(self.objectives, (w, 1 - w), strict=True))) for w in first.tolist()]
 
     def _judge(self, shares: FloatArray, points: FloatArray) -> float:
