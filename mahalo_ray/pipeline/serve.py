@@ -200,7 +200,8 @@ def run_files(config: RunConfig, output: str) -> RunFiles:
             finished[stage] = {name: storage.join(output, stage, file) for name, file in outputs}
     portfolio = storage.join(output, FILE_IN_RUN)
     return RunFiles(
-        methods=tuple(files["methods"] for files in finished.values()),
+        # A sweep's own file has the points of all rounds, not only the report's rows.
+        methods=tuple(files.get("points", files["methods"]) for files in finished.values()),
         portfolio=portfolio if storage.exists(portfolio) and _is_current(portfolio, output) else None,
         objectives=config.objective_names,
         confidence=config.evaluation.confidence,
