@@ -5,7 +5,6 @@ import {described, distance, fromWeights} from "./shares.js";
 
 const WIDTH = 340, HEIGHT = 262, LEFT = 40, RIGHT = 12, TOP = 12, BOTTOM = 40;
 const SAME = 0.005; // between balances
-const ENOUGH_GUIDED = 3; // guided points, for the letters to follow them and not the sweep
 
 /** Round ends and steps of an axis that holds all values. */
 function axis(values) {
@@ -24,15 +23,18 @@ const SHAPES = {
   square: () => svg("rect", {x: -5.5, y: -5.5, width: 11, height: 11}),
 };
 
-/** How a point is drawn, and in which words its kind is told. */
-function family(point) {
-  if (point.weights === null && !point.guidance) return {shape: "square", words: "the model before alignment"};
-  if (point.weights === null) return {shape: "square", words: "the model before alignment, the best of several candidates"};
-  if (point.guidance) return {shape: "diamond", words: `the best of ${point.num_candidates} candidates`};
-  return {shape: "circle", words: "taken as sampled"};
+const shapeOf = ({weights, guidance}) => (weights === null ? "square" : guidance ? "diamond" : "circle");
+
+/** How a policy answers beside its balance: `weights` null is the model before alignment. */
+function manner({weights, guidance, num_candidates: candidates, strength}) {
+  return [
+    weights === null && "the model before alignment",
+    guidance ? `the best of ${candidates} candidates` : "taken as sampled",
+    strength !== undefined && strength !== 1 && `strength ${decimals(strength, 2)}`,
+  ].filter(Boolean).join(", ");
 }
 
-/** The picture. `onPick(shares, point)`; balances(): [{letter, shares, selected}]. */
+/** The picture. `onPick(point)`; balances(): [{letter, shares, selected}]. */
 export class FrontPicture {
   constructor(box, note, names, front, {balances, onPick}) {
     this.points = front.points.map((point) => ({...point, shares: point.weights && fromWeights(names, point.weights)}));
@@ -78,12 +80,12 @@ export class FrontPicture {
     this.update();
   }
 
-  /** The points along which letters travel, in the order of the first objective's share. */
+  /** The points along which letters travel: most of those measured in one manner, by the first objective's share. */
   swept() {
-    const known = this.points.filter(({shares}) => shares);
-    const guided = known.filter(({guidance}) => guidance);
-    const taken = guided.length >= ENOUGH_GUIDED ? guided : known.filter(({guidance}) => !guidance);
-    return taken.sort((a, b) => a.shares[0] - b.shares[0]);
+    const manners = {};
+    for (const point of this.points.filter(({shares}) => shares)) (manners[manner(point)] ??= []).push(point);
+    const largest = Object.values(manners).reduce((most, points) => (points.length > most.length ? points : most), []);
+    return largest.sort((a, b) => a.shares[0] - b.shares[0]);
   }
 
   interval(point, x, y) {
@@ -95,7 +97,7 @@ export class FrontPicture {
   }
 
   mark(point) {
-    const {shape} = family(point);
+    const shape = shapeOf(point);
     const node = svg("g", {
       class: `point ${shape}${point.on_front ? " best" : ""}${point.shares ? "" : " fixed"}`,
       transform: `translate(${this.at(point).map((v) => v.toFixed(1)).join(" ")})`,
@@ -129,7 +131,7 @@ export class FrontPicture {
   }
 
   pick(point) {
-    this.onPick(point.shares, point);
+    this.onPick(point);
     this.tell(point);
   }
 
@@ -143,7 +145,7 @@ export class FrontPicture {
       return `${name} ${decimals(value)}` + (low === undefined ? "" : ` (${decimals(low)} to ${decimals(high)})`);
     });
     const balance = point.shares ? `${described(this.names, point.shares)}, ` : "";
-    return `${balance}${family(point).words}: reached ${values.join(", ")}`;
+    return `${balance}${manner(point)}: reached ${values.join(", ")}`;
   }
 
   tell(point) {
@@ -164,7 +166,7 @@ export class FrontPicture {
   }
 
   legend() {
-    const shapes = [...new Set(this.points.map((point) => family(point).shape))];
+    const shapes = [...new Set(this.points.map(shapeOf))];
     const words = {circle: "taken as sampled", diamond: "best of candidates", square: "before alignment"};
     return html("p", {class: "legend", "aria-hidden": "true"}, shapes.map((shape) => html("span", {},
       svg("svg", {viewBox: "-9 -9 18 18", width: 14, height: 14}, svg("g", {class: "point best " + shape}, SHAPES[shape]())), words[shape])));
@@ -204,20 +206,24 @@ export class FrontPicture {
 
 const capital = (text) => text[0].toUpperCase() + text.slice(1);
 
-/** What the portfolio has for a balance. choice: of GET /v1/portfolio?weights=..., member: its balance. */
-export function portfolioNote(names, letter, choice, member, onUse) {
+/** What the portfolio has for a balance: the choice of GET /v1/portfolio?weights=... and the member it names. */
+export function portfolioNote(names, letter, portfolio, onUse) {
+  const [choice] = portfolio.choices;
+  const member = portfolio.members.find(({model}) => model === choice.member);
   const whose = letter ? `For balance ${letter}` : "For your balance";
+  const balance = member.objectives ? described(names, fromWeights(names, member.objectives)) + ", " : "";
   const certified = choice.loss_bound === null
     ? "Nothing is certified here: your balance lies outside those that were tried."
-    : choice.loss_bound < 0.0005 ? "Certified: weighted your way, no balance at all is worth more."
-      : `Certified: weighted your way, no balance is worth more than ${decimals(choice.loss_bound)} on top of its ` +
+    : choice.loss_bound < 0.0005 ? "Certified: weighted your way, none is worth more."
+      : `Certified: weighted your way, none is worth more than ${decimals(choice.loss_bound)} on top of its ` +
         `${decimals(choice.worth)}.`;
   return [
-    html("p", {}, `${whose} the portfolio has ${described(names, member)}. ${certified}`),
-    html("button", {type: "button", class: "plain small", "data-key": "use-member", onclick: onUse}, "Use this member"),
+    html("p", {}, `${whose} the portfolio has ${balance}${manner({...member, weights: member.objectives})}. ${certified}`),
+    member.objectives && html("button", {type: "button", class: "plain small", "data-key": "use-member", onclick: () => onUse(member)},
+      "Use this member"),
     html("details", {}, html("summary", {"data-key": "portfolio-what"}, "What the portfolio is"),
-      html("p", {}, "A handful of the measured balances, chosen such that one of them is nearly the best whatever you care about. " +
-        "The certified loss is a proven bound, computed from the measurements: it holds as long as each " +
-        "measured balance is the best one for its own weighting.")),
+      html("p", {}, `A handful of ${portfolio.best}, chosen such that one of them is nearly the best whatever you care about. ` +
+        "The certified loss is a proven bound, computed from the measurements: it holds as long as each policy that was found " +
+        `is the best one for its own weighting. Its unit: ${portfolio.unit}.`)),
   ];
 }

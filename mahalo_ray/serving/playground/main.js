@@ -351,6 +351,22 @@ function prepareControls() {
 
 // -- what was measured
 
+/** Take a measured policy's decoding weights, strength and guidance; an unguided one leaves the picking as it is. */
+function usePolicy(weights, {strength, guidance, num_candidates: candidates}) {
+  const {model, settings} = state;
+  const shares = fromWeights(model.names, weights);
+  if (settings.strength !== null && strength !== undefined) settings.strength = String(strength);
+  if (guidance && model.scored.length) {
+    const picking = fromWeights(model.names, guidance);
+    settings.apart = distance(picking, shares) > 0.005;
+    if (settings.apart) settings.guidance = picking;
+    settings.candidates = String(Math.min(candidates, model.limits.max_candidates));
+    if (settings.strategy === "none") settings.strategy = "argmax";
+  }
+  settingsChanged();
+  setBalance(shares);
+}
+
 /** The balance that the picture and the portfolio speak of: the selected one, or what was learned so far. */
 function currentBalance() {
   const {model, settings, choices} = state;
@@ -373,17 +389,7 @@ async function showFront() {
       return settings.balances.slice(0, set.columnsOf(settings)).map((shares, n) => (
         {letter: set.LETTERS[n], shares, selected: n === settings.selected}));
     },
-    onPick(shares, point) {
-      if (point.guidance && state.model.scored.length) {
-        const guidance = fromWeights(model.names, point.guidance);
-        const apart = distance(guidance, shares) > 0.005;
-        if (apart !== state.settings.apart || apart) {
-          Object.assign(state.settings, apart ? {apart, guidance} : {apart});
-          settingsChanged();
-        }
-      }
-      setBalance(shares);
-    },
+    onPick: (point) => usePolicy(point.weights, point),
   });
   showPortfolio();
 }
@@ -400,10 +406,8 @@ function showPortfolio() {
       const portfolio = await get("v1/portfolio?" + weights, {optional: true});
       hasPortfolio = portfolio !== null;
       if (!hasPortfolio) return;
-      const [choice] = portfolio.choices;
-      const member = fromWeights(model.names, portfolio.members.find(({model: id}) => id === choice.member).weights);
       const letter = settings.mode === "compare" ? set.LETTERS[settings.selected] : "";
-      refill($("portfolio"), portfolioNote(model.names, letter, choice, member, () => setBalance(member)));
+      refill($("portfolio"), portfolioNote(model.names, letter, portfolio, (member) => usePolicy(member.objectives, member)));
     } catch (error) {
       if (!(error instanceof ServerError)) throw error;
       refill($("portfolio"), html("p", {}, "The portfolio cannot be shown: " + error.message));
