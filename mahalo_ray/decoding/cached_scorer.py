@@ -27,7 +27,7 @@ from mahalo_ray.decoding.kv_cache import (
     pad_right,
     split_by_size,
 )
-from mahalo_ray.decoding.policy import CachedBackbone
+from mahalo_ray.decoding.policy import CachedBackbone, memory_errors_alike
 from mahalo_ray.decoding.stopping import Boundary, TokenTexts, step_starts
 from mahalo_ray.models import lora
 from mahalo_ray.models.reward import ProcessRewardModel
@@ -510,7 +510,8 @@ def score_each_alone(
     if not numbers:
         return {}
     try:
-        return dict(zip(numbers, score(numbers), strict=True))
+        with memory_errors_alike():
+            return dict(zip(numbers, score(numbers), strict=True))
     except (ValueError, TemplateError, torch.OutOfMemoryError) as error:
         if len(numbers) == 1:
             return {numbers[0]: as_value_error(error)}

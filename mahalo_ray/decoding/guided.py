@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mahalo_ray.decoding.guidance import GuidedRequest, GuidedResult, Step, StepCandidate, TextOutgrown
-from mahalo_ray.decoding.policy import Policy, as_policy, check_vocabulary
+from mahalo_ray.decoding.policy import Policy, as_policy, check_vocabulary, memory_errors_alike
 from mahalo_ray.decoding.sampling import draw_keys
 from mahalo_ray.decoding.scorers import RewardModels
 from mahalo_ray.decoding.session import GuidedSession, RequestState, score_steps
@@ -250,7 +250,8 @@ class GuidedDecoder:
 
     def _beam_search(self, request: GuidedRequest) -> GuidedResult:
         try:
-            return BeamSearch(self.session(), request).run()
+            with memory_errors_alike():
+                return BeamSearch(self.session(), request).run()
         except torch.OutOfMemoryError:
             raise ValueError("the search needs more memory than there is: ask for fewer candidates") from None
 

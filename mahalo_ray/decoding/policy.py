@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -82,6 +82,18 @@ class Policy(Protocol):
         ...
 
 
+@contextmanager
+def memory_errors_alike() -> Iterator[None]:
+    """Without memory, PyTorch raises OutOfMemoryError on a GPU and a RuntimeError on the CPU; in the block, the
+    first on both."""
+    try:
+        yield
+    except RuntimeError as error:  # OutOfMemoryError is one
+        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" not in str(error):
+            raise
+        raise torch.OutOfMemoryError(str(error)) from error
+
+
 class CachedBackbone:
     """A transformers base model (no head) run over the decoding cache. Architectures for which the cache
     would give other hidden states than the model itself are refused at load, by name (ValueError)."""
@@ -131,7 +143,8 @@ class CachedBackbone:
         was_training = self.model.training
         self.model.eval()
         try:
-            decoded, expected, cached = self._probe()
+            with memory_errors_alike():
+                decoded, expected, cached = self._probe()
         except torch.OutOfMemoryError:
             raise
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:

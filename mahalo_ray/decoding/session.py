@@ -21,7 +21,7 @@ from mahalo_ray.decoding.guidance import (
     choice_uniforms,
     with_scores,
 )
-from mahalo_ray.decoding.policy import HeadMix, Policy
+from mahalo_ray.decoding.policy import HeadMix, Policy, memory_errors_alike
 from mahalo_ray.decoding.sampling import DrawLimits
 from mahalo_ray.decoding.scorers import RewardModels, ScorerGroup
 from mahalo_ray.decoding.stopping import INCOMPLETE, AnswerOnly, StopReason, StopRule, TextStop, TextTail
@@ -272,7 +272,8 @@ class GuidedSession:
         """Decode until a step of some request has been decided, but at most `TOKENS_AT_ONCE` tokens, so that
         the caller can let others join or leave."""
         try:
-            self._advance()
+            with memory_errors_alike():
+                self._advance()
         except torch.OutOfMemoryError:
             self._recover()
 
@@ -394,11 +395,13 @@ class GuidedSession:
                 self.scorers.accept([row], [step.accepted])
         texts = [state.prompt_ids + state.token_ids for state in states]
         try:
-            self.engine.append(rows, texts)
+            with memory_errors_alike():
+                self.engine.append(rows, texts)
         except torch.OutOfMemoryError:
             for state in states:
                 try:
-                    self.engine.append([state.row], [[]])  # its own text alone
+                    with memory_errors_alike():
+                        self.engine.append([state.row], [[]])  # its own text alone
                 except torch.OutOfMemoryError:
                     self._fail(state)
 
