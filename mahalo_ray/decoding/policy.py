@@ -84,8 +84,7 @@ class Policy(Protocol):
 
 @contextmanager
 def memory_errors_alike() -> Iterator[None]:
-    """Without memory, PyTorch raises OutOfMemoryError on a GPU and a RuntimeError on the CPU; in the block, the
-    first on both."""
+    """Without memory, PyTorch raises OutOfMemoryError on a GPU and a RuntimeError on the CPU; here the first."""
     try:
         yield
     except RuntimeError as error:  # OutOfMemoryError is one
