@@ -167,10 +167,26 @@ def test_a_busy_server_is_asked_again_and_one_that_gives_up_is_named() -> None:
         assert result.text == "Yes." and result.stop_reason == "stop_token"
         assert dict(made.endpoint.usage.retries) == {"http_429": 1, "http_500": 1}
     with (
-        LocalEndpoint([fails(500, "out of memory")]) as server,
-        pytest.raises(CompletionServerError, match=r"after 1 attempts \(http_500\): .*out of memory"),
+        LocalEndpoint([fails(401, "who are you")]) as server,
+        pytest.raises(CompletionServerError, match=r"after 1 attempts \(http_401\): .*who are you"),
     ):
         CompletionDecoder(Endpoint(server.config(max_retries=0)), reward(), "math").generate(ASK)
+
+
+def test_a_prompt_that_a_server_always_fails_at_is_its_own_error() -> None:
+    works = CompletionServer(memorised("Yes."))
+
+    def fails_at_long_ones(received: Received) -> Scripted:
+        return fails(500, "out of memory") if len(received.body["prompt"]) > 60 else works(received)
+
+    long = [{"role": "user", "content": "2 + 3 " * 30}]
+    with LocalEndpoint(fails_at_long_ones) as server:
+        made = CompletionDecoder(Endpoint(server.config(max_retries=0)), None, "tutoring", tokenizer())
+        good, bad = made.generate_each(
+            [GuidedRequest(messages, sampling=GREEDY, num_candidates=1) for messages in (ASK, long)]
+        )
+    assert not isinstance(good, ValueError) and good.text == "Yes."
+    assert isinstance(bad, ValueError) and "failed at the prompt 1 times (http_500)" in str(bad)
 
 
 def test_what_a_server_cannot_do_is_refused() -> None:

@@ -84,7 +84,7 @@ class Policy(Protocol):
 
 @contextmanager
 def memory_errors_alike() -> Iterator[None]:
-    """Without memory, PyTorch raises OutOfMemoryError on a GPU and a RuntimeError on the CPU; here the first."""
+    """OutOfMemoryError in the block where the CPU has no memory, as on a GPU: PyTorch has a RuntimeError."""
     try:
         yield
     except RuntimeError as error:  # OutOfMemoryError is one

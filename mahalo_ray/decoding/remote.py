@@ -216,8 +216,13 @@ class CompletionDecoder:
         return text, None
 
     def _refusal(self, failure: Failure) -> ValueError:
-        """An error of this request alone (the server finds it wrong); otherwise nothing will work."""
+        """An error of this request alone: the server finds it wrong, or fails at it every time. Otherwise (no
+        server, a wrong key) nothing will work."""
         url = self.endpoint.config.base_url
+        if failure.kind.startswith("http_5"):
+            return ValueError(
+                f"{url} failed at the prompt {failure.attempts} times ({failure.kind}): {failure.message}"
+            )
         if failure.kind in ("http_400", "http_413", "http_422"):
             return ValueError(f"{url} refused the prompt: {failure.message}")
         raise CompletionServerError(
