@@ -229,6 +229,31 @@ def test_bytes_that_are_no_text_spoil_their_line_only(tmp_path: Path) -> None:
     assert [(bad.line, bad.reason) for bad in found.bad] == [(2, "not valid UTF-8")] and len(found.pairs) == 2
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_file_of_another_encoding_is_no_text_at_all(tmp_path: Path, indent: int | None) -> None:
+    rows = [{**row(number), "chosen": f"Äpfel {number}"} for number in range(3)]
+    text = "\n".join(json.dumps(one, ensure_ascii=False, indent=indent) for one in rows)
+    (tmp_path / "a.jsonl").write_bytes(text.encode("latin-1"))
+    found = read(tmp_path / "a.jsonl")
+    assert not found.pairs and {bad.reason for bad in found.bad} == {"not valid UTF-8"}
+    assert found.rows == len(found.bad) == 3
+
+
+@pytest.mark.parametrize("form", ["{}\n{}\n", "[{}, {}]"])
+def test_a_key_given_twice_is_a_bad_row(tmp_path: Path, form: str) -> None:
+    good = json.dumps(row(1))
+    (tmp_path / "a.json").write_text(form.format(good, good[:-1] + ', "chosen": "7"}'))
+    found = read(tmp_path / "a.json")
+    assert len(found.pairs) == 1
+    assert [bad.reason for bad in found.bad] == ["the key 'chosen' is given twice"]
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(ValueError, match="no ordinary file"):
+        read(tmp_path / "a.jsonl")
+
+
 def test_messages_as_the_api_and_data_sets_write_them(tmp_path: Path) -> None:
     """Null extra keys (from `model_dump()` or a Parquet struct), text parts, `name`, `developer`."""
     extras = {"name": None, "tool_calls": None, "refusal": None, "audio": None, "function_call": None}

@@ -14,6 +14,7 @@ import re
 import shutil
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -23,7 +24,7 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from mahalo_ray.data import storage
-from mahalo_ray.data.row_fields import Row, RowError
+from mahalo_ray.data.row_fields import Row, RowError, show
 
 QUARANTINE = "quarantine.parquet"
 
@@ -67,6 +68,8 @@ def find_files(path: str) -> tuple[list[DataFile], dict[str, str]]:
         raise ValueError(f"there is no file or folder '{path}'")
     fs, inner = storage.filesystem(path)
     if not fs.isdir(inner):
+        if isinstance(fs, LocalFileSystem) and not os.path.isfile(inner):
+            raise ValueError(f"'{path}' cannot be read: it is no ordinary file (a pipe, or a device)")
         if _format(path) is None:
             raise ValueError(f"'{path}' cannot be read: its name must end with {_READABLE}")
         return [DataFile(path, posixpath.basename(path))], {}
@@ -326,32 +329,47 @@ def _as_row(value: Any, raw: object) -> Row | UnreadableRow:
 def _parse(raw: str) -> Any:
     """The JSON value of a line, or an UnreadableRow."""
     try:
-        raw.encode()
-    except UnicodeEncodeError:
-        return UnreadableRow("not valid UTF-8", raw)
-    try:
-        return _without_halves(_loads(raw), raw)
+        return _checked(_loads(raw), raw)
     except json.JSONDecodeError as error:
         return UnreadableRow(f"not valid JSON: {error}", raw)
+    except _KeyGivenTwice as error:
+        return UnreadableRow(str(error), raw)
     except RecursionError:
         return UnreadableRow("nested too deeply", raw)
 
 
+class _KeyGivenTwice(ValueError):
+    """An object has two values for one key: JSON readers keep the last and say nothing."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        repeated = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise _KeyGivenTwice(f"the key {show(repeated)} is given twice")
+    return value
+
+
 def _loads(raw: str) -> Any:
     try:
-        return json.loads(raw)
-    except json.JSONDecodeError:
+        return _DECODER.decode(raw)
+    except (json.JSONDecodeError, _KeyGivenTwice):
         raise
     except ValueError:  # a number of more digits than Python converts: kept as its digits
-        return json.loads(raw, parse_int=_parse_int)
+        return json.loads(raw, parse_int=_parse_int, object_pairs_hook=_object)
 
 
 def _parse_int(digits: str) -> int | str:
     return int(digits) if len(digits) <= 4000 else digits
 
 
-def _without_halves(value: Any, raw: str) -> Any:
-    """The value; an UnreadableRow if a text in it has half of a character, which no model reads."""
+def _checked(value: Any, raw: str) -> Any:
+    """The value of this JSON; an UnreadableRow if it was not UTF-8, or a text in it has half of a character,
+    which no model reads."""
+    try:
+        raw.encode()
+    except UnicodeEncodeError:
+        return UnreadableRow("not valid UTF-8", raw)
     if "\\u" not in raw:
         return value
     try:
@@ -364,7 +382,7 @@ def _without_halves(value: Any, raw: str) -> Any:
     return value
 
 
-_DECODER = json.JSONDecoder()
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 _SPACE = re.compile(r"[ \t\r\n]*")
 _BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 
@@ -406,7 +424,7 @@ def _value_at(text: str, at: int) -> tuple[Any, int]:
     """The value that begins at a place and where it ends; an UnreadableRow for a bad one in brackets."""
     try:
         value, end = _DECODER.raw_decode(text, at)
-        return _without_halves(value, text[at:end]), end
+        return _checked(value, text[at:end]), end
     except (ValueError, RecursionError) as error:
         end_of_brackets = _end_of_brackets(text, at)
         if end_of_brackets is None:
