@@ -20,6 +20,7 @@ import pytest
 
 from mahalo_ray.data import storage
 from mahalo_ray.data.storage import LOCK, RunLocked, run_lock
+from mahalo_ray.data.temporary import temporary_folder
 
 SHORT_LEASE_S = 2.0
 
@@ -210,3 +211,18 @@ def test_a_run_that_was_asleep_too_long_ends(s3: str) -> None:
     assert storage.list_files(s3)[-1].endswith(".000002") and not json.loads(
         fsspec.filesystem("s3").cat(f"{s3}/{LOCK}.000002")
     ).get("released")
+
+
+def test_the_next_process_deletes_what_a_killed_one_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = (
+        "import os, signal\nfrom mahalo_ray.data.temporary import temporary_folder\n"
+        "with temporary_folder('soup'): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)}, check=False)
+    assert len(list(tmp_path.glob("mahalo-soup-*"))) == 1
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with temporary_folder("export") as folder:
+        assert os.listdir(folder) == [] and not list(tmp_path.glob("mahalo-soup-*"))
+    assert not list(tmp_path.iterdir())

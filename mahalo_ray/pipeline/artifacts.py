@@ -3,13 +3,13 @@ policy."""
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 import torch
 import yaml
 
 from mahalo_ray.data import storage
+from mahalo_ray.data.temporary import temporary_folder
 from mahalo_ray.models import MultiHeadCausalLM
 from mahalo_ray.models.backbone import load_tokenizer
 from mahalo_ray.models.folder import METADATA_FILE, local_folder
@@ -85,7 +85,7 @@ def export(
     policy = MultiHeadCausalLM.from_pretrained(folder, dtype=dtype)
     model = policy.merge(weights, copied=False, strength=strength)
     # Written here first: half an export must not pass for a whole one.
-    with tempfile.TemporaryDirectory(prefix="mahalo-export-") as temporary:
+    with temporary_folder("export") as temporary:
         model.save_pretrained(temporary)
         load_tokenizer(folder).save_pretrained(temporary)
         storage.remove(output)

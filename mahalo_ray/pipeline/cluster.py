@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
 import math
 import os
@@ -25,6 +24,7 @@ import ray
 import ray._private.parameter
 
 from mahalo_ray.config import ActorsConfig, ClusterConfig, ConfigError
+from mahalo_ray.data.temporary import make_owned_folder
 from mahalo_ray.pipeline.stages import sigterm_raises
 from mahalo_ray.serving.proxy import PROXY_ENV
 
@@ -135,7 +135,7 @@ def _check_answers(address: str) -> None:
 @contextlib.contextmanager
 def _private(needs: Needs) -> Iterator[None]:
     _raise_open_files_limit()
-    folder = _make_temp_folder()
+    folder = make_owned_folder("mahalo-", Path(_short_temp_dir()))
     before = {process.pid for process in psutil.Process().children()}
     # Ray Train builds with the interpreter's own tools (ninja), which a venv has beside it.
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
@@ -176,27 +176,6 @@ def _any_agent_port() -> Iterator[None]:
         yield
     finally:
         ray._private.parameter.RayParams = usual
-
-
-def _make_temp_folder() -> str:
-    """A temporary folder for a private Ray; those of runs that were killed are deleted."""
-    parent = Path(_short_temp_dir())
-    for owner in parent.glob("mahalo-*/owner.json"):
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            if owner.stat().st_uid == os.getuid() and not _is_alive(json.loads(owner.read_text())):
-                shutil.rmtree(owner.parent, ignore_errors=True)
-    folder = tempfile.mkdtemp(prefix="mahalo-", dir=parent)
-    process = psutil.Process()
-    mark = {"pid": process.pid, "started": process.create_time()}
-    Path(folder, "owner.json").write_text(json.dumps(mark))
-    return folder
-
-
-def _is_alive(owner: dict[str, float]) -> bool:
-    try:
-        return abs(psutil.Process(int(owner["pid"])).create_time() - owner["started"]) < 1.0
-    except psutil.NoSuchProcess:
-        return False
 
 
 def _raise_open_files_limit() -> None:

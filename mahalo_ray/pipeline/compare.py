@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +10,7 @@ from rich.console import Console
 
 from mahalo_ray.config import BaselineName, PolicyConfig, PolicyMethod, RunConfig
 from mahalo_ray.data import storage
+from mahalo_ray.data.temporary import temporary_folder
 from mahalo_ray.evaluation.claims import comparison_claims
 from mahalo_ray.evaluation.methods import Method
 from mahalo_ray.evaluation.report import (
@@ -179,7 +179,7 @@ def _average_all(context: Context[RunConfig], soups: Sequence[BaselinePolicy]) -
     }
     context.progress.start(len(soups), "weight vectors")
     for soup in soups:
-        with tempfile.TemporaryDirectory(prefix="mahalo-soup-") as folder:
+        with temporary_folder("soup") as folder:
             average_models(folders, soup.weights, folder)
             storage.upload_folder(folder, context.path(soup.model))
         context.progress.advance()

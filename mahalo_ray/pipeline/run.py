@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -27,6 +26,7 @@ from mahalo_ray.config.section import Section
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import EXAMPLE_SCHEMA, CandidateSet, Dialogue, PreferencePair, StepTrace
 from mahalo_ray.data.templating import ChatFormat
+from mahalo_ray.data.temporary import temporary_folder
 from mahalo_ray.decoding.policy import DeviceConfig
 from mahalo_ray.domains.tutoring.scripted import encode_example, scripted_dialogues, train_tokenizer
 from mahalo_ray.models.backbone import load_tokenizer
@@ -93,7 +93,7 @@ def _start_model(context: Context[RunConfig], dialogues: Sequence[Dialogue]) -> 
         some = itertools.islice(dialogues, TOKENIZER_DIALOGUES)
         texts = (turn.content for dialogue in some for turn in dialogue.turns)
         tokenizer = train_tokenizer(texts, config.model.scratch.vocab_size)
-        with tempfile.TemporaryDirectory() as folder:
+        with temporary_folder("model") as folder:
             tokenizer.save_pretrained(folder)
             scratch_config(config, config.model.scratch, tokenizer).save_pretrained(folder)
             storage.upload_folder(folder, context.path(START_MODEL))

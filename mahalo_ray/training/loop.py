@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mahalo_ray.data import storage
+from mahalo_ray.data.temporary import temporary_folder
 from mahalo_ray.models.sharding import gathered, is_sharded
 from mahalo_ray.training.batches import Indices, accumulation_steps, split_batch
 from mahalo_ray.training.deepspeed_engine import (
@@ -115,7 +115,7 @@ def written_checkpoint(
 ) -> Iterator[Path]:
     """This worker's part of a checkpoint in a temporary folder, which is gone after the block."""
     rank = torch.distributed.get_rank()
-    with tempfile.TemporaryDirectory(prefix="mahalo-checkpoint-") as name:
+    with temporary_folder("checkpoint") as name:
         folder = Path(name)
         # DeepSpeed has rank 0 make the tag's folder; here every rank has a folder of its own.
         (folder / TAG).mkdir()
@@ -273,7 +273,7 @@ def save_model(recipe: Recipe, engine: Any, output_url: str) -> None:
     model = engine.module.model
     state_dict = whole_state_dict(model)
     if dist.get_rank() == 0:
-        with tempfile.TemporaryDirectory(prefix="mahalo-model-") as folder:
+        with temporary_folder("model") as folder:
             recipe.save(model, state_dict, Path(folder))
             storage.upload_folder(folder, output_url)
     dist.barrier()

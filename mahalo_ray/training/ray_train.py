@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import os
-import tempfile
 import threading
 import uuid
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from ray.train import Checkpoint, UserCallback
 
 from mahalo_ray.config import ClusterConfig
 from mahalo_ray.data import storage
+from mahalo_ray.data.temporary import temporary_folder
 from mahalo_ray.errors import StageError
 from mahalo_ray.training.settings import ProgressFunction, StageSettings
 
@@ -190,7 +190,7 @@ def run_stage(
         os.environ.setdefault(variable, value)
     settings = settings.absolute()
     name = f"{settings.name}-{settings.identity()}"
-    with tempfile.TemporaryDirectory(prefix="mahalo-progress-") as folder:
+    with temporary_folder("progress") as folder:
         news = Path(folder) / "news.jsonl"
         trainer = make_trainer(settings, cluster, storage.absolute(run_dir), name, news)
         result = fit(trainer, ProgressReader(news, settings, progress))

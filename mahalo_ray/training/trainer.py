@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from mahalo_ray.config import ModelConfig, PolicyConfig
 from mahalo_ray.data.pair_readers import ReadPairs, read_pairs
 from mahalo_ray.data.records import PreferencePair
+from mahalo_ray.data.temporary import temporary_folder
 from mahalo_ray.models import MultiHeadCausalLM
 from mahalo_ray.models.folder import local_folder
 from mahalo_ray.training.loop import train
@@ -187,7 +188,7 @@ def _read(
             raise ValueError("give either PreferencePair records or dictionaries, not both")
         if records:
             return records
-        with tempfile.TemporaryDirectory(prefix="mahalo-pairs-") as folder:
+        with temporary_folder("pairs") as folder:
             file = Path(folder) / "rows.jsonl"
             file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
             read_pairs(str(file), "auto", objectives, objective, field, "pairs", read)
