@@ -74,6 +74,16 @@ def test_errors_name_their_stage(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no [data] here\n(in stage 'sft' (SFT))" in capsys.readouterr().err
 
 
+def test_an_object_store_without_keys_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    answer = CliRunner().invoke(app, ["sft", str(EXAMPLE), "--set", "output=s3://bucket/run"])
+    assert answer.exit_code == 2
+    assert "the object store cannot be used: Unable to locate credentials" in answer.output
+
+
 def test_defects_are_not_hidden() -> None:
     with pytest.raises(ZeroDivisionError):
         guarded(lambda: print(1 / 0), debug=False)

@@ -248,6 +248,17 @@ def test_a_key_given_twice_is_a_bad_row(tmp_path: Path, form: str) -> None:
     assert [bad.reason for bad in found.bad] == ["the key 'chosen' is given twice"]
 
 
+def test_a_file_whose_name_is_no_text_is_left_out_by_name(tmp_path: Path) -> None:
+    for name in (b"a.jsonl", b"b\xff.jsonl"):
+        Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), name))).write_text(as_lines(row(1)))
+    found = read(tmp_path)
+    assert len(found.pairs) == 1
+    assert [report["not_read"] for report in found.report.as_json()["files"].values()] == [
+        "its name is not valid UTF-8: rename it",
+        None,
+    ]
+
+
 def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.jsonl")
     with pytest.raises(ValueError, match="no ordinary file"):

@@ -112,6 +112,15 @@ def guarded(work: Callable[[], None], debug: bool) -> None:
         _end_with(error, _explain_os_error(error), debug)
     except ValueError as error:
         _end_with(error, _message(error), debug)
+    except _errors_of_s3() as error:
+        advice = "See that the address, AWS_ENDPOINT_URL and the keys (AWS_ACCESS_KEY_ID and so on) are right"
+        _end_with(error, f"the object store cannot be used: {error}. {advice}", debug)
+
+
+def _errors_of_s3() -> tuple[type[Exception], ...]:
+    """What S3's client raises that is no OSError (no keys, no such host); it is imported where it is used."""
+    client = sys.modules.get("botocore.exceptions")
+    return () if client is None else (client.BotoCoreError,)
 
 
 def _end_with(error: Exception, message: str, debug: bool) -> NoReturn:

@@ -82,6 +82,8 @@ def find_files(path: str) -> tuple[list[DataFile], dict[str, str]]:
         hidden = next((part for part in name.split("/") if part.startswith(".")), None)
         if hidden is not None:
             others[name] = "its name, or its folder's, begins with a dot"
+        elif not _is_utf8(name):
+            others[name] = "its name is not valid UTF-8: rename it"
         elif posixpath.basename(name) in _METADATA:
             others[name] = "it describes data, and holds none"
         elif _format(name) is None:
@@ -95,6 +97,14 @@ def find_files(path: str) -> tuple[list[DataFile], dict[str, str]]:
         named = "".join(f"\n  {file}: {reason}" for file, reason in list(others.items())[:5])
         raise ValueError(f"the folder '{path}' holds no files that end with {_READABLE}{named}")
     return files, others
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _format(name: str) -> str | None:
