@@ -46,6 +46,18 @@ def contents_of(**more: Any) -> report.ReportContents:
     )
 
 
+def test_a_front_that_a_sampler_covered_has_its_own_picture(tmp_path: Path) -> None:
+    table = table_of(run_of())
+    points = [m for m in table.methods if m.in_sweep][:3]
+    even = report.EvenFront("surf", table_of(points), cv=0.125, cv_of_list=0.5)
+    files = report.write_report(str(tmp_path), table, claims.check_claims(table), contents_of(), even=even)
+    page, results = Path(files.html).read_text(), json.loads(Path(files.results).read_text())
+    assert page.count("<svg") > report.render_html(table, [], contents_of()).count("<svg")
+    assert "3 decoding weights that SURF asked for" in page and "0.12; of the list's points 0.50" in page
+    assert [row["name"] for row in results["even_front"]["rows"]] == [point.name for point in points]
+    assert len(results["rows"]) == len(table.rows)  # the table and its claims stay those of the list
+
+
 def test_report_writes_three_files_that_agree(tmp_path: Path) -> None:
     table = table_of(run_of())
     found = claims.check_claims(table)

@@ -116,6 +116,9 @@ def kill_when(file: Path | str, arguments: tuple[str, ...], output: Path | str) 
 
 def test_a_sweep_killed_in_the_middle_ends_in_the_same_table(whole_run: Path, tmp_path: Path) -> None:
     table = SweepTable.of_run(str(whole_run))
+    results = json.loads((whole_run / "report" / "results.json").read_text())
+    assert [row["name"] for row in results["even_front"]["rows"]] == [p.method for p in table.points[2:]]
+    assert "The front, evenly spaced" in (whole_run / "report" / "report.html").read_text()
     assert [point.sampler for point in table.points] == [None, None, "surf", "surf", "surf"]
     halved = tmp_path / "halved"
     shutil.copytree(whole_run, halved, ignore=shutil.ignore_patterns("checkpoints", "tune"))

@@ -246,6 +246,15 @@ class ReportContents(BaseModel):
     reward_metrics: dict[str, dict[str, float]] = {}  # objective -> metric -> value; NaN = undefined
 
 
+class EvenFront(NamedTuple):
+    """The points that a sampler asked for beside the sweep's list, to cover the front evenly."""
+
+    sampler: str
+    table: ComparisonTable  # of these points alone
+    cv: float  # coefficient of variation of the gaps between neighbours, noise taken out
+    cv_of_list: float  # the same of the sweep's list
+
+
 class ReportFiles(NamedTuple):
     """Where the report lies."""
 
@@ -260,17 +269,19 @@ def write_report(
     claims: Sequence[Claim],
     contents: ReportContents,
     fronts: Sequence[FamilyFront] = (),
+    even: EvenFront | None = None,
 ) -> ReportFiles:
     """Write the three files into `folder` (a path or an fsspec URL) and return where they are.
 
-    `claims` are shown as they are, failing ones included; `fronts` are those of a comparison with baselines.
+    `claims` are shown as they are, failing ones included; `fronts` are those of a comparison with baselines;
+    `even` is a front that a sampler covered.
     The page makes no request of any kind.
     """
     names = ("results.json", "report.html", "front.png")
     files = ReportFiles(*(storage.join(folder, name) for name in names))
-    storage.write_json(files.results, results_document(table, claims, contents, fronts))
+    storage.write_json(files.results, results_document(table, claims, contents, fronts, even))
     storage.write_bytes(files.front, plots.front_png(table, front_title(table)))
-    storage.write_bytes(files.html, render_html(table, claims, contents, fronts).encode())
+    storage.write_bytes(files.html, render_html(table, claims, contents, fronts, even).encode())
     return files
 
 
@@ -279,6 +290,7 @@ def results_document(
     claims: Sequence[Claim],
     contents: ReportContents,
     fronts: Sequence[FamilyFront] = (),
+    even: EvenFront | None = None,
 ) -> dict[str, Any]:
     """Everything measured, as JSON can hold it: per-dialogue values too, so that it can be analysed again."""
     front = table.sweep_front()
@@ -300,6 +312,7 @@ def results_document(
         },
         "sweep_front": None if front is None else front.model_dump(exclude={"hypervolume"}),
         **({"families": [family.model_dump() for family in fronts]} if fronts else {}),
+        **({} if even is None else {"even_front": _even_document(even)}),
         "measurement": contents.measurement,
         "timings_s": contents.timings,
         "reward_metrics": contents.reward_metrics,
@@ -310,11 +323,23 @@ def results_document(
     return cleaned
 
 
+def _even_document(even: EvenFront) -> dict[str, Any]:
+    summary = even.table.sweep_front()
+    return {
+        "sampler": even.sampler,
+        "rows": [row.model_dump() for row in even.table.rows],
+        "hypervolume": None if summary is None else summary.hypervolume.model_dump(),
+        "cv_of_gaps": even.cv,
+        "cv_of_gaps_of_list": even.cv_of_list,
+    }
+
+
 def render_html(
     table: ComparisonTable,
     claims: Sequence[Claim],
     contents: ReportContents,
     fronts: Sequence[FamilyFront] = (),
+    even: EvenFront | None = None,
 ) -> str:
     """The page as one string: inline style and pictures, no script. All texts are escaped."""
     return render_page(
@@ -327,6 +352,8 @@ def render_html(
         all_hold=all(claim.holds for claim in claims if claim.required),
         front=table.sweep_front(),
         families=fronts,
+        even=even,
+        even_picture=None if even is None else Markup(plots.front_svg(even.table)),
         picture=Markup(plots.front_svg(table)),  # our own drawing; matplotlib escapes the labels in it
         marks=plots.MARKS,
         ranges=_ranges(table),

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from mahalo_ray.config import RunConfig
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import Dialogue
 from mahalo_ray.evaluation.claims import check_claims
-from mahalo_ray.evaluation.methods import Method
+from mahalo_ray.evaluation.methods import Method, Played
 from mahalo_ray.evaluation.report import (
+    EvenFront,
     ReportContents,
     SampleDialogue,
     SampleTurn,
@@ -33,7 +35,9 @@ from mahalo_ray.pipeline.sweeping import (
     same_vector,
     unguided_vectors,
 )
-from mahalo_ray.sweeps.decoding import play_methods
+from mahalo_ray.sweeps.decoding import mean_and_error, play_methods
+from mahalo_ray.sweeps.front_metrics import coefficient_of_variation, segment_lengths
+from mahalo_ray.sweeps.sweep_table import SweepTable
 
 PLAIN_WIDTH = 120  # columns of the table where the output is not a terminal
 
@@ -83,13 +87,42 @@ def report(context: Context[RunConfig]) -> StageResult:
     documents = [document for file in files for document in storage.read_json(file)]
     table = table_of(config, documents)
     claims = check_claims(table)
-    write_report(context.folder, table, claims, _contents(context, documents))
+    write_report(
+        context.folder, table, claims, _contents(context, documents), even=even_front(context, table)
+    )
     figures = {
         "claims": len([c for c in claims if c.required]),
         "claims_that_hold": len([c for c in claims if c.required and c.holds]),
         "hypervolume": table.hypervolume_of_all(),
     }
     return StageResult(figures, {"results": "results.json", "page": "report.html", "picture": "front.png"})
+
+
+def even_front(context: Context[RunConfig], table: ComparisonTable) -> EvenFront | None:
+    """The last round of the sweep's sampler, unguided; None where the sweep has no list beside it, or no
+    sampler."""
+    config = context.config
+    if not config.sweep.weights or config.sweep.sampler is None:
+        return None
+    points = SweepTable.load(context.input("sweep", "front")).played
+    asked = {p.method for p in points if p.last_round and p.guidance is None and p.strength == 1}
+    documents = storage.read_json(context.input("sweep", "points"))
+    even = [MethodResult.model_validate(d["result"]) for d in documents if d["result"]["name"] in asked]
+    listed = [table.methods[index] for index in table.sweep_indices]
+    if len(even) < 2 or len(config.objective_names) < 2:
+        return None
+    return EvenFront(
+        config.sweep.sampler,
+        comparison_table(config, even),
+        _cv_of_gaps(even, config.objective_names),
+        _cv_of_gaps(listed, config.objective_names),
+    )
+
+
+def _cv_of_gaps(results: list[MethodResult], objectives: tuple[str, ...]) -> float:
+    statistics = [mean_and_error(Played(result, []), objectives) for result in results]
+    means, errors = (np.stack(column) for column in zip(*statistics, strict=True))
+    return coefficient_of_variation(segment_lengths(means, errors))
 
 
 def table_of(config: RunConfig, documents: list[dict[str, Any]]) -> ComparisonTable:
