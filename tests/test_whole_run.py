@@ -116,14 +116,15 @@ def kill_when(file: Path | str, arguments: tuple[str, ...], output: Path | str) 
 
 def test_a_sweep_killed_in_the_middle_ends_in_the_same_table(whole_run: Path, tmp_path: Path) -> None:
     table = SweepTable.of_run(str(whole_run))
+    sampled = [point.method for point in table.points if point.last_round]
     results = json.loads((whole_run / "report" / "results.json").read_text())
-    assert [row["name"] for row in results["even_front"]["rows"]] == [p.method for p in table.points[2:]]
+    assert [row["name"] for row in results["even_front"]["rows"]] == sampled
     assert "The front, evenly spaced" in (whole_run / "report" / "report.html").read_text()
-    assert [point.sampler for point in table.points] == [None, None, "surf", "surf", "surf"]
+    assert [point.round for point in table.points[:2]] == [0, 0] and len(sampled) > 2
     halved = tmp_path / "halved"
     shutil.copytree(whole_run, halved, ignore=shutil.ignore_patterns("checkpoints", "tune"))
     files = sorted((halved / "sweep").glob("method-*.json"), key=lambda file: file.stat().st_mtime)
-    assert len(files) == 5
+    assert len(files) == len(table.points)
     for left in ("manifest.json", "methods.json", "points.json", "front.parquet"):
         (halved / "sweep" / left).unlink()
     for unplayed in files[3:]:
@@ -144,7 +145,7 @@ def test_fronts_of_runs_are_one_page_that_asks_no_host(whole_run: Path, tmp_path
     assert "surf weights" in done.stdout and "Reference point: accuracy 0, engagement 0." in done.stdout
     document = json.loads((tmp_path / "front.json").read_text())
     series = {front["name"]: front for front in document["series"]}
-    assert len(series["fixed weights"]["points"]) == 2 and len(series["surf weights"]["points"]) == 3
+    assert len(series["fixed weights"]["points"]) == 2 and len(series["surf weights"]["points"]) > 2
     point = series["surf weights"]["points"][0]
     assert point["samples"][0]["turns"] and 0 <= point["probability_non_dominated"] <= 1
     page = (tmp_path / "front.html").read_text()

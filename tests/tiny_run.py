@@ -19,7 +19,7 @@ TINY = [
     *("policy.metrics_every_steps=0", "policy.max_kl=null", "policy.sampled_turns=0"),
     "evaluation={dialogues: 4, bootstrap_resamples: 50, sampling: {max_new_tokens: 8}}",
     "sweep={weights: [{accuracy: 0.9, engagement: 0.1}, {accuracy: 0.5, engagement: 0.5}],"
-    " sampler: surf, points: 3, rounds: 1}",
+    " sampler: surf, points: 4, rounds: 1}",
     "guided.num_candidates=2",
 ]
 
