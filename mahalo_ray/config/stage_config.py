@@ -162,7 +162,7 @@ class AdaptersConfig(Section):
     """Scale: what the adapters add is multiplied by `alpha / rank`."""
 
     learning_rate: PositiveFloat | None = None
-    """Highest learning rate of the adapters. Null: that of the heads."""
+    """Highest learning rate of the adapters. Null: `training.learning_rate`, that of the backbone."""
 
     freeze_backbone: bool = False
     """Whether adapters and heads alone are trained, and the backbone stays the SFT model's."""

@@ -251,17 +251,17 @@ class PolicyRecipe:
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         policy, decay = cast(MultiHeadCausalLM, model), self._training.weight_decay
-        head_rate = self._policy.head_learning_rate
+        rate = self._training.learning_rate
         groups = (
-            ("backbone", policy.backbone_parameters(), self._training.learning_rate),
-            ("adapters", policy.adapter_parameters(), self._policy.adapters.learning_rate or head_rate),
-            ("heads", policy.head_parameters(), head_rate),
+            ("backbone", policy.backbone_parameters(), rate),
+            ("adapters", policy.adapter_parameters(), self._policy.adapters.learning_rate or rate),
+            ("heads", policy.head_parameters(), self._policy.head_learning_rate),
         )
         return [
             group
-            for name, parameters, rate in groups
+            for name, parameters, highest in groups
             if (trained := list(parameters))
-            for group in parameter_group(name, trained, rate, decay)
+            for group in parameter_group(name, trained, highest, decay)
         ]
 
     def loss_denominators(self, batch: Indices) -> dict[str, float]:
