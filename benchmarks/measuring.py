@@ -18,6 +18,8 @@ from typing import Any
 import psutil
 import torch
 
+from mahalo_ray.decoding import cpu_matmul
+
 _PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "numpy")
 
 
@@ -25,6 +27,7 @@ def machine() -> dict[str, Any]:
     """Processor, cores, memory, load and versions: what a figure depends on besides the code."""
     described = {
         "processor": _processor(),
+        "instructions": _instructions(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
@@ -44,6 +47,16 @@ def installed(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _instructions() -> dict[str, bool | str]:
+    """What the products of matrices are made with (`mahalo_ray.decoding.cpu_matmul` chooses by it)."""
+    return {
+        "torch": torch.backends.cpu.get_cpu_capability(),
+        "packed_fp32": cpu_matmul.packing_is_faster(),
+        "onednn_unpacked_fp32": cpu_matmul.onednn_is_faster(),
+        "packed_bf16": cpu_matmul.multiplies_bfloat16(),
+    }
 
 
 def _processor() -> str:
