@@ -17,6 +17,7 @@ from mahalo_ray.decoding.sampling import SamplingParams
 from mahalo_ray.decoding.session import GuidedSession, RequestState
 from mahalo_ray.models.scoring import TokenTrace
 from mahalo_ray.objectives import Weights
+from mahalo_ray.serving.answer_job import AnswersWanted
 from mahalo_ray.serving.backend import GuidedBackend
 from mahalo_ray.serving.model_thread import Job
 
@@ -210,18 +211,20 @@ def test_a_client_that_leaves_in_the_middle_of_a_step_changes_nothing_for_the_ot
             alone.admit([other])
             while not other.finished:
                 alone.advance()
-            found, expected = await job.result(), await other.result()
+            (answer,), (expected_answer,) = await job.result(), await other.result()
+            found, expected = answer.result, expected_answer.result
             assert found.text == expected.text
             assert [step.chosen for step in found.steps] == [step.chosen for step in expected.steps]
         late = Job(chat_job(7), timeout_s=60)  # the place is free again
         backend.admit([late])
         while not late.finished:
             backend.advance()
-        assert (await late.result()).token_ids
+        (answer,) = await late.result()
+        assert answer.result.token_ids
 
     asyncio.run(run())
 
 
-def chat_job(seed: int) -> GuidedRequest:
+def chat_job(seed: int) -> AnswersWanted:
     both = Weights({"accuracy": 0.5, "engagement": 0.5})
-    return request(256, seed, guidance=both)
+    return AnswersWanted((request(256, seed, guidance=both),), (None,))
