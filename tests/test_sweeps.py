@@ -161,7 +161,10 @@ def test_fronts_are_crossed_with_guidance_and_candidates(tmp_path: Path) -> None
     ("overrides", "message"),
     [
         (["sweep={}"], "'sweep.weights' is missing: give it, or a 'sweep.sampler'"),
-        (["sweep.points=5"], "'points' is the sampler's, and no 'sampler' is given"),
+        (
+            ["sweep={weights: [{accuracy: 1}], points: 5}"],
+            "'points' is the sampler's, and no 'sampler' is given",
+        ),
         (["sweep.sampler=serf"], "Did you mean 'surf'"),
         (["sweep.sampler=surf", "sweep.points=2"], "greater than or equal to 3"),
         (["sweep.sampler=surface", "sweep.rounds=1"], "'sampler: surface' needs 'rounds' of at least 2"),
