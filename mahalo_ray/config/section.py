@@ -234,7 +234,7 @@ class Threshold(Section):
     objective: Text
     """Which objective."""
 
-    at_least: Number
+    at_least: Annotated[float, Field(ge=-1000, le=1000), NOT_BOOL]
     """The least value, in calibrated units: 0 is the mean, 1 one within-prompt spread above it."""
 
 
