@@ -31,16 +31,20 @@ class GuidedRequest:
     that the policy was made from, 1 the policy's own at these weights, above 1 goes on beyond it; guidance:
     over the reward model's objectives (None: all alike).
 
-    Strategies: - `argmax` takes each step's best of num_candidates (the paper's); - `sample` draws one
-    by softmax(total / score_temperature); - `beam` keeps the num_candidates / beam_width best beams over
-    all their beam_width continuations each, and `dvts` follows that many greedy searches of beam_width
-    candidates apart from each other (both after Beeching, Tunstall and Rush, "Scaling test-time compute
-    with open models", 2024); the best end is taken; - `best_of_n` chooses among whole responses; -
-    `none` samples one response. Totals are sums over objectives of guidance weight times standardised
-    score, or what `aggregation` makes of them: `within_candidates` divides by the spread among the
-    candidates compared, `calibrated` by the within-prompt spread stored with the reward model. No end token
-    is drawn among the answer's first `min_tokens`; `repetition_penalty` above 1 makes tokens that occurred
-    less likely (`DrawLimits`).
+    Strategies:
+
+    - `argmax` takes each step's best of num_candidates (the paper's);
+    - `sample` draws one by softmax(total / score_temperature);
+    - `beam` keeps the num_candidates / beam_width best beams over all their beam_width continuations each,
+      and `dvts` follows that many greedy searches of beam_width candidates apart from each other (both after
+      Beeching, Tunstall and Rush, "Scaling test-time compute with open models", 2024); the best end is taken;
+    - `best_of_n` chooses among whole responses;
+    - `none` samples one response.
+
+    Totals are sums over objectives of guidance weight times standardised score, or what `aggregation` makes
+    of them: `within_candidates` divides by the spread among the candidates compared, `calibrated` by the
+    within-prompt spread stored with the reward model. No end token is drawn among the answer's first
+    `min_tokens`; `repetition_penalty` above 1 makes tokens that occurred less likely (`DrawLimits`).
 
     >>> request = GuidedRequest([{"role": "user", "content": "What is 2 + 3?"}], num_candidates=4, seed=1)
     >>> request.strategy
