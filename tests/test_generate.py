@@ -12,6 +12,7 @@ import pytest
 import ray
 import torch
 import transformers as tf
+from ray._raylet import get_authentication_mode
 from rich.console import Console
 from tiny_guided import ASK, model, reward, tokenizer
 from tiny_reward_models import CONFIG, byte_tokenizer
@@ -214,6 +215,7 @@ def test_the_answers_do_not_depend_on_actors_and_a_job_goes_on(folders: Path, tm
     quiet = Console(file=(tmp_path / "log").open("w"))
     outputs = []
     alone = job(folders, prompts, tmp_path / "alone", cluster={"rollout_actors": 1})
+    authentication = get_authentication_mode()
     with ray_session(alone.cluster):
         for name, actors in (("alone", 1), ("three", 3)):
             config = job(folders, prompts, tmp_path / name, cluster={"rollout_actors": actors})
@@ -236,6 +238,8 @@ def test_the_answers_do_not_depend_on_actors_and_a_job_goes_on(folders: Path, tm
             generate(strict, _open, RunProgress(quiet))
     quarantined = storage.read_file(str(tmp_path / "alone" / "quarantine.parquet")).to_pylist()
     assert [row["line"] for row in quarantined] == [4]
+    # What a private Ray asks of its callers holds for no other cluster that this process joins.
+    assert get_authentication_mode() == authentication
 
 
 def _open() -> Any:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 import torch
@@ -191,6 +193,16 @@ def test_a_killed_worker_changes_nothing(
     assert figures(result) == figures(unbroken[0])
 
 
+def end_training() -> None:
+    """Without a controller the thread of `fit` ends: Ray may not be shut down while a thread is inside it."""
+    for process in psutil.Process().children(recursive=True):
+        if "TrainController" in " ".join(process.cmdline()):
+            process.kill()
+    for thread in threading.enumerate():
+        if thread.name == "ray-train-fit":
+            thread.join(120)
+
+
 def test_a_lost_driver_goes_on_from_the_latest_checkpoint(
     unbroken: tuple[TrainingResult, Path], base: str, tmp_path: Path
 ) -> None:
@@ -203,6 +215,7 @@ def test_a_lost_driver_goes_on_from_the_latest_checkpoint(
 
     with pytest.raises(Stop):
         run_policy(base, tmp_path, stop)
+    end_training()
     ray.shutdown()
     start_ray()
     steps: list[int] = []

@@ -18,7 +18,7 @@ from mahalo_ray.losses import modpo_loss
 from mahalo_ray.models import MultiHeadCausalLM
 from mahalo_ray.models.soup import average_models
 from mahalo_ray.objectives import Weights
-from mahalo_ray.pipeline.evaluating import check_heads
+from mahalo_ray.pipeline.sweeping import check_heads
 from mahalo_ray.training.pairs import pair_inputs
 from mahalo_ray.training.policy_methods import modpo_margins
 from mahalo_ray.training.policy_recipe import PolicyRecipe

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import psutil
 import ray
 import ray._private.parameter
+from ray._raylet import AuthenticationTokenLoader, Config
 
 from mahalo_ray.config import ActorsConfig, ClusterConfig, ConfigError
 from mahalo_ray.data.temporary import make_owned_folder
@@ -234,7 +235,11 @@ def _short_temp_dir() -> str:
 
 @contextlib.contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables for the block; Ray's own changes to the environment end with it too."""
+    """Set environment variables for the block; Ray's own changes to the environment end with it too.
+
+    Ray keeps what it has read of the environment (a private Ray sets RAY_AUTH_MODE) and reads it again at the
+    end: otherwise a cluster that is joined later in this process would find its calls refused.
+    """
     before = dict(os.environ)
     os.environ.update(values)
     try:
@@ -243,6 +248,9 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
         for key in set(os.environ) - set(before):
             del os.environ[key]
         os.environ.update(before)
+        if not ray.is_initialized():
+            Config.initialize("")
+            AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _disconnect() -> None:
