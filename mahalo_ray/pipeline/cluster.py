@@ -22,7 +22,7 @@ from typing import NamedTuple
 import psutil
 import ray
 import ray._private.parameter
-from ray._raylet import AuthenticationTokenLoader, Config
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # written in Cython
 
 from mahalo_ray.config import ActorsConfig, ClusterConfig, ConfigError
 from mahalo_ray.data.temporary import make_owned_folder
