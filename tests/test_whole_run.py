@@ -142,7 +142,8 @@ def test_a_sweep_killed_in_the_middle_ends_in_the_same_table(whole_run: Path, tm
 def test_fronts_of_runs_are_one_page_that_asks_no_host(whole_run: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from mahalo_ray.cli import main; main()", "front", str(whole_run)]
     done = subprocess.run([*command, "--output", str(tmp_path)], capture_output=True, text=True, check=True)
-    assert "surf weights" in done.stdout and "Reference point: accuracy 0, engagement 0." in done.stdout
+    said = " ".join(done.stdout.split())  # lines are wrapped at the terminal's width
+    assert "surf weights" in said and "Reference point: accuracy 0, engagement 0." in said
     document = json.loads((tmp_path / "front.json").read_text())
     series = {front["name"]: front for front in document["series"]}
     assert len(series["fixed weights"]["points"]) == 2 and len(series["surf weights"]["points"]) > 2
