@@ -24,11 +24,13 @@ from mahalo_ray.config import RunConfig
 from mahalo_ray.decoding.policy import DeviceConfig
 from mahalo_ray.evaluation.methods import Method, MethodPlayer
 from mahalo_ray.evaluation.results import MethodResult
+from mahalo_ray.evaluation.statistics import hypervolume
 from mahalo_ray.objectives import Weights
 
 FIRST_STUDENT = 9_000_000  # far above the seeds of every stage
 SHARES = (0.9, 0.7, 0.5, 0.3, 0.1)  # of the first objective, as in the quickstart's sweep
 RESAMPLES = 2000
+ORIGIN = (0.0, 0.0)  # above it lies the hypervolume
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -64,15 +66,6 @@ def _numbers(text: str) -> tuple[float, ...]:
     return tuple(float(number) for number in text.split(","))
 
 
-def hypervolume(points: NDArray[np.float64]) -> float:
-    """Of points [N, 2], both maximised, above the reference point (0, 0)."""
-    total = reached = 0.0
-    for first, second in sorted(points.tolist(), reverse=True):
-        total += first * max(second - reached, 0.0)
-        reached = max(reached, second)
-    return total
-
-
 def report(results: Sequence[MethodResult], objectives: Sequence[str]) -> str:
     """A row per strength: ends of the front, hypervolume of the inner points, the gain over strength 1."""
     outcomes = {
@@ -85,16 +78,16 @@ def report(results: Sequence[MethodResult], objectives: Sequence[str]) -> str:
     lines = []
     for strength, own in outcomes.items():
         ends = [_means(_at(own, name), objectives)[name] for name in objectives]
-        volumes = np.array([hypervolume(values[strength][..., draw].mean(-1)) for draw in draws])
-        base = np.array([hypervolume(values[1.0][..., draw].mean(-1)) for draw in draws])
+        volumes = np.array([hypervolume(values[strength][..., draw].mean(-1), ORIGIN) for draw in draws])
+        base = np.array([hypervolume(values[1.0][..., draw].mean(-1), ORIGIN) for draw in draws])
         low, high = np.quantile(volumes - base, [0.025, 0.975])
-        gain = hypervolume(values[strength].mean(-1)) - hypervolume(values[1.0].mean(-1))
+        gain = hypervolume(values[strength].mean(-1), ORIGIN) - hypervolume(values[1.0].mean(-1), ORIGIN)
         inner = [result for result in own if _is_inner(result)]
         lines.append(
             [
                 f"{strength:g}",
                 *(f"{end:.3f}" for end in ends),
-                f"{hypervolume(values[strength].mean(-1)):.4f}",
+                f"{hypervolume(values[strength].mean(-1), ORIGIN):.4f}",
                 f"{gain:+.4f} [{low:+.4f}, {high:+.4f}]",
                 f"{np.mean([result.kl_to_reference for result in inner]):.3f}",
                 f"{np.mean([result.malformed_rate for result in inner]):.4f}",

@@ -11,16 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
-import moocore
 import numpy as np
 from numpy.typing import NDArray
 
+from mahalo_ray.evaluation.statistics import non_dominated
+
 Array = NDArray[np.float64]
-
-
-def pareto(points: Array) -> NDArray[np.bool_]:
-    """Which points are not dominated (maximised)."""
-    return np.asarray(moocore.is_nondominated(points, maximise=True, keep_weakly=False), dtype=bool)
 
 
 @dataclass(frozen=True)
@@ -38,7 +34,7 @@ class Curve:
     def _grid(self) -> tuple[Array, Array]:
         parameter = np.linspace(0, 1, self.samples)
         costs = self.cost(parameter)
-        best = pareto(-costs)
+        best = non_dominated(-costs, distinct=True)
         return parameter[best], costs[best]
 
     @cached_property
@@ -152,7 +148,7 @@ def sampled(name: str, cost: Callable[[Array], Array], steps: int = 500) -> Surf
     axis = np.linspace(0, 1, steps)
     parameters = np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
     costs = cost(parameters)
-    costs = costs[pareto(-costs)]
+    costs = costs[non_dominated(-costs, distinct=True)]
     shifted = costs - costs.min(axis=0)
 
     def solution(weights: Array) -> Array:

@@ -1,10 +1,15 @@
 """Weight sweeps: methods as Ray Tune trials, weights that cover the front evenly, and portfolios of
 policies."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mahalo_ray.objectives import unknown_name
 from mahalo_ray.sweeps.curve_walks import ArcLengthSampler, RootFindingSampler
 from mahalo_ray.sweeps.front_metrics import FrontMeasures, measure_front
 from mahalo_ray.sweeps.portfolio import Portfolio, portfolio
-from mahalo_ray.sweeps.registry import SAMPLERS, make_sampler
 from mahalo_ray.sweeps.sampler import Sampler
 from mahalo_ray.sweeps.searcher import SamplerSearcher
 from mahalo_ray.sweeps.simplex import DirichletSampler, LatticeSampler, SobolSampler
@@ -28,3 +33,29 @@ __all__ = [
     "measure_front",
     "portfolio",
 ]
+
+# By the names that a config gives them.
+SAMPLERS: dict[str, Callable[..., Sampler]] = {
+    "lattice": LatticeSampler,
+    "sobol": SobolSampler,
+    "dirichlet": DirichletSampler,
+    "surf": SurfSampler,
+    "surface": SurfaceSampler,
+    "root_finding": RootFindingSampler,
+    "arc_length": ArcLengthSampler,
+}
+
+
+def make_sampler(name: str, objectives: Sequence[str], n: int, **options: Any) -> Sampler:
+    """The sampler of that name; `options` are its own (see its class). ValueError for an unknown name or an
+    option that it does not have.
+
+    >>> make_sampler("lattice", ["accuracy", "engagement"], 3).ask()[1]
+    Weights(accuracy=0.5,engagement=0.5)
+    """
+    if name not in SAMPLERS:
+        raise ValueError(unknown_name("sampler", name, SAMPLERS))
+    try:
+        return SAMPLERS[name](objectives, n, **options)
+    except TypeError as error:
+        raise ValueError(f"sampler '{name}': {error}") from error

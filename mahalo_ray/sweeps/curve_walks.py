@@ -26,16 +26,16 @@ Asked = Generator[list[float], FloatArray, list[float]]  # asks weights [m], is 
 
 
 class _CurveWalk:
-    """A generator of questions as a sampler."""
+    """A sampler that walks along the curve: `_steps` of a subclass asks for one result after the other."""
 
     def __init__(
         self,
         objectives: Sequence[str],
         n: int,
         *,
-        scalarisation: Literal["linear", "chebyshev"],
-        tolerance: float,
-        most: int | None,
+        scalarisation: Literal["linear", "chebyshev"] = "linear",
+        tolerance: float = 1e-2,
+        most: int | None = None,
     ) -> None:
         if len(check_objectives(objectives)) != 2:
             raise ValueError(f"a walk along a curve needs 2 objectives, got {len(objectives)}")
@@ -168,17 +168,6 @@ class RootFindingSampler(_CurveWalk):
         most: evaluations after which the walk stops in any case; default 40 n.
     """
 
-    def __init__(
-        self,
-        objectives: Sequence[str],
-        n: int,
-        *,
-        scalarisation: Literal["linear", "chebyshev"] = "linear",
-        tolerance: float = 1e-2,
-        most: int | None = None,
-    ) -> None:
-        super().__init__(objectives, n, scalarisation=scalarisation, tolerance=tolerance, most=most)
-
     def _steps(self) -> Asked:
         begun = np.linspace(0, 1, self.n).tolist()
         points = yield begun
@@ -222,17 +211,6 @@ class ArcLengthSampler(_CurveWalk):
 
     Args: as for `RootFindingSampler`.
     """
-
-    def __init__(
-        self,
-        objectives: Sequence[str],
-        n: int,
-        *,
-        scalarisation: Literal["linear", "chebyshev"] = "linear",
-        tolerance: float = 1e-2,
-        most: int | None = None,
-    ) -> None:
-        super().__init__(objectives, n, scalarisation=scalarisation, tolerance=tolerance, most=most)
 
     def _steps(self) -> Asked:
         begun = np.linspace(0, 1, self.n).tolist()
