@@ -24,9 +24,9 @@ quickstart: setup
 serve: setup
 	$(BIN)/mahalo serve $(CONFIG)
 
-# Two processes share the tests: much of their time is spent waiting for Ray to start and stop. One that crashes ends
-# the suite: with a new one in its place the other would wait for ever.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
+# Two processes share the tests, file by file in the order of tests/conftest.py: much of their time is spent waiting
+# for Ray to start and stop. One that crashes ends the suite: with a new one in its place the other would wait for ever.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 test: lint
 	$(PYTEST)
