@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from mahalo_ray.config import SamplingConfig, ServeConfig
 from mahalo_ray.decoding import GuidedDecoder
-from mahalo_ray.domains.tutoring.scripted import train_tokenizer
+from mahalo_ray.domains.sft_text import train_tokenizer
 from mahalo_ray.models import MultiHeadCausalLM, ProcessRewardModel
 from mahalo_ray.serving.app import create_app
 from mahalo_ray.serving.backend import GuidedBackend

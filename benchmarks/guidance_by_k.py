@@ -27,7 +27,7 @@ from mahalo_ray.decoding.guidance import GuidedRequest
 from mahalo_ray.decoding.guided import GuidedDecoder
 from mahalo_ray.decoding.policy import DeviceConfig, load_policy, load_reward_model
 from mahalo_ray.decoding.stopping import Boundary, SentenceBoundary, TurnBoundary
-from mahalo_ray.domains.tutoring.student import OBJECTIVES, Episode
+from mahalo_ray.domains.tutoring.student import TutoringEpisode
 from mahalo_ray.evaluation.statistics import Estimate, mean_interval
 from mahalo_ray.objectives import Weights
 from mahalo_ray.pipeline.seed_blocks import BLOCK_SIZE, first_seed
@@ -37,6 +37,8 @@ from mahalo_ray.seeding import derived_seed
 BOUNDARIES: dict[str, Boundary] = {"turn": TurnBoundary(), "sentence": SentenceBoundary(min_tokens=1)}
 STRATEGIES = {"turn": ("argmax", "sample"), "sentence": ("argmax", "beam", "dvts")}
 WIDTH = 2  # of beam and dvts
+
+OBJECTIVES = ("accuracy", "engagement")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -120,7 +122,7 @@ class Tutor:
 
     def cell(self, strategy: str, candidates: int, students: Sequence[int]) -> dict[str, Any]:
         """All students played once."""
-        episodes = [Episode.from_seed(seed) for seed in students]
+        episodes = [TutoringEpisode.from_seed(seed) for seed in students]
         talks = [[Message(role="user", content=episode.opening)] for episode in episodes]
         tokens = turns = 0
         while waiting := [i for i, episode in enumerate(episodes) if not episode.over]:

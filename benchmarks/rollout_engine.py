@@ -19,7 +19,7 @@ from mahalo_ray.decoding.sampling import SamplingParams
 from mahalo_ray.domains.tutoring.personas import PersonaSampler, load_cases
 from mahalo_ray.endpoints import Failure
 from mahalo_ray.rollouts.dialogues import DialogueBatch
-from mahalo_ray.rollouts.students import PersonaStudent
+from mahalo_ray.rollouts.students import PersonaStudent, TutorTurn
 from mahalo_ray.rollouts.tutors import PolicyTutor
 
 WORDS = " ".join(f"t{i}" for i in range(40))
@@ -32,7 +32,9 @@ _PARAMS = SamplingParams()
 class ListedStudents:
     """Students that always say the same: what they cost is left out of a measurement of tutors."""
 
-    def reply(self, students: Sequence[PersonaStudent], said: Sequence[str]) -> list[str | Failure]:
+    def reply(
+        self, students: Sequence[PersonaStudent], said: Sequence[TutorTurn]
+    ) -> list[str | Failure | None]:
         return [REPLY] * len(students)
 
     def fork(self, student: PersonaStudent, copy: int) -> PersonaStudent:
@@ -91,7 +93,7 @@ def in_flight(shape: Shape, quick: bool) -> list[dict[str, Any]]:
 
 def _batch(policy: CausalPolicy, chat: ChatFormat, turns: int) -> DialogueBatch:
     sampling = SamplingConfig(max_new_tokens=TURN_TOKENS)
-    tutor = PolicyTutor(Engine(policy), chat, sampling, sentences_are_moves=False)
+    tutor = PolicyTutor(Engine(policy), chat, sampling)
     return DialogueBatch(tutor, ListedStudents(), turns)
 
 

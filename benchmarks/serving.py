@@ -54,11 +54,11 @@ class Outcome:
 
 def questions(config: RunConfig, count: int) -> list[str]:
     """What students of the run's world ask first."""
-    from mahalo_ray.domains.tutoring.student import Episode
+    from mahalo_ray.domains.tutoring.student import TutoringEpisode
     from mahalo_ray.pipeline.seed_blocks import first_seed
 
     start = first_seed(config.seed, "evaluation")
-    return [Episode.from_seed(start + number).opening for number in range(count)]
+    return [TutoringEpisode.from_seed(start + number).opening for number in range(count)]
 
 
 def body_of(question: str, number: int, stream: bool) -> bytes:

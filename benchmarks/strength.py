@@ -47,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     first, second = config.objective_names
     seeds = range(FIRST_STUDENT, FIRST_STUDENT + options.students)
     models = [str(options.run / stage / "model") for stage in ("sft", "policy", "reward")]
-    player = MethodPlayer(*models, DeviceConfig(), config.evaluation, seeds)
+    of_domain = (config.domain.name, config.objective_names)
+    player = MethodPlayer(*models, DeviceConfig(), config.evaluation, seeds, *of_domain)
     known = json.loads(options.output.read_text())["results"] if options.output.exists() else []
     results = [MethodResult.model_validate(result) for result in known]
     for strength in options.strengths:

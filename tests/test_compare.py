@@ -25,6 +25,8 @@ from mahalo_ray.pipeline.compare import REPORT, baseline_policies, comparison_pi
 from mahalo_ray.pipeline.run import pipeline
 from mahalo_ray.training.batches import plan_balanced_batches
 
+TUTORING = ("tutoring_miniature", world.OBJECTIVES)
+
 
 def example(*overrides: str) -> RunConfig:
     return load_config(EXAMPLE, list(overrides))
@@ -168,7 +170,7 @@ def test_a_baselines_model_is_what_speaks_and_its_kl_is_measured(tmp_path: Path)
     policy.merge(Weights.one("modpo")).save_pretrained(plain)  # as a soup is stored
     TOKENIZER.save_pretrained(plain)
     config = EvaluationConfig(dialogues=3, sampling=SAMPLING)
-    player = MethodPlayer(sft, "no policy", "no reward model", DeviceConfig(), config, range(3))
+    player = MethodPlayer(sft, "no policy", "no reward model", DeviceConfig(), config, range(3), *TUTORING)
     half = Weights.balanced(world.OBJECTIVES)
     base = player.run(Method("SFT", "sft")).result
     like_sft, one_head, averaged = (
@@ -192,7 +194,7 @@ def test_strength_0_of_a_policy_with_the_sft_backbone_is_sft(tmp_path: Path) -> 
     policy = MultiHeadCausalLM.from_base(sft, list(world.OBJECTIVES), noise=0.5)
     policy.save_pretrained(folder, TOKENIZER)  # without its base head, which the player takes from SFT
     config = EvaluationConfig(dialogues=3, sampling=SAMPLING)
-    player = MethodPlayer(sft, folder, "no reward model", DeviceConfig(), config, range(3))
+    player = MethodPlayer(sft, folder, "no reward model", DeviceConfig(), config, range(3), *TUTORING)
     half = Weights.balanced(world.OBJECTIVES)
     base = player.run(Method("SFT", "sft")).result
     at_0, at_1, at_2 = (
@@ -221,7 +223,7 @@ def test_the_kl_of_guided_rows_is_measured_on_what_guidance_chose(
     config = EvaluationConfig(dialogues=2, sampling=SAMPLING)
     half = Weights.balanced(world.OBJECTIVES)
     method = Method("guided policy", "guided", half, half, num_candidates=3)
-    player = MethodPlayer(sft, moved, judge, DeviceConfig(), config, range(2))
+    player = MethodPlayer(sft, moved, judge, DeviceConfig(), config, range(2), *TUTORING)
     played = player.run(method)
     log_ratio = tokens = turns = 0.0
     for dialogue in played.samples:

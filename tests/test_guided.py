@@ -32,7 +32,7 @@ from mahalo_ray.decoding.stopping import (
     boundary_for,
     step_starts,
 )
-from mahalo_ray.domains.tutoring.scripted import train_tokenizer
+from mahalo_ray.domains.sft_text import train_tokenizer
 from mahalo_ray.models.classifiers import SequenceClassifierScorer
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
 from mahalo_ray.models.reward import ProcessRewardModel

@@ -29,6 +29,7 @@ from mahalo_ray.config import (
     ModelTutorConfig,
     PlayConfig,
     SamplingConfig,
+    Supervision,
 )
 from mahalo_ray.data.records import CandidateSet, Dialogue
 from mahalo_ray.decoding.engine import Engine
@@ -36,7 +37,8 @@ from mahalo_ray.decoding.guidance import Guidance, Prompt
 from mahalo_ray.decoding.policy import CausalPolicy, DeviceConfig
 from mahalo_ray.decoding.scorers import RewardModels
 from mahalo_ray.decoding.stopping import TurnBoundary
-from mahalo_ray.domains.tutoring.student import Episode
+from mahalo_ray.domains.tutoring.moves import is_malformed
+from mahalo_ray.domains.tutoring.student import TutoringEpisode
 from mahalo_ray.models.classifiers import SequenceClassifierScorer
 from mahalo_ray.models.reward import ProcessRewardModel
 from mahalo_ray.models.scoring import StepScorer, TokenTrace
@@ -53,14 +55,17 @@ from mahalo_ray.rollouts.dialogue_job import (
 )
 from mahalo_ray.rollouts.dialogues import Collector, DialogueBatch, TurnSelection
 from mahalo_ray.rollouts.pool import RolloutError
-from mahalo_ray.rollouts.tutors import Conversation, PolicyTutor, Proposal, TutorTurn
+from mahalo_ray.rollouts.students import TutorTurn
+from mahalo_ray.rollouts.tutors import Conversation, PolicyTutor, Proposal
+
+LABELS: dict[str, Supervision] = {"accuracy": "rollout_value", "engagement": "judged_prefix"}
 
 
 def opened(
     seeds: range | list[int], sampling: SamplingConfig = SAMPLING
 ) -> tuple[DialogueBatch, list[Conversation]]:
-    batch = DialogueBatch(PolicyTutor(Engine(CausalPolicy(TUTOR)), CHAT, sampling))
-    episodes = [Episode.from_seed(seed) for seed in seeds]
+    batch = DialogueBatch(PolicyTutor(Engine(CausalPolicy(TUTOR)), CHAT, sampling, is_malformed=is_malformed))
+    episodes = [TutoringEpisode.from_seed(seed) for seed in seeds]
     return batch, batch.open(episodes, [f"d{seed}" for seed in seeds], "test")
 
 
@@ -139,7 +144,7 @@ def test_branches_leave_their_origin_alone() -> None:
 
 def test_labels_are_means_over_continuations_and_equal_turns_share_them() -> None:
     batch, _ = opened(range(4))
-    collector = Collector(batch, continuations=2)
+    collector = Collector(batch, continuations=2, supervision=LABELS)
     batch.play(4, collector)
     sets = collector.sets
     for one in sets:
@@ -158,7 +163,7 @@ def test_labels_are_means_over_continuations_and_equal_turns_share_them() -> Non
 def test_labels_do_not_depend_on_the_dialogues_played_beside() -> None:
     def labels(seeds: list[int]) -> list[list[dict[str, float] | None]]:
         batch, conversations = opened(seeds)
-        collector = Collector(batch, continuations=2)
+        collector = Collector(batch, continuations=2, supervision=LABELS)
         batch.play(3, collector)
         sets = collector.sets
         last = [one for one in sets if one.dialogue == conversations[-1].id]
@@ -171,11 +176,11 @@ def test_labels_do_not_depend_on_the_dialogues_played_beside() -> None:
 def test_values_are_discounted_by_the_turns_that_follow() -> None:
     def values(gamma: float) -> list[tuple[CandidateSet, list[float]]]:
         batch, _ = opened(range(3))
-        collector = Collector(batch, continuations=1, gamma=gamma)
+        collector = Collector(batch, continuations=1, gamma=gamma, supervision=LABELS)
         batch.play(2, collector)
         return [(one, [(c.labels or {})["accuracy"] for c in one.candidates]) for one in collector.sets]
 
-    limits = {f"d{seed}": Episode.from_seed(seed).problem.turn_limit for seed in range(3)}
+    limits = {f"d{seed}": TutoringEpisode.from_seed(seed).problem.turn_limit for seed in range(3)}
     for (one, plain), (_, discounted) in zip(values(1.0), values(0.5), strict=True):
         for full, value in zip(plain, discounted, strict=True):
             following = round(math.log2(full / value))
@@ -188,7 +193,7 @@ def guided(reward: StepScorer, seeds: range, **guidance: Any) -> tuple[DialogueB
     batch, _ = opened(range(0))
     models = RewardModels(reward, TurnBoundary(), TOKENIZER)
     batch.scorers = models.follow()
-    batch.open([Episode.from_seed(seed) for seed in seeds], [f"d{seed}" for seed in seeds], "test")
+    batch.open([TutoringEpisode.from_seed(seed) for seed in seeds], [f"d{seed}" for seed in seeds], "test")
     weights = Weights(guidance.pop("weights", dict.fromkeys(reward.objectives, 1.0)))
     return batch, Guidance(models.scale, weights, **guidance)
 
@@ -343,6 +348,7 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> RolloutSpec:
         placement=DeviceConfig(),
         threads=1,
         continuations=1,
+        supervision=LABELS,
     )
 
 

@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoTokenizer
 from mahalo_ray.config import ConfigError, RunConfig, load_config
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import Dialogue
-from mahalo_ray.domains.tutoring.scripted import scripted_dialogues
-from mahalo_ray.domains.tutoring.student import Episode
+from mahalo_ray.domains.tutoring.scripted import scripted_dialogue
+from mahalo_ray.domains.tutoring.student import TutoringEpisode
 from mahalo_ray.pipeline.evaluating import other_methods
 from mahalo_ray.pipeline.progress import RunProgress
 from mahalo_ray.pipeline.run import make_sft_data, pipeline
@@ -93,8 +93,8 @@ def test_every_round_meets_other_students() -> None:
     dialogues = config.pair_rollouts.dialogues
     firsts = [round_seed(config, number) for number in (1, 2, 3)]
     assert firsts == [first_seed(config.seed, "pair_rollouts") + n * dialogues for n in range(3)]
-    seen = {Episode.from_seed(firsts[0] + n).problem.operations for n in range(3 * dialogues)}
-    assert not seen & {Episode.from_seed(seed).problem.operations for seed in fresh_students(config)}
+    seen = {TutoringEpisode.from_seed(firsts[0] + n).problem.operations for n in range(3 * dialogues)}
+    assert not seen & {TutoringEpisode.from_seed(seed).problem.operations for seed in fresh_students(config)}
     with pytest.raises(ConfigError, match=r"'rounds' times 'pair_rollouts.dialogues' is 120000"):
         check_domain(example("rounds=3", "pair_rollouts.dialogues=40000"))
 
@@ -152,14 +152,15 @@ def test_no_two_stages_meet_the_same_students() -> None:
 
 def test_reported_students_bring_problems_that_no_training_dialogue_has() -> None:
     config = example("domain.sft_dialogues=3000")
-    dialogues = scripted_dialogues(3000, config.seed)
+    first = first_seed(config.seed, "sft")
+    dialogues = [scripted_dialogue(first + number) for number in range(3000)]
     texts = {numbers_and_operators(dialogue.turns[0].content) for dialogue in dialogues}
     seeds = fresh_students(config)
     assert len(set(seeds)) == config.evaluation.dialogues
-    assert not texts & {numbers_and_operators(Episode.from_seed(seed).opening) for seed in seeds}
-    drawn = [Episode.from_seed(first_seed(config.seed, "evaluation") + n).opening for n in range(240)]
+    assert not texts & {numbers_and_operators(TutoringEpisode.from_seed(seed).opening) for seed in seeds}
+    drawn = [TutoringEpisode.from_seed(first_seed(config.seed, "evaluation") + n).opening for n in range(240)]
     assert texts & {numbers_and_operators(opening) for opening in drawn}  # many are met again
-    with pytest.raises(ConfigError, match=r"'evaluation\.dialogues' is 99000: only \d+ of the miniature's"):
+    with pytest.raises(ConfigError, match=r"'evaluation\.dialogues' is 99000: only \d+ of the domain's"):
         fresh_students(example("evaluation.dialogues=99000"))
 
 

@@ -65,7 +65,7 @@ def persona_students(count: int) -> list[PersonaStudent]:
 
 def two_models(numbers: Sequence[int], turns: int = 3) -> tuple[DialogueBatch, list[Conversation]]:
     """A tutor and a student model, both tiny."""
-    tutor = PolicyTutor(Engine(CausalPolicy(TUTOR)), CHAT, SAMPLING, sentences_are_moves=False)
+    tutor = PolicyTutor(Engine(CausalPolicy(TUTOR)), CHAT, SAMPLING)
     students = ModelStudents(CausalPolicy(model(seed=3)), CHAT, STUDENT)
     batch = DialogueBatch(tutor, students, turns, instruction="You tutor.")
     everybody = persona_students(max(numbers, default=-1) + 1)

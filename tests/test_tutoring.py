@@ -11,16 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mahalo_ray.domains.sft_text import encode_example, train_tokenizer
 from mahalo_ray.domains.tutoring.moves import LECTURES, PRAISES, Move, is_malformed, parse_turn
 from mahalo_ray.domains.tutoring.problems import LARGEST_NUMBER, Operation, Problem, make_problem
 from mahalo_ray.domains.tutoring.scripted import (
     Style,
-    encode_example,
     play_scripted,
-    scripted_dialogues,
-    train_tokenizer,
+    scripted_dialogue,
 )
-from mahalo_ray.domains.tutoring.student import FAREWELL, Episode, MiniatureStudent, Personality
+from mahalo_ray.domains.tutoring.student import FAREWELL, MiniatureStudent, Personality, TutoringEpisode
 
 PROBLEM = Problem("", (Operation(12, "+", 7), Operation(19, "-", 4)), turn_limit=4)
 CALM = Personality({"+": 0.2, "-": 0.2, "x": 0.2}, engagement=0.6, curiosity=1.0, warmth=1.0)
@@ -80,11 +79,11 @@ def test_a_step_out_of_turn_teaches_nothing_and_a_wrong_one_hurts() -> None:
 
 
 def test_telling_the_answer_ends_the_dialogue_and_teaches_little() -> None:
-    episode = Episode(PROBLEM, student())
+    episode = TutoringEpisode(PROBLEM, student())
     episode.hear("The answer is 15.")
     assert episode.over and episode.ended_early
     assert episode.student.mastery["+"] - 0.2 < 0.03
-    assert episode.judge_prefix() == 0.0
+    assert episode.judge_prefix()["engagement"] == 0.0
     # One rated turn of four: the missing ones count 0.
     assert episode.outcome()["engagement"] == pytest.approx(episode.ratings[0] / 4)
 
@@ -137,7 +136,7 @@ def test_scripted_tutors_show_the_conflict() -> None:
 def test_examples_mark_exactly_the_tutors_tokens() -> None:
     from mahalo_ray.data.templating import ChatFormat
 
-    dialogues = list(scripted_dialogues(40, seed=5))
+    dialogues = [scripted_dialogue(seed) for seed in range(40)]
     tokenizer = train_tokenizer((turn.content for d in dialogues for turn in d.turns), 600)
     chat = ChatFormat(tokenizer)
     for dialogue in dialogues:
@@ -151,7 +150,7 @@ def test_examples_mark_exactly_the_tutors_tokens() -> None:
 def test_numbers_are_single_tokens_also_for_autotokenizer(tmp_path: Path) -> None:
     from transformers import AutoTokenizer, Qwen2Config
 
-    texts = [turn.content for d in scripted_dialogues(40, seed=5) for turn in d.turns]
+    texts = [turn.content for d in map(scripted_dialogue, range(40)) for turn in d.turns]
     tokenizer = train_tokenizer(texts, 600)
     tokenizer.save_pretrained(tmp_path)
     Qwen2Config(vocab_size=len(tokenizer)).save_pretrained(tmp_path)

@@ -11,7 +11,7 @@ from mahalo_ray.data.records import Message
 from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.decoding.guidance import StepCandidate
 from mahalo_ray.decoding.stopping import StopReason
-from mahalo_ray.domains.tutoring.scripted import train_tokenizer
+from mahalo_ray.domains.sft_text import train_tokenizer
 from mahalo_ray.models.reward import ProcessRewardModel
 from mahalo_ray.models.scoring import StepEncoder
 

@@ -7,10 +7,13 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from mahalo_ray.config import SamplingConfig
 from mahalo_ray.data.templating import ChatFormat
-from mahalo_ray.domains.tutoring.scripted import scripted_dialogues, train_tokenizer
+from mahalo_ray.domains.sft_text import train_tokenizer
+from mahalo_ray.domains.tutoring.scripted import scripted_dialogue
 
 SAMPLING = SamplingConfig(max_new_tokens=12)
-TOKENIZER = train_tokenizer((turn.content for d in scripted_dialogues(30, 5) for turn in d.turns), 600)
+TOKENIZER = train_tokenizer(
+    (turn.content for d in map(scripted_dialogue, range(5_000_015, 5_000_045)) for turn in d.turns), 600
+)
 CHAT = ChatFormat(TOKENIZER)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
 from mahalo_ray.config.section import (
     NOT_BOOL,
     BaselineName,
+    DomainName,
     EnvironmentVariable,
     Fraction,
     LabelRange,
@@ -230,15 +231,15 @@ class ServeConfig(Section):
     Without keys all clients share them. Null: no limit."""
 
 
-class MiniatureConfig(Section):
-    """The generated tutoring miniature: how much of it is made for SFT, and its world's seed."""
+class DomainConfig(Section):
+    """The world whose problems are worked on, and how much of it is made for SFT."""
 
-    name: Literal["tutoring_miniature"] = "tutoring_miniature"
-    """The miniature world: generated arithmetic problems, scripted tutors and students with a hidden
-    state."""
+    name: DomainName = "tutoring_miniature"
+    """`tutoring_miniature`: generated arithmetic problems, scripted tutors and students with a hidden state.
+    Any other domain as `package.module:NAME` (see docs, "Domains")."""
 
     sft_dialogues: PositiveInt = 12000
-    """Scripted dialogues that the SFT model learns from."""
+    """Generated dialogues that the SFT model learns from."""
 
 
 class PairsSource(Section):
@@ -450,7 +451,7 @@ class RunConfig(Section):
     seed: Seed = 17
     """Seed of everything that is drawn."""
 
-    domain: MiniatureConfig = MiniatureConfig()
+    domain: DomainConfig = DomainConfig()
     """The world of a run that plays dialogues."""
 
     data: DataConfig | None = None

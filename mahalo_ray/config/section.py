@@ -74,6 +74,9 @@ EnvironmentVariable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 # "module:function" of the user's own code; only a configuration names programs, never data.
 FunctionName = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
 
+# A domain's name, or "module:NAME" of the user's own code.
+DomainName = Annotated[str, Field(pattern=r"^[a-z0-9_]+$|^[\w.]+:\w+$")]
+
 # The words that a configuration chooses from. The code that acts on them imports them from here.
 Dtype = Literal["float32", "bfloat16"]
 Domain = Literal["math", "human_values", "tutoring"]

@@ -218,11 +218,14 @@ BOUNDARIES: dict[str, Boundary] = {
 }
 
 
-def boundary_for(domain: str) -> Boundary:
-    """The step boundary of a domain; ValueError for a domain without one."""
+def boundary_for(domain: str, whole_answers: bool = False) -> Boundary:
+    """The step boundary of a domain, or where its whole answers end; ValueError for a domain without one."""
     if domain not in BOUNDARIES:
         raise ValueError(unknown_name("domain", domain, BOUNDARIES))
-    return BOUNDARIES[domain]
+    boundary = BOUNDARIES[domain]
+    if whole_answers and not isinstance(boundary, TurnBoundary):
+        return AnswerOnly(boundary)
+    return boundary
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ from mahalo_ray.decoding.policy import (
     load_reward_model,
 )
 from mahalo_ray.decoding.scorers import RewardModels
-from mahalo_ray.decoding.stopping import TurnBoundary
-from mahalo_ray.domains.tutoring.student import OBJECTIVES, Episode
+from mahalo_ray.decoding.stopping import boundary_for
+from mahalo_ray.domains.protocol import load_domain
 from mahalo_ray.evaluation.results import MethodKind, MethodResult
 from mahalo_ray.objectives import Weights
 from mahalo_ray.rollouts.dialogues import DialogueBatch, TurnSelection, first_candidate
@@ -94,12 +94,16 @@ class MethodPlayer:
         placement: DeviceConfig,
         config: EvaluationConfig,
         seeds: Sequence[int],
+        domain: str,
+        objectives: Sequence[str],
     ) -> None:
+        """`seeds` are of problems of the domain; `objectives`: whose outcomes are kept."""
         self.sft, self.chat = load_policy(sft_url, placement)
         self.sft_url, self.policy_url, self.reward_url = sft_url, policy_url, reward_url
         self.placement = placement
         self.config = config
         self.seeds = list(seeds)
+        self.domain, self.objectives = load_domain(domain), tuple(objectives)
 
     @cached_property
     def policy(self) -> Policy:
@@ -110,7 +114,7 @@ class MethodPlayer:
     def reward_models(self) -> RewardModels:
         """The reward model, loaded when a method is first guided."""
         reward = load_reward_model(self.reward_url, self.placement)
-        return RewardModels(reward, TurnBoundary(), self.chat.tokenizer, self.sft.end_ids)
+        return RewardModels(reward, boundary_for(self.domain.boundary), self.chat.tokenizer, self.sft.end_ids)
 
     def _decoder(self, method: Method) -> tuple[Policy, HeadMix]:
         """The model that speaks, its decoding weights and strength. A run's policy that was saved without its
@@ -133,9 +137,18 @@ class MethodPlayer:
         policy, mix = self._decoder(method)
         engine = Engine(policy)
         scorers = None if method.guidance is None else self.reward_models.follow()
-        tutor = PolicyTutor(engine, self.chat, self.config.sampling, mix.weights, strength=mix.strength)
+        tutor = PolicyTutor(
+            engine,
+            self.chat,
+            self.config.sampling,
+            mix.weights,
+            is_malformed=self.domain.is_malformed,
+            strength=mix.strength,
+            # Without guidance nothing is chosen at a step's end.
+            boundary=boundary_for(self.domain.boundary, whole_answers=method.guidance is None),
+        )
         batch = DialogueBatch(tutor, scorers=scorers)
-        episodes = [Episode.from_seed(seed) for seed in self.seeds]
+        episodes = [self.domain.episode(seed) for seed in self.seeds]
         opened = batch.open(episodes, [f"{method.name}-{seed}" for seed in self.seeds], "evaluation")
         if method.guidance is None:
             batch.play(method.num_candidates, first_candidate)
@@ -153,13 +166,13 @@ class MethodPlayer:
                 num_candidates=method.num_candidates,
                 strength=method.strength,
                 student_ids=list(self.seeds),
-                values={name: [outcome[name] for outcome in outcomes] for name in OBJECTIVES},
+                values={name: [outcome[name] for outcome in outcomes] for name in self.objectives},
                 kl_to_reference=self._kl(policy, mix, method, opened),
                 malformed_rate=sum(c.malformed for c in opened) / turns,
                 tokens=engine.tokens_forwarded,
                 sweep=method.sweep,
             ),
-            [conversation.dialogue(method.name) for conversation in opened[:SAMPLE_DIALOGUES]],
+            [c.dialogue(method.name, self.objectives) for c in opened[:SAMPLE_DIALOGUES]],
         )
 
     def _kl(

@@ -278,7 +278,7 @@ def report(context: Context[RunConfig]) -> StageResult:
         summary="One policy with a head per objective, against policies made for one weight vector each.",
         measurement={**measurement(config), "equal for all trainings": EQUAL},
         timings={name: manifest.seconds for name, (_, manifest) in context.upstream.items()},
-        samples=samples(documents),
+        samples=samples(config, documents),
     )
     write_report(context.folder, table, claims, contents, fronts)
     figures = {"claims": len(claims), "claims_that_hold": sum(claim.holds for claim in claims)}

@@ -10,6 +10,7 @@ from rich.console import Console
 from mahalo_ray.config import RunConfig
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import Dialogue
+from mahalo_ray.domains.protocol import Speaker, load_domain
 from mahalo_ray.evaluation.claims import check_claims
 from mahalo_ray.evaluation.methods import Method, Played
 from mahalo_ray.evaluation.report import (
@@ -133,13 +134,14 @@ def table_of(config: RunConfig, documents: list[dict[str, Any]]) -> ComparisonTa
 def _contents(context: Context[RunConfig], documents: list[dict[str, Any]]) -> ReportContents:
     config = context.config
     trained = ("sft", "reward", *all_rounds(config, "policy"))
-    described = [f"{o.name} ({o.description})" if o.description else o.name for o in config.objectives]
+    offered = load_domain(config.domain.name).objectives
+    described = [f"{o.name} ({o.description or offered[o.name].description})" for o in config.objectives]
     return ReportContents(
         title=config.name,
         summary=f"One policy, aligned to {' and '.join(described)}.",
         measurement=measurement(config),
         timings={name: manifest.seconds for name, (_, manifest) in context.upstream.items()},
-        samples=samples(documents),
+        samples=samples(config, documents),
         history={name: storage.read_json(context.input(name, "history")) for name in trained},
         reward_metrics=_reward_metrics(context.metrics_of("reward"), config.objective_names),
     )
@@ -150,7 +152,7 @@ def measurement(config: RunConfig) -> dict[str, str | int | float]:
     return {
         "seed": config.seed,
         "dialogues per method": config.evaluation.dialogues,
-        "students": "fresh, with problems that no training dialogue has; the same for every method",
+        "problems": "fresh, of no training dialogue; the same for every method",
         "judges": "programs of the domain, independent of the reward model that guides",
         "temperature": config.evaluation.sampling.temperature,
         "guidance candidates": config.guided.num_candidates,
@@ -158,13 +160,15 @@ def measurement(config: RunConfig) -> dict[str, str | int | float]:
     }
 
 
-def samples(documents: list[dict[str, Any]]) -> list[SampleDialogue]:
-    """A dialogue of every method."""
-    return [_sample(Dialogue.model_validate(d["samples"][0])) for d in documents]
+def samples(config: RunConfig, documents: list[dict[str, Any]]) -> list[SampleDialogue]:
+    """A dialogue of every method, its sides called as in the run's domain."""
+    model, other = load_domain(config.domain.name).speakers
+    names = {"tutor": model, "student": other}
+    return [_sample(Dialogue.model_validate(d["samples"][0]), names) for d in documents]
 
 
-def _sample(dialogue: Dialogue) -> SampleDialogue:
-    turns = [SampleTurn(speaker=turn.speaker, content=turn.content) for turn in dialogue.turns]
+def _sample(dialogue: Dialogue, names: dict[str, Speaker]) -> SampleDialogue:
+    turns = [SampleTurn(speaker=names[turn.speaker], content=turn.content) for turn in dialogue.turns]
     return SampleDialogue(method=dialogue.source, topic=dialogue.topic, turns=turns, outcome=dialogue.outcome)
 
 

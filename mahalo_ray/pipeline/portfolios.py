@@ -199,6 +199,8 @@ def split_worst_cells(
         threads=max(1, math.floor(config.cluster.cpus_per_rollout_actor)),
         config=config.evaluation,
         seeds=fresh_students(config),
+        domain=config.domain.name,
+        objectives=config.objective_names,
     )
     before = len(found.vectors)
     with session(config):

@@ -28,7 +28,8 @@ from mahalo_ray.data.records import EXAMPLE_SCHEMA, CandidateSet, Dialogue, Pref
 from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.data.temporary import temporary_folder
 from mahalo_ray.decoding.policy import DeviceConfig
-from mahalo_ray.domains.tutoring.scripted import encode_example, scripted_dialogues, train_tokenizer
+from mahalo_ray.domains.protocol import load_domain
+from mahalo_ray.domains.sft_text import encode_example, train_tokenizer
 from mahalo_ray.models.backbone import load_tokenizer
 from mahalo_ray.pipeline.artifacts import place_model
 from mahalo_ray.pipeline.evaluating import evaluate, report
@@ -38,12 +39,12 @@ from mahalo_ray.pipeline.serve import try_serving
 from mahalo_ray.pipeline.stages import Context, Pipeline, Stage, StageResult
 from mahalo_ray.pipeline.sweeping import sweep, unguided_vectors
 from mahalo_ray.rollouts.dialogue_job import CANDIDATES, DialogueChunks, RolloutSpec, run_rollouts
-from mahalo_ray.rollouts.pair_building import build_pairs, labelled_traces
+from mahalo_ray.rollouts.pair_building import build_pairs, judged_pairs, labelled_traces
 from mahalo_ray.training.policy_methods import METHOD_VERSIONS
 from mahalo_ray.training.ray_train import TrainingResult, run_stage
 from mahalo_ray.training.settings import PolicySettings, RewardSettings, SftSettings, StageSettings
 
-# Enough text to learn the vocabulary from; the miniature has few words.
+# Enough text to learn the vocabulary from; miniatures have few words.
 TOKENIZER_DIALOGUES = 2000
 REPORT_EVERY = 200
 START_MODEL = "start_model"
@@ -52,8 +53,11 @@ START_MODEL = "start_model"
 def make_sft_data(context: Context[RunConfig]) -> StageResult:
     """Write the SFT examples (EXAMPLE_SCHEMA) and the folder of the model that training starts from."""
     config = context.config
-    context.progress.start(2 * config.domain.sft_dialogues, "dialogues")
-    dialogues = list(_counted(context, scripted_dialogues(config.domain.sft_dialogues, config.seed), "made"))
+    domain, count = load_domain(config.domain.name), config.domain.sft_dialogues
+    first = first_seed(config.seed, "sft")
+    context.progress.start(2 * count, "dialogues")
+    made = (domain.sft_dialogue(first + number) for number in range(count))
+    dialogues = list(_counted(context, made, "made"))
     Dialogue.save(dialogues, context.path("dialogues", "part-000000.parquet"))
     chat = _start_model(context, dialogues)
     rows = [encode_example(d, chat, config.sft.loss_on) for d in _counted(context, dialogues, "encoded")]
@@ -135,7 +139,7 @@ def train_heads(context: Context[RunConfig], base_url: str, pairs_stage: str = "
         objectives=config.objective_names,
         policy=config.policy,
         held_out_fraction=config.pairs.held_out_fraction,
-        sentences_are_moves=config.data is None,
+        domain=config.domain.name if config.data is None else None,
     )
     return train(context, settings)
 
@@ -189,20 +193,31 @@ def reward_rollouts(context: Context[RunConfig]) -> StageResult:
     first = first_seed(config.seed, "reward_rollouts")
     metrics = _play(context, config.reward_rollouts, tutor, None, "reward_rollouts", first)
     sets = CandidateSet.load(context.path(CANDIDATES))
+    if _compares_answers(config):
+        judged = [pair for name in config.objective_names for pair in judged_pairs(sets, name)]
+        PreferencePair.save(judged, context.path("pairs", "part-000000.parquet"))
+        return StageResult({**metrics, "pairs": len(judged)}, {"candidates": CANDIDATES, "pairs": "pairs"})
     traces = labelled_traces(sets, config.objective_names)
     StepTrace.save(traces, context.path("traces", "part-000000.parquet"))
     return StageResult({**metrics, "traces": len(traces)}, {"candidates": CANDIDATES, "traces": "traces"})
 
 
+def _compares_answers(config: RunConfig) -> bool:
+    """Whether the reward model learns from pairs of whole answers; see `check_domain`."""
+    return all(objective.supervision == "pairwise" for objective in config.objectives)
+
+
 def reward(context: Context[RunConfig]) -> StageResult:
     """The process reward model, with its figures and calibration on held-out prompts."""
     config = context.config
+    by_pairs = _compares_answers(config)
     settings = RewardSettings(
         model_url=context.input("sft", "model"),
         output_url=context.path("model"),
         model=config.model,
         seed=config.seed,
-        traces_url=context.input("reward_rollouts", "traces"),
+        traces_url=None if by_pairs else context.input("reward_rollouts", "traces"),
+        pairs_url=context.input("reward_rollouts", "pairs") if by_pairs else None,
         objectives=config.objectives,
         reward=config.reward,
     )
@@ -278,6 +293,8 @@ def _play(
         reward_url=reward_url,
         continuations=settings.continuations,
         gamma=settings.gamma,
+        domain=config.domain.name,
+        supervision={objective.name: objective.supervision for objective in config.objectives},
     )
     chunks = DialogueChunks(first, settings.dialogues, settings.batch_size_per_actor)
     context.progress.start(settings.dialogues, "dialogues")

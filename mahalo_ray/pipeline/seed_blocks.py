@@ -1,11 +1,12 @@
-"""Which simulated students a stage meets: no two stages of a run meet the same ones."""
+"""Which problems of its domain a stage meets (in tutoring: students, each with a problem): no two stages of a
+run meet the same ones. And what a run asks of its domain."""
 
 from __future__ import annotations
 
 import itertools
 
 from mahalo_ray.config import ConfigError, RunConfig
-from mahalo_ray.domains.tutoring.student import OBJECTIVES, Episode
+from mahalo_ray.domains.protocol import load_domain
 from mahalo_ray.objectives import unknown_name
 
 # Seeds of one run are config.seed * SEEDS_PER_RUN + block + number; SFT's dialogues come first.
@@ -18,7 +19,6 @@ BLOCKS = {
     "dialogues": 900_000,
 }
 BLOCK_SIZE = 100_000
-SUPERVISION = {"accuracy": "rollout_value", "engagement": "judged_prefix"}
 
 
 def first_seed(seed: int, purpose: str) -> int:
@@ -33,45 +33,55 @@ def round_seed(config: RunConfig, number: int) -> int:
 
 def fresh_students(config: RunConfig) -> tuple[int, ...]:
     """Seeds of the students behind the reported table: `evaluation.dialogues` of them, each with a problem
-    whose numbers and operators occur in no dialogue that the run trains on.
+    (by its `problem_key`) that occurs in no dialogue that the run trains on.
 
-    Problems are few (two or three operations on small numbers), so students drawn without looking would bring
-    many that SFT has seen worked. ConfigError when the block has too few others.
+    Problems are few (in tutoring two or three operations on small numbers), so students drawn without looking
+    would bring many that SFT has seen worked. ConfigError when the block has too few others.
     """
+    domain = load_domain(config.domain.name)
     trained_on = {
         "sft": config.domain.sft_dialogues,
         "reward_rollouts": config.reward_rollouts.dialogues,
         "pair_rollouts": config.rounds * config.pair_rollouts.dialogues,
     }
     seen = {
-        Episode.from_seed(first_seed(config.seed, purpose) + number).problem.operations
+        domain.episode(first_seed(config.seed, purpose) + number).problem_key
         for purpose, dialogues in trained_on.items()
         for number in range(dialogues)
     }
     first, wanted = first_seed(config.seed, "evaluation"), config.evaluation.dialogues
     candidates = range(first, first + BLOCK_SIZE)
-    unseen = (seed for seed in candidates if Episode.from_seed(seed).problem.operations not in seen)
+    unseen = (seed for seed in candidates if domain.episode(seed).problem_key not in seen)
     seeds = tuple(itertools.islice(unseen, wanted))
     if len(seeds) < wanted:
         raise ConfigError(
-            f"'evaluation.dialogues' is {wanted}: only {len(seeds)} of the miniature's {BLOCK_SIZE} students "
+            f"'evaluation.dialogues' is {wanted}: only {len(seeds)} of the domain's {BLOCK_SIZE} students "
             "bring a problem that no training dialogue has; lower it, or 'domain.sft_dialogues'"
         )
     return seeds
 
 
 def check_domain(config: RunConfig) -> None:
-    """Raise ConfigError for what the tutoring miniature cannot do."""
+    """Raise ConfigError for a domain that is not there, and for what it cannot do."""
+    try:
+        offered = load_domain(config.domain.name).objectives
+    except ValueError as error:
+        raise ConfigError(f"'domain.name': {error}") from error
     for index, objective in enumerate(config.objectives):
-        if objective.name not in OBJECTIVES:
+        if objective.name not in offered:
+            raise ConfigError(f"'objectives.{index}': {unknown_name('objective', objective.name, offered)}")
+        kinds = offered[objective.name].supervision
+        if objective.supervision not in kinds:
             raise ConfigError(
-                f"'objectives.{index}': {unknown_name('objective', objective.name, OBJECTIVES)}"
+                f"'objectives.{index}.supervision' is '{objective.supervision}': {config.domain.name} "
+                f"labels {objective.name} as {' or '.join(repr(kind) for kind in kinds)}"
             )
-        if objective.supervision != SUPERVISION[objective.name]:
-            raise ConfigError(
-                f"'objectives.{index}.supervision' is '{objective.supervision}': the tutoring miniature "
-                f"labels {objective.name} as '{SUPERVISION[objective.name]}'"
-            )
+    supervision = {objective.supervision for objective in config.objectives}
+    if "pairwise" in supervision and len(supervision) > 1:
+        raise ConfigError(
+            "'objectives': 'supervision: pairwise' compares whole answers, and the other kinds label their "
+            "steps: in a run that makes its own rollouts all objectives are pairwise, or none is"
+        )
     if config.reward_rollouts.continuations == 0:
         raise ConfigError("'reward_rollouts.continuations' is 0: labels need at least one continuation")
     for key, candidates in (
@@ -91,4 +101,4 @@ def check_domain(config: RunConfig) -> None:
         sizes["rounds' times 'pair_rollouts.dialogues"] = (played, BLOCK_SIZE)
     for key, (wanted, most) in sizes.items():
         if wanted > most:
-            raise ConfigError(f"'{key}' is {wanted}: the miniature has {most} students for it")
+            raise ConfigError(f"'{key}' is {wanted}: the domain has {most} students for it")

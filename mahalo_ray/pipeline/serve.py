@@ -19,7 +19,7 @@ from rich.console import Console
 from mahalo_ray.config import RunConfig, ServeConfig
 from mahalo_ray.data import storage
 from mahalo_ray.decoding.policy import DeviceConfig
-from mahalo_ray.domains.tutoring.student import Episode
+from mahalo_ray.domains.protocol import load_domain
 from mahalo_ray.errors import StageError
 from mahalo_ray.objectives import Weights
 from mahalo_ray.pipeline.artifacts import run_model
@@ -33,7 +33,6 @@ from mahalo_ray.serving.launch import Serving, error_log_folder, serve_forever, 
 from mahalo_ray.serving.service import Defaults, ServiceSettings
 from mahalo_ray.sweeps.portfolio import FILE_IN_RUN, Portfolio, sweep_fingerprint
 
-DOMAIN = "tutoring"
 SMOKE_SEED = 7
 EXAMPLES = 4
 
@@ -46,7 +45,7 @@ def try_serving(context: Context[RunConfig]) -> StageResult:
     context.progress.start(2, "steps", "starting")
     any_port = config.serve.model_copy(update={"port": 0})
     weightings = [config.guided.point[0], *config.sweep.decoding_weights]
-    question = Episode.from_seed(first_seed(config.seed, "evaluation")).opening
+    question = _opening(config, first_seed(config.seed, "evaluation"))
     # A trial needs no key of the user's: it has one of its own where the endpoint will have one.
     asks_for_key = config.serve.api_key_env is not None or config.serve.api_key_file is not None
     key = secrets.token_urlsafe() if asks_for_key else None
@@ -58,7 +57,7 @@ def try_serving(context: Context[RunConfig]) -> StageResult:
         answers = smoke(
             serving.url,
             serving.model,
-            [{"role": "user", "content": question}],
+            question,
             weightings,
             api_key=key,
             timeout_s=config.serve.request_timeout_s,
@@ -155,7 +154,7 @@ def _application(args: Mapping[str, str]) -> serve.Application:
         launch.ModelSource(
             policy,
             reward,
-            DOMAIN,
+            boundary_name(config),
             DeviceConfig(config.cluster.device, config.model.dtype),
             run_files(config, storage.absolute(deployed.run)),
         ),
@@ -175,7 +174,7 @@ def _start(
         settings,
         policy_url,
         reward_url,
-        domain=DOMAIN,
+        domain=boundary_name(config),
         defaults=_defaults(config),
         use_gpu=config.cluster.use_gpu,
         dtype=config.model.dtype,
@@ -215,11 +214,21 @@ def _descriptions(config: RunConfig) -> dict[str, str]:
 
 
 def example_questions(config: RunConfig) -> tuple[str, ...]:
-    """What students of the miniature begin with; nothing for a run on data of its own."""
+    """Problems of the run's domain; nothing for a run on data of its own."""
     if config.data is not None:
         return ()
     first = first_seed(config.seed, "dialogues")
-    return tuple(Episode.from_seed(first + number).opening for number in range(EXAMPLES))
+    return tuple(_opening(config, first + number)[-1]["content"] for number in range(EXAMPLES))
+
+
+def _opening(config: RunConfig, seed: int) -> list[dict[str, str]]:
+    messages = load_domain(config.domain.name).episode(seed).opening_messages
+    return [message.model_dump() for message in messages]
+
+
+def boundary_name(config: RunConfig) -> str:
+    """Where steps end at the endpoint; at whole turns for a run on data of its own."""
+    return "tutoring" if config.data is not None else load_domain(config.domain.name).boundary
 
 
 def _defaults(config: RunConfig) -> Defaults:

@@ -231,6 +231,8 @@ def play_spec(context: Context[RunConfig]) -> SweepSpec:
         threads=max(1, math.floor(config.cluster.cpus_per_rollout_actor)),
         config=config.evaluation,
         seeds=fresh_students(config),
+        domain=config.domain.name,
+        objectives=config.objective_names,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -27,6 +27,7 @@ from mahalo_ray.config import (
     PersonasConfig,
     PlayConfig,
     PolicyTutorConfig,
+    Supervision,
 )
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import CandidateSet, Dialogue
@@ -42,10 +43,10 @@ from mahalo_ray.decoding.policy import (
     load_step_scorer,
 )
 from mahalo_ray.decoding.scorers import RewardModels, ScorerGroup, follow_texts
-from mahalo_ray.decoding.stopping import TurnBoundary
+from mahalo_ray.decoding.stopping import Boundary, TurnBoundary, boundary_for
+from mahalo_ray.domains.protocol import load_domain
 from mahalo_ray.domains.tutoring.moves import consistency
 from mahalo_ray.domains.tutoring.personas import POST_TEST, AnswerKey, Case, PersonaSampler
-from mahalo_ray.domains.tutoring.student import Episode
 from mahalo_ray.endpoints import Endpoint, Failure
 from mahalo_ray.models.folder import model_folder
 from mahalo_ray.objectives import Weights
@@ -63,7 +64,7 @@ from mahalo_ray.rollouts.pool import (
 )
 from mahalo_ray.rollouts.students import (
     EndpointStudents,
-    MiniatureStudents,
+    EpisodeStudents,
     ModelStudents,
     PersonaStudent,
     Student,
@@ -73,13 +74,17 @@ from mahalo_ray.rollouts.tutors import BRANCH, Conversation, DrawnWeights, Endpo
 from mahalo_ray.seeding import derived_seed
 
 CASES = TypeAdapter(list[Case])
+TUTORING = "tutoring_miniature"  # whose students `student.kind: miniature` of `mahalo dialogues` are
 
 
 @dataclass(frozen=True)
 class RolloutSpec:
     """What every actor of one rollout stage needs. `reward_url` None: candidates are not scored;
     `reward_objective` says what a third-party classifier there scores. `actors` share the limits of the
-    endpoints. `cases_url`: a JSON file of cases (`CASES`), for persona students."""
+    endpoints. `cases_url`: a JSON file of cases (`CASES`), for persona students. `domain` names whose
+    episodes are played where students are a miniature's, and `supervision` how each objective of theirs is
+    labelled; with `pairwise` alone candidates are whole answers, else the domain's steps.
+    """
 
     tutor: PolicyTutorConfig | ModelTutorConfig | EndpointTutorConfig
     student: MiniatureStudentConfig | ModelStudentConfig | EndpointStudentConfig
@@ -96,6 +101,8 @@ class RolloutSpec:
     cases_url: str | None = None
     personas: PersonasConfig = field(default_factory=PersonasConfig)
     seed: int = 0
+    domain: str = TUTORING
+    supervision: Mapping[str, Supervision] = field(default_factory=dict)
 
 
 class EndpointCounts(Tally):
@@ -112,6 +119,7 @@ class RolloutModels:
 
     def __init__(self, spec: RolloutSpec) -> None:
         self.spec = spec
+        self._domain = load_domain(spec.domain)
         self._policies: dict[str, tuple[Policy, ChatFormat]] = {}
         self._endpoints: list[Endpoint] = []
         self._tutor_endpoint = self._student_endpoint = None
@@ -162,12 +170,13 @@ class RolloutModels:
             instruction=self.spec.tutor.instruction,
             scorers=scorers,
         )
-        students = [self._persona_student(n) if persona else Episode.from_seed(n) for n in numbers]
+        students = [self._persona_student(n) if persona else self._domain.episode(n) for n in numbers]
         return batch, batch.open(students, [self.name(number) for number in numbers], self.spec.purpose)
 
     def record(self, conversation: Conversation) -> Dialogue:
         """A finished dialogue as it is stored, with what the checks found."""
-        dialogue = conversation.dialogue(f"{self.spec.purpose}/{self.spec.tutor.kind}")
+        objectives = tuple(self.spec.supervision) or None
+        dialogue = conversation.dialogue(f"{self.spec.purpose}/{self.spec.tutor.kind}", objectives)
         student = conversation.student
         if not isinstance(student, PersonaStudent):
             return dialogue
@@ -221,7 +230,15 @@ class RolloutModels:
         tutor = self.spec.tutor
         assert not isinstance(tutor, EndpointTutorConfig)
         policy, chat = self._policy(tutor.path)
-        return RewardModels(self._rewards, TurnBoundary(), chat.tokenizer, policy.end_ids)
+        return RewardModels(self._rewards, self._boundary, chat.tokenizer, policy.end_ids)
+
+    @property
+    def _boundary(self) -> Boundary:
+        """Where candidates end."""
+        if not isinstance(self.spec.student, MiniatureStudentConfig):
+            return TurnBoundary()
+        kinds = set(self.spec.supervision.values())
+        return boundary_for(self._domain.boundary, whole_answers=kinds == {"pairwise"})
 
     def _tutor(self, scorers: ScorerGroup | None) -> Tutor:
         play, tutor = self.spec.play, self.spec.tutor
@@ -236,12 +253,15 @@ class RolloutModels:
             limits.append(scorers.max_context)
         miniature = isinstance(self.spec.student, MiniatureStudentConfig)
         engine = Engine(policy, max_context=min(limits))
-        return PolicyTutor(engine, chat, play.sampling, self._weights, sentences_are_moves=miniature)
+        check = self._domain.is_malformed if miniature else None
+        return PolicyTutor(
+            engine, chat, play.sampling, self._weights, is_malformed=check, boundary=self._boundary
+        )
 
     def _students(self) -> Students[Any]:
         student = self.spec.student
         if isinstance(student, MiniatureStudentConfig):
-            return MiniatureStudents()
+            return EpisodeStudents()
         if isinstance(student, ModelStudentConfig):
             return ModelStudents(*self._policy(student.path), student)
         assert self._student_endpoint is not None
@@ -345,7 +365,12 @@ class RolloutWorker:
         seeds = chunk.to_play
         batch, opened = models.open(seeds)
         collector = Collector(
-            batch, models.selection, self.spec.continuations, self.spec.gamma, play.branching
+            batch,
+            models.selection,
+            self.spec.continuations,
+            self.spec.gamma,
+            play.branching,
+            self.spec.supervision,
         )
         batch.play(play.candidates, collector)
         failed = _failures(batch.conversations, {c.root: seed for c, seed in zip(opened, seeds, strict=True)})

@@ -6,22 +6,22 @@ is keyed by the dialogue's own seed, so results do not depend on which dialogues
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from mahalo_ray.config import BranchingConfig
+from mahalo_ray.config import BranchingConfig, Supervision
 from mahalo_ray.data.records import Candidate, CandidateSet, Message, Turn
 from mahalo_ray.decoding.guidance import Choice, Guidance, Prompt, StepCandidate
 from mahalo_ray.decoding.scorers import ScorerGroup
 from mahalo_ray.decoding.stopping import StopReason
-from mahalo_ray.domains.tutoring.student import Episode
+from mahalo_ray.domains.protocol import Episode
 from mahalo_ray.endpoints import Failure
-from mahalo_ray.rollouts.students import MiniatureStudents, Student, Students
-from mahalo_ray.rollouts.tutors import BRANCH, Conversation, Ending, Exchange, Proposal, Tutor, TutorTurn
+from mahalo_ray.rollouts.students import EpisodeStudents, Student, Students, TutorTurn
+from mahalo_ray.rollouts.tutors import BRANCH, Conversation, Ending, Exchange, Proposal, Tutor, with_turn
 from mahalo_ray.seeding import derived_seed, unit_draw
 
 # Which candidates of every proposal are said: the first in its conversation, the others in dialogues that
@@ -46,7 +46,7 @@ class DialogueBatch:
     """
 
     tutor: Tutor
-    students: Students[Any] = field(default_factory=MiniatureStudents)
+    students: Students[Any] = field(default_factory=EpisodeStudents)
     turns: int | None = None
     stop: tuple[str, ...] = ()
     post_test: str | None = None
@@ -156,8 +156,8 @@ class DialogueBatch:
         apart.play()
 
     def _scores(self, scorers: ScorerGroup, proposals: Sequence[Proposal]) -> list[Tensor | ValueError]:
-        """[K, O] of every proposal's candidates. A turn is a whole answer: it is closed even if it was cut
-        off."""
+        """[K, O] of every proposal's candidates. What is no step of a turn ends it, and is closed even if
+        it was cut off."""
         behind = [
             p.conversation for p in proposals if p.conversation.turns_scored < len(p.conversation.turns)
         ]
@@ -168,7 +168,11 @@ class DialogueBatch:
         for conversation in behind:
             conversation.turns_scored = len(conversation.turns)
         choices = [
-            Choice(p.conversation.scorer_row, list(map(_candidate, p.turns)), [True] * len(p.turns))
+            Choice(
+                p.conversation.scorer_row,
+                list(map(_candidate, p.turns)),
+                [not turn.goes_on for turn in p.turns],
+            )
             for p in proposals
         ]
         return [found.scores for found in scorers.score(choices)]
@@ -212,20 +216,20 @@ class DialogueBatch:
     def _say(self, said: Sequence[tuple[Proposal, int, Conversation]]) -> None:
         """Students reply to what was said in their conversations, and the tutor reads the replies."""
         students = [conversation.student for _, _, conversation in said]
-        replies = self.students.reply(students, [proposal.turns[k].text for proposal, k, _ in said])
+        replies = self.students.reply(students, [proposal.turns[k] for proposal, k, _ in said])
         exchanges = []
         for (proposal, k, conversation), reply in zip(said, replies, strict=True):
             conversation.malformed += proposal.turns[k].is_malformed
             if isinstance(reply, Failure):
                 conversation.failure = reply
             else:
-                conversation.ended = self._ending(conversation, reply)
+                conversation.ended = self._ending(conversation, proposal.turns[k], reply)
             text = None if isinstance(reply, Failure) else reply
             exchanges.append(Exchange(proposal, k, conversation, text, conversation.over))
         for exchange, committed in zip(exchanges, self.tutor.commit(exchanges), strict=True):
-            if exchange.reply is None:
-                continue
             conversation = exchange.conversation
+            if conversation.failure is not None:
+                continue
             _write_down(conversation, exchange.turn, exchange.reply, committed.reply_ids)
             if not conversation.over and not committed.has_room:
                 conversation.ended = "max_tokens"
@@ -233,8 +237,12 @@ class DialogueBatch:
         self._examine([conversation for conversation in over if conversation.failure is None])
         self.students.drop([conversation.student for conversation in over])
 
-    def _ending(self, conversation: Conversation, reply: str) -> Ending | None:
-        """Why the dialogue is over once this reply is written down; None if it may go on."""
+    def _ending(self, conversation: Conversation, turn: TutorTurn, reply: str | None) -> Ending | None:
+        """Why the dialogue is over once turn and reply are written down; None if it may go on."""
+        if turn.goes_on:
+            return "steps" if conversation.student.over else None
+        if reply is None:
+            return "answer"
         if conversation.student.over:
             return "student"
         if self.turns is not None and conversation.tutor_turns + 1 >= self.turns:
@@ -248,7 +256,8 @@ class DialogueBatch:
     def _examine(self, finished: Sequence[Conversation]) -> None:
         if self.post_test is None or not finished:
             return
-        answers = self.students.reply([c.student for c in finished], [self.post_test] * len(finished))
+        asked = [TutorTurn(self.post_test)] * len(finished)
+        answers = self.students.reply([c.student for c in finished], asked)
         for conversation, answer in zip(finished, answers, strict=True):
             if isinstance(answer, Failure):
                 conversation.failure = answer
@@ -256,19 +265,22 @@ class DialogueBatch:
                 conversation.post_test = answer
 
 
-def _write_down(conversation: Conversation, turn: TutorTurn, reply: str, reply_ids: Sequence[int]) -> None:
-    conversation.messages += [
-        Message(role="assistant", content=turn.text),
-        Message(role="user", content=reply),
-    ]
-    conversation.turns += [
-        Turn(speaker="tutor", content=turn.text, token_ids=list(turn.token_ids) or None),
-        Turn(speaker="student", content=reply, token_ids=list(reply_ids) or None),
-    ]
+def _write_down(
+    conversation: Conversation, turn: TutorTurn, reply: str | None, reply_ids: Sequence[int]
+) -> None:
+    conversation.messages = with_turn(conversation.messages, turn.text)
+    conversation.turns.append(
+        Turn(speaker="tutor", content=turn.text, token_ids=list(turn.token_ids) or None)
+    )
+    if reply is not None:
+        conversation.messages.append(Message(role="user", content=reply))
+        said = Turn(speaker="student", content=reply, token_ids=list(reply_ids) or None)
+        conversation.turns.append(said)
 
 
 def _candidate(turn: TutorTurn) -> StepCandidate:
-    return StepCandidate(turn.text, list(turn.token_ids), StopReason.TOKEN, {}, None)
+    reason = StopReason.STEP if turn.goes_on else StopReason.TOKEN
+    return StepCandidate(turn.text, list(turn.token_ids), reason, {}, None)
 
 
 @dataclass(frozen=True)
@@ -307,11 +319,12 @@ Labels = dict[str, float]
 class Collector:
     """Chooses what is said in a batch, and keeps every candidate turn: `batch.play(K, Collector(batch))`.
 
-    `continuations` M > 0 labels each distinct candidate by M independent continuations to the end (the
-    miniature's students only): accuracy is the mean checked outcome, discounted by `gamma` per tutor turn
-    that follows the candidate (`rollout_value`), engagement the mean judged rating of the dialogue right
-    after the candidate (`judged_prefix`). With `branching`, other candidates than the selected one go on too,
-    as dialogues of their own.
+    `continuations` M > 0 labels each distinct candidate by M independent continuations to the end (of a
+    domain's episodes only), for every objective of `supervision` as it says: `rollout_value` is the mean
+    outcome, discounted by `gamma` per tutor turn that follows the candidate; `judged_rollouts` whether more
+    than half of the outcomes are above 0.5; `judged_prefix` the mean judgement of the dialogue right after
+    the candidate; `pairwise` the mean outcome, from which pairs are made. With `branching`, other candidates
+    than the selected one go on too, as dialogues of their own.
     """
 
     batch: DialogueBatch
@@ -319,6 +332,7 @@ class Collector:
     continuations: int = 0
     gamma: float = 1.0
     branching: BranchingConfig | None = None
+    supervision: Mapping[str, Supervision] = field(default_factory=dict)
     sets: list[CandidateSet] = field(default_factory=list)
 
     def __call__(self, proposals: Sequence[Proposal]) -> list[list[int]]:
@@ -344,24 +358,41 @@ class Collector:
         """Of every candidate [i][k]; candidates with the same words share theirs."""
         distinct = [list(dict.fromkeys(proposal.turns)) for proposal in proposals]
         firsts = [[p.turns.index(turn) for turn in own] for p, own in zip(proposals, distinct, strict=True)]
+        assert isinstance(self.batch.students, EpisodeStudents), "labels by continuations are of episodes"
         groups = self.batch.continue_copies(proposals, firsts, self.continuations)
-        ratings = [[_mean([_episode(c).judge_prefix() for c in copies]) for copies in own] for own in groups]
+        judged = [[self._judgements(copies) for copies in own] for own in groups]
         self.batch.play_out([c for own in groups for copies in own for c in copies])
         labels = []
-        for proposal, turns, own, own_ratings in zip(proposals, distinct, groups, ratings, strict=True):
+        for proposal, turns, own, own_judged in zip(proposals, distinct, groups, judged, strict=True):
             by_turn = {
-                turn: {
-                    "accuracy": _mean([self._value(copy, proposal.conversation) for copy in copies]),
-                    "engagement": rating,
-                }
-                for turn, copies, rating in zip(turns, own, own_ratings, strict=True)
+                turn: self._label(copies, proposal.conversation, judgements)
+                for turn, copies, judgements in zip(turns, own, own_judged, strict=True)
             }
             labels.append([by_turn[turn] for turn in proposal.turns])
         return labels
 
-    def _value(self, continued: Conversation, origin: Conversation) -> float:
-        later_turns = continued.tutor_turns - origin.tutor_turns - 1
-        return _episode(continued).outcome()["accuracy"] * self.gamma**later_turns
+    def _judgements(self, copies: Sequence[Conversation]) -> Labels:
+        """Of the objectives that are judged right after a candidate: the mean over its copies."""
+        names = [name for name, kind in self.supervision.items() if kind == "judged_prefix"]
+        found = [_episode(copy).judge_prefix() for copy in copies] if names else []
+        return {name: _mean([judgement[name] for judgement in found]) for name in names}
+
+    def _label(self, copies: Sequence[Conversation], origin: Conversation, judged: Labels) -> Labels:
+        """The labels of a candidate whose copies have been played to their ends."""
+        outcomes = [_episode(copy).outcome() for copy in copies]
+        discounts = [self.gamma ** (copy.tutor_turns - origin.tutor_turns - 1) for copy in copies]
+        labels = {}
+        for name, kind in self.supervision.items():
+            values = [outcome[name] for outcome in outcomes]
+            if kind == "judged_prefix":
+                labels[name] = judged[name]
+            elif kind == "judged_rollouts":
+                labels[name] = float(sum(value > 0.5 for value in values) > len(values) / 2)
+            elif kind == "rollout_value":
+                labels[name] = _mean([v * discount for v, discount in zip(values, discounts, strict=True)])
+            else:
+                labels[name] = _mean(values)
+        return labels
 
     def _candidate_set(
         self, proposal: Proposal, labels: Sequence[Labels] | None, chosen: int
@@ -390,8 +421,9 @@ class Collector:
 
 
 def _episode(conversation: Conversation) -> Episode:
-    assert isinstance(conversation.student, Episode), "labels by continuations are the miniature's"
-    return conversation.student
+    """The student of a batch whose students are a domain's episodes."""
+    episode: Episode = conversation.student
+    return episode
 
 
 def _mean(values: Sequence[float]) -> float:

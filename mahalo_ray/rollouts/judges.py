@@ -3,7 +3,6 @@ model, or a program. No Ray here."""
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
 from abc import ABC, abstractmethod
@@ -26,6 +25,7 @@ from mahalo_ray.config import (
 from mahalo_ray.data.records import Message
 from mahalo_ray.decoding.policy import DeviceConfig
 from mahalo_ray.domains import math as maths
+from mahalo_ray.domains.protocol import import_named
 from mahalo_ray.endpoints import ChatCall, Endpoint, Failure
 from mahalo_ray.models.classifiers import load_scorer
 from mahalo_ray.models.folder import METADATA_FILE, model_folder
@@ -246,11 +246,7 @@ def rubric_values(item: Judged) -> dict[str, Any]:
 
 def load_function(name: str) -> Callable[..., Any]:
     """What "module:function" names, imported; ValueError if it is not there."""
-    module, _, function = name.partition(":")
-    try:
-        target = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"there is no function '{name}': {error}") from error
+    target = import_named(name, "function")
     if not callable(target):
         raise ValueError(f"'{name}' is not a function")
     return target

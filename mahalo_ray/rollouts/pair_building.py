@@ -49,6 +49,33 @@ def labelled_traces(sets: Iterable[CandidateSet], objectives: Sequence[str]) -> 
     return traces
 
 
+def judged_pairs(sets: Iterable[CandidateSet], objective: str) -> Iterator[PreferencePair]:
+    """Every two distinct candidates of one moment whose labels for the objective differ: what a reward model
+    supervised by `pairwise` learns from."""
+    for candidate_set in sets:
+        distinct = list({candidate.content: candidate for candidate in candidate_set.candidates}.values())
+        for i, j in combinations(range(len(distinct)), 2):
+            labels = [(candidate.labels or {})[objective] for candidate in (distinct[i], distinct[j])]
+            if labels[0] == labels[1]:
+                continue
+            first, second = (i, j) if labels[0] > labels[1] else (j, i)
+            chosen, rejected = distinct[first], distinct[second]
+            yield PreferencePair(
+                id=f"{candidate_set.id}/{objective}/{i}-{j}",
+                objective=objective,
+                prompt=candidate_set.prompt,
+                chosen=chosen.content,
+                rejected=rejected.content,
+                chosen_score=max(labels),
+                rejected_score=min(labels),
+                source=ROLLOUTS,
+                dialogue=candidate_set.dialogue.partition(BRANCH)[0],
+                prompt_ids=candidate_set.prompt_ids or None,
+                chosen_ids=chosen.token_ids or None,
+                rejected_ids=rejected.token_ids or None,
+            )
+
+
 @dataclass(frozen=True)
 class PairReport:
     """What became of the candidate sets of one objective, and what its pairs look like.

@@ -1,11 +1,11 @@
-"""The students of many dialogues behind one protocol: the miniature's, any model's, any endpoint's.
+"""The students of many dialogues behind one protocol: a domain's own, any model's, any endpoint's.
 
 A student never hears of an answer key: what it is made of is its task, its persona and what was said.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -15,6 +15,7 @@ from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.decoding.engine import Engine
 from mahalo_ray.decoding.policy import Policy
 from mahalo_ray.decoding.sampling import SamplingParams
+from mahalo_ray.domains.protocol import Episode
 from mahalo_ray.domains.tutoring.personas import (
     Persona,
     Task,
@@ -22,7 +23,6 @@ from mahalo_ray.domains.tutoring.personas import (
     student_prompt,
     tutor_messages,
 )
-from mahalo_ray.domains.tutoring.student import Episode
 from mahalo_ray.endpoints import ChatCall, Endpoint, EndpointReply, Failure
 from mahalo_ray.seeding import derived_seed, endpoint_seed
 
@@ -47,7 +47,7 @@ class Student(Protocol):
         """Whether the student itself has ended the dialogue."""
         ...
 
-    def outcome(self) -> dict[str, float]:
+    def outcome(self) -> Mapping[str, float]:
         """What the dialogue came to, per objective; empty where no program can tell."""
         ...
 
@@ -55,11 +55,23 @@ class Student(Protocol):
 StudentT = TypeVar("StudentT", bound=Student)
 
 
+@dataclass(frozen=True)
+class TutorTurn:
+    """What a tutor might say. `token_ids` are the sampled ones, end token included; an endpoint's turn has
+    none. `is_malformed`: it was cut off, or holds what nobody should say. `goes_on`: it is a step of a turn,
+    and more of the same turn follows."""
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    is_malformed: bool = False
+    goes_on: bool = False
+
+
 class Students(Protocol[StudentT]):
     """Whoever speaks for the students."""
 
-    def reply(self, students: Sequence[StudentT], said: Sequence[str]) -> list[str | Failure]:
-        """Each student's reply to its tutor turn, or why there is none."""
+    def reply(self, students: Sequence[StudentT], said: Sequence[TutorTurn]) -> list[str | Failure | None]:
+        """Each student's reply to its tutor turn, or why there is none (None: it has nothing to say)."""
         ...
 
     def fork(self, student: StudentT, copy: int) -> StudentT:
@@ -71,11 +83,18 @@ class Students(Protocol[StudentT]):
         ...
 
 
-class MiniatureStudents:
-    """The miniature's latent-state students: each speaks for itself."""
+class EpisodeStudents:
+    """The other side of a domain's episodes: each answers by itself, and steps of a turn are only heard."""
 
-    def reply(self, students: Sequence[Episode], said: Sequence[str]) -> list[str | Failure]:
-        return [student.hear(text) for student, text in zip(students, said, strict=True)]
+    def reply(self, students: Sequence[Episode], said: Sequence[TutorTurn]) -> list[str | Failure | None]:
+        return [self._reply(student, turn) for student, turn in zip(students, said, strict=True)]
+
+    @staticmethod
+    def _reply(student: Episode, turn: TutorTurn) -> str | None:
+        if not turn.goes_on:
+            return student.hear(turn.text)
+        student.take_step(turn.text)
+        return None
 
     def fork(self, student: Episode, copy: int) -> Episode:
         return student.fork(copy)
@@ -138,11 +157,13 @@ class ModelStudents:
         self.chat, self.config = chat, config
         self._rows: dict[PersonaStudent, int] = {}
 
-    def reply(self, students: Sequence[PersonaStudent], said: Sequence[str]) -> list[str | Failure]:
+    def reply(
+        self, students: Sequence[PersonaStudent], said: Sequence[TutorTurn]
+    ) -> list[str | Failure | None]:
         replies: dict[PersonaStudent, str | Failure] = {}
         rows, unread = [], []
-        for student, text in zip(students, said, strict=True):
-            student.hear(text)
+        for student, turn in zip(students, said, strict=True):
+            student.hear(turn.text)
             try:
                 row, ids = self._unread(student)
             except ValueError as error:  # the chat template refuses it
@@ -204,10 +225,12 @@ class EndpointStudents:
     def __init__(self, endpoint: Endpoint, config: EndpointStudentConfig) -> None:
         self.endpoint, self.config = endpoint, config
 
-    def reply(self, students: Sequence[PersonaStudent], said: Sequence[str]) -> list[str | Failure]:
-        for student, text in zip(students, said, strict=True):
-            student.hear(text)
-        replies: list[str | Failure] = [""] * len(students)
+    def reply(
+        self, students: Sequence[PersonaStudent], said: Sequence[TutorTurn]
+    ) -> list[str | Failure | None]:
+        for student, turn in zip(students, said, strict=True):
+            student.hear(turn.text)
+        replies: list[str | Failure | None] = [""] * len(students)
         for number, answer in self.endpoint.chat(map(self._request, students)):
             if isinstance(answer, EndpointReply):
                 replies[number] = text = answer.texts[0].strip()

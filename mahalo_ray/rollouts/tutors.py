@@ -6,7 +6,7 @@ students replied. Nothing else is asked of it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -17,14 +17,16 @@ from mahalo_ray.config import SamplingConfig
 from mahalo_ray.data.records import Dialogue, Message, Turn
 from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.decoding.engine import Engine
+from mahalo_ray.decoding.stopping import Boundary, StopReason, StopRule, TextStop, TokenTexts, TurnBoundary
 from mahalo_ray.decoding.token_loop import Candidates
-from mahalo_ray.domains.tutoring.moves import is_malformed
 from mahalo_ray.endpoints import ChatCall, Endpoint, EndpointReply, Failure
 from mahalo_ray.objectives import Weights
-from mahalo_ray.rollouts.students import PersonaStudent, Student
+from mahalo_ray.rollouts.students import PersonaStudent, Student, TutorTurn
 from mahalo_ray.seeding import derived_seed, endpoint_seed
 
-Ending = Literal["student", "turns", "stop", "max_tokens"]
+# `answer`: the model has said all there is to say, and nobody replies; `steps`: it took as many as it may.
+Ending = Literal["student", "turns", "stop", "max_tokens", "answer", "steps"]
+_CONTEXT_TOKENS = 16  # what the text of new tokens can depend on lies within so many before them
 BRANCH = "~"  # in the id of a dialogue: what follows says where it left its origin
 
 
@@ -56,8 +58,8 @@ class Conversation:
 
     @property
     def tutor_turns(self) -> int:
-        """Turns played, the opening's not counted."""
-        return (len(self.turns) - self.opening_turns) // 2
+        """Turns (or steps of one) played, the opening's not counted."""
+        return sum(turn.speaker == "tutor" for turn in self.turns[self.opening_turns :])
 
     @property
     def root(self) -> str:
@@ -68,30 +70,21 @@ class Conversation:
         """What the tutor has read of the turns from this one on."""
         return [token for turn in self.turns[first_turn:] for token in turn.token_ids or []]
 
-    def dialogue(self, source: str) -> Dialogue:
-        """The record of what was said so far."""
+    def dialogue(self, source: str, objectives: Sequence[str] | None = None) -> Dialogue:
+        """The record of what was said so far, with the outcome of these objectives (None: of all)."""
         assert isinstance(self.student, Student)
+        outcome: Mapping[str, float] = self.student.outcome()
         persona = self.student.persona.traits() if isinstance(self.student, PersonaStudent) else None
         return Dialogue(
             id=self.id,
             topic=self.student.topic,
             turns=self.turns,
-            outcome=self.student.outcome(),
+            outcome={name: outcome[name] for name in (outcome if objectives is None else objectives)},
             seed=self.student.seed,
             source=source,
             ended=self.ended,
             persona=persona,
         )
-
-
-@dataclass(frozen=True)
-class TutorTurn:
-    """What a tutor might say. `token_ids` are the sampled ones, end token included; an endpoint's turn has
-    none. `is_malformed`: it was cut off, or holds what nobody should say."""
-
-    text: str
-    token_ids: tuple[int, ...] = ()
-    is_malformed: bool = False
 
 
 @dataclass
@@ -109,7 +102,7 @@ class Proposal:
 @dataclass(frozen=True)
 class Exchange:
     """Candidate `chosen` of a proposal is said, in its conversation or in a copy that leaves it here, and the
-    student replies (None: it failed). `is_last`: the dialogue is over then."""
+    student replies (None: it failed or has nothing to say). `is_last`: the dialogue is over then."""
 
     proposal: Proposal
     chosen: int
@@ -124,6 +117,11 @@ class Exchange:
     @property
     def branches_off(self) -> bool:
         return self.conversation is not self.proposal.conversation
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the tutor reads what comes behind the turn, or says more of it."""
+        return self.reply is not None or not self.is_last
 
 
 @dataclass(frozen=True)
@@ -173,7 +171,8 @@ class PolicyTutor:
     """A local model over the batched engine: token-exact. `weights` (for all dialogues or drawn for each)
     and `strength`: of a multi-head policy.
 
-    `sentences_are_moves`: the miniature's check, that every sentence is one its students understand.
+    `is_malformed`: the domain's check of a turn's words. `boundary`: turns are sampled step by step; None:
+    whole.
     """
 
     def __init__(
@@ -182,13 +181,16 @@ class PolicyTutor:
         chat: ChatFormat,
         sampling: SamplingConfig,
         weights: Weights | DrawnWeights | None = None,
-        sentences_are_moves: bool = True,
+        is_malformed: Callable[[str], bool] | None = None,
         strength: float = 1.0,
+        boundary: Boundary | None = None,
     ) -> None:
         self.engine, self.chat, self.sampling = engine, chat, sampling
         self.weights, self.strength = weights, strength
         self._special = set(chat.tokenizer.all_special_ids)
-        self._sentences_are_moves = sentences_are_moves
+        self._is_malformed = is_malformed
+        self._boundary = None if isinstance(boundary, TurnBoundary) else boundary
+        self._texts = TokenTexts(chat.tokenizer)
 
     def start(self, conversations: Sequence[Conversation]) -> list[list[int] | Failure]:
         results = [self._opening_ids(conversation) for conversation in conversations]
@@ -212,14 +214,28 @@ class PolicyTutor:
             [conversation.seed for conversation in conversations],
             self.sampling.max_new_tokens,
             self.chat.end_ids,
+            self._step_ends(conversations),
         )
         return [
-            Proposal(conversation, [self._turn(ids) for ids in sampled.token_ids[place]], sampled, place)
+            Proposal(conversation, self._turns(sampled, place), sampled, place)
             for place, conversation in enumerate(conversations)
         ]
 
+    def _step_ends(self, conversations: Sequence[Conversation]) -> TextStop | None:
+        """Where the next steps end; None for whole turns."""
+        if self._boundary is None:
+            return None
+        rows = [self.engine.token_ids(conversation.row) for conversation in conversations]
+        rules = [StopRule(self._boundary, context_ids=tuple(ids[-_CONTEXT_TOKENS:])) for ids in rows]
+        return TextStop(self._texts, rules)
+
+    def _turns(self, sampled: Candidates, place: int) -> list[TutorTurn]:
+        pairs = zip(sampled.token_ids[place], sampled.reasons[place], strict=True)
+        return [self._turn(ids, reason) for ids, reason in pairs]
+
     def commit(self, exchanges: Sequence[Exchange]) -> list[Committed]:
-        self._branch_off([exchange for exchange in exchanges if exchange.branches_off])
+        # A copy that is over once the turn is said needs no row of its own.
+        self._branch_off([exchange for exchange in exchanges if exchange.branches_off and exchange.is_read])
         self._accept([exchange for exchange in exchanges if not exchange.branches_off])
         results = [self._committed(exchange) for exchange in exchanges]
         going_on = [
@@ -230,7 +246,7 @@ class PolicyTutor:
         self.engine.append([row for row, _ in going_on], [ids for _, ids in going_on])
         stay = {row for row, _ in going_on}
         rows = [exchange.conversation.row for exchange in exchanges]
-        self.engine.drop([row for row in rows if row not in stay])
+        self.engine.drop([row for row in rows if row not in stay and row >= 0])
         return results
 
     def _branch_off(self, exchanges: Sequence[Exchange]) -> None:
@@ -265,21 +281,22 @@ class PolicyTutor:
             self.engine.accept(sampled.only(places), [exchange.chosen for exchange in group])
 
     def _committed(self, exchange: Exchange) -> Committed:
-        if exchange.reply is None:
-            return Committed([], False)
         conversation, turn = exchange.conversation, exchange.turn
+        if exchange.reply is None:
+            is_open = exchange.is_read and self.engine.length(conversation.row) < self.engine.max_context
+            return Committed([], is_open)
         # A turn cut off at the token limit has no end token of its own.
-        messages = [*conversation.messages, Message(role="assistant", content=turn.text)]
+        messages = with_turn(conversation.messages, turn.text)
         reply = Message(role="user", content=exchange.reply)
         ids = self.chat.missing_end(turn.token_ids) + self.chat.following_ids(messages, [reply])
         return Committed(ids, self.engine.length(conversation.row) + len(ids) < self.engine.max_context)
 
-    def _turn(self, ids: Sequence[int]) -> TutorTurn:
+    def _turn(self, ids: Sequence[int], reason: StopReason) -> TutorTurn:
         text = self.chat.decode(ids)
-        is_cut = bool(self.chat.missing_end(ids))
+        is_cut = reason in (StopReason.LENGTH, StopReason.CONTEXT)
         has_special = any(token in self._special for token in ids[:-1])
-        unknown = self._sentences_are_moves and is_malformed(text)
-        return TutorTurn(text, tuple(ids), is_cut or has_special or unknown)
+        unknown = self._is_malformed is not None and self._is_malformed(text)
+        return TutorTurn(text, tuple(ids), is_cut or has_special or unknown, reason is StopReason.STEP)
 
     def _opening_ids(self, conversation: Conversation) -> list[int] | Failure:
         """An opening that the chat template refuses, or that has no room, fails its own dialogue alone."""
@@ -293,6 +310,14 @@ class PolicyTutor:
         if len(ids) < limit:
             return ids
         return Failure("opening_too_long", f"the opening has {len(ids)} tokens, the limit is {limit}", 1)
+
+
+def with_turn(messages: Sequence[Message], text: str) -> list[Message]:
+    """The conversation with this turn, or with this step of a turn that has begun, behind it."""
+    begun = messages[-1] if messages and messages[-1].role == "assistant" else None
+    if begun is None:
+        return [*messages, Message(role="assistant", content=text)]
+    return [*messages[:-1], Message(role="assistant", content=begun.content + text)]
 
 
 class EndpointTutor:

@@ -49,7 +49,7 @@ class SweepError(StageError):
 
 @dataclass(frozen=True)
 class SweepSpec:
-    """What every trial needs; students are the given seeds, the same for all methods."""
+    """What every trial needs; the problems are those of the given seeds, the same for all methods."""
 
     sft_url: str
     policy_url: str
@@ -59,6 +59,8 @@ class SweepSpec:
     threads: int
     config: EvaluationConfig
     seeds: tuple[int, ...]
+    domain: str
+    objectives: tuple[str, ...]
 
     def result_url(self, method: Method) -> str:
         """Where the result of a method lies."""
@@ -85,7 +87,14 @@ class MethodTrial(tune.Trainable):
         self.spec = spec
         self.method = Method.from_json(config["method"])
         self.player = MethodPlayer(
-            spec.sft_url, spec.policy_url, spec.reward_url, spec.placement, spec.config, spec.seeds
+            spec.sft_url,
+            spec.policy_url,
+            spec.reward_url,
+            spec.placement,
+            spec.config,
+            spec.seeds,
+            spec.domain,
+            spec.objectives,
         )
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:

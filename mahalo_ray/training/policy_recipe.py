@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import PreferencePair
 from mahalo_ray.data.templating import ChatFormat
-from mahalo_ray.domains.tutoring.moves import is_malformed
+from mahalo_ray.domains.protocol import load_domain
 from mahalo_ray.losses import dpo_loss, sft_loss
 from mahalo_ray.models import MultiHeadCausalLM
 from mahalo_ray.models.backbone import check_trained_length
@@ -189,6 +189,7 @@ class PolicyRecipe:
 
     def _sampled_turns(self) -> SampledTurns:
         """Turns on held-out prompts, as many on each, no longer than any held-out answer."""
+        domain = self._settings.domain
         shuffled = np.random.default_rng(self._seed + 1).permutation(self._held_out)
         prompts = {tuple(self._pairs.prompts[row]): None for row in shuffled}
         return SampledTurns(
@@ -196,7 +197,7 @@ class PolicyRecipe:
             self._plan.heads,
             int(self._pairs.completion_tokens()[self._held_out].max()),
             ChatFormat(self._tokenizer),
-            is_malformed if self._settings.sentences_are_moves else None,
+            None if domain is None else load_domain(domain).is_malformed,
             self._model.attn_implementation,
             self._seed,
         )

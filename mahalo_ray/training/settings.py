@@ -151,15 +151,15 @@ class PolicySettings(StageSettings):
     MultiHeadCausalLM folder results.
 
     `model_url` is both start and reference; its log-probs are stored in `pairs_url`/reference.
-    `held_out_fraction` of the prompts is kept for the final metrics. `sentences_are_moves`: answers are turns
-    of the tutoring miniature, in which every sentence is one of a few moves.
+    `held_out_fraction` of the prompts is kept for the final metrics. `domain` says which
+    turns are malformed (None: all that end are well-formed).
     """
 
     pairs_url: str
     objectives: Sequence[str]
     policy: PolicyConfig
     held_out_fraction: float = 0.0
-    sentences_are_moves: bool = False
+    domain: str | None = None
     name: ClassVar[str] = "policy"
 
     @property

@@ -7,11 +7,13 @@ its effect (a wrong statement confuses), never through an answer key that it cou
 from __future__ import annotations
 
 import random
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 from mahalo_ray.data.records import Message
+from mahalo_ray.domains.protocol import DomainObjective
 from mahalo_ray.domains.tutoring.moves import Move, Sentence, parse_turn
-from mahalo_ray.domains.tutoring.problems import OPERATORS, Problem, make_problem
+from mahalo_ray.domains.tutoring.problems import OPERATORS, Operation, Problem, make_problem
 
 # Words by mood, from bored to keen. The judge reads them back through ENTHUSIASM.
 REPLIES: tuple[tuple[str, ...], ...] = (
@@ -83,6 +85,7 @@ class MiniatureStudent:
     left: bool = False
     told: bool = False
     heard: dict[str, int] = field(default_factory=dict)
+    given: set[Operation] = field(default_factory=set)
     questions: int = 0
     praises: int = 0
     effects: Effects = Effects()
@@ -100,6 +103,7 @@ class MiniatureStudent:
                 "copy": copy,
                 "mastery": dict(self.mastery),
                 "heard": dict(self.heard),
+                "given": set(self.given),
             }
         )
 
@@ -128,6 +132,14 @@ class MiniatureStudent:
         for operation in self.problem.operations:
             chance *= self._success(operation.operator)
         return chance
+
+    def left_to_find(self) -> float:
+        """Share of the problem's results that the tutor did not state, rightly, by itself; 0 once the answer
+        was told, as a sentence of its own or as the result of the last operation."""
+        operations = self.problem.operations
+        if self.told or operations[-1] in self.given:
+            return 0.0
+        return 1 - sum(operation in self.given for operation in set(operations)) / len(set(operations))
 
     def _success(self, operator: str) -> float:
         return 0.3 + 0.7 * self.mastery[operator]
@@ -168,6 +180,8 @@ class MiniatureStudent:
     def _hear_step(self, sentence: Sentence) -> None:
         self._feel(-self.effects.step_cost)
         assert sentence.operation is not None
+        if sentence.operation.result == sentence.stated:
+            self.given.add(sentence.operation)
         expected = self.problem.operations[self.position]
         if sentence.operation == expected and sentence.stated == expected.result:
             self._learn(expected.operator, self.effects.step_gain)
@@ -201,11 +215,22 @@ class MiniatureStudent:
         return f"{words} Is it {max(0, operation.result + rng.choice((-3, -2, -1, 1, 2, 3)))}?"
 
 
-OBJECTIVES = ("accuracy", "engagement")
+OBJECTIVES = {
+    "accuracy": DomainObjective(
+        "does the student solve a fresh problem of the same kind after the dialogue", ("rollout_value",)
+    ),
+    "engagement": DomainObjective(
+        "how engaged the student is, judged by a program from state and replies", ("judged_prefix",)
+    ),
+    "no_giveaway": DomainObjective(
+        "how much of the problem the tutor leaves to the student: told no results, least of all the answer",
+        ("judged_prefix", "rollout_value"),
+    ),
+}
 
 
 @dataclass
-class Episode:
+class TutoringEpisode:
     """A running dialogue. The tutor side only ever sees `opening` and the replies of `hear`."""
 
     problem: Problem
@@ -213,7 +238,7 @@ class Episode:
     ratings: list[float] = field(default_factory=list)
 
     @classmethod
-    def from_seed(cls, seed: int) -> Episode:
+    def from_seed(cls, seed: int) -> TutoringEpisode:
         """The problem and the student of this seed; equal seeds meet equal students."""
         rng = random.Random(f"episode/{seed}")
         problem = make_problem(rng)
@@ -238,6 +263,11 @@ class Episode:
         return self.problem.topic
 
     @property
+    def problem_key(self) -> Hashable:
+        """Numbers and operators, whoever has how many of what."""
+        return self.problem.operations
+
+    @property
     def over(self) -> bool:
         """Whether no tutor turn may follow."""
         return self.ended_early or self.student.turn >= self.problem.turn_limit
@@ -254,23 +284,31 @@ class Episode:
         self.ratings.append(engagement_rating(self.student, reply))
         return reply
 
-    def fork(self, copy: int) -> Episode:
-        """An independent continuation from here whose noise is keyed by `copy`."""
-        return Episode(self.problem, self.student.fork(copy), list(self.ratings))
+    def take_step(self, text: str) -> None:
+        """Tutor turns come whole."""
+        raise AssertionError("a tutor turn is one step")
 
-    def judge_prefix(self) -> float:
-        """Judged engagement of the dialogue as it stands, in [0, 1]: the rating of the last turn, and 0 for
-        a dialogue that ended before its time."""
-        if self.ended_early and self.student.turn < self.problem.turn_limit:
-            return 0.0
-        return self.ratings[-1]
+    def fork(self, copy: int) -> TutoringEpisode:
+        """An independent continuation from here whose noise is keyed by `copy`."""
+        return TutoringEpisode(self.problem, self.student.fork(copy), list(self.ratings))
+
+    def judge_prefix(self) -> dict[str, float]:
+        """Judgements of the dialogue as it stands, in [0, 1]. Engagement: the rating of the last turn, and 0
+        for a dialogue that ended before its time."""
+        cut_short = self.ended_early and self.student.turn < self.problem.turn_limit
+        return {
+            "engagement": 0.0 if cut_short else self.ratings[-1],
+            "no_giveaway": self.student.left_to_find(),
+        }
 
     def outcome(self) -> dict[str, float]:
         """Accuracy: chance of solving a fresh problem of the same kind (exact, no draw). Engagement: mean
-        rating over all turns the problem allows; turns that never happened count 0."""
+        rating over all turns the problem allows; turns that never happened count 0. No giveaway: see
+        `MiniatureStudent.left_to_find`."""
         return {
             "accuracy": self.student.solve_probability(),
             "engagement": sum(self.ratings) / self.problem.turn_limit,
+            "no_giveaway": self.student.left_to_find(),
         }
 
 
