@@ -305,7 +305,8 @@ class TurnSelection:
             return [first, *(k for k in range(count) if k != first)]
         assert self.guidance is not None and proposal.scores is not None, "choosing by scores needs scorers"
         totals = self.guidance.totals(proposal.scores)
-        silent = [not candidate.text.strip() for candidate in proposal.turns]
+        has_begun = proposal.conversation.in_turn
+        silent = [not has_begun and not candidate.text.strip() for candidate in proposal.turns]
         uniform = torch.tensor(
             [unit_draw("sampled", seed, turn, k) for k in range(count)], dtype=torch.float64
         )

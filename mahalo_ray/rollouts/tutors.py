@@ -57,6 +57,11 @@ class Conversation:
         return self.ended is not None or self.failure is not None
 
     @property
+    def in_turn(self) -> bool:
+        """Whether a turn has begun, and its next step is waited for."""
+        return self.messages[-1].role == "assistant"
+
+    @property
     def tutor_turns(self) -> int:
         """Turns (or steps of one) played, the opening's not counted."""
         return sum(turn.speaker == "tutor" for turn in self.turns[self.opening_turns :])
@@ -217,7 +222,7 @@ class PolicyTutor:
             self._step_ends(conversations),
         )
         return [
-            Proposal(conversation, self._turns(sampled, place), sampled, place)
+            Proposal(conversation, self._turns(sampled, place, conversation.in_turn), sampled, place)
             for place, conversation in enumerate(conversations)
         ]
 
@@ -229,9 +234,9 @@ class PolicyTutor:
         rules = [StopRule(self._boundary, context_ids=tuple(ids[-_CONTEXT_TOKENS:])) for ids in rows]
         return TextStop(self._texts, rules)
 
-    def _turns(self, sampled: Candidates, place: int) -> list[TutorTurn]:
+    def _turns(self, sampled: Candidates, place: int, has_begun: bool) -> list[TutorTurn]:
         pairs = zip(sampled.token_ids[place], sampled.reasons[place], strict=True)
-        return [self._turn(ids, reason) for ids, reason in pairs]
+        return [self._turn(ids, reason, has_begun) for ids, reason in pairs]
 
     def commit(self, exchanges: Sequence[Exchange]) -> list[Committed]:
         # A copy that is over once the turn is said needs no row of its own.
@@ -291,11 +296,12 @@ class PolicyTutor:
         ids = self.chat.missing_end(turn.token_ids) + self.chat.following_ids(messages, [reply])
         return Committed(ids, self.engine.length(conversation.row) + len(ids) < self.engine.max_context)
 
-    def _turn(self, ids: Sequence[int], reason: StopReason) -> TutorTurn:
+    def _turn(self, ids: Sequence[int], reason: StopReason, has_begun: bool) -> TutorTurn:
         text = self.chat.decode(ids)
+        is_end_alone = has_begun and not text  # the step before was the last with words
         is_cut = reason in (StopReason.LENGTH, StopReason.CONTEXT)
         has_special = any(token in self._special for token in ids[:-1])
-        unknown = self._is_malformed is not None and self._is_malformed(text)
+        unknown = not is_end_alone and self._is_malformed is not None and self._is_malformed(text)
         return TutorTurn(text, tuple(ids), is_cut or has_special or unknown, reason is StopReason.STEP)
 
     def _opening_ids(self, conversation: Conversation) -> list[int] | Failure:
