@@ -177,6 +177,7 @@ def question_of(seed: int, weigh_by_text: bool) -> FactsEpisode:
 
 # Ways of answering that the SFT text mixes: how often a part is claimed, guessed, not known, left out. None
 # of them looks at what can be known: that is left to be learned.
+_KINDS: tuple[Statement | None, ...] = ("claim", "guess", "unknown", None)
 STYLES: dict[str, tuple[float, float, float, float]] = {
     "bold": (0.9, 0.04, 0.03, 0.03),
     "careful": (0.25, 0.45, 0.25, 0.05),
@@ -190,7 +191,7 @@ def scripted_answer(episode: FactsEpisode, rng: random.Random, style: str | None
     chances = STYLES[style or rng.choice(list(STYLES))]
     sentences = []
     for fact in [(episode.place, topic) for topic in episode.asked]:
-        kind = rng.choices(["claim", "guess", "unknown", None], chances)[0]
+        kind = rng.choices(_KINDS, chances)[0]
         if kind is None:
             continue
         value, known = world()[fact]
