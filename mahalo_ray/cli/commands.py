@@ -72,7 +72,19 @@ def register(app: typer.Typer) -> None:
     data = typer.Typer(no_args_is_help=True, help="`data inspect`: what a file or folder of rows holds.")
     data.command("inspect")(inspect_data)
     app.add_typer(data, name="data")
-    for verb in (serve, compare, config, validate, export, plan, dialogues, label, calibrate, generate):
+    for verb in (
+        serve,
+        deploy,
+        compare,
+        config,
+        validate,
+        export,
+        plan,
+        dialogues,
+        label,
+        calibrate,
+        generate,
+    ):
         app.command()(verb)
 
 
@@ -133,6 +145,24 @@ def serve(config: ConfigFile, set_: Overrides = None, debug: Debug = False) -> N
 
     def work() -> None:
         serve_run(load(config, set_))
+
+    guarded(work, debug)
+
+
+def deploy(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A Ray Serve configuration file.")],
+    address: Annotated[
+        str, typer.Option("--address", "-a", envvar="RAY_DASHBOARD_ADDRESS", help="The cluster's dashboard.")
+    ] = "http://127.0.0.1:8265",
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait until everything answers.")] = 600.0,
+    debug: Debug = False,
+) -> None:
+    """Deploy a Ray Serve configuration file on a running cluster, until it answers or it is clear why not."""
+
+    def work() -> None:
+        from mahalo_ray.serving.deployment import deploy as deploy_and_wait
+
+        deploy_and_wait(file, address, timeout, say)
 
     guarded(work, debug)
 

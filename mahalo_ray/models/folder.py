@@ -121,12 +121,7 @@ def read_metadata(folder: Path, kind: str) -> dict[str, Any]:
     file = folder / METADATA_FILE
     if not file.is_file():
         raise ValueError(f"{folder} holds no {METADATA_FILE}: it is not a folder saved by mahalo_ray")
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}): copy or save the model's folder again") from error
-    if not isinstance(document, dict) or not {"kind", "format_version"} <= document.keys():
-        raise ValueError(f"{file} is damaged: it says neither kind nor format_version; save the model again")
+    document = _read_document(file)
     if document["kind"] != kind:
         raise ValueError(f"{file} says this is a '{document['kind']}', not a '{kind}'")
     if document["format_version"] > FORMAT_VERSION:
@@ -134,6 +129,16 @@ def read_metadata(folder: Path, kind: str) -> dict[str, Any]:
             f"{file} has format version {document['format_version']}, this mahalo_ray reads up to "
             f"{FORMAT_VERSION}: install a newer one"
         )
+    return document
+
+
+def _read_document(file: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}): copy or save the model's folder again") from error
+    if not isinstance(document, dict) or not {"kind", "format_version"} <= document.keys():
+        raise ValueError(f"{file} is damaged: it says neither kind nor format_version; save the model again")
     return document
 
 
@@ -194,6 +199,17 @@ def write_card(folder: Path, card: Card, base_model: str | None, metrics: Metric
             for name, value in metrics.items()
         ]
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def check_saved_model(url: str) -> None:
+    """ValueError unless `url` holds a model saved by mahalo_ray; on a disk, one whose files are whole."""
+    if not storage.exists(storage.join(url, METADATA_FILE)):
+        raise ValueError(f"there is no model at '{url}': train it first, or correct the path")
+    if storage.is_local(url):
+        folder = Path(url)
+        _read_document(folder / METADATA_FILE)
+        for file in sorted(folder.rglob("*.safetensors")):
+            check_weight_file(file)
 
 
 def model_folder(url: str) -> Path:

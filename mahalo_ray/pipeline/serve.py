@@ -21,6 +21,7 @@ from mahalo_ray.data import storage
 from mahalo_ray.decoding.policy import DeviceConfig
 from mahalo_ray.domains.protocol import load_domain
 from mahalo_ray.errors import StageError
+from mahalo_ray.models.folder import check_saved_model
 from mahalo_ray.objectives import Weights
 from mahalo_ray.pipeline.artifacts import run_model
 from mahalo_ray.pipeline.rounds import last_output, last_stage
@@ -118,7 +119,8 @@ def application(args: Mapping[str, str]) -> serve.Application:
     `import_path: mahalo_ray.pipeline.serve:application`, with the fields of `Deployed` as `args`.
 
     Host and port are those of Ray Serve's own HTTP options, not of the run's `serve` section. Raises
-    ApplicationError when the run has no finished policy or the API key's variable is empty.
+    ApplicationError when the run has no finished policy, a model of it is missing or damaged, or the API
+    key's variable is empty.
     """
     try:
         return _application(args)
@@ -134,6 +136,8 @@ class ApplicationError(click.UsageError, ValueError):
 def _application(args: Mapping[str, str]) -> serve.Application:
     deployed = Deployed.model_validate(dict(args))
     policy, reward = (run_model(deployed.run, stage) for stage in ("policy", "reward"))
+    for url in (policy, reward):
+        check_saved_model(url)
     resolved = storage.read_bytes(storage.join(deployed.run, "config.yaml"))
     config = RunConfig.model_validate(yaml.safe_load(resolved))
     given = deployed.model_dump(include={"api_key_env", "api_key_file"}, exclude_none=True)

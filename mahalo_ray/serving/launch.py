@@ -179,10 +179,14 @@ def _deployment_messages() -> str:
     if application is None:
         return ""
     messages = [state.message for state in application.deployments.values() if state.message]
-    raised = [re.findall(r"^[\w.]+: .*(?:\n.*)*?(?=\n[\w.]+: |\Z)", text, re.MULTILINE) for text in messages]
-    return "".join(
-        f"\n{errors[-1] if errors else text}" for errors, text in zip(raised, messages, strict=True)
-    )
+    return "".join(f"\n{last_errors(message)}" for message in messages)
+
+
+def last_errors(text: str) -> str:
+    """What Ray says of a failure, tracebacks cut down to the exception that they end with; of ours, which
+    explain themselves, the message alone."""
+    errors = re.findall(r"^[\w.]+: .*(?:\n.*)*?(?=\n[\w.]+: |\Z)", text, re.MULTILINE)
+    return re.sub(r"\Amahalo_ray\.[\w.]+: ", "", (errors[-1] if errors else text).strip())
 
 
 class ChatIngress:
