@@ -21,7 +21,8 @@ from typer.testing import CliRunner
 from mahalo_ray.cli import app
 from mahalo_ray.config import ConfigError, Draft, GenerateConfig, RewardSource
 from mahalo_ray.data import storage
-from mahalo_ray.data.prompts import read_prompts
+from mahalo_ray.data.prompts import PromptRow, ReadPrompts, read_prompts
+from mahalo_ray.data.records import RecordTable
 from mahalo_ray.decoding.guided import GuidedDecoder
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
 from mahalo_ray.objectives import Weights
@@ -247,3 +248,16 @@ def _open() -> Any:
 
     assert ray.is_initialized()
     return contextlib.nullcontext()
+
+
+def test_prompts_kept_as_tables_are_the_rows_that_were_read(tmp_path: Path) -> None:
+    """A file of a million prompts is held as Arrow tables, and cut into the same chunks."""
+    options = {"weights": {"accuracy": 1, "engagement": 3}, "guidance": {"accuracy": 1}, "seed": 2**63 - 1}
+    rows = [{"prompt": f"What is {n}?", **(options if n % 3 == 0 else {})} for n in range(1100)]
+    file = write_rows(tmp_path / "p.jsonl", rows)
+    table = RecordTable(PromptRow)
+    read_prompts(file, into=ReadPrompts(take=table.append))
+    rows_read = read_prompts(file).prompts
+    assert list(table) == rows_read
+    assert list(cut_into_chunks(table, 3)) == list(cut_into_chunks(rows_read, 3))
+    assert len(list(cut_into_chunks(table, 3))) == 367

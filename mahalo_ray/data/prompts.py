@@ -11,10 +11,13 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
-from mahalo_ray.data.records import Message
+import pyarrow as pa
+
+from mahalo_ray.config.section import WeightVector
+from mahalo_ray.data.records import MESSAGES, SCORES, Message, Record
 from mahalo_ray.data.row_fields import (
     Row,
     RowError,
@@ -35,18 +38,30 @@ _OPTIONS = ("id", "prompt", "messages", "weights", "guidance", "seed")
 _MAX_SEED = 2**63 - 1
 
 
-@dataclass(frozen=True)
-class PromptRow:
+class PromptRow(Record):
     """One prompt and where it stands, for the quarantine. None: as the job says."""
 
     id: str
     messages: tuple[Message, ...]
-    weights: Weights | None
-    guidance: Weights | None
+    weights: WeightVector | None
+    guidance: WeightVector | None
     seed: int | None
     answer: str | None
     file: str
     line: int
+
+    schema: ClassVar[pa.Schema] = pa.schema(
+        [
+            ("id", pa.string()),
+            ("messages", MESSAGES),
+            ("weights", SCORES),
+            ("guidance", SCORES),
+            ("seed", pa.int64()),
+            ("answer", pa.string()),
+            ("file", pa.string()),
+            ("line", pa.int64()),
+        ]
+    )
 
     def bad(self, reason: str) -> BadRow:
         """The row as one that cannot be answered."""
@@ -84,7 +99,9 @@ def read_prompts(
     def use(row: Row, place: Place) -> None:
         default_id = f"{name}/{place}" if name else str(place)
         prompt = parse_prompt_row(row, default_id, place, with_answers)
-        (read.take or read.prompts.append)(replace(prompt, id=read.ids.claim(prompt.id, place, name)))
+        (read.take or read.prompts.append)(
+            prompt.model_copy(update={"id": read.ids.claim(prompt.id, place, name)})
+        )
         read.taken += 1
 
     use_rows(path, use, read.report)

@@ -13,12 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mahalo_ray.data import storage
 
-_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 _IDS = pa.list_(pa.int32())
 _TURN = pa.struct([("speaker", pa.string()), ("content", pa.string()), ("token_ids", _IDS)])
-_SCORES = pa.map_(pa.string(), pa.float64())
+SCORES = pa.map_(pa.string(), pa.float64())
 _CANDIDATE = pa.struct(
-    [("content", pa.string()), ("token_ids", _IDS), ("labels", _SCORES), ("scores", _SCORES)]
+    [("content", pa.string()), ("token_ids", _IDS), ("labels", SCORES), ("scores", SCORES)]
 )
 
 # SFT examples: token ids as they will be read, and which of them to learn.
@@ -158,7 +158,7 @@ class PreferencePair(Record):
         [
             ("id", pa.string()),
             ("objective", pa.string()),
-            ("prompt", _MESSAGES),
+            ("prompt", MESSAGES),
             ("chosen", pa.string()),
             ("rejected", pa.string()),
             ("chosen_score", pa.float64()),
@@ -169,8 +169,8 @@ class PreferencePair(Record):
             ("rejected_ids", _IDS),
             ("weight", pa.float64()),
             ("margin", pa.float64()),
-            ("chosen_scores", _SCORES),
-            ("rejected_scores", _SCORES),
+            ("chosen_scores", SCORES),
+            ("rejected_scores", SCORES),
             ("dialogue", pa.string()),
             ("split", pa.string()),
         ]
@@ -213,10 +213,10 @@ class StepTrace(Record):
         [
             ("id", pa.string()),
             ("group", pa.string()),
-            ("prompt", _MESSAGES),
+            ("prompt", MESSAGES),
             ("steps", pa.list_(pa.string())),
             ("labels", pa.map_(pa.string(), pa.list_(pa.float64()))),
-            ("outcome", _SCORES),
+            ("outcome", SCORES),
             ("source", pa.string()),
             ("token_ids", _IDS),
             ("step_starts", _IDS),
@@ -275,12 +275,12 @@ class Dialogue(Record):
                     pa.struct([("speaker", pa.string()), ("content", pa.string()), ("token_ids", _IDS)])
                 ),
             ),
-            ("outcome", _SCORES),
+            ("outcome", SCORES),
             ("seed", pa.int64()),
             ("source", pa.string()),
             ("ended", pa.string()),
             ("persona", pa.map_(pa.string(), pa.string())),
-            ("checks", _SCORES),
+            ("checks", SCORES),
         ]
     )
 
@@ -314,7 +314,7 @@ class CandidateSet(Record):
             ("dialogue", pa.string()),
             ("topic", pa.string()),
             ("turn", pa.int32()),
-            ("prompt", _MESSAGES),
+            ("prompt", MESSAGES),
             ("prompt_ids", _IDS),
             ("candidates", pa.list_(_CANDIDATE)),
             ("chosen", pa.int32()),

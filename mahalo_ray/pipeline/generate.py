@@ -6,9 +6,10 @@ from typing import Any
 
 from mahalo_ray.config import GenerateConfig
 from mahalo_ray.data import storage
-from mahalo_ray.data.prompts import ReadPrompts, read_prompts
+from mahalo_ray.data.prompts import PromptRow, ReadPrompts, read_prompts
+from mahalo_ray.data.records import RecordTable
 from mahalo_ray.data.row_files import QUARANTINE, data_files
-from mahalo_ray.data.rows import BadRow, quarantine
+from mahalo_ray.data.rows import BadRow, ReadReport, quarantine
 from mahalo_ray.pipeline.artifacts import find_model
 from mahalo_ray.pipeline.progress import RunProgress
 from mahalo_ray.pipeline.stages import Context, Manifest, Pipeline, Session, Stage, StageResult
@@ -22,20 +23,23 @@ def generate(config: GenerateConfig, session: Session, progress: RunProgress) ->
     cannot be answered than `max_bad_fraction`.
     """
     config = _resolve(config)
-    read = read_prompts(config.prompts)
+    prompts = RecordTable(PromptRow)
+    read = read_prompts(config.prompts, into=ReadPrompts(take=prompts.append))
 
     def answer(context: Context[GenerateConfig]) -> StageResult:
-        return _answer(context, read)
+        return _answer(context, prompts, read.report)
 
     stage = Stage("generate", "Answer prompts", answer, _settings, in_output=True)
     return Pipeline([stage], holds="answers").run(config, session=session, progress=progress)["generate"]
 
 
-def _answer(context: Context[GenerateConfig], read: ReadPrompts) -> StageResult:
+def _answer(
+    context: Context[GenerateConfig], prompts: RecordTable[PromptRow], read: ReadReport
+) -> StageResult:
     config = context.config
-    account = context.account(read.report)
-    context.progress.start(len(read.prompts), "prompts")
-    report = answer_prompts(config, read.prompts, context.progress.update)
+    account = context.account(read)
+    context.progress.start(len(prompts), "prompts")
+    report = answer_prompts(config, prompts, context.progress.update)
     unusable = [*read.bad, *_rejected(config.output)]
     total, url = report.answered + len(unusable), context.path(QUARANTINE)
     quarantine(unusable, total, config.max_bad_fraction, url, "max_bad_fraction")

@@ -6,9 +6,10 @@ the actor writes itself. Which actor answers a chunk, and when, changes nothing 
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
@@ -18,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from mahalo_ray.config import GenerateConfig
 from mahalo_ray.data import storage
 from mahalo_ray.data.prompts import PromptRow
-from mahalo_ray.data.records import Message, Record
+from mahalo_ray.data.records import MESSAGES, Message, Record, RecordTable
 from mahalo_ray.data.rows import SCHEMA as BAD_ROWS
 from mahalo_ray.decoding.guidance import GuidedRequest, GuidedResult, Step
 from mahalo_ray.decoding.guided import GuidedDecoder
@@ -38,7 +39,6 @@ from mahalo_ray.rollouts.pool import (
 )
 from mahalo_ray.seeding import derived_seed
 
-_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 _NUMBERS = pa.map_(pa.string(), pa.float64())
 _CANDIDATE = pa.struct(
     [
@@ -100,7 +100,7 @@ class Generation(Record):
     schema: ClassVar[pa.Schema] = pa.schema(
         [
             ("id", pa.string()),
-            ("prompt", _MESSAGES),
+            ("prompt", MESSAGES),
             ("text", pa.string()),
             ("stop_reason", pa.string()),
             ("steps", pa.list_(_STEP)),
@@ -183,10 +183,13 @@ class PromptChunk:
         return len(self.prompts)
 
 
-def cut_into_chunks(prompts: Sequence[PromptRow], size: int) -> list[PromptChunk]:
-    """Prompts in chunks of `size`: the same chunks whatever the cluster."""
-    starts = range(0, len(prompts), size)
-    return [PromptChunk(number, tuple(prompts[start : start + size])) for number, start in enumerate(starts)]
+def cut_into_chunks(prompts: Iterable[PromptRow], size: int) -> Iterator[PromptChunk]:
+    """Prompts in chunks of `size`, one when it is asked for: the same chunks whatever the cluster."""
+    rows = iter(prompts)
+    for number in itertools.count():
+        if not (chunk := tuple(itertools.islice(rows, size))):
+            return
+        yield PromptChunk(number, chunk)
 
 
 class AnswerCounts(Tally):
@@ -276,7 +279,7 @@ class AnswerJob(ChunkJob[PromptChunk, AnswerSummary, AnswerJobReport]):
 
 
 def answer_prompts(
-    config: GenerateConfig, prompts: Sequence[PromptRow], progress: Progress
+    config: GenerateConfig, prompts: RecordTable[PromptRow], progress: Progress
 ) -> AnswerJobReport:
     """Answer all prompts on Ray actors (see `ChunkJob.run`); `config.output` is absolute. `progress(done,
     total, note)` counts prompts."""
