@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from tiny_guided import ASK, memorised, reward, tokenizer
-from tiny_run import EXAMPLE
+from tiny_run import EXAMPLE, SIZES, mahalo
 
 from mahalo_ray.config import ConfigError, SamplingConfig, load_config
 from mahalo_ray.data.templating import ChatFormat
@@ -263,3 +265,36 @@ def test_too_many_steps_end_an_answer() -> None:
 def engine_of(batch: DialogueBatch) -> Engine:
     assert isinstance(batch.tutor, PolicyTutor)
     return batch.tutor.engine
+
+
+# --- whole runs
+
+SMALL = [
+    *SIZES,
+    "domain.sft_dialogues=300",
+    "guided.num_candidates=2",
+    "cluster={train_workers: 1, rollout_actors: 1}",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("example", "objectives", "compared"),
+    [
+        ("human_values", ("helpful", "honest", "truthful"), "pairs"),  # whole answers
+        ("brevity", ("complete", "brief"), "traces"),  # steps, in a domain that is not part of the package
+    ],
+)
+def test_a_whole_run(example: str, objectives: tuple[str, ...], compared: str, tmp_path: Path) -> None:
+    one = ", ".join(f"{name}: 1" for name in objectives)
+    settings = [*SMALL, f"sweep={{weights: [{{{one}}}]}}"]
+    file = EXAMPLE.with_name(f"{example}.yaml")
+    said = mahalo("run", str(file), output=tmp_path, settings=settings, modules=EXAMPLE.parent)
+    assert "Report: " in said
+    assert (tmp_path / "reward_rollouts" / compared).is_dir()
+    results = json.loads((tmp_path / "report" / "results.json").read_text())
+    kinds = [row["kind"] for row in results["rows"]]
+    assert sorted(kinds) == sorted(["sft", "guided_sft", "guided", "weights", *["head"] * len(objectives)])
+    assert set(results["methods"][0]["values"]) == set(objectives)
+    answers = json.loads((tmp_path / "serve" / "answers.json").read_text())
+    assert set(answers["answers"][0]["objectives"]) == set(objectives)

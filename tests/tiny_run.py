@@ -1,14 +1,15 @@
-"""A whole run of the quickstart at tiny size, by the command."""
+"""Whole runs of the quickstart and of other examples at tiny size, by the command."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "quickstart.yaml"
-TINY = [
+SIZES = [
     "model.scratch={hidden_size: 32, num_layers: 1, num_attention_heads: 2, intermediate_size: 32}",
     "domain.sft_dialogues=64",
     "sft.training.epochs=1",
@@ -18,23 +19,31 @@ TINY = [
     # so few pairs leave none held out
     *("policy.metrics_every_steps=0", "policy.max_kl=null", "policy.sampled_turns=0"),
     "evaluation={dialogues: 4, bootstrap_resamples: 50, sampling: {max_new_tokens: 8}}",
+]
+TINY = [
+    *SIZES,
     "sweep={weights: [{accuracy: 0.9, engagement: 0.1}, {accuracy: 0.5, engagement: 0.5}],"
     " sampler: surf, points: 4, rounds: 1}",
     "guided.num_candidates=2",
 ]
 
 
-def mahalo(*arguments: str, output: Path | str) -> str:
-    """What `mahalo ARGUMENTS` prints at this size; it must not fail."""
+def mahalo(
+    *arguments: str, output: Path | str, settings: Sequence[str] = TINY, modules: Path | None = None
+) -> str:
+    """What `mahalo ARGUMENTS` prints with these settings; it must not fail. `modules`: a folder of Python
+    modules that it finds."""
     command = [sys.executable, "-c", "from mahalo_ray.cli import main; main()", *arguments]
-    overrides = [part for setting in [*TINY, f"output={output}"] for part in ("--set", setting)]
+    overrides = [part for setting in [*settings, f"output={output}"] for part in ("--set", setting)]
+    known = os.environ.get("PYTHONPATH", "")
+    path = {} if modules is None else {"PYTHONPATH": f"{modules}{os.pathsep}{known}"}
     done = subprocess.run(
         [*command, *overrides],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         timeout=800,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **path},
         check=False,
     )
     assert done.returncode == 0, done.stdout

@@ -20,6 +20,7 @@ DOMAINS = {
     "tutoring_miniature": "mahalo_ray.domains.tutoring:DOMAIN",
     "human_values_miniature": "mahalo_ray.domains.human_values_miniature.facts:DOMAIN",
 }
+WHOLE_TURNS = "tutoring"  # the boundary that only ends with the turn
 Speaker = Literal["tutor", "student", "user", "assistant"]
 
 

@@ -28,7 +28,7 @@ from mahalo_ray.data.records import EXAMPLE_SCHEMA, CandidateSet, Dialogue, Pref
 from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.data.temporary import temporary_folder
 from mahalo_ray.decoding.policy import DeviceConfig
-from mahalo_ray.domains.protocol import load_domain
+from mahalo_ray.domains.protocol import WHOLE_TURNS, load_domain
 from mahalo_ray.domains.sft_text import encode_example, train_tokenizer
 from mahalo_ray.models.backbone import load_tokenizer
 from mahalo_ray.pipeline.artifacts import place_model
@@ -140,8 +140,17 @@ def train_heads(context: Context[RunConfig], base_url: str, pairs_stage: str = "
         policy=config.policy,
         held_out_fraction=config.pairs.held_out_fraction,
         domain=config.domain.name if config.data is None else None,
+        step_domain=_step_domain(config),
     )
     return train(context, settings)
+
+
+def _step_domain(config: RunConfig) -> str | None:
+    """Where the steps end that pairs are made of; None where pairs are of whole turns."""
+    if config.data is not None or _compares_answers(config):
+        return None
+    boundary = load_domain(config.domain.name).boundary
+    return None if boundary == WHOLE_TURNS else boundary
 
 
 def method_version(policy: PolicyConfig, since: int = 1) -> dict[str, int]:

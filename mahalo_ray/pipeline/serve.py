@@ -19,7 +19,7 @@ from rich.console import Console
 from mahalo_ray.config import RunConfig, ServeConfig
 from mahalo_ray.data import storage
 from mahalo_ray.decoding.policy import DeviceConfig
-from mahalo_ray.domains.protocol import load_domain
+from mahalo_ray.domains.protocol import WHOLE_TURNS, load_domain
 from mahalo_ray.errors import StageError
 from mahalo_ray.models.folder import check_saved_model
 from mahalo_ray.objectives import Weights
@@ -232,7 +232,7 @@ def _opening(config: RunConfig, seed: int) -> list[dict[str, str]]:
 
 def boundary_name(config: RunConfig) -> str:
     """Where steps end at the endpoint; at whole turns for a run on data of its own."""
-    return "tutoring" if config.data is not None else load_domain(config.domain.name).boundary
+    return WHOLE_TURNS if config.data is not None else load_domain(config.domain.name).boundary
 
 
 def _defaults(config: RunConfig) -> Defaults:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mahalo_ray.data.templating import ChatFormat
+from mahalo_ray.decoding.stopping import Boundary
 from mahalo_ray.logprobs import IGNORE_INDEX
 from mahalo_ray.models import MultiHeadCausalLM
 from mahalo_ray.models.heads import Head
@@ -228,9 +229,11 @@ class SampledTurns:
         check: TurnCheck | None,
         attention: str,
         seed: int,
+        boundary: Boundary | None = None,
     ) -> None:
         """One turn per prompt, of at most `max_tokens` tokens; prompt n is answered at mixture n modulo their
-        number. `attention`: the attention function for whole rows, where pairs are read packed."""
+        number. `attention`: the attention function for whole rows, where pairs are read packed. `boundary`:
+        pairs are of steps, so of a turn only its first step counts, which ends there."""
         mixtures = mixture_weights(len(heads))
         rank, workers = dist.get_rank(), dist.get_world_size()
         # A worker without a prompt of its own takes one that it does not count: calls are collective.
@@ -248,7 +251,7 @@ class SampledTurns:
             "draws": torch.from_numpy(draws[numbers]).float(),
             "ends": torch.tensor(sorted(chat.end_ids)),
         }
-        self._chat, self._check, self._attention = chat, check, attention
+        self._chat, self._check, self._attention, self._boundary = chat, check, attention, boundary
         self._special = {*chat.tokenizer.all_special_ids, *chat.end_ids}
         self._at_start = 0.0
 
@@ -270,6 +273,13 @@ class SampledTurns:
 
     def _is_malformed(self, sampled: list[int]) -> bool:
         ids = [token for token in sampled if token >= 0]
+        if self._boundary is not None:
+            if ids[0] in self._chat.end_ids:
+                return False  # the step before was the last
+            texts = ((n, self._chat.decode(ids[:n])) for n in range(1, len(ids) + 1))
+            ends = (text for n, text in texts if self._boundary.verdict(text, n) is not None)
+            if (step := next(ends, None)) is not None:
+                return self._check is not None and self._check(step)
         if ids[-1] not in self._chat.end_ids or any(token in self._special for token in ids[:-1]):
             return True
         return self._check is not None and self._check(self._chat.decode(ids))

@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import PreferencePair
 from mahalo_ray.data.templating import ChatFormat
+from mahalo_ray.decoding.stopping import boundary_for
 from mahalo_ray.domains.protocol import load_domain
 from mahalo_ray.losses import dpo_loss, sft_loss
 from mahalo_ray.models import MultiHeadCausalLM
@@ -200,6 +201,7 @@ class PolicyRecipe:
             None if domain is None else load_domain(domain).is_malformed,
             self._model.attn_implementation,
             self._seed,
+            None if self._settings.step_domain is None else boundary_for(self._settings.step_domain),
         )
 
     def _objective_losses(self, model: nn.Module, tensors: Tensors) -> Tensor:

@@ -152,7 +152,8 @@ class PolicySettings(StageSettings):
 
     `model_url` is both start and reference; its log-probs are stored in `pairs_url`/reference.
     `held_out_fraction` of the prompts is kept for the final metrics. `domain` says which
-    turns are malformed (None: all that end are well-formed).
+    turns are malformed (None: all that end are well-formed). `step_domain`: pairs are of steps that end where
+    this domain of `decoding/stopping.py` says (None: of whole turns).
     """
 
     pairs_url: str
@@ -160,6 +161,7 @@ class PolicySettings(StageSettings):
     policy: PolicyConfig
     held_out_fraction: float = 0.0
     domain: str | None = None
+    step_domain: str | None = None
     name: ClassVar[str] = "policy"
 
     @property

@@ -22,9 +22,8 @@ Statement = Literal["claim", "guess", "unknown"]
 Fact = tuple[str, str]  # place, topic
 
 PLACES = (
-    *("Arlo", "Brima", "Corsk", "Delmo", "Evika", "Farun", "Gildor", "Hasby", "Ilmar", "Jorun"),
-    *("Kelda", "Lumis", "Mirno", "Nordil", "Orvik", "Pelka", "Quilm", "Rustan", "Selby", "Tarno"),
-    *("Ulvar", "Vesna", "Wolmar", "Yarrow"),
+    *("Arlo", "Brima", "Corsk", "Delmo", "Evika", "Farun", "Gildor", "Hasby"),
+    *("Ilmar", "Jorun", "Kelda", "Lumis", "Mirno", "Nordil", "Orvik", "Pelka"),
 )
 TOPICS: dict[str, tuple[str, ...]] = {
     "river": ("Tane", "Moss", "Ibber", "Lorne", "Sava", "Wend", "Odra", "Glim"),
@@ -34,16 +33,6 @@ TOPICS: dict[str, tuple[str, ...]] = {
     "bird": ("heron", "magpie", "osprey", "plover", "raven", "siskin", "swift", "wagtail"),
     "craft": ("baskets", "bells", "boats", "candles", "clocks", "lace", "lutes", "saddles"),
     "tree": ("alder", "birch", "cedar", "elm", "hazel", "larch", "rowan", "willow"),
-    "feast": (
-        "apple day",
-        "flag day",
-        "ice fair",
-        "kite week",
-        "lamp night",
-        "moon fair",
-        "seed day",
-        "wool fair",
-    ),
 }
 _SHARES: dict[Knowledge, float] = {"well": 0.5, "little": 0.2, "not": 0.3}
 _ASKED: dict[Knowledge, float] = {"well": 1.0, "little": 0.1, "not": 0.5}  # in the SFT text, relative
