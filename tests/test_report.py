@@ -6,12 +6,22 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from evaluated_run import OBJECTIVES, method, run_of, table_of
 from rich.console import Console
 
 from mahalo_ray.evaluation import claims, plots, report
+from mahalo_ray.evaluation.guided_table import (
+    SUM,
+    UNGUIDED,
+    PlayedPolicy,
+    guided_rows,
+    markdown_of,
+    pooled,
+)
 from mahalo_ray.evaluation.results import MethodResult
+from mahalo_ray.evaluation.statistics import Estimate
 
 
 def contents_of(**more: Any) -> report.ReportContents:
@@ -163,3 +173,29 @@ def test_terminal_table_fits_100_columns() -> None:
         estimate = table.rows[0].means[objectives[-1]]
         assert f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]" in text
         assert "0.040" in text and "31k" in text and "1.0%" in text
+
+
+def test_pooled_seeds_and_policies_by_guide() -> None:
+    seeds = [run_of(), run_of(accuracy_head=0.34)]
+    extra = method("only here", "weights", (0.2, 0.5), 7, weights={"accuracy": 1})
+    methods = pooled([[*seeds[0], extra], seeds[1]])
+    assert [m.name for m in methods] == [m.name for m in seeds[0]]  # what one seed alone played is left out
+    assert len(set(methods[0].student_ids)) == 2 * len(seeds[0][0].student_ids)
+    assert methods[0].tokens == 2 * seeds[0][0].tokens and methods[0].kl_to_reference == pytest.approx(0.04)
+    policies = [
+        PlayedPolicy("SFT", {UNGUIDED: "SFT", SUM: "SFT, guided"}),
+        PlayedPolicy("accuracy head", {UNGUIDED: "accuracy head"}),
+    ]
+    tables = [table_of(one) for one in seeds]
+    sft, head = guided_rows(table_of(methods), policies, tables)
+    assert sft.cells[UNGUIDED].relative["accuracy"] == Estimate(value=0, low=0, high=0)
+    cell = head.cells[UNGUIDED]
+    means = [float(np.mean(one[2].values["accuracy"])) for one in seeds]
+    assert [figures["accuracy"] for figures in cell.by_seed] == pytest.approx(means)
+    assert cell.means["accuracy"].value == pytest.approx(np.mean(means))
+    base = np.mean([np.mean(one[0].values["accuracy"]) for one in seeds])
+    change = cell.relative["accuracy"]
+    assert change is not None and change.value == pytest.approx(np.mean(means) / base - 1)
+    assert change.low < change.value < change.high
+    lines = markdown_of([sft, head], table_of(methods).objectives).splitlines()
+    assert len(lines) == 2 + 3 and "(+0%)" in lines[2] and lines[2].count("|") == lines[0].count("|")

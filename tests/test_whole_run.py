@@ -48,10 +48,11 @@ def test_a_whole_run_and_then_nothing_left_to_do(whole_run: Path) -> None:
     assert "guided policy" in again and "Report: " in again and "mahalo serve" in again
 
 
-def test_a_finished_run_is_compared_and_then_nothing_is_left_to_do(whole_run: Path) -> None:
+def test_a_finished_run_is_compared_and_then_nothing_is_left_to_do(whole_run: Path, tmp_path: Path) -> None:
     half = "weights: [{accuracy: 1, engagement: 1}]"
     baselines = f"[{{method: dpo}}, {{method: modpo, {half}}}, {{method: soup, {half}}}]"
-    arguments = ("compare", str(EXAMPLE), "--set", f"compare.baselines={baselines}")
+    arguments = ("compare", str(EXAMPLE), "--set", f"compare.baselines={baselines}", "--set")
+    arguments += ("compare.guided=true",)
     text = mahalo(*arguments, output=whole_run)
     assert text.count("done before, skipped") == 9  # the run's own stages but serve and report
     assert "DPO soup" in text and "MAH-DPO covers more than MODPO" in text
@@ -67,9 +68,20 @@ def test_a_finished_run_is_compared_and_then_nothing_is_left_to_do(whole_run: Pa
     assert [costs[name]["models"] for name in ("mah_dpo", "dpo", "modpo", "soup")] == [1, 2, 1, 1]
     sizes = [costs[name]["parameter_bytes"] for name in ("soup", "mah_dpo", "dpo")]
     assert sizes[0] < sizes[1] < sizes[2]  # one head, two heads, two models
+    by_guide = {row["policy"]: row["cells"] for row in document_of(whole_run / "compare/report/guided.json")}
+    assert [list(cells) for cells in by_guide.values()] == 8 * [["unguided", "accuracy", "engagement", "sum"]]
+    assert by_guide["SFT"]["sum"]["method"] == "guided SFT"
+    assert by_guide["SFT"]["unguided"]["relative"]["engagement"]["value"] == 0
+    played = document_of(whole_run / "compare/guided/methods.json")
+    assert len(played) == 8 * 3 - 2 and all(one["result"]["num_candidates"] == 2 for one in played)
     again = mahalo(*arguments, output=whole_run)
-    assert again.count("done before, skipped") == 9 + 3 + 3
+    assert again.count("done before, skipped") == 9 + 3 + 4
     assert again.splitlines()[-1] == text.splitlines()[-1]
+    shutil.copytree(whole_run, tmp_path / "seed_17", ignore=shutil.ignore_patterns("checkpoints", "tune"))
+    said = mahalo(*arguments, "--set", "seeds=[17]", output=tmp_path)
+    assert said.count("done before, skipped") == 2 + 9 + 3 + 4  # with serve and the run's report
+    assert document_of(tmp_path / "all_seeds/results.json")["rows"] == document["rows"]
+    assert (tmp_path / "all_seeds/guided.md").read_text().count("SFT") > 1
 
 
 def test_two_rounds_killed_in_between_equal_two_unbroken_rounds(whole_run: Path, tmp_path: Path) -> None:
@@ -93,6 +105,10 @@ def test_two_rounds_killed_in_between_equal_two_unbroken_rounds(whole_run: Path,
     assert both[: len(first)] == first and len(both) > len(first)
     weights = [load_file(folder / "round_2/policy/model/heads.safetensors") for folder in folders]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def document_of(file: Path) -> Any:
+    return json.loads(file.read_text())
 
 
 def kill_when(file: Path | str, arguments: tuple[str, ...], output: Path | str) -> None:

@@ -136,8 +136,25 @@ class _StageUnlessNamed(TyperGroup):
 
 
 def run(config: ConfigFile, set_: Overrides = None, debug: Debug = False) -> None:
-    """Run all stages."""
-    guarded(lambda: run_stages(load(config, set_), None, str(config)), debug)
+    """Run all stages, and the comparison where the document asks for it; once for each of its seeds."""
+
+    def work() -> None:
+        loaded = load(config, set_, any_seeds=True)
+        if loaded.seeds:
+            run_seeds(loaded, compared=loaded.compare.with_run)
+            return
+        run_stages(loaded, None, str(config))
+        if loaded.compare.with_run:
+            run_comparison(loaded)
+
+    guarded(work, debug)
+
+
+def run_seeds(config: RunConfig, compared: bool) -> None:
+    """The same run once for each of its seeds, and a report over all."""
+    from mahalo_ray.pipeline.seeds import run_all_seeds
+
+    run_all_seeds(out, config, compared, execute)
 
 
 def serve(config: ConfigFile, set_: Overrides = None, debug: Debug = False) -> None:
@@ -230,15 +247,23 @@ def compare(config: ConfigFile, set_: Overrides = None, debug: Debug = False) ->
     """Train the baselines ('compare'), and compare all methods in one table and picture."""
 
     def work() -> None:
-        from mahalo_ray.pipeline.compare import REPORT, comparison_pipeline, print_comparison
-
-        loaded = load(config, set_)
+        loaded = load(config, set_, any_seeds=True)
         if loaded.data is not None:
             raise ConfigError("a run on own data ('data') has no students to play, and so no table")
-        manifests = execute(comparison_pipeline(loaded), loaded, (REPORT,))
-        print_comparison(out, loaded, manifests)
+        if loaded.seeds:
+            run_seeds(loaded, compared=True)
+        else:
+            run_comparison(loaded)
 
     guarded(work, debug)
+
+
+def run_comparison(config: RunConfig) -> None:
+    """Make what the comparison lacks, and print it."""
+    from mahalo_ray.pipeline.compare import REPORT, comparison_pipeline, print_comparison
+
+    manifests = execute(comparison_pipeline(config), config, (REPORT,))
+    print_comparison(out, config, manifests)
 
 
 def evaluate_reward(
@@ -289,9 +314,10 @@ def validate(config: ConfigFile, set_: Overrides = None, debug: Debug = False) -
         document = read_document(config, set_)
         kind = kind_of(document.values)
         if DOCUMENTS[kind].schema is RunConfig:
-            loaded = load(config, set_)
+            loaded = load(config, set_, any_seeds=True)
             objectives = ", ".join(loaded.objective_names)
             rounds = f", {loaded.rounds} rounds" if loaded.rounds > 1 else ""
+            rounds += f", {len(loaded.seeds)} seeds" if loaded.seeds else ""
             say(
                 f"{config} is valid: run '{loaded.name}', objectives {objectives}{rounds}, "
                 f"output {loaded.output}"
@@ -347,7 +373,7 @@ def plan(
     def work() -> None:
         from mahalo_ray.planning import make_plan, plan_to_json, print_plan
 
-        loaded = load(config, set_)
+        loaded = load(config, set_, any_seeds=True)
         count = gpus if gpus is not None else loaded.cluster.train_workers
         made = make_plan(loaded.model, loaded.policy, len(loaded.objectives), count)
         if json_:

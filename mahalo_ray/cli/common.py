@@ -20,7 +20,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from mahalo_ray.config import RunConfig, load_config
+from mahalo_ray.config import ConfigError, RunConfig, load_config
+from mahalo_ray.data import storage
 from mahalo_ray.errors import StageError
 from mahalo_ray.pipeline.progress import RunProgress
 from mahalo_ray.pipeline.seed_blocks import check_domain
@@ -70,9 +71,16 @@ def open_session(config: RunConfig) -> Iterator[None]:
             os.environ[config.serve.api_key_env] = key
 
 
-def load(file: Path, overrides: list[str] | None) -> RunConfig:
-    """The configuration, checked for what its domain can do."""
+def load(file: Path, overrides: list[str] | None, *, any_seeds: bool = False) -> RunConfig:
+    """The configuration, checked for what its domain can do. ConfigError for several `seeds`, unless the verb
+    takes `any_seeds`."""
     config = load_config(file, overrides)
+    if config.seeds and not any_seeds:
+        folder = storage.join(config.output, f"seed_{config.seeds[0]}")
+        raise ConfigError(
+            "'seeds' is for the verbs run and compare. For the run of one seed: --set 'seeds=[]' "
+            f"--set seed={config.seeds[0]} --set output={folder}"
+        )
     if config.data is None:
         check_domain(config)
     return config

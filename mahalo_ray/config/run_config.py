@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from mahalo_ray.config.section import (
     NOT_BOOL,
@@ -418,6 +418,13 @@ class CompareConfig(Section):
     ]
     """The baselines, each method once."""
 
+    guided: bool = False
+    """Whether SFT, every head, the policy and every baseline are also played guided by each objective's
+    scores alone and by their weighted sum ('guided.guidance'), as a table of its own."""
+
+    with_run: bool = False
+    """Whether `mahalo run` makes the comparison too."""
+
     @model_validator(mode="after")
     def _each_method_once(self) -> Self:
         methods = [baseline.method for baseline in self.baselines]
@@ -439,6 +446,12 @@ ROLLOUT_SECTIONS = (
 )
 
 
+def _different(seeds: list[int]) -> list[int]:
+    if len(set(seeds)) != len(seeds):
+        raise ValueError(f"a seed is named twice: {', '.join(map(str, seeds))}")
+    return seeds
+
+
 class RunConfig(Section):
     """One run. `output` is a folder or any fsspec URL that every node can reach."""
 
@@ -450,6 +463,10 @@ class RunConfig(Section):
 
     seed: Seed = 17
     """Seed of everything that is drawn."""
+
+    seeds: Annotated[list[Seed], AfterValidator(_different)] = []
+    """Run everything once for each of these seeds, each in a folder of its own under 'output' (`seed_17`),
+    and make one report over all. For `run` and `compare`. Empty: 'seed' alone."""
 
     domain: DomainConfig = DomainConfig()
     """The world of a run that plays dialogues."""
@@ -535,6 +552,8 @@ class RunConfig(Section):
             if self.reward.dedicated:
                 raise ValueError("'reward.dedicated' is for runs on own data ('data')")
             return self
+        if self.seeds:
+            raise ValueError("'seeds' reports on played dialogues: a run on own data ('data') has none")
         if self.model.base is None:
             raise ValueError("'data' needs 'model.base': a model made from scratch has nothing to align")
         unused = ROLLOUT_SECTIONS if self.trains_policy else (*ROLLOUT_SECTIONS, "pairs", "policy")

@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from mahalo_ray.evaluation.results import FAMILY_OF, ComparisonTable, MethodKind, Row
+from mahalo_ray.evaluation.results import BASELINES, ComparisonTable, MethodKind, Row
 from mahalo_ray.evaluation.statistics import Estimate
 from mahalo_ray.metrics import FloatArray
 
@@ -100,9 +100,6 @@ MARKS: dict[MethodKind, Mark] = {
     "modpo": Mark("#6b8e23", "P", 8.0, "MODPO"),
     "soup": Mark("#8c5a2b", "p", 8.0, "DPO soup"),
 }
-
-
-BASELINES = tuple(kind for kind, family in FAMILY_OF.items() if family != "mah_dpo")
 
 
 def front_png(table: ComparisonTable, title: str) -> bytes:

@@ -34,6 +34,7 @@ FAMILY_OF: dict[MethodKind, Family] = {
     "modpo": "modpo",
     "soup": "soup",
 }
+BASELINES = tuple(kind for kind, family in FAMILY_OF.items() if family != "mah_dpo")
 
 
 class MethodResult(BaseModel):
@@ -59,8 +60,8 @@ class MethodResult(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        guided = self.kind in ("guided", "guided_sft")
-        if guided != (self.guidance is not None):
+        is_guided = self.guidance is not None
+        if is_guided != (self.kind in ("guided", "guided_sft")) and self.kind not in BASELINES:
             raise ValueError(
                 f"method '{self.name}' ({self.kind}): guidance weights go with guided methods only"
             )
@@ -82,7 +83,7 @@ class MethodResult(BaseModel):
     @property
     def family(self) -> Family | None:
         """The family that the method is a point of; None for SFT and guided methods."""
-        return FAMILY_OF.get(self.kind)
+        return FAMILY_OF.get(self.kind) if self.guidance is None else None
 
     @property
     def in_sweep(self) -> bool:
@@ -95,9 +96,8 @@ class MethodResult(BaseModel):
             return False
         if self.weights is None or other.weights is None:
             return other.kind == "sft"
-        return (
-            other.family == "mah_dpo" and other.strength == self.strength and other.same_weights(self.weights)
-        )
+        family = FAMILY_OF.get(self.kind, "mah_dpo")
+        return other.family == family and other.strength == self.strength and other.same_weights(self.weights)
 
     def same_weights(self, weights: Mapping[str, float]) -> bool:
         """Whether the method has these weights, up to rounding."""
@@ -256,6 +256,20 @@ class ComparisonTable:
             resamples=self.resamples,
             seed=self.seed,
         )
+
+    def relative_change(
+        self, method: MethodResult, baseline: MethodResult, objective: str
+    ) -> Estimate | None:
+        """(method - baseline) / baseline of the means of one objective, with its interval over resampled
+        students, the same for both; None where the baseline's mean is 0 in the data or in a resample."""
+        column = self.objectives.index(objective)
+        names = [one.name for one in self.methods]
+        row, base = names.index(method.name), names.index(baseline.name)
+        samples = self._samples[:, (row, base), column]
+        if self.points[base, column] == 0 or not samples[:, 1].all():
+            return None
+        value = float(self.points[row, column] / self.points[base, column]) - 1
+        return self.estimate(value, samples[:, 0] / samples[:, 1] - 1)
 
     def paired_differences(self) -> list[PairedDifference]:
         """Every method against SFT, and every guided one against itself unguided, on every objective."""

@@ -12,6 +12,15 @@ from mahalo_ray.config import BaselineName, PolicyConfig, PolicyMethod, RunConfi
 from mahalo_ray.data import storage
 from mahalo_ray.data.temporary import temporary_folder
 from mahalo_ray.evaluation.claims import comparison_claims
+from mahalo_ray.evaluation.guided_table import (
+    SUM,
+    UNGUIDED,
+    GuidedRow,
+    PlayedPolicy,
+    guided_rows,
+    markdown_of,
+    print_guided_rows,
+)
 from mahalo_ray.evaluation.methods import Method
 from mahalo_ray.evaluation.report import (
     ReportContents,
@@ -20,7 +29,15 @@ from mahalo_ray.evaluation.report import (
     print_table,
     write_report,
 )
-from mahalo_ray.evaluation.results import ComparisonTable, Family, FamilyCost, FamilyFront, family_fronts
+from mahalo_ray.evaluation.results import (
+    BASELINES,
+    ComparisonTable,
+    Family,
+    FamilyCost,
+    FamilyFront,
+    MethodKind,
+    family_fronts,
+)
 from mahalo_ray.models.soup import average_models
 from mahalo_ray.objectives import Weights
 from mahalo_ray.pipeline import run
@@ -186,7 +203,7 @@ def _average_all(context: Context[RunConfig], soups: Sequence[BaselinePolicy]) -
     return StageResult(outputs={soup.model: soup.model for soup in soups})
 
 
-PLAY, REPORT = "compare/play", "compare/report"
+PLAY, PLAY_GUIDED, REPORT = "compare/play", "compare/guided", "compare/report"
 PLAYED = ("evaluate", "sweep", PLAY)
 EQUAL = (
     "start, reference, pairs, held-out dialogues, learning rates, beta, schedule, seed, and how often each "
@@ -217,6 +234,15 @@ def comparison_pipeline(config: RunConfig) -> Pipeline[RunConfig]:
         rows += [policy.name for policy in baseline_policies(config)]
         return {"rows": rows, **run.sections("evaluation", "objective_names", "model.dtype")(config)}
 
+    guided = Stage(
+        PLAY_GUIDED,
+        "Play all of them guided",
+        play_guided,
+        lambda config: {**played_settings(config), **run.sections("guided")(config)},
+        needs=("sft", "reward", last_stage(config, "policy"), *baseline_names),
+        resumes=True,
+    )
+    plays = [PLAY, *([PLAY_GUIDED] if config.compare.guided else [])]
     return Pipeline(
         [
             *run.pipeline(config).stages.values(),
@@ -230,12 +256,13 @@ def comparison_pipeline(config: RunConfig) -> Pipeline[RunConfig]:
                 version=2,  # students with problems of no training dialogue
                 resumes=True,
             ),
+            *([guided] if config.compare.guided else []),
             Stage(
                 REPORT,
                 "Compare the methods",
                 report,
                 run.sections("name", "objectives", "evaluation", "sweep", "guided", "compare"),
-                needs=(*all_rounds(config, "policy"), "evaluate", "sweep", *baseline_names, PLAY),
+                needs=(*all_rounds(config, "policy"), "evaluate", "sweep", *baseline_names, *plays),
                 uses_ray=False,
             ),
         ]
@@ -245,7 +272,11 @@ def comparison_pipeline(config: RunConfig) -> Pipeline[RunConfig]:
 def play_baselines(context: Context[RunConfig]) -> StageResult:
     """Every baseline policy, and MAH-DPO at weights of theirs that it was not played at, against the students
     of the sweep."""
-    baselines = [
+    return play(context, [*_policy_rows(context.config), *_baseline_methods(context)])
+
+
+def _baseline_methods(context: Context[RunConfig]) -> list[Method]:
+    return [
         Method(
             policy.name,
             policy.method,
@@ -254,7 +285,59 @@ def play_baselines(context: Context[RunConfig]) -> StageResult:
         )
         for policy in baseline_policies(context.config)
     ]
-    return play(context, [*_policy_rows(context.config), *baselines])
+
+
+def play_guided(context: Context[RunConfig]) -> StageResult:
+    """SFT, every head, the policy and every baseline under every guide, but for what the run itself has
+    played."""
+    config = context.config
+    bases = [m for m in other_methods(config) if m.guidance is None] + _baseline_methods(context)
+    if not any(method.kind == "weights" for method in bases):  # the sweep has it
+        bases.append(Method(policy_at(config, config.guided.point[0]), "weights", config.guided.point[0]))
+    guided = [
+        replace(
+            base,
+            name=guided_name(config, base.name, guide),
+            kind=_guided_kind(base),
+            guidance=weights,
+            num_candidates=config.guided.num_candidates,
+            sweep=False,
+        )
+        for base in bases
+        for guide, weights in _guides(config).items()
+    ]
+    known = {method.name for method in other_methods(config)}
+    return play(context, [method for method in guided if method.name not in known])
+
+
+def _guides(config: RunConfig) -> dict[str, Weights]:
+    """Each objective's scores alone, and their weighted sum."""
+    return {**{name: Weights.one(name) for name in config.objective_names}, SUM: config.guided.point[1]}
+
+
+def _guided_kind(base: Method) -> MethodKind:
+    if base.kind in BASELINES:
+        return base.kind
+    return "guided_sft" if base.kind == "sft" else "guided"
+
+
+def guided_name(config: RunConfig, policy: str, guide: str) -> str:
+    """The name of a policy's row under a guide; SFT and the policy under the sum are rows of every run."""
+    rows = {("SFT", SUM): "guided SFT", (policy_at(config, config.guided.point[0]), SUM): "guided policy"}
+    return rows.get((policy, guide), f"{policy}, guided by {guide}")
+
+
+def compared_policies(config: RunConfig) -> list[PlayedPolicy]:
+    """The rows of the table by guide: SFT, the baselines, then MAH-DPO's heads and its policy."""
+    names = ["SFT", *(policy.name for policy in baseline_policies(config))]
+    names += [f"{name} head" for name in config.objective_names]
+    names.append(policy_at(config, config.guided.point[0]))
+    return [
+        PlayedPolicy(
+            name, {UNGUIDED: name, **{guide: guided_name(config, name, guide) for guide in _guides(config)}}
+        )
+        for name in names
+    ]
 
 
 def _policy_rows(config: RunConfig) -> list[Method]:
@@ -281,19 +364,38 @@ def report(context: Context[RunConfig]) -> StageResult:
         samples=samples(config, documents),
     )
     write_report(context.folder, table, claims, contents, fronts)
+    if config.compare.guided:
+        write_guided_table(context.folder, guided_table(config, context.upstream), config.objective_names)
     figures = {"claims": len(claims), "claims_that_hold": sum(claim.holds for claim in claims)}
     return StageResult(figures, {"results": "results.json", "page": "report.html", "picture": "front.png"})
+
+
+def guided_table(config: RunConfig, upstream: Upstream) -> list[GuidedRow]:
+    """Every policy by guide, from what was played."""
+    documents = played_documents(upstream, (*PLAYED, PLAY_GUIDED))
+    return guided_rows(table_of(config, documents), compared_policies(config))
+
+
+def played_documents(upstream: Upstream, stages: Sequence[str]) -> list[dict[str, Any]]:
+    """What `play` wrote in these stages: each method's result and samples."""
+    return [d for stage in stages for d in storage.read_json(_output(upstream, stage, "methods"))]
+
+
+def write_guided_table(folder: str, rows: Sequence[GuidedRow], objectives: Sequence[str]) -> None:
+    """`guided.json` and `guided.md`."""
+    storage.write_json(storage.join(folder, "guided.json"), [row.model_dump() for row in rows])
+    storage.write_bytes(storage.join(folder, "guided.md"), markdown_of(rows, objectives).encode())
 
 
 def _comparison(
     config: RunConfig, upstream: Upstream
 ) -> tuple[list[dict[str, Any]], ComparisonTable, list[FamilyFront]]:
-    documents = [d for stage in PLAYED for d in storage.read_json(_output(upstream, stage, "methods"))]
+    documents = played_documents(upstream, PLAYED)
     table = table_of(config, documents)
-    return documents, table, family_fronts(table, _costs(config, upstream))
+    return documents, table, family_fronts(table, family_costs(config, upstream))
 
 
-def _costs(config: RunConfig, upstream: Upstream) -> dict[Family, FamilyCost]:
+def family_costs(config: RunConfig, upstream: Upstream) -> dict[Family, FamilyCost]:
     """MAH-DPO first, then the baselines in their order."""
     rounds = all_rounds(config, "policy")
     batches = {**dict.fromkeys(rounds, config.policy), **trainings(config)}
@@ -337,6 +439,9 @@ def print_comparison(console: Console, config: RunConfig, manifests: Mapping[str
     print_table(wide, table)
     wide.print()
     print_families(wide, fronts)
+    if config.compare.guided:
+        wide.print()
+        print_guided_rows(wide, guided_table(config, upstream), config.objective_names)
     wide.print()
     print_claims(wide, comparison_claims(table, fronts))
     page = storage.join(config.output, REPORT, manifests[REPORT].outputs["page"])
