@@ -74,9 +74,11 @@ def _family_claim(
     verdict = ""
     if not difference.above_zero:
         verdict = ": the baseline covers more" if difference.high < 0 else ": the two are not told apart"
+    count = len(front.weights)
+    vectors = "weight vector" if count == 1 else f"{count} weight vectors"
     return Claim(
         key=f"hypervolume:{front.family}",
-        statement=f"MAH-DPO covers more than {front.name} at the same {len(front.weights)} weight vectors",
+        statement=f"MAH-DPO covers more than {front.name} at the same {vectors}",
         difference=difference,
         n=table.dialogues,
         holds=difference.above_zero,

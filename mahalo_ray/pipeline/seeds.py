@@ -116,7 +116,7 @@ class _SeedsReport:
                 "seed": ", ".join(names),
                 "intervals": INTERVALS,
             },
-            samples=samples(self.documents[0]),
+            samples=samples(self.configs[0], self.documents[0]),
         )
         write_report(folder, self.table, self.claims, contents, self.fronts)
         by_seed = {
