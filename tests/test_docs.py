@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 from typer.main import get_command
@@ -41,3 +42,8 @@ def test_imports_that_a_page_shows_work(text: str) -> None:
     for module, names in re.findall(r"^from (mahalo_ray[\w.]*) import ([\w, ]+)$", text, re.MULTILINE):
         for name in names.split(", "):
             assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
+
+
+def test_code_that_a_page_names_exists(text: str) -> None:
+    for name in re.findall(r"`(mahalo_ray(?:\.\w+)+)\b", text):
+        resolve_name(name)

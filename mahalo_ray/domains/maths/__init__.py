@@ -1,0 +1,1 @@
+"""Maths: problems solved step by step, where a response should be right and a pleasure to follow."""
