@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from test_step_readers import SHARED, needs_shared_data
 
+from mahalo_ray.data.inspection import inspect
 from mahalo_ray.data.pair_readers import ReadPairs
 from mahalo_ray.domains import math
 from mahalo_ray.domains.human_values import read_truthfulqa
@@ -100,6 +101,19 @@ def test_truthfulqa_becomes_pairs(tmp_path: Path) -> None:
     one = ReadPairs()
     read_truthfulqa(str(tmp_path / "a.jsonl"), "truthful", 1, one)
     assert len(one.pairs) == 1
+
+
+def test_truthfulqa_as_the_hub_has_it(tmp_path: Path) -> None:
+    correct, incorrect = ["No, rock", "Stone"], ["Yes", "Blue cheese"]
+    row = {"question": "Is the moon cheese?", "best_answer": "No, rock", "correct_answers": correct}
+    rows = [{**row, "incorrect_answers": incorrect}, {**row, "incorrect_answers": [3]}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = ReadPairs()
+    read_truthfulqa(str(tmp_path / "a.jsonl"), "truthful", 4, found)
+    assert [(p.chosen, p.rejected) for p in found.pairs] == [("No, rock", "Yes"), ("Stone", "Blue cheese")]
+    assert [(bad.line, bad.reason) for bad in found.bad] == [(2, "an answer is 3, not text")]
+    formats = inspect(str(tmp_path / "a.jsonl")).formats
+    assert formats == {("preference pairs", "truthfulqa"): 2}
 
 
 @needs_shared_data

@@ -205,6 +205,29 @@ def test_answers_rated_by_aspect(tmp_path: Path) -> None:
     assert "say which decides ('aspect')" in without.bad[0].reason
 
 
+YES = {"from": "gpt", "value": "Yes."}
+
+
+def test_pairs_as_hhh_sharegpt_and_lists_of_parts_write_them(tmp_path: Path) -> None:
+    said = [{"from": "human", "value": "Is the moon a cheese?"}]
+    parts = [{"type": "text", "text": "It is "}, {"type": "text", "text": "rock."}]
+    targets = {"choices": ["Yes.", "It is rock."], "labels": [0, 1]}
+    path = lines(
+        tmp_path / "a.jsonl",
+        {"input": "Is the moon a cheese?", "targets": targets},
+        {"conversations": said, "chosen": {"from": "gpt", "value": "It is rock."}, "rejected": YES},
+        {"prompt": said, "chosen": [{"role": "assistant", "content": parts}], "rejected": [YES]},
+        {"input": "Is the moon a cheese?", "targets": {"choices": ["Yes.", "No."], "labels": [0, 0]}},
+    )
+    found = read(path)
+    assert [(p.prompt[0].content, p.chosen, p.rejected) for p in found.pairs] == [
+        ("Is the moon a cheese?", "It is rock.", "Yes.")
+    ] * 3
+    (bad,) = found.bad
+    assert bad.line == 4 and "one of each of 1, 0" in bad.reason
+    assert inspect(str(path)).formats["preference pairs", "hhh"] == 1
+
+
 def test_what_a_file_holds(tmp_path: Path) -> None:
     question = "A farmer has seven cows and buys five more at the market, how many cows has he now?"
     path = lines(

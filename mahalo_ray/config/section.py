@@ -82,7 +82,7 @@ Dtype = Literal["float32", "bfloat16"]
 Domain = Literal["math", "human_values", "tutoring"]
 Supervision = Literal["rollout_value", "judged_rollouts", "judged_prefix", "pairwise"]
 PairFormat = Literal[
-    "auto", "trl", "mahalo", "hh_rlhf", "ultrafeedback", "helpsteer", "records", "truthfulqa"
+    "auto", "trl", "mahalo", "hh_rlhf", "hhh", "ultrafeedback", "helpsteer", "records", "truthfulqa"
 ]
 TraceFormat = Literal[
     "auto",

@@ -22,8 +22,11 @@ NGRAM = 13  # words; the usual length in reports on contamination
 _WORDS = re.compile(r"\w+")
 _SHOWN, _SHOWN_TEXTS = 160, 3  # characters of a text in a sample, and texts of a part
 _ASPECTS = ("helpfulness", "honesty", "truthfulness", "instruction_following", "correctness")
-_TRUTHFULQA = {"Question", "Best Answer", "Best Incorrect Answer"}
-_TRUTHFULQA_TEXTS = ("Question", "Best Answer", "Best Incorrect Answer")
+# TruthfulQA as its authors' table has it, and as its data set on the hub does.
+_TRUTHFULQA = (
+    ("Question", "Best Answer", "Incorrect Answers"),
+    ("question", "best_answer", "incorrect_answers"),
+)
 PAIRS, TRACES, PROMPTS = "preference pairs", "step traces", "prompts"
 
 
@@ -152,11 +155,11 @@ def inspect(path: str, against: str | None = None, samples: int = 3) -> Inspecti
 
 def recognise(row: Row, parser: PairParser) -> Recognised:
     """A row as a preference pair, step traces or a prompt, by its fields; RowError if it is none of them."""
-    if {"chosen", "rejected"} <= set(row) or pair_format_of(row) in ("ultrafeedback", "records"):
+    if {"chosen", "rejected"} <= set(row) or pair_format_of(row) in ("ultrafeedback", "records", "hhh"):
         return _recognise_pair(row, parser)
-    if set(row) >= _TRUTHFULQA:
-        texts = {name: [str(row[name])] for name in _TRUTHFULQA_TEXTS}
-        return Recognised(PAIRS, "truthfulqa", texts)
+    for names in _TRUTHFULQA:
+        if set(row) >= set(names):
+            return Recognised(PAIRS, "truthfulqa", {name: [str(row[name])] for name in names})
     if pair_format_of(row) == "helpsteer" and any(aspect in row for aspect in _ASPECTS):
         rated = {aspect: row[aspect] for aspect in _ASPECTS if row.get(aspect) is not None}
         texts = {"prompt": [str(row["prompt"])], "response": [str(row["response"])]}

@@ -1,12 +1,14 @@
 """Preference pairs in the formats people have, as our records.
 
 trl            `prompt`, `chosen`, `rejected` as TRL takes them: text, or lists of messages, whose completions
-               may repeat the prompt; without `prompt`, it is what both conversations begin with
+               may repeat the prompt; without `prompt`, it is what both conversations begin with. ShareGPT's
+               `conversations` in place of `prompt` and single messages as answers, too
 mahalo         `question`, `chosen`, `rejected` as in the MAHALO code: the question is a text of turns, each
                opened by `Student:`, `Assistant:` (or User, Human, Tutor, Teacher) at its beginning or after a
                blank line
 hh_rlhf        `chosen` and `rejected` are whole conversations as text, opened by `Human:` and `Assistant:`;
                they differ in the last answer
+hhh            BIG-bench's HHH alignment: `input` and `targets` with `choices` and `labels` (1: the better)
 ultrafeedback  `instruction` and rated `completions`: the best answer by `aspect` against the worst
 helpsteer      `prompt`, `response` and ratings: rows of one prompt that follow each other are compared
 records        pairs that this project wrote (Parquet of `PreferencePair`): taken as they are, token ids too
@@ -124,6 +126,8 @@ def pair_format_of(row: Row) -> str:
         return "ultrafeedback"
     if isinstance(row.get("response"), str) and "prompt" in row and "chosen" not in row:
         return "helpsteer"
+    if isinstance(row.get("targets"), Mapping) and "input" in row:
+        return "hhh"
     if "question" in row:
         return "mahalo"
     transcripts = [row.get(name) for name in ("chosen", "rejected")]
@@ -197,8 +201,8 @@ def _trl(row: Row) -> ParsedPair:
     answers = [require(row, name) for name in ("chosen", "rejected")]
     if all(isinstance(answer, str) for answer in answers):
         return ParsedPair(parse_prompt(require(row, "prompt")), answers[0], answers[1])
-    chosen, rejected = (parse_messages(answer) for answer in answers)
-    prompt = row.get("prompt")
+    chosen, rejected = (parse_messages([a] if isinstance(a, Mapping) else a) for a in answers)
+    prompt = row.get("conversations") if row.get("prompt") is None else row["prompt"]
     if prompt is None:
         both = zip(chosen, rejected, strict=False)
         messages = [a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both)]
@@ -241,6 +245,18 @@ def _transcript(text: str, name: str) -> list[Message]:
     if len(messages) < 2 or messages[-1].role != "assistant":
         raise RowError(f"'{name}' does not end with an answer of the assistant")
     return messages
+
+
+def _hhh(row: Row) -> ParsedPair:
+    """BIG-bench's HHH alignment: the first choice with label 1 against the first with label 0."""
+    targets = dict(require(row, "targets"))
+    choices, labels = get_list(targets, "choices"), get_list(targets, "labels")
+    if len(choices) != len(labels) or {0, 1} - set(labels) or not all(isinstance(c, str) for c in choices):
+        raise RowError(
+            f"'targets' has {len(choices)} choices with labels {show(labels, 40)}: one of each of 1, 0"
+        )
+    chosen, rejected = (choices[labels.index(label)] for label in (1, 0))
+    return ParsedPair(split_turns(get_text(row, "input")), chosen, rejected)
 
 
 def _ultrafeedback(row: Row, aspect: str | None) -> ParsedPair:
@@ -291,7 +307,12 @@ def _rating(value: Any, aspect: str) -> float:
 
 
 _HH_TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
-_FORMATS: dict[str, Callable[[Row], ParsedPair]] = {"trl": _trl, "mahalo": _mahalo, "hh_rlhf": _hh_rlhf}
+_FORMATS: dict[str, Callable[[Row], ParsedPair]] = {
+    "trl": _trl,
+    "mahalo": _mahalo,
+    "hh_rlhf": _hh_rlhf,
+    "hhh": _hhh,
+}
 
 
 def _score(places: Sequence[Mapping[str, Any]], answer: str) -> float | None:

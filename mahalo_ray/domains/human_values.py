@@ -4,10 +4,11 @@ reader of pairs takes them as they are, with `objective_field: objective`.)"""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from mahalo_ray.data.pair_readers import ReadPairs
 from mahalo_ray.data.records import PreferencePair
-from mahalo_ray.data.row_fields import Row, RowError, digest, get_text, parse_prompt, show
+from mahalo_ray.data.row_fields import Row, RowError, digest, get_list, get_text, parse_prompt, show
 from mahalo_ray.data.rows import Place, use_rows
 
 
@@ -23,9 +24,14 @@ def read_truthfulqa(path: str, objective: str, max_pairs_per_question: int, into
 
 
 def _pairs(row: Row, objective: str, most: int, default_id: str, source: str) -> list[PreferencePair]:
-    prompt = parse_prompt(get_text(row, "Question"))
-    correct = _answers(row, "Best Answer", "Correct Answers")
-    incorrect = _answers(row, "Best Incorrect Answer", "Incorrect Answers")
+    if "best_answer" in row:  # as the hub's data set has it: lists, and no best incorrect answer
+        prompt = parse_prompt(get_text(row, "question"))
+        correct = _listed([row["best_answer"], *get_list(row, "correct_answers")])
+        incorrect = _listed(get_list(row, "incorrect_answers"))
+    else:
+        prompt = parse_prompt(get_text(row, "Question"))
+        correct = _answers(row, "Best Answer", "Correct Answers")
+        incorrect = _answers(row, "Best Incorrect Answer", "Incorrect Answers")
     both = set(correct) & set(incorrect)
     if both:
         raise RowError(f"an answer is correct and incorrect: {show(min(both))}")
@@ -46,5 +52,11 @@ def _pairs(row: Row, objective: str, most: int, default_id: str, source: str) ->
 
 def _answers(row: Row, best: str, others: str) -> Sequence[str]:
     """The best answer, then the others, each once."""
-    listed = [answer.strip() for answer in get_text(row, others).split(";")]
-    return list(dict.fromkeys(answer for answer in (get_text(row, best).strip(), *listed) if answer))
+    return _listed([get_text(row, best), *get_text(row, others).split(";")])
+
+
+def _listed(answers: Sequence[Any]) -> Sequence[str]:
+    """Each once, in order, without the empty ones."""
+    if wrong := [answer for answer in answers if not isinstance(answer, str)]:
+        raise RowError(f"an answer is {show(wrong[0])}, not text")
+    return list(dict.fromkeys(answer.strip() for answer in answers if answer.strip()))
