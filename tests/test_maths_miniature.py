@@ -8,8 +8,13 @@ import pytest
 
 from mahalo_ray.domains.math import is_correct
 from mahalo_ray.domains.maths.explanations import engagement, judge_engagement, rate_step
-from mahalo_ray.domains.maths.solver import CHATTY, TERSE, Voice, write_solution
-from mahalo_ray.domains.maths.word_problems import make_word_problem
+from mahalo_ray.domains.maths.word_problems import (
+    CHATTY,
+    TERSE,
+    Voice,
+    make_word_problem,
+    write_solution,
+)
 
 CALCULATION = "So 12 + 5 = 17."
 

@@ -1,9 +1,10 @@
-"""The maths miniature's problems: a short story of 2 to 5 changes, each one calculation."""
+"""The maths miniature: short stories of 2 to 5 changes, each one calculation, and scripted solvers of mixed
+quality, whose solutions the SFT model imitates."""
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mahalo_ray.domains.tutoring.problems import OPERATORS, Operation, Operator
 
@@ -77,3 +78,76 @@ def _draw(rng: random.Random, value: int) -> Operation:
         operation = Operation(value, operator, right)
         if 1 <= operation.result <= LARGEST_RESULT:
             return operation
+
+
+OPENERS = ("So", "Then", "Now", "Next")
+_VERBS: dict[Operator, str] = {"+": "add", "-": "take away", "x": "multiply"}
+QUESTIONS = (
+    "What comes next?",
+    "Do you see it?",
+    "Can you go on?",
+    "Is that what you thought?",
+    "Which number is next?",
+    "Can you check it?",
+    "Ready for more?",
+    "How would you do it?",
+)
+ADDRESSES = ("You can do this.", "Let us look.", "You are close.", "Let us go on.")
+
+
+@dataclass(frozen=True)
+class Voice:
+    """How a solver writes: the chance that a step has a reason, a question, and a word to the reader, and how
+    often its calculation slips. `repeats`: the chance to say what was said before."""
+
+    name: str
+    reason: float
+    question: float
+    address: float
+    slip: float
+    repeats: float = 0.2
+
+
+TERSE = Voice("terse", 0.05, 0.05, 0.02, slip=0.08)
+CHATTY = Voice("chatty", 0.65, 0.65, 0.35, slip=0.28)
+MIXED_VOICE = Voice("mixed", 0.35, 0.3, 0.15, slip=0.16)
+VOICES = (TERSE, CHATTY, MIXED_VOICE)
+
+
+def write_solution(problem: WordProblem, rng: random.Random, voice: Voice | None = None) -> list[str]:
+    """The lines of a solution, the last `#### answer`. A slip is carried on: the next step starts from it.
+
+    Without a `voice`, every step may change it, so that the SFT model learns to do so too.
+    """
+    value = problem.changes[0].operation.left
+    current = voice or rng.choice(VOICES)
+    lines: list[str] = []
+    said: set[str] = set()
+    for change in problem.changes:
+        if voice is None and rng.random() < 0.3:
+            current = rng.choice(VOICES)
+        operation = replace(change.operation, left=value)
+        value = operation.result
+        if rng.random() < current.slip:
+            value = max(0, value + rng.choice((-3, -2, -1, 1, 2, 3)))
+        lines.append(_line(change, operation.text(value), current, rng, said))
+    return [*lines, f"#### {value}"]
+
+
+def _line(change: Change, calculation: str, voice: Voice, rng: random.Random, said: set[str]) -> str:
+    opener = "So" if rng.random() < 0.4 else rng.choice(OPENERS)
+    sentences = [f"{opener} {calculation}."]
+    if rng.random() < voice.reason:
+        sentences.insert(0, f"We {_VERBS[change.operation.operator]} because {change.event}.")
+    if rng.random() < voice.address:
+        sentences.insert(0, _fresh(ADDRESSES, voice, rng, said))
+    if rng.random() < voice.question:
+        sentences.append(_fresh(QUESTIONS, voice, rng, said))
+    return " ".join(sentences)
+
+
+def _fresh(sentences: tuple[str, ...], voice: Voice, rng: random.Random, said: set[str]) -> str:
+    new = [sentence for sentence in sentences if sentence not in said]
+    sentence = rng.choice(new if new and rng.random() >= voice.repeats else sentences)
+    said.add(sentence)
+    return sentence
