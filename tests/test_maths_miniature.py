@@ -6,15 +6,18 @@ import random
 
 import pytest
 
+from mahalo_ray.decoding.stopping import StopReason, boundary_for
 from mahalo_ray.domains.math import is_correct
 from mahalo_ray.domains.maths.explanations import engagement, judge_engagement, rate_step
 from mahalo_ray.domains.maths.word_problems import (
     CHATTY,
     TERSE,
+    MathsMiniature,
     Voice,
     make_word_problem,
     write_solution,
 )
+from mahalo_ray.domains.protocol import load_domain
 
 CALCULATION = "So 12 + 5 = 17."
 
@@ -85,3 +88,54 @@ def test_engaging_solvers_need_more_words_than_there_are_and_slip_more() -> None
     assert right["terse"] > 0.7 and right["chatty"] < 0.5
     assert fitting["terse"] > 0.95 and fitting["chatty"] < 0.3
     assert engaging["terse"] < 0.2 and engaging["chatty"] > 0.5
+
+
+def test_an_episode_is_judged_as_worked_by_hand() -> None:
+    domain = load_domain("maths_miniature")
+    assert isinstance(domain, MathsMiniature)
+    episode = next(e for e in map(domain.episode, range(50)) if len(e.posed.changes) == 3)
+    problem = episode.posed
+    lines = write_solution(problem, random.Random(1), Voice("bare", 0.0, 0.0, 0.0, slip=0.0))
+    assert problem.word_limit == 37
+    asked = episode.fork(1)
+    asked.take_step(f"{lines[0]} What comes next?\n")
+    assert asked.judge_prefix() == {"engagement": pytest.approx(0.45)}
+    assert asked.outcome() == {"accuracy": 0.0, "engagement": pytest.approx(0.15)}  # not complete
+    for line in lines[1:-1]:
+        asked.take_step(f"{line}\n")
+    last, before = asked.judge_prefix()["engagement"], asked.outcome()["engagement"]
+    assert last in (0.0, 0.1)  # opens as the line before, or with another word
+    asked.hear(lines[-1])
+    assert asked.over and asked.outcome() == {"accuracy": 1.0, "engagement": before}
+    assert asked.judge_prefix()["engagement"] == before
+    wordy = episode.fork(2)
+    wordy.hear(
+        "\n".join(
+            [*(f"Let us look. You can do this. {line} Can you go on?" for line in lines[:-1]), lines[-1]]
+        )
+    )
+    assert wordy.outcome()["accuracy"] == 0.0  # right, but in more words than are allowed
+    wrong = episode.fork(3)
+    wrong.hear("\n".join([*lines[:-1], f"#### {problem.answer + 1}"]))
+    assert wrong.outcome()["accuracy"] == 0.0 and not episode.steps
+    unmarked = episode.fork(4)
+    unmarked.hear("\n".join(lines[:-1]))
+    assert unmarked.outcome()["accuracy"] == 0.0  # says no answer, though its last number is right
+
+
+def test_scripted_solutions_are_well_formed_and_half_right() -> None:
+    domain = load_domain("maths_miniature")
+    dialogues = [domain.sft_dialogue(seed) for seed in range(300)]
+    assert not any(domain.is_malformed(dialogue.turns[1].content) for dialogue in dialogues)
+    right = sum((dialogue.outcome or {})["accuracy"] for dialogue in dialogues) / len(dialogues)
+    assert 0.3 < right < 0.6
+    for text in ("", "So 1 + 2 = 3", "So 1 + 2 = 3. Buy now!", "1 + 2 = 3.", "#### three"):
+        assert domain.is_malformed(text)
+    assert not domain.is_malformed("Let us look. So 1 + 2 = 3. What comes next?\n")
+
+
+def test_a_step_ends_with_a_line_that_has_words() -> None:
+    boundary = boundary_for("lines")
+    assert boundary.verdict("So 1 + 2 = 3.\n", 8) is StopReason.STEP
+    assert boundary.verdict("\n\n", 2) is None and boundary.verdict("So 1", 2) is None
+    assert boundary.is_trigger(".\n") and not boundary.is_trigger(".")

@@ -211,8 +211,22 @@ class AnswerOnly:
         return None if verdict is StopReason.STEP else verdict
 
 
+@dataclass(frozen=True)
+class LineBoundary:
+    """A step ends with a line that has words."""
+
+    stop_strings: ClassVar[tuple[str, ...]] = ("\n",)
+
+    def is_trigger(self, piece: str) -> bool:
+        return "\n" in piece
+
+    def verdict(self, text: str, num_tokens: int) -> StopReason | None:
+        return StopReason.STEP if "\n" in text.lstrip() else None
+
+
 BOUNDARIES: dict[str, Boundary] = {
     "math": MathBoundary(),
+    "lines": LineBoundary(),
     "human_values": SentenceBoundary(),
     "tutoring": TurnBoundary(),
 }

@@ -17,6 +17,7 @@ from mahalo_ray.data.records import Dialogue, Message, Turn
 from mahalo_ray.objectives import unknown_name
 
 DOMAINS = {
+    "maths_miniature": "mahalo_ray.domains.maths.word_problems:DOMAIN",
     "tutoring_miniature": "mahalo_ray.domains.tutoring:DOMAIN",
     "human_values_miniature": "mahalo_ray.domains.human_values_miniature.facts:DOMAIN",
 }

@@ -4,8 +4,14 @@ quality, whose solutions the SFT model imitates."""
 from __future__ import annotations
 
 import random
+import re
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
+from mahalo_ray.data.records import Dialogue
+from mahalo_ray.domains.math import final_answer, is_correct
+from mahalo_ray.domains.maths.explanations import engagement, rate_step
+from mahalo_ray.domains.protocol import AnswerEpisode, DomainObjective, Speaker
 from mahalo_ray.domains.tutoring.problems import OPERATORS, Operation, Operator
 
 LARGEST_RESULT = 40
@@ -127,7 +133,7 @@ def write_solution(problem: WordProblem, rng: random.Random, voice: Voice | None
         if voice is None and rng.random() < 0.3:
             current = rng.choice(VOICES)
         operation = replace(change.operation, left=value)
-        value = operation.result
+        value = max(0, operation.result)  # below 0 only behind a slip
         if rng.random() < current.slip:
             value = max(0, value + rng.choice((-3, -2, -1, 1, 2, 3)))
         lines.append(_line(change, operation.text(value), current, rng, said))
@@ -151,3 +157,82 @@ def _fresh(sentences: tuple[str, ...], voice: Voice, rng: random.Random, said: s
     sentence = rng.choice(new if new and rng.random() >= voice.repeats else sentences)
     said.add(sentence)
     return sentence
+
+
+_SENTENCES = [*map(re.escape, (*QUESTIONS, *ADDRESSES))]
+_EVENT = "|".join(event.format(r"\d+") for events in _EVENTS.values() for event in events)
+_OTHER = rf"(?:{'|'.join(_SENTENCES)}|We (?:{'|'.join(_VERBS.values())}) because \w+ (?:{_EVENT})\.)"
+_CALCULATION = rf"(?:{'|'.join(OPENERS)}) \d+ [-+x] \d+ = \d+\."
+_LINE = re.compile(rf"(?:{_OTHER} )*{_CALCULATION}(?: {_OTHER})*|#### \d+")
+
+OBJECTIVES = {
+    "accuracy": DomainObjective(
+        "is the final answer right, and within the words allowed", ("rollout_value", "judged_rollouts")
+    ),
+    "engagement": DomainObjective(
+        "does every step say why, speak to the reader, ask, and vary", ("judged_prefix", "rollout_value")
+    ),
+}
+
+
+@dataclass
+class WordProblemEpisode(AnswerEpisode):
+    """A word problem and its solution so far, line by line."""
+
+    problem: WordProblem | None = None
+
+    @property
+    def posed(self) -> WordProblem:
+        """The problem, which every episode has."""
+        assert self.problem is not None
+        return self.problem
+
+    @property
+    def problem_key(self) -> Hashable:
+        """The calculations: who has what is the same to a learner."""
+        return tuple(change.operation for change in self.posed.changes)
+
+    @property
+    def lines(self) -> list[str]:
+        """What was written so far, the line with the answer left out."""
+        lines = [line.strip() for line in self.answer.split("\n")]
+        return [line for line in lines if line and final_answer(line) is None]
+
+    def judge_prefix(self) -> dict[str, float]:
+        """Engagement of the last line; of the whole explanation once it is complete."""
+        lines = self.lines
+        if self.complete or not lines:
+            return {"engagement": engagement(lines, len(self.posed.changes))}
+        return {"engagement": rate_step(lines[-1], lines[:-1]).value}
+
+    def outcome(self) -> dict[str, float]:
+        """Accuracy: 1 if a complete solution within the word limit marks the right answer. Engagement: the
+        mean rating of the lines that the problem needs, and of those beyond."""
+        marked = final_answer(self.answer)
+        fits = self.complete and len(self.answer.split()) <= self.posed.word_limit
+        right = fits and marked is not None and is_correct(f"#### {marked}", str(self.posed.answer))
+        return {"accuracy": float(right), "engagement": engagement(self.lines, len(self.posed.changes))}
+
+
+class MathsMiniature:
+    """The miniature as a domain: one solution, whose lines are its steps."""
+
+    boundary = "lines"
+    speakers: tuple[Speaker, Speaker] = ("assistant", "user")
+    objectives = OBJECTIVES
+
+    def episode(self, seed: int) -> WordProblemEpisode:
+        problem = make_word_problem(random.Random(f"maths/{seed}"))
+        return WordProblemEpisode(seed, problem.question, problem.topic, 10, problem=problem)
+
+    def sft_dialogue(self, seed: int) -> Dialogue:
+        episode = self.episode(seed)
+        lines = write_solution(episode.posed, random.Random(f"solution/{seed}"))
+        return episode.dialogue("\n".join(lines), "maths_miniature/scripted")
+
+    def is_malformed(self, text: str) -> bool:
+        lines = text.strip().split("\n")
+        return not all(_LINE.fullmatch(line) for line in lines)
+
+
+DOMAIN = MathsMiniature()
