@@ -67,7 +67,8 @@ class Memory:
 @dataclass(frozen=True)
 class Plan:
     """`checkpoint`: bytes of one checkpoint to resume from; `model`: of the finished model's folder;
-    `kept_weights`: of the trained weights that the first worker's host keeps for a KL budget."""
+    `kept_weights`: of the trained weights that the first worker's host keeps for a KL budget;
+    `sweep_trainings`: at most how many more policies a sweep over training weights trains and keeps."""
 
     counts: ParameterCount
     dtype: str
@@ -76,10 +77,13 @@ class Plan:
     checkpoint: int
     model: int
     kept_weights: int
+    sweep_trainings: int = 0
 
 
-def make_plan(model: ModelConfig, policy: PolicyConfig, objectives: int, gpus: int) -> Plan:
-    """Of training `policy` with this number of objectives' heads on `gpus` GPUs.
+def make_plan(
+    model: ModelConfig, policy: PolicyConfig, objectives: int, gpus: int, sweep_trainings: int = 0
+) -> Plan:
+    """Of training `policy` with this number of objectives' heads on `gpus` GPUs, and of the sweep's policies.
 
     ValueError when `model.base` holds no config or is no causal language model.
     """
@@ -102,6 +106,7 @@ def make_plan(model: ModelConfig, policy: PolicyConfig, objectives: int, gpus: i
         counts.total * dtype.itemsize + counts.trained * _FP32 * (1 + _MOMENTS) + kept_weights,
         saved * dtype.itemsize,
         kept_weights,
+        sweep_trainings,
     )
 
 
@@ -256,6 +261,11 @@ def print_plan(console: Console, plan: Plan, gpu_memory_gb: float) -> None:
     if plan.kept_weights:
         wide.print(
             f"The first worker's host keeps {size(plan.kept_weights)} of weights besides ('policy.max_kl')."
+        )
+    if plan.sweep_trainings:
+        wide.print(
+            f"The sweep over training weights trains at most {plan.sweep_trainings} more policies of this "
+            f"size and keeps them: {size(plan.sweep_trainings * plan.model)}."
         )
 
 

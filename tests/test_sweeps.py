@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +11,25 @@ import pytest
 from ray.tune.search import Searcher
 from tiny_run import EXAMPLE
 
-from mahalo_ray.config import ConfigError, EvaluationConfig, RunConfig, load_config
+from mahalo_ray.config import (
+    ConfigError,
+    EvaluationConfig,
+    PolicyConfig,
+    RunConfig,
+    TrainingConfig,
+    load_config,
+)
 from mahalo_ray.data import storage
 from mahalo_ray.decoding.policy import DeviceConfig
-from mahalo_ray.evaluation.methods import Method
+from mahalo_ray.evaluation.methods import Method, Played, PolicyTraining
 from mahalo_ray.evaluation.results import MethodResult
 from mahalo_ray.objectives import Weights
 from mahalo_ray.pipeline.sweeping import rounds_of, sweep_fronts, sweep_methods, sweep_table
 from mahalo_ray.sweeps.decoding import MethodSearch, SweepError, SweepSpec
 from mahalo_ray.sweeps.sweep_table import SweepTable
+from mahalo_ray.sweeps.training_trials import StartingPoint, TrainingSearch, TrainingSpec, policy_config_at
+from mahalo_ray.training.policy_methods import plan_method
+from mahalo_ray.training.settings import PolicySettings
 
 STUDENTS = 60
 LIST = "sweep.weights=[{accuracy: 0.9, engagement: 0.1}, {accuracy: 0.1, engagement: 0.9}]"
@@ -35,7 +46,7 @@ def spec_in(folder: Path) -> SweepSpec:
     )
 
 
-def play(spec: SweepSpec, method: Method) -> None:
+def play(spec: SweepSpec, method: Method, training: PolicyTraining | None = None) -> None:
     """What a trial leaves: a front that turns sharply near all weight on engagement, with noise."""
     assert method.weights is not None
     share = method.weights["accuracy"] ** 0.5
@@ -52,8 +63,7 @@ def play(spec: SweepSpec, method: Method) -> None:
         tokens=100,
         sweep=True,
     )
-    document = {"result": result.model_dump(mode="json"), "samples": [], "seconds": 1.0}
-    storage.write_json(spec.result_url(method), document)
+    spec.write(method, Played(result, [], 1.0, training))
 
 
 def search_of(config: RunConfig, spec: SweepSpec) -> MethodSearch:
@@ -157,6 +167,119 @@ def test_fronts_are_crossed_with_guidance_and_candidates(tmp_path: Path) -> None
     assert {method.guidance for method in methods} == {Weights.one("accuracy")}
 
 
+TRAINING = (
+    "sweep={kind: training, sampler: surf, points: 5, rounds: 2}",
+    "sweep.weights=[{accuracy: 0.9, engagement: 0.1}]",
+)
+
+
+def training_spec_in(folder: Path, config: RunConfig) -> TrainingSpec:
+    run_policy = PolicySettings(
+        model_url="sft",
+        output_url="",
+        model=config.model,
+        seed=config.seed,
+        pairs_url="pairs",
+        objectives=config.objective_names,
+        policy=config.policy,
+    )
+    shared = {field.name: getattr(spec_in(folder), field.name) for field in fields(SweepSpec)}
+    return TrainingSpec(
+        **{**shared, "policy_url": "policy"},
+        run_policy=run_policy,
+        policy_steps=60,
+        cluster=config.cluster,
+        start=config.sweep.start,
+        share=config.sweep.training_share,
+        at_once=config.sweep.concurrent_trainings,
+    )
+
+
+def train_trials(
+    config: RunConfig, folder: Path, at_most: int = 1000, diverges: str = "never"
+) -> tuple[TrainingSearch, list[str]]:
+    """Run what the search suggests, as many trials at a time as it allows, the last one begun ending first;
+    returns it and the names of the methods in the order in which they were begun."""
+    spec = training_spec_in(folder, config)
+    (front,) = sweep_fronts(config)
+    search = TrainingSearch(spec, [rounds_of(config, front)], lambda done, total, name: None)
+    running: list[tuple[str, Method]] = []
+    begun: list[str] = []
+    for number in itertools.count():
+        free = len(running) < spec.at_once and len(begun) < at_most
+        suggestion = search.suggest(str(number)) if free else None
+        if isinstance(suggestion, dict):
+            method, start = Method.from_json(suggestion["method"]), StartingPoint(**suggestion["start"])
+            if diverges in method.name:
+                storage.write_json(spec.failure_url(method), {"failure": "step 3: the loss is not finite"})
+            else:
+                steps = start.steps_from_sft + 10
+                training = PolicyTraining(spec.model_path(method), start.name, 10, steps, 1.0)
+                play(spec, method, training)
+            running.append((str(number), method))
+            begun.append(method.name)
+        elif running:
+            search.on_trial_complete(running.pop()[0])
+        else:
+            return search, begun
+    raise AssertionError
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_a_killed_training_sweep_goes_on_from_the_same_policies(tmp_path: Path, at_once: int) -> None:
+    config = example(*TRAINING, f"sweep.concurrent_trainings={at_once}")
+    whole, begun = train_trials(config, tmp_path / "whole")
+    _, before = train_trials(config, tmp_path / "halved", at_most=3)  # in the sampler's first round
+    again, after = train_trials(config, tmp_path / "halved")
+    tables = [sweep_table(config, search.swept()) for search in (whole, again)]
+    assert before + after == begun and tables[0].points == tables[1].points
+    points = {point.method: point for point in tables[0].points}
+    assert begun[0] == "trained 0.9 / 0.1" and points[begun[0]].started_from == "policy"
+    assert points[begun[0]].steps_from_sft == 70
+    # Of the round from 0 to 1 the middle comes first, and its neighbours go on from it, the ends from these
+    # (or from the listed vector, which is nearer to one of them).
+    in_first_round = [name for name in begun if points[name].round == 1]
+    assert points[in_first_round[0]].started_from == "policy"
+    assert {points[name].weights["accuracy"] for name in in_first_round[-2:]} == {0.0, 1.0}
+    assert points["trained surf 1 / 0"].started_from == "trained 0.9 / 0.1"
+    assert points["trained surf 0 / 1"].started_from not in ("policy", "trained 0.9 / 0.1")
+    url = str(tmp_path / "front.parquet")
+    tables[0].save(url)
+    assert SweepTable.load(url).points == tables[0].points
+
+
+def test_a_training_that_diverges_is_left_out_and_not_tried_again(tmp_path: Path) -> None:
+    config = example(*TRAINING, "sweep.start=policy")
+    search, begun = train_trials(config, tmp_path, diverges="surf 0 / 1")
+    failures = {one.method.name: one.failure for one in search.swept() if one.played is None}
+    assert failures == {"trained surf 0 / 1": "step 3: the loss is not finite"}
+    table = sweep_table(config, search.swept())
+    assert table.failed == list(failures) and {p.started_from for p in table.played} == {"policy"}
+    assert begun.count("trained surf 0 / 1") == 1
+    again, begun = train_trials(config, tmp_path)
+    assert begun == [] and sweep_table(config, again.swept()).points == table.points
+
+
+def test_the_training_for_a_vector_weighs_the_losses_by_it() -> None:
+    policy = PolicyConfig(
+        beta={"accuracy": 0.1, "engagement": 0.3},
+        alpha={"accuracy": 2},
+        metrics_every_steps=5,
+        training=TrainingConfig(batch_size=32, epochs=2, max_steps=40),
+    )
+    names = ("accuracy", "engagement")
+    uneven = policy_config_at(policy, names, Weights({"accuracy": 3, "engagement": 1}), 0.25)
+    assert uneven.alpha == {"accuracy": 3.0, "engagement": 0.5}  # its own 2 and 1, times 2 x (3/4, 1/4)
+    assert (uneven.training.batch_size, uneven.training.epochs, uneven.training.max_steps) == (32, 0.5, 10)
+    assert uneven.metrics_every_steps == 0
+    corner = policy_config_at(policy, names, Weights.one("engagement"), 1.0)
+    plan = plan_method(corner, names)
+    assert plan.objectives == ("engagement",) and plan.heads == names and plan.head_of.tolist() == [1]
+    assert corner.training.batch_size == 16  # every pair as often as in a training of both
+    with pytest.raises(ValueError, match=r"'policy\.alpha' is 0 for every objective"):
+        plan_method(PolicyConfig(alpha={"accuracy": 0, "engagement": 0}), names)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -171,6 +294,8 @@ def test_fronts_are_crossed_with_guidance_and_candidates(tmp_path: Path) -> None
         (["sweep.num_candidates=[4]"], "'num_candidates' above 1 needs 'guidance'"),
         (["sweep.kind=guidance", "sweep.num_candidates=[1]"], "one candidate leaves guidance nothing"),
         (["sweep.kind=guidance", "sweep.guidance=[{accuracy: 1}]"], "'kind: guidance' varies it"),
+        (["sweep.start=sft"], "'start' is for 'kind: training', and the kind is 'decoding'"),
+        (["sweep.kind=training", "sweep.strength=[2]"], "'strength' is not crossed with the vectors"),
         (["sweep.guidance=[{speed: 1}]"], r"sweep\.guidance\[0\].*unknown objective 'speed'"),
     ],
 )

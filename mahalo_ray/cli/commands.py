@@ -188,19 +188,23 @@ def run_stages(config: RunConfig, targets: tuple[str, ...] | None, config_name: 
     """Bring stages up to date (None: all) and say what came of it."""
     from mahalo_ray.evaluation.reward_report import print_report as print_reward_report
     from mahalo_ray.pipeline.evaluating import print_outcome, wide_enough
+    from mahalo_ray.pipeline.run import sweep_pipeline
+    from mahalo_ray.pipeline.sweeping import sweep_stage
+    from mahalo_ray.sweeps.sweep_table import TRAINING_SWEEP, SweepTable, print_sweep
 
     targets = targets_of(config, targets)
-    manifests = execute(pipeline_of(config, targets or ()), config, targets)
+    swept = sweep_stage(config)
+    adds_sweep = config.data is None and targets == (TRAINING_SWEEP,)
+    stages = sweep_pipeline(config) if adds_sweep else pipeline_of(config, targets or ())
+    manifests = execute(stages, config, targets)
     if "report" in manifests:
         print_outcome(out, config, manifests)
         say(f"Serve it: mahalo serve {config_name}")
         return
     if "reward_report" in manifests:
         print_reward_report(wide_enough(out), storage.join(config.output, "reward_report"))
-    if targets == ("sweep",):
-        from mahalo_ray.sweeps.sweep_table import SweepTable, print_sweep
-
-        print_sweep(wide_enough(out), SweepTable.of_run(config.output))
+    if targets == (swept,):
+        print_sweep(wide_enough(out), SweepTable.of_run(config.output, swept))
     for name in targets or manifests:
         say(f"{name}: {storage.join(config.output, name)}")
 
@@ -209,9 +213,12 @@ def targets_of(config: RunConfig, asked: tuple[str, ...] | None) -> tuple[str, .
     """The stages behind a verb (None: all)."""
     from mahalo_ray.pipeline import datasets
     from mahalo_ray.pipeline.rounds import last_stage
+    from mahalo_ray.pipeline.sweeping import sweep_stage
 
     if config.data is not None:
         return datasets.targets(config, asked)
+    if asked == ("sweep",):
+        return (sweep_stage(config),)
     return None if asked is None else tuple(last_stage(config, stage) for stage in asked)
 
 
@@ -375,7 +382,8 @@ def plan(
 
         loaded = load(config, set_, any_seeds=True)
         count = gpus if gpus is not None else loaded.cluster.train_workers
-        made = make_plan(loaded.model, loaded.policy, len(loaded.objectives), count)
+        trainings = loaded.sweep.most_trainings
+        made = make_plan(loaded.model, loaded.policy, len(loaded.objectives), count, trainings)
         if json_:
             typer.echo(plan_to_json(made, gpu_memory_gb))
         else:

@@ -71,6 +71,13 @@ def portfolio(
     delta: Annotated[float | None, typer.Option(min=0, help="Absolute loss allowed on top.")] = None,
     size: Annotated[int | None, typer.Option(min=1, help="Instead of eps: at most so many members.")] = None,
     scale: ScaleOption = "none",
+    policies: Annotated[
+        str | None,
+        typer.Option(
+            help="`swept`: this policy at the weights of the sweep; `trained`: those trained for one balance "
+            "each ('sweep.kind: training'); `both`. Default: `swept` where there are any."
+        ),
+    ] = None,
     evaluate: Annotated[
         int, typer.Option(min=0, help="Most further policies to play, each where least is certified.")
     ] = 0,
@@ -102,7 +109,7 @@ def portfolio(
         if (eps, delta, size) == (None, None, None):
             raise ValueError("say how good or how large it has to be: --eps (and --delta), or --size")
         demand = portfolios.PortfolioDemand(eps, delta, size, check_scale(scale))
-        found = portfolios.candidates_of(run)
+        found = portfolios.candidates_of(run, policies)
         with storage.run_lock(storage.absolute(run)):
             if evaluate:
                 with RunProgress(out) as display, display.stage("Play further policies") as progress:

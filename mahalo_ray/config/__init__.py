@@ -89,6 +89,7 @@ from mahalo_ray.config.section import (
     Temperature,
     Threshold,
     TraceFormat,
+    TrainingStart,
     Tuning,
     ZeroStage,
 )
@@ -194,6 +195,7 @@ __all__ = [
     "TraceFormat",
     "TracesSource",
     "TrainingConfig",
+    "TrainingStart",
     "Tuning",
     "TutorConfig",
     "Verbosity",

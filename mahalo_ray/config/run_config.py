@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from mahalo_ray.config.section import (
     NOT_BOOL,
+    SHAPING_WHERE_SET,
     BaselineName,
     DomainName,
     EnvironmentVariable,
@@ -30,6 +31,7 @@ from mahalo_ray.config.section import (
     SweepKind,
     Text,
     TraceFormat,
+    TrainingStart,
     WeightVector,
 )
 from mahalo_ray.config.stage_config import (
@@ -55,8 +57,9 @@ class SweepConfig(Section):
     """
 
     kind: SweepKind = "decoding"
-    """What the vectors weigh: the policy's heads (`decoding`), or the reward model's objectives (`guidance`,
-    with the heads at `guided.weights`)."""
+    """What the vectors weigh: the policy's heads (`decoding`), the reward model's objectives (`guidance`,
+    with the heads at `guided.weights`), or the losses of a policy that is trained for each vector and decoded
+    at it (`training`)."""
 
     weights: list[WeightVector] = []
     """Weight vectors that are tried, each divided by its sum: `[{accuracy: 0.9, engagement: 0.1}, ...]`."""
@@ -87,8 +90,30 @@ class SweepConfig(Section):
     strength: list[Strength] = []
     """Decoding strengths that are crossed with the vectors; 0 is the SFT model, 1 the policy. Empty: 1."""
 
+    start: Annotated[TrainingStart, Field(json_schema_extra=SHAPING_WHERE_SET)] = "nearest"
+    """Of `kind: training`: what each training goes on from. `nearest` is the nearest policy that is finished:
+    the run's own or another of the sweep, by the distance of the weights; `policy` is always the run's own;
+    `sft` is the SFT model. All have the SFT model as reference."""
+
+    training_share: Annotated[PositiveFraction, Field(json_schema_extra=SHAPING_WHERE_SET)] = 1.0
+    """Of `kind: training`: how much of the training in `policy` each vector gets (of its epochs, or its
+    `max_steps`). A training that goes on from another policy needs less."""
+
+    concurrent_trainings: Annotated[PositiveInt, Field(json_schema_extra=SHAPING_WHERE_SET)] = 1
+    """Of `kind: training`: how many trainings run side by side, each with `cluster.train_workers` workers.
+    More leave fewer finished policies to go on from."""
+
     @model_validator(mode="after")
     def _options_fit_the_kind(self) -> Self:
+        for name in ("start", "training_share", "concurrent_trainings"):
+            if self.kind != "training" and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"'{name}' is for 'kind: training', and the kind is '{self.kind}'")
+        for name in ("guidance", "num_candidates", "strength"):
+            if self.kind == "training" and getattr(self, name):
+                raise ValueError(
+                    f"'{name}' is not crossed with the vectors of 'kind: training', each of which takes a "
+                    "training: leave it out"
+                )
         for name in ("points", "rounds"):
             if self.sampler is None and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"'{name}' is the sampler's, and no 'sampler' is given")
@@ -112,7 +137,15 @@ class SweepConfig(Section):
     @property
     def decoding_weights(self) -> list[Weights]:
         """The vectors of the list, where they weigh the policy's heads."""
-        return [] if self.kind == "guidance" else list(self.weights)
+        return list(self.weights) if self.kind == "decoding" else []
+
+    @property
+    def most_trainings(self) -> int:
+        """At most how many policies are trained."""
+        if self.kind != "training":
+            return 0
+        rounds = 1 if self.sampler in (None, "lattice", "sobol", "dirichlet", "surface") else self.rounds
+        return len(self.weights) + (0 if self.sampler is None else rounds * self.points)
 
 
 class GuidedConfig(Section):

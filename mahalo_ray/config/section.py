@@ -112,7 +112,8 @@ Standardisation = Literal["within_candidates", "calibrated"]
 AggregationKind = Literal["sum", "soft_min", "thresholds"]
 # 0: the head of the model that a policy was made from, 1: the policy's own.
 Strength = Annotated[float, Field(ge=0, le=100), NOT_BOOL]
-SweepKind = Literal["decoding", "guidance"]
+SweepKind = Literal["decoding", "guidance", "training"]
+TrainingStart = Literal["nearest", "policy", "sft"]
 SamplerName = Literal["lattice", "sobol", "dirichlet", "surf", "surface"]
 
 SMALLEST_TEMPERATURE = 1e-6

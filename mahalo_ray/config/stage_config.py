@@ -506,8 +506,9 @@ class PolicyConfig(Section):
     """Whether the prompt of a pair is read once for both responses: where the model allows it, always (an
     error where it does not), or never."""
 
-    alpha: dict[str, PositiveFloat] = {}
-    """Weight of each objective's loss in `mah_dpo`, above 0; 1 where none is given."""
+    alpha: dict[str, NonNegativeFloat] = {}
+    """Weight of each objective's loss in `mah_dpo`; 1 where none is given. The pairs of an objective of
+    weight 0 are left out, and its head stays as it began."""
 
     head_kind: HeadKind = "full"
     """`full` heads are whole matrices, `low_rank` ones a difference of rank `head_rank` from the SFT model's
@@ -598,7 +599,8 @@ class PolicyConfig(Section):
         """Those of all objectives whose pairs the method trains on."""
         if self.objective is not None:
             return (self.objective,)
-        return tuple(name for name in names if not self.mixture or self.mixture.get(name, 0.0) > 0)
+        shares = self.mixture or {name: self.alpha.get(name, 1.0) for name in names}
+        return tuple(name for name in names if shares.get(name, 0.0) > 0)
 
     def check_objectives(self, names: Sequence[str]) -> None:
         """ValueError if the settings name an objective that is not one of `names`, or leave one out."""
@@ -610,6 +612,8 @@ class PolicyConfig(Section):
                 if name not in names:
                     raise ValueError(f"'policy.{where}': {unknown_name('objective', name, names)}")
         trained = self.trained_objectives(names)
+        if not trained:
+            raise ValueError("'policy.alpha' is 0 for every objective: nothing would be trained")
         if betas and (missing := [name for name in trained if name not in betas]):
             raise ValueError(f"'policy.beta' has no value for {', '.join(missing)}")
         if unused := [name for name in betas if name not in trained]:

@@ -75,12 +75,27 @@ class Method:
 
 
 @dataclass(frozen=True)
+class PolicyTraining:
+    """How a policy that a sweep trained came to be. `model`: its folder, as a path in the sweep's own;
+    `started_from`: the name of the policy that it went on from; `steps`: optimizer steps of its own;
+    `steps_from_sft`: those of all policies before it as well."""
+
+    model: str
+    started_from: str
+    steps: int
+    steps_from_sft: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Played:
-    """A method's result, a few of its dialogues to read, and how long it took (0 where nobody measured)."""
+    """A method's result, a few of its dialogues to read, how long it took (0 where nobody measured), and, of
+    a policy trained for it alone, that training."""
 
     result: MethodResult
     samples: list[Dialogue]
     seconds: float = 0.0
+    training: PolicyTraining | None = None
 
 
 class MethodPlayer:

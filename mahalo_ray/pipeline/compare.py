@@ -53,7 +53,7 @@ from mahalo_ray.pipeline.evaluating import (
 from mahalo_ray.pipeline.rounds import all_rounds, last_stage
 from mahalo_ray.pipeline.run import method_version, sections, train_heads
 from mahalo_ray.pipeline.stages import Context, Manifest, Pipeline, Stage, StageResult
-from mahalo_ray.pipeline.sweeping import check_heads, in_order, same_vector, sweep_methods
+from mahalo_ray.pipeline.sweeping import check_heads, in_order, same_vector, unguided_vectors
 
 SOUPS = "compare/soups"
 
@@ -219,6 +219,11 @@ def comparison_pipeline(config: RunConfig) -> Pipeline[RunConfig]:
     ValueError where the run has no policy with a head per objective to compare.
     """
     check_heads(config)
+    if config.sweep.kind == "training":
+        raise ValueError(
+            "'sweep.kind' is 'training': `mahalo compare` sets one policy at many decoding weights against "
+            "its baselines; run it with the sweep over decoding weights, and `mahalo front` for both fronts"
+        )
     names = config.objective_names
     for number, baseline in enumerate(config.compare.baselines):
         if not baseline.vectors(names, config.sweep):
@@ -342,8 +347,8 @@ def compared_policies(config: RunConfig) -> list[PlayedPolicy]:
 
 def _policy_rows(config: RunConfig) -> list[Method]:
     """MAH-DPO at those weight vectors of the baselines at which the run itself has not played it."""
-    known = [m.weights for m in (*sweep_methods(config), *other_methods(config)) if m.kind != "guided"]
-    vectors = [weights for weights in known if weights is not None]
+    vectors = unguided_vectors(config)
+    vectors += [m.weights for m in other_methods(config) if m.kind != "guided" and m.weights is not None]
     missing: list[Weights] = []
     for policy in baseline_policies(config):
         if not any(same_vector(config, policy.weights, other) for other in (*vectors, *missing)):

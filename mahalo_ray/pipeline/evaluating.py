@@ -34,6 +34,7 @@ from mahalo_ray.pipeline.sweeping import (
     methods_progress,
     play_spec,
     same_vector,
+    sweep_stage,
     unguided_vectors,
 )
 from mahalo_ray.sweeps.decoding import mean_and_error, play_methods
@@ -84,7 +85,7 @@ def _means(result: MethodResult) -> dict[str, float]:
 def report(context: Context[RunConfig]) -> StageResult:
     """The table, what it shows in words, and how it was measured, as a page, a picture and JSON."""
     config = context.config
-    files = [context.input(stage, "methods") for stage in ("evaluate", "sweep")]
+    files = [context.input(stage, "methods") for stage in ("evaluate", sweep_stage(config))]
     documents = [document for file in files for document in storage.read_json(file)]
     table = table_of(config, documents)
     claims = check_claims(table)
@@ -105,9 +106,9 @@ def even_front(context: Context[RunConfig], table: ComparisonTable) -> EvenFront
     config = context.config
     if not config.sweep.weights or config.sweep.sampler is None:
         return None
-    points = SweepTable.load(context.input("sweep", "front")).played
+    points = SweepTable.load(context.input(sweep_stage(config), "front")).played
     asked = {p.method for p in points if p.last_round and p.guidance is None and p.strength == 1}
-    documents = storage.read_json(context.input("sweep", "points"))
+    documents = storage.read_json(context.input(sweep_stage(config), "points"))
     even = [MethodResult.model_validate(d["result"]) for d in documents if d["result"]["name"] in asked]
     listed = [table.methods[index] for index in table.sweep_indices]
     if len(even) < 2 or len(config.objective_names) < 2:
@@ -190,7 +191,7 @@ def print_outcome(console: Console, config: RunConfig, manifests: dict[str, Mani
     """Print the table and the claims of a finished report, and the path of its page."""
     output = storage.absolute(config.output)
     documents = []
-    for stage in ("evaluate", "sweep"):
+    for stage in ("evaluate", sweep_stage(config)):
         documents += storage.read_json(storage.join(output, stage, manifests[stage].outputs["methods"]))
     table = table_of(config, documents)
     wide = wide_enough(console)

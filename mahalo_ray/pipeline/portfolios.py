@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mahalo_ray.config import RunConfig, load_config
+from mahalo_ray.config import RunConfig, SweepConfig, load_config
 from mahalo_ray.data import storage
 from mahalo_ray.decoding.policy import DeviceConfig
 from mahalo_ray.evaluation import plots
@@ -21,7 +21,7 @@ from mahalo_ray.evaluation.methods import Method, Played
 from mahalo_ray.evaluation.results import MethodResult
 from mahalo_ray.evaluation.statistics import align
 from mahalo_ray.metrics import FloatArray
-from mahalo_ray.objectives import Weights
+from mahalo_ray.objectives import Weights, unknown_name
 from mahalo_ray.pipeline.artifacts import run_model
 from mahalo_ray.pipeline.seed_blocks import fresh_students
 from mahalo_ray.pipeline.sweeping import SweepFront
@@ -29,7 +29,7 @@ from mahalo_ray.sweeps import Portfolio, portfolio
 from mahalo_ray.sweeps.decoding import PlayedCallback, SweepSpec, play_rounds, rounded
 from mahalo_ray.sweeps.front_metrics import bootstrap_values
 from mahalo_ray.sweeps.portfolio import FILE_IN_RUN, least_eps_by_size, sweep_fingerprint
-from mahalo_ray.sweeps.sweep_table import SweepTable
+from mahalo_ray.sweeps.sweep_table import FILE, SWEEP, TRAINING_SWEEP, SweepTable
 
 PICTURE = "portfolio.png"  # in the run, beside the portfolio
 RESAMPLES = 200  # kept with a portfolio, for the intervals of its losses
@@ -38,8 +38,13 @@ _BEST = {
     "decoding": "the best of this run's policy over the decoding weights (and guidance, strength) that were "
     "played; a policy trained for one balance is not among them",
     "guidance": "the best of this run's guided policy over the guidance weights that were played",
-    "training": "the best of the policies that the sweep trained",
+    "training": "the best of the policies that the sweep trained, each for one balance; the run's own policy "
+    "at other decoding weights is not among them",
+    "decoding and training": "the best of both: this run's policy at the decoding weights that were played, "
+    "and the policies that the sweep trained for one balance each",
 }
+# What a portfolio may be chosen from -> the stages that have played it.
+POLICIES = {"swept": (SWEEP,), "trained": (TRAINING_SWEEP,), "both": (SWEEP, TRAINING_SWEEP)}
 
 
 @dataclass(frozen=True)
@@ -68,15 +73,16 @@ class SweptPolicies:
     policies: list[dict[str, Any]] = field(default_factory=list)
     values: list[FloatArray] = field(default_factory=list)  # of each policy, [students, objectives]
 
-    def add(self, vector: Weights, result: MethodResult) -> None:
-        """A policy found at a weight vector. One that was there before is left out, and so is one that met
-        other students."""
+    def add(self, vector: Weights, result: MethodResult, model: str | None = None) -> None:
+        """A policy found at a weight vector; `model`: the folder, as a path in the run, of one that was
+        trained. One that was there before is left out, and so is one that met other students."""
         policy = {
             "method": result.name,
             "weights": result.weights,
             "guidance": result.guidance,
             "num_candidates": result.num_candidates,
             "strength": result.strength,
+            **({} if model is None else {"model": model}),
         }
         served = {name: value for name, value in policy.items() if name != "method"}
         known = [{n: v for n, v in other.items() if n != "method"} for other in self.policies]
@@ -112,31 +118,61 @@ class SweptPolicies:
         return chosen.described(tuple(self.policies), unit, _BEST[self.kind], samples, self.sweep)
 
 
-def candidates_of(run: str) -> SweptPolicies:
-    """The policies that the sweep of a finished run has played, and, of a sweep over decoding weights, the
+def candidates_of(run: str, policies: str | None = None) -> SweptPolicies:
+    """The policies that the sweeps of a finished run have played, and, of a sweep over decoding weights, the
     heads alone, where the stage `evaluate` has played them: the corners.
 
-    ValueError where the run has no finished sweep.
+    Args:
+        policies: a key of `POLICIES`; None: `swept`, or `trained` where the run has no other sweep.
+
+    ValueError where the run has no such finished sweep, or its two sweeps met different students.
     """
-    table = SweepTable.of_run(run)
     folder = storage.absolute(run)
-    documents = storage.read_json(storage.join(folder, "sweep", "points.json"))
-    results = {d["result"]["name"]: MethodResult.model_validate(d["result"]) for d in documents}
-    if not table.played:
-        raise ValueError(f"the sweep of the run at '{run}' has no point with a result")
-    kind = table.played[0].kind
-    students = results[table.played[0].method].student_ids
-    found = SweptPolicies(kind, table.objectives, students, sweep_fingerprint(run))
-    for point in table.played:
-        vector = point.guidance if kind == "guidance" else point.weights
-        found.add(Weights(vector or {}), results[point.method])
+    if policies is None:
+        only_trained = not _has_sweep(folder, SWEEP) and _has_sweep(folder, TRAINING_SWEEP)
+        policies = "trained" if only_trained else "swept"
+    if policies not in POLICIES:
+        raise ValueError(unknown_name("choice of policies", policies, POLICIES))
+    stages = POLICIES[policies]
+    tables = {stage: SweepTable.of_run(run, stage) for stage in stages}
+    for stage, table in tables.items():
+        if not table.played:
+            raise ValueError(f"the stage '{stage}' of the run at '{run}' has no point with a result")
+    results = {stage: _results_of(folder, stage) for stage in stages}
+    first = tables[stages[0]]
+    students = results[stages[0]][first.played[0].method].student_ids
+    kinds = " and ".join(table.played[0].kind for table in tables.values())
+    if kinds not in _BEST:
+        raise ValueError("a sweep over guidance weights and one over training weights weigh different things")
+    found = SweptPolicies(kinds, first.objectives, students, sweep_fingerprint(run, stages))
+    for stage, table in tables.items():
+        before = len(found.vectors)
+        for point in table.played:
+            vector = point.guidance if point.kind == "guidance" else point.weights
+            model = None if point.model is None else f"{stage}/{point.model}"
+            found.add(Weights(vector or {}), results[stage][point.method], model)
+        if len(found.vectors) == before:
+            raise ValueError(
+                f"the policies of '{stage}' met other students than those of '{stages[0]}': run "
+                "`mahalo sweep` again for both with the same 'evaluation'"
+            )
     heads = storage.join(folder, "evaluate", "methods.json")
-    if kind == "decoding" and storage.exists(heads):
+    if SWEEP in stages and first.played[0].kind == "decoding" and storage.exists(heads):
         for document in storage.read_json(heads):
             result = MethodResult.model_validate(document["result"])
             if result.kind == "head":
                 found.add(Weights(result.weights or {}), result)
     return found
+
+
+def _has_sweep(folder: str, stage: str) -> bool:
+    return storage.exists(storage.join(folder, stage, FILE))
+
+
+def _results_of(folder: str, stage: str) -> dict[str, MethodResult]:
+    """What every policy of a stage's sweep reached, by its name."""
+    documents = storage.read_json(storage.join(folder, stage, "points.json"))
+    return {d["result"]["name"]: MethodResult.model_validate(d["result"]) for d in documents}
 
 
 class WorstCells:
@@ -189,12 +225,12 @@ def split_worst_cells(
             f"'{found.kind}': leave out --evaluate; the certificate is over the policies that were played"
         )
     folder = storage.absolute(run)
-    config = config_of(folder)
+    config = decoding_config_of(folder)
     spec = SweepSpec(
         sft_url=run_model(folder, "sft"),
         policy_url=run_model(folder, "policy"),
         reward_url=run_model(folder, "reward"),
-        output_url=storage.join(folder, "sweep"),
+        output_url=storage.join(folder, SWEEP),
         placement=DeviceConfig(config.cluster.device, config.model.dtype),
         threads=max(1, math.floor(config.cluster.cpus_per_rollout_actor)),
         config=config.evaluation,
@@ -211,6 +247,14 @@ def split_worst_cells(
 def config_of(run: str) -> RunConfig:
     """The configuration that the run in this folder was made with."""
     return load_config(storage.local_copy(storage.join(run, "config.yaml")))
+
+
+def decoding_config_of(run: str) -> RunConfig:
+    """The same with a sweep over decoding weights, whatever the last sweep of the run was over."""
+    config = config_of(run)
+    if config.sweep.kind == "decoding":
+        return config
+    return config.model_copy(update={"sweep": SweepConfig(weights=config.sweep.weights)})
 
 
 def save_portfolio(run: str, found: SweptPolicies, demand: PortfolioDemand, chosen: Portfolio) -> list[str]:

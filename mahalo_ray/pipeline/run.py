@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from typing import Any
 
@@ -37,9 +37,19 @@ from mahalo_ray.pipeline.rounds import all_rounds, last_stage, round_stage
 from mahalo_ray.pipeline.seed_blocks import first_seed, round_seed
 from mahalo_ray.pipeline.serve import try_serving
 from mahalo_ray.pipeline.stages import Context, Pipeline, Stage, StageResult
-from mahalo_ray.pipeline.sweeping import sweep, unguided_vectors
+from mahalo_ray.pipeline.sweeping import (
+    leave_sweep,
+    methods_progress,
+    play_spec,
+    rounds_of,
+    sweep,
+    sweep_fronts,
+    sweep_stage,
+    unguided_vectors,
+)
 from mahalo_ray.rollouts.dialogue_job import CANDIDATES, DialogueChunks, RolloutSpec, run_rollouts
 from mahalo_ray.rollouts.pair_building import build_pairs, judged_pairs, labelled_traces
+from mahalo_ray.sweeps.training_trials import TrainingSpec, train_rounds
 from mahalo_ray.training.policy_methods import METHOD_VERSIONS
 from mahalo_ray.training.ray_train import TrainingResult, run_stage
 from mahalo_ray.training.settings import PolicySettings, RewardSettings, SftSettings, StageSettings
@@ -129,8 +139,13 @@ def scratch_config(
 
 def train_heads(context: Context[RunConfig], base_url: str, pairs_stage: str = "pairs") -> StageResult:
     """MAH-DPO (or a baseline) on the pairs of this stage; the base is the reference too."""
+    return train(context, policy_training(context, base_url, pairs_stage))
+
+
+def policy_training(context: Context[RunConfig], base_url: str, pairs_stage: str) -> PolicySettings:
+    """The training of the policy that `policy` describes, on the pairs of this stage."""
     config = context.config
-    settings = PolicySettings(
+    return PolicySettings(
         model_url=base_url,
         output_url=context.path("model"),
         model=config.model,
@@ -142,7 +157,6 @@ def train_heads(context: Context[RunConfig], base_url: str, pairs_stage: str = "
         domain=config.domain.name if config.data is None else None,
         step_domain=_step_domain(config),
     )
-    return train(context, settings)
 
 
 def _step_domain(config: RunConfig) -> str | None:
@@ -282,6 +296,26 @@ def policy(context: Context[RunConfig], number: int = 1) -> StageResult:
     return train_heads(context, context.input("sft", "model"), round_stage("pairs", number))
 
 
+def training_sweep(context: Context[RunConfig]) -> StageResult:
+    """A policy trained for every weight vector of the sweep, each played against the same fresh students."""
+    config, section = context.config, context.config.sweep
+    shared = {
+        field.name: getattr(spec, field.name) for spec in [play_spec(context)] for field in fields(spec)
+    }
+    spec = TrainingSpec(
+        **shared,
+        run_policy=policy_training(context, context.input("sft", "model"), last_stage(config, "pairs")),
+        policy_steps=round(context.metrics_of(last_stage(config, "policy"))["step"]),
+        cluster=config.cluster,
+        start=section.start,
+        share=section.training_share,
+        at_once=section.concurrent_trainings,
+    )
+    (front,) = sweep_fronts(config)
+    swept = train_rounds(spec, rounds_of(config, front), methods_progress(context))
+    return leave_sweep(context, spec, swept)
+
+
 def _play(
     context: Context[RunConfig],
     settings: RolloutConfig,
@@ -329,6 +363,36 @@ def _sweep_settings(config: RunConfig) -> dict[str, Any]:
     guides = config.sweep.kind == "guidance" or bool(config.sweep.guidance)
     guided = sections("guided")(config) if guides else {}
     return {**sections("sweep", "evaluation", "objective_names", "model.dtype")(config), **guided}
+
+
+def _sweep_stage(config: RunConfig) -> Stage[RunConfig]:
+    """The sweep that the configuration describes."""
+    policy_and_judges = ("sft", "reward", last_stage(config, "policy"))
+    if config.sweep.kind != "training":
+        return Stage(
+            sweep_stage(config),
+            "Sweep the weights",
+            sweep,
+            _sweep_settings,
+            needs=policy_and_judges,
+            version=3,  # leaves the table of all points
+            resumes=True,
+        )
+    return Stage(
+        sweep_stage(config),
+        "Train a policy for every weight vector",
+        training_sweep,
+        lambda config: {**_policy_settings(config), **sections("sweep", "evaluation")(config)},
+        needs=(*policy_and_judges, last_stage(config, "pairs")),
+        resumes=True,
+    )
+
+
+def sweep_pipeline(config: RunConfig) -> Pipeline[RunConfig]:
+    """The stages up to the sweep alone. What a finished run made of its sweep over decoding weights is left
+    where one over training weights is added."""
+    whole = pipeline(config)
+    return Pipeline(whole.needed_for([sweep_stage(config)]))
 
 
 def _with_list_of_sweep(*names: str) -> Callable[[RunConfig], dict[str, Any]]:
@@ -439,15 +503,7 @@ def pipeline(config: RunConfig) -> Pipeline[RunConfig]:
         [
             *_BEFORE_ROUNDS,
             *itertools.chain.from_iterable(_round(number) for number in range(1, config.rounds + 1)),
-            Stage(
-                "sweep",
-                "Sweep the weights",
-                sweep,
-                _sweep_settings,
-                needs=("sft", "reward", last),
-                version=3,  # leaves the table of all points
-                resumes=True,
-            ),
+            _sweep_stage(config),
             Stage(
                 "evaluate",
                 "Evaluate heads and guidance",
@@ -469,7 +525,7 @@ def pipeline(config: RunConfig) -> Pipeline[RunConfig]:
                 "Write the report",
                 report,
                 _with_list_of_sweep("name", "objectives", "evaluation", "guided"),
-                needs=("sft", "reward", *trained, "sweep", "evaluate"),
+                needs=("sft", "reward", *trained, sweep_stage(config), "evaluate"),
                 uses_ray=False,
             ),
         ]

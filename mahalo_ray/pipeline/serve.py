@@ -32,7 +32,7 @@ from mahalo_ray.serving.api_key import KeyDigests
 from mahalo_ray.serving.front import RunFiles
 from mahalo_ray.serving.launch import Serving, error_log_folder, serve_forever, start
 from mahalo_ray.serving.service import Defaults, ServiceSettings
-from mahalo_ray.sweeps.portfolio import FILE_IN_RUN, Portfolio, sweep_fingerprint
+from mahalo_ray.sweeps.portfolio import FILE_IN_RUN, Portfolio, is_made_of
 
 SMOKE_SEED = 7
 EXAMPLES = 4
@@ -189,9 +189,12 @@ def _start(
     )
 
 
-def _is_current(portfolio: str, output: str) -> bool:
-    """Whether it was made from the sweep that the run has now."""
-    return Portfolio.load(portfolio).sweep == sweep_fingerprint(output)
+def _is_served(portfolio: str, output: str) -> bool:
+    """Whether it was made from the sweep that the run has now, and all members are the run's own policy: the
+    endpoint holds no other."""
+    found = Portfolio.load(portfolio)
+    trained = any("model" in found.policies[member] for member in found.members if found.policies)
+    return is_made_of(output, found.sweep) and not trained
 
 
 def run_files(config: RunConfig, output: str) -> RunFiles:
@@ -205,7 +208,7 @@ def run_files(config: RunConfig, output: str) -> RunFiles:
     return RunFiles(
         # A sweep's own file has the points of all rounds, not only the report's rows.
         methods=tuple(files.get("points", files["methods"]) for files in finished.values()),
-        portfolio=portfolio if storage.exists(portfolio) and _is_current(portfolio, output) else None,
+        portfolio=portfolio if storage.exists(portfolio) and _is_served(portfolio, output) else None,
         objectives=config.objective_names,
         confidence=config.evaluation.confidence,
         resamples=config.evaluation.bootstrap_resamples,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from mahalo_ray.config import RunConfig
@@ -29,7 +29,7 @@ from mahalo_ray.sweeps.decoding import (
     play_rounds,
     tune_folder,
 )
-from mahalo_ray.sweeps.sweep_table import FILE, SweepPoint, SweepTable
+from mahalo_ray.sweeps.sweep_table import FILE, SWEEP, TRAINING_SWEEP, SweepPoint, SweepTable
 
 METHODS, POINTS = "methods.json", "points.json"
 
@@ -47,7 +47,9 @@ class SweepFront:
         vector = in_order(config, weights, 4 if sampler else 3)
         decoding, guidance, candidates = weights, self.guidance, self.num_candidates
         name = f"{sampler or 'weights'} {vector}"
-        if config.sweep.kind == "guidance":
+        if config.sweep.kind == "training":
+            name = f"trained {name.removeprefix('weights ')}"
+        elif config.sweep.kind == "guidance":
             decoding, guidance = config.guided.point[0], weights
             name = f"{sampler or 'guidance'} {vector}, K {candidates}"
         elif guidance is not None:
@@ -90,8 +92,16 @@ def in_order(config: RunConfig, weights: Weights, digits: int = 3) -> str:
     return " / ".join(f"{value:.{digits}g}" for value in weights.over(config.objective_names))
 
 
+def sweep_stage(config: RunConfig) -> str:
+    """The stage, and folder, of the sweep that the configuration describes. One over training weights has its
+    own, so that both kinds of front of one run stand side by side."""
+    return TRAINING_SWEEP if config.sweep.kind == "training" else SWEEP
+
+
 def unguided_vectors(config: RunConfig) -> list[Weights]:
-    """The decoding weights at which the sweep's list has the policy without guidance."""
+    """The decoding weights at which the sweep's list has the run's policy without guidance."""
+    if config.sweep.kind == "training":
+        return []
     plain = (m for m in sweep_methods(config) if m.guidance is None and m.strength == 1)
     found = [method.weights for method in plain]
     return [weights for weights in found if weights is not None]
@@ -114,13 +124,24 @@ def sweep(context: Context[RunConfig]) -> StageResult:
     config = context.config
     spec, sources = play_spec(context), [rounds_of(config, front) for front in sweep_fronts(config)]
     swept = play_rounds(spec, sources, config.cluster, methods_progress(context))
+    return leave_sweep(context, spec, swept)
+
+
+def leave_sweep(context: Context[RunConfig], spec: SweepSpec, swept: list[Swept]) -> StageResult:
+    """The outputs of a finished sweep. SweepError where a policy of the report is missing that another
+    attempt may bring, or all are."""
+    config = context.config
     failed = [one.method.name for one in swept if one.played is None]
-    if failed and any(one.played is None and _is_report_row(config, one, swept) for one in swept):
+    missing = [one for one in swept if one.played is None and one.failure is None]
+    if failed and (len(failed) == len(swept) or any(_is_report_row(config, one, swept) for one in missing)):
         raise methods_failed(failed, spec)
     if failed:
         context.progress.say(
             f"left out, as their trials failed: {', '.join(failed)}; logs are in '{tune_folder(spec)}'"
         )
+    for one in swept:
+        if one.failure is not None:
+            context.progress.say(f"'{one.method.name}' has no result: {one.failure}")
     table = sweep_table(config, swept)
     table.save(context.path(FILE))
     rows = [one for one in swept if _is_report_row(config, one, swept)]
@@ -188,6 +209,13 @@ def sweep_table(config: RunConfig, swept: list[Swept]) -> SweepTable:
                 "kl_to_reference": row.kl_to_reference,
                 "malformed_rate": row.malformed_rate,
             }
+            if one.played.training is not None:
+                training = asdict(one.played.training)
+                figures |= {
+                    "training_steps": training.pop("steps"),
+                    "training_seconds": training.pop("seconds"),
+                    **training,
+                }
         asked = one.rounds[-1] >= fixed_rounds
         points.append(
             SweepPoint(

@@ -274,7 +274,9 @@ class ChatService:
         except ValueError as error:
             raise ApiError(400, str(error), "weights", "invalid_value") from None
         if report is None:
-            raise ApiError(404, "the run behind this server has no portfolio", code="no_portfolio")
+            raise ApiError(
+                404, "the run behind this server has no portfolio of its own policy", code="no_portfolio"
+            )
         return report
 
     def _described(self) -> list[ObjectiveReport]:

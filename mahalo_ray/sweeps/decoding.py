@@ -17,7 +17,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,7 +30,7 @@ from mahalo_ray.data import storage
 from mahalo_ray.data.records import Dialogue
 from mahalo_ray.decoding.policy import DeviceConfig
 from mahalo_ray.errors import StageError
-from mahalo_ray.evaluation.methods import Method, MethodPlayer, Played
+from mahalo_ray.evaluation.methods import Method, MethodPlayer, Played, PolicyTraining
 from mahalo_ray.evaluation.results import MethodResult
 from mahalo_ray.metrics import FloatArray
 from mahalo_ray.objectives import Weights
@@ -62,10 +62,13 @@ class SweepSpec:
     domain: str
     objectives: tuple[str, ...]
 
+    def digest(self, method: Method) -> str:
+        """What the files of a method are named after."""
+        return hashlib.sha256(json.dumps(method.as_json(), sort_keys=True).encode()).hexdigest()[:16]
+
     def result_url(self, method: Method) -> str:
         """Where the result of a method lies."""
-        digest = hashlib.sha256(json.dumps(method.as_json(), sort_keys=True).encode()).hexdigest()
-        return storage.join(self.output_url, f"method-{digest[:16]}.json")
+        return storage.join(self.output_url, f"method-{self.digest(method)}.json")
 
     def read(self, method: Method) -> Played | None:
         """The result of a method, None where it was not played yet."""
@@ -74,7 +77,29 @@ class SweepSpec:
             return None
         document = storage.read_json(url)
         samples = [Dialogue.model_validate(sample) for sample in document["samples"]]
-        return Played(MethodResult.model_validate(document["result"]), samples, document["seconds"])
+        result = MethodResult.model_validate(document["result"])
+        training = document.get("training")
+        trained = None if training is None else PolicyTraining(**training)
+        return Played(result, samples, document["seconds"], trained)
+
+    def write(self, method: Method, played: Played) -> None:
+        """Keep the result of a method."""
+        document = {
+            "result": played.result.model_dump(mode="json"),
+            "samples": [dialogue.model_dump(mode="json") for dialogue in played.samples],
+            "seconds": round(played.seconds, 3),
+            "training": None if played.training is None else asdict(played.training),
+        }
+        storage.write_json(self.result_url(method), document)
+
+    def failure(self, method: Method) -> str | None:
+        """Why a method will never have a result, where that is known; None: nothing speaks against it."""
+        return None
+
+    def trial_metrics(self, played: Played) -> dict[str, Any]:
+        """What Ray Tune is told about a finished trial."""
+        means = {name: sum(values) / len(values) for name, values in played.result.values.items()}
+        return {**means, "malformed_rate": played.result.malformed_rate, tune.result.DONE: True}
 
 
 class MethodTrial(tune.Trainable):
@@ -105,15 +130,9 @@ class MethodTrial(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """Play the method and write its result."""
         began = time.monotonic()
-        played = self.player.run(self.method)
-        document = {
-            "result": played.result.model_dump(mode="json"),
-            "samples": [dialogue.model_dump(mode="json") for dialogue in played.samples],
-            "seconds": round(time.monotonic() - began, 3),
-        }
-        storage.write_json(self.spec.result_url(self.method), document)
-        means = {name: sum(values) / len(values) for name, values in played.result.values.items()}
-        return {**means, "malformed_rate": played.result.malformed_rate, tune.result.DONE: True}
+        played = replace(self.player.run(self.method), seconds=time.monotonic() - began)
+        self.spec.write(self.method, played)
+        return self.spec.trial_metrics(played)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """A trial is one iteration whose result is already written: nothing to save."""
@@ -229,13 +248,14 @@ def mean_and_error(played: Played | None, objectives: Sequence[str]) -> tuple[Fl
 
 @dataclass(frozen=True)
 class Swept:
-    """A method that a sweep played. `played` None: its trial failed. `rounds`: those of its source that asked
-    for it, from 0."""
+    """A method that a sweep played. `played` None: its trial failed, and `failure` says why, where it would
+    fail again. `rounds`: those of its source that asked for it, from 0."""
 
     method: Method
     played: Played | None
     source: int
     rounds: tuple[int, ...]
+    failure: str | None = None
 
 
 class MethodSearch(Searcher):
@@ -269,6 +289,16 @@ class MethodSearch(Searcher):
         """Whether nothing is left to play."""
         return not self._waiting and not self._running
 
+    @property
+    def next_waiting(self) -> Method | None:
+        """The method that is suggested next."""
+        return self._waiting[0] if self._waiting else None
+
+    @property
+    def running(self) -> list[Method]:
+        """The methods of the trials that run now."""
+        return list(self._running.values())
+
     def swept(self) -> list[Swept]:
         """Everything that was played, in the order it was asked for."""
         places: dict[Method, tuple[int, list[int]]] = {}
@@ -277,9 +307,13 @@ class MethodSearch(Searcher):
                 for method in methods:
                     places.setdefault(method, (source, []))[1].append(number)
         return [
-            Swept(method, self._result(method), source, tuple(numbers))
+            Swept(method, self.result(method), source, tuple(numbers), self.spec.failure(method))
             for method, (source, numbers) in places.items()
         ]
+
+    def playing_order(self, methods: Sequence[Method]) -> list[Method]:
+        """The order in which the methods of a round are played."""
+        return list(methods)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next method; None while another round may follow what is being played."""
@@ -293,7 +327,7 @@ class MethodSearch(Searcher):
     ) -> None:
         """Note what the trial came to, and begin the next round of every source that waited for it."""
         method = self._running.pop(trial_id)
-        if self._result(method) is None:
+        if self.result(method) is None:
             self.failed.append(method)
         try:
             for source in range(len(self.sources)):
@@ -308,19 +342,23 @@ class MethodSearch(Searcher):
         methods = self._open[source]
         while methods is not None and all(map(self._is_settled, methods)):
             if methods:
-                self.sources[source].tell([self._result(method) for method in methods])
+                self.sources[source].tell([self.result(method) for method in methods])
             methods = self.sources[source].next_round() or None
             self._open[source] = methods
             if methods is not None:
                 self.rounds[source].append(methods)
                 underway = {*self._waiting, *self._running.values()}
-                self._waiting += [m for m in methods if not self._is_settled(m) and m not in underway]
+                ordered = self.playing_order(methods)
+                self._waiting += [m for m in ordered if not self._is_settled(m) and m not in underway]
         self._report("")
 
     def _is_settled(self, method: Method) -> bool:
-        return method in self.failed or self._result(method) is not None
+        if method in self.failed or self.result(method) is not None:
+            return True
+        return self.spec.failure(method) is not None
 
-    def _result(self, method: Method) -> Played | None:
+    def result(self, method: Method) -> Played | None:
+        """What a method came to, None where it has no result."""
         if method not in self._results and (played := self.spec.read(method)) is not None:
             self._results[method] = played
         return self._results.get(method)
@@ -352,12 +390,9 @@ def play_rounds(
 
     ray.init must have been called. Raises SweepError where a sampler has too few results to go on.
     """
-    search = MethodSearch(spec, sources, progress)
-    if not search.is_done:
-        _tune(spec, search, cluster)
-    if search.error is not None:
-        raise search.error
-    return search.swept()
+    resources = {"cpu": cluster.cpus_per_rollout_actor, "gpu": 1 if cluster.use_gpu else 0}
+    trainable = tune.with_resources(tune.with_parameters(MethodTrial, spec=spec), resources)
+    return run_search(MethodSearch(spec, sources, progress), trainable, cluster.rollout_actors, cluster)
 
 
 def play_methods(
@@ -389,22 +424,22 @@ def tune_folder(spec: SweepSpec) -> str:
     return storage.join(spec.output_url, "tune")
 
 
-def _tune(spec: SweepSpec, search: MethodSearch, cluster: ClusterConfig) -> None:
-    resources = {"cpu": cluster.cpus_per_rollout_actor, "gpu": 1 if cluster.use_gpu else 0}
-    trainable = tune.with_resources(tune.with_parameters(MethodTrial, spec=spec), resources)
-    tuner = tune.Tuner(
-        trainable,
-        tune_config=tune.TuneConfig(
-            search_alg=search,
-            num_samples=-1,
-            reuse_actors=True,
-            max_concurrent_trials=cluster.rollout_actors,
-        ),
-        run_config=tune.RunConfig(
-            name="trials",
-            storage_path=tune_folder(spec),
-            failure_config=tune.FailureConfig(max_failures=cluster.max_failures),
-            verbose=0,
-        ),
-    )
-    tuner.fit()
+def run_search(search: MethodSearch, trainable: Any, at_once: int, cluster: ClusterConfig) -> list[Swept]:
+    """Run what the search suggests as trials of `trainable`, `at_once` side by side; see `play_rounds`."""
+    if not search.is_done:
+        tuner = tune.Tuner(
+            trainable,
+            tune_config=tune.TuneConfig(
+                search_alg=search, num_samples=-1, reuse_actors=True, max_concurrent_trials=at_once
+            ),
+            run_config=tune.RunConfig(
+                name="trials",
+                storage_path=tune_folder(search.spec),
+                failure_config=tune.FailureConfig(max_failures=cluster.max_failures),
+                verbose=0,
+            ),
+        )
+        tuner.fit()
+    if search.error is not None:
+        raise search.error
+    return search.swept()

@@ -39,7 +39,7 @@ from mahalo_ray.sweeps.front_metrics import (
     segment_lengths,
     spread,
 )
-from mahalo_ray.sweeps.sweep_table import SweepTable
+from mahalo_ray.sweeps.sweep_table import SWEEP, TRAINING_SWEEP, SweepTable
 
 FORMAT = 1  # of front.json
 OTHER_METHODS = "other methods"
@@ -74,11 +74,10 @@ def fronts_of_run(run: str, named: bool) -> list[FrontLine]:
     ValueError where the run has no finished sweep.
     """
     folder = storage.absolute(run)
-    documents = _sweep_documents(folder)
-    if documents is None:
+    documents = [found for stage in (SWEEP, TRAINING_SWEEP) for found in _sweep_documents(folder, stage)]
+    if not documents:
         raise ValueError(
-            f"the run at '{run}' has no finished sweep ('{storage.join(folder, 'sweep')}'): "
-            "run `mahalo sweep`"
+            f"the run at '{run}' has no finished sweep ('{storage.join(folder, SWEEP)}'): run `mahalo sweep`"
         )
     prefix = f"{_run_name(folder)}: " if named else ""
     groups: dict[str, list[FrontMember]] = {}
@@ -97,16 +96,16 @@ def fronts_of_run(run: str, named: bool) -> list[FrontLine]:
     ]
 
 
-def _sweep_documents(folder: str) -> list[tuple[str, dict[str, Any]]] | None:
-    """(name of the front, what was kept of a point) of every point of the sweep; of a sampler the last
-    round. None without a sweep."""
-    points = storage.join(folder, "sweep", "points.json")
+def _sweep_documents(folder: str, stage: str) -> list[tuple[str, dict[str, Any]]]:
+    """(name of the front, what was kept of a point) of every point of the stage's sweep; of a sampler the
+    last round. None without a sweep."""
+    points = storage.join(folder, stage, "points.json")
     if not storage.exists(points):  # a sweep of an earlier version: the fixed list alone
-        rows = storage.join(folder, "sweep", "methods.json")
-        return [("fixed weights", d) for d in storage.read_json(rows)] if storage.exists(rows) else None
+        rows = storage.join(folder, stage, "methods.json")
+        return [("fixed weights", d) for d in storage.read_json(rows)] if storage.exists(rows) else []
     documents = {document["result"]["name"]: document for document in storage.read_json(points)}
     found = []
-    for point in SweepTable.of_run(folder).played:
+    for point in SweepTable.of_run(folder, stage).played:
         setting = "" if point.guidance is None else f", K {point.num_candidates}"
         if point.guidance is not None and point.kind == "decoding":
             setting = f", guided {' / '.join(f'{w:.3g}' for w in point.guidance.values())}{setting}"

@@ -22,6 +22,7 @@ from mahalo_ray.data import storage
 from mahalo_ray.evaluation.statistics import finite_or_none
 from mahalo_ray.metrics import FloatArray, finite_array
 from mahalo_ray.objectives import Weights
+from mahalo_ray.sweeps.sweep_table import SWEEP
 
 FILE_IN_RUN = "portfolio.json"
 FORMAT = 2  # of the file that `save` writes; 1, without policies, unit and samples, is still read
@@ -192,7 +193,7 @@ class Portfolio:
                 "or --eps and --delta"
             )
         found = cls.load(url)
-        if found.sweep != sweep_fingerprint(run):
+        if not is_made_of(run, found.sweep):
             raise ValueError(
                 f"'{url}' was made from another sweep than the run now has: make it anew with "
                 f"`mahalo portfolio {run}`"
@@ -279,10 +280,22 @@ def _neighbours(distinct: FloatArray) -> NDArray[np.int64]:
     return np.stack([order[:-1], order[1:]], axis=1)
 
 
-def sweep_fingerprint(run: str) -> str:
-    """What the finished sweep of a run was made from, as its manifest says; "" without one."""
-    url = storage.join(storage.absolute(run), "sweep", "manifest.json")
-    return str(storage.read_json(url)["fingerprint"]) if storage.exists(url) else ""
+def sweep_fingerprint(run: str, stages: Sequence[str] = (SWEEP,)) -> str:
+    """What the finished sweeps of a run (of these stages) were made from, as their manifests say; "" without
+    one. Several are joined as `stage:fingerprint`, which tells which stages a portfolio was made from."""
+    found = {}
+    for stage in stages:
+        url = storage.join(storage.absolute(run), stage, "manifest.json")
+        found[stage] = str(storage.read_json(url)["fingerprint"]) if storage.exists(url) else ""
+    if list(found) == [SWEEP]:
+        return found[SWEEP]
+    return " ".join(f"{stage}:{fingerprint}" for stage, fingerprint in found.items())
+
+
+def is_made_of(run: str, fingerprint: str) -> bool:
+    """Whether the sweeps of a run are still those of a portfolio with this fingerprint."""
+    stages = [part.partition(":")[0] for part in fingerprint.split() if ":" in part] or [SWEEP]
+    return fingerprint == sweep_fingerprint(run, stages)
 
 
 def least_eps_by_size(

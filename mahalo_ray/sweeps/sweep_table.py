@@ -22,7 +22,8 @@ from mahalo_ray.evaluation.report import compact_count
 from mahalo_ray.metrics import FloatArray
 from mahalo_ray.objectives import Weights
 
-FILE = "front.parquet"  # in the folder of the stage `sweep`
+FILE = "front.parquet"  # in the folder of the stage
+SWEEP, TRAINING_SWEEP = "sweep", "training_sweep"  # the stages of a run that may stand side by side
 FORMAT = "1"
 # Field of a point -> prefix of its columns, one per objective: `weight_accuracy`, `mean_accuracy`.
 _BY_OBJECTIVE = {
@@ -91,6 +92,21 @@ class SweepPoint(BaseModel):
 
     seconds: float
     """Wall time of playing it, on one actor."""
+
+    training_seconds: float | None = None
+    """Wall time of its own training; None: it was not trained for these weights."""
+
+    training_steps: int | None = None
+    """Optimizer steps of its own training."""
+
+    steps_from_sft: int | None = None
+    """Optimizer steps from the SFT model to it, those of the policies that it went on from included."""
+
+    started_from: str | None = None
+    """Name of the policy that its training went on from."""
+
+    model: str | None = None
+    """Folder of the policy that was trained, as a path in the sweep's folder."""
 
     kl_to_reference: float | None = None
     """Nats per token to the SFT model."""
@@ -172,10 +188,10 @@ class SweepTable:
         return cls(objectives, points)
 
     @classmethod
-    def of_run(cls, run: str) -> SweepTable:
-        """The table of the finished run in the folder `run` (a path or URL). ValueError where the run has
-        none."""
-        url = storage.join(storage.absolute(run), "sweep", FILE)
+    def of_run(cls, run: str, stage: str = SWEEP) -> SweepTable:
+        """The table of the finished run in the folder `run` (a path or URL); of `training_sweep`, that of the
+        policies trained for each vector. ValueError where the run has none."""
+        url = storage.join(storage.absolute(run), stage, FILE)
         if not storage.exists(url):
             raise ValueError(
                 f"the run at '{run}' has no finished sweep ('{url}' is missing): run `mahalo sweep`"
@@ -185,8 +201,10 @@ class SweepTable:
 
 def _type_of(column: str) -> pa.DataType:
     types = {
-        **dict.fromkeys(("method", "kind", "sampler"), pa.string()),
-        **dict.fromkeys(("num_candidates", "round", "n", "seed", "tokens"), pa.int64()),
+        **dict.fromkeys(("method", "kind", "sampler", "started_from", "model"), pa.string()),
+        **dict.fromkeys(
+            ("num_candidates", "round", "n", "seed", "tokens", "training_steps", "steps_from_sft"), pa.int64()
+        ),
         "last_round": pa.bool_(),
     }
     return types.get(column, pa.float64())
@@ -196,8 +214,10 @@ def print_sweep(console: Console, table: SweepTable) -> None:
     """Every point with mean and interval per objective, and what it cost."""
     drawn = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     drawn.add_column("method", max_width=40, overflow="fold")
-    for title in (*table.objectives, "n", "tokens", "seconds", "round"):
-        drawn.add_column(Text(title), justify="right", no_wrap=True)
+    trains = any(point.training_steps is not None for point in table.points)
+    trained = ("trained from", "steps (from SFT)", "training s") if trains else ()
+    for title in (*table.objectives, "n", "tokens", "seconds", "round", *trained):
+        drawn.add_column(Text(title), justify="right", no_wrap=title != "trained from")
     for point in table.points:
         figures = [_figure(point, objective) for objective in table.objectives]
         cost = [str(point.n), compact_count(point.tokens), f"{point.seconds:.1f}"]
@@ -206,12 +226,20 @@ def print_sweep(console: Console, table: SweepTable) -> None:
             *map(Text, figures),
             *cost,
             f"{point.round}{'*' if point.last_round else ''}",
+            *(map(Text, _training_of(point)) if trains else ()),
         )
     console.print(drawn)
     if any(point.last_round for point in table.points):
         console.print("* the sampler's last round", highlight=False)
     if table.failed:
         console.print(f"left out, as their trials failed: {', '.join(table.failed)}", markup=False)
+
+
+def _training_of(point: SweepPoint) -> tuple[str, str, str]:
+    if point.training_steps is None:
+        return "–", "–", "–"
+    steps = f"{point.training_steps} ({point.steps_from_sft})"
+    return point.started_from or "–", steps, f"{point.training_seconds or 0:.0f}"
 
 
 def _figure(point: SweepPoint, objective: str) -> str:

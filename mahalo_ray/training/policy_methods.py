@@ -44,14 +44,14 @@ def plan_method(policy: PolicyConfig, objectives: Sequence[str]) -> MethodPlan:
     beta = [policy.beta_of(name) for name in trained]
     heads: tuple[str, ...] = (policy.method,)
     if policy.method == "mah_dpo":
-        heads, alpha = trained, [policy.alpha.get(name, 1.0) for name in trained]
+        heads, alpha = tuple(objectives), [policy.alpha.get(name, 1.0) for name in trained]
     elif policy.method == "dpo":
         heads = trained
     elif policy.method == "scalarised":
         alpha = [mixture[name] for name in trained]
     else:
         beta = [beta[0] / mixture[trained[0]]]
-    head_of = torch.arange(len(trained)) if len(heads) > 1 else torch.zeros(len(trained), dtype=torch.int64)
+    head_of = torch.tensor([heads.index(name) if name in heads else 0 for name in trained])
     return MethodPlan(trained, heads, head_of, torch.tensor(alpha), torch.tensor(beta))
 
 

@@ -227,6 +227,8 @@ class PolicyRecipe:
                 )
             return self._start
         assert self._folder is not None
+        if self._settings.start_url is not None:
+            return self._continued(self._settings.start_url)
         model = MultiHeadCausalLM.from_base(
             self._folder,
             self._plan.heads,
@@ -243,6 +245,28 @@ class PolicyRecipe:
             model.enable_pair_packing()
         if policy.lora is not None:
             model.add_lora(policy.lora)
+        return model
+
+    def _continued(self, start_url: str) -> MultiHeadCausalLM:
+        """The policy at `start_url`, to be trained on; its reference is still the SFT model. ValueError if it
+        has other heads, or was trained in another way (an adapter, whose base is not trained, or in full)."""
+        model = MultiHeadCausalLM.from_pretrained(
+            model_folder(start_url),
+            dtype=getattr(torch, self._model.dtype),
+            attn_implementation=self._model.attn_implementation,
+        )
+        if model.objectives != self._plan.heads:
+            raise ValueError(
+                f"the policy at '{start_url}' has the heads {', '.join(model.objectives)}, and this training "
+                f"makes {', '.join(self._plan.heads)}"
+            )
+        if model.has_lora != (self._policy.lora is not None):
+            raise ValueError(
+                f"the policy at '{start_url}' was trained {'with' if model.has_lora else 'without'} LoRA, "
+                "and 'policy.lora' says otherwise"
+            )
+        if self.packed:
+            model.enable_pair_packing()
         return model
 
     def enable_gradient_checkpointing(self, model: nn.Module) -> None:

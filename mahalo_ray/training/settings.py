@@ -150,13 +150,15 @@ class PolicySettings(StageSettings):
     """The method `policy.method` (MAH-DPO: one head per objective) on a folder of PreferencePair records; a
     MultiHeadCausalLM folder results.
 
-    `model_url` is both start and reference; its log-probs are stored in `pairs_url`/reference.
+    `model_url` is the reference, whose log-probs are stored in `pairs_url`/reference, and the start too,
+    unless `start_url` is the folder of a policy made from it that training goes on from.
     `held_out_fraction` of the prompts is kept for the final metrics. `domain` says which
     turns are malformed (None: all that end are well-formed). `step_domain`: pairs are of steps that end where
     this domain of `decoding/stopping.py` says (None: of whole turns).
     """
 
     pairs_url: str
+    start_url: str | None = None
     objectives: Sequence[str]
     policy: PolicyConfig
     held_out_fraction: float = 0.0
@@ -201,4 +203,4 @@ class PolicySettings(StageSettings):
         )
 
     def inputs(self) -> list[str]:
-        return [self.pairs_url, self.model_url]
+        return [url for url in (self.pairs_url, self.model_url, self.start_url) if url is not None]
