@@ -42,7 +42,8 @@ def example(*overrides: str) -> RunConfig:
 
 def spec_in(folder: Path) -> SweepSpec:
     return SweepSpec(
-        "", "", "", str(folder), DeviceConfig("cpu", "float32"), 1, EvaluationConfig(), tuple(range(STUDENTS))
+        *("", "", "", str(folder), DeviceConfig("cpu", "float32"), 1, EvaluationConfig()),
+        *(tuple(range(STUDENTS)), "tutoring", ("accuracy", "engagement")),
     )
 
 

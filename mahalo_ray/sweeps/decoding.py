@@ -62,6 +62,20 @@ class SweepSpec:
     domain: str
     objectives: tuple[str, ...]
 
+    def player(self, policy_url: str) -> MethodPlayer:
+        """What plays methods with this policy, in the process that calls it."""
+        torch.set_num_threads(self.threads)
+        return MethodPlayer(
+            self.sft_url,
+            policy_url,
+            self.reward_url,
+            self.placement,
+            self.config,
+            self.seeds,
+            self.domain,
+            self.objectives,
+        )
+
     def digest(self, method: Method) -> str:
         """What the files of a method are named after."""
         return hashlib.sha256(json.dumps(method.as_json(), sort_keys=True).encode()).hexdigest()[:16]
@@ -107,20 +121,10 @@ class MethodTrial(tune.Trainable):
 
     def setup(self, config: dict[str, Any], spec: SweepSpec) -> None:
         """Load the models; called once per actor."""
-        torch.set_num_threads(spec.threads)
         logging.getLogger("transformers").setLevel(logging.ERROR)
         self.spec = spec
         self.method = Method.from_json(config["method"])
-        self.player = MethodPlayer(
-            spec.sft_url,
-            spec.policy_url,
-            spec.reward_url,
-            spec.placement,
-            spec.config,
-            spec.seeds,
-            spec.domain,
-            spec.objectives,
-        )
+        self.player = spec.player(spec.policy_url)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take over another method with the models already loaded."""

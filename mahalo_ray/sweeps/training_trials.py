@@ -17,12 +17,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import ray
-import torch
 from ray import tune
 
 from mahalo_ray.config import ClusterConfig, PolicyConfig, TrainingStart
 from mahalo_ray.data import storage
-from mahalo_ray.evaluation.methods import Method, MethodPlayer, Played, PolicyTraining
+from mahalo_ray.evaluation.methods import Method, Played, PolicyTraining
 from mahalo_ray.objectives import Weights
 from mahalo_ray.sweeps.decoding import MethodSearch, PlayedCallback, Rounds, SweepSpec, Swept, run_search
 from mahalo_ray.training.ray_train import run_stage
@@ -162,11 +161,8 @@ class TrainingTrial(tune.Trainable):
 
 def play_trained(spec: TrainingSpec, method: Method, training: PolicyTraining) -> Played:
     """The policy that was trained for a method, against the sweep's students."""
-    torch.set_num_threads(spec.threads)
     began = time.monotonic()
-    policy_url = storage.join(spec.output_url, training.model)
-    player = MethodPlayer(spec.sft_url, policy_url, spec.reward_url, spec.placement, spec.config, spec.seeds)
-    played = player.run(method)
+    played = spec.player(storage.join(spec.output_url, training.model)).run(method)
     return replace(played, seconds=time.monotonic() - began, training=training)
 
 
