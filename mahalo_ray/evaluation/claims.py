@@ -25,7 +25,7 @@ class Claim(BaseModel):
     key: str  # stable name, e.g. "head:accuracy"
     statement: str
     difference: Estimate | None  # None: not measured
-    n: int  # students behind the figure
+    n: int  # problems behind the figure
     holds: bool
     required: bool = True  # False: reported beside a required claim, such as one part of a weighted sum
     evidence: str  # the figure in words
@@ -192,7 +192,7 @@ def _front_claim(table: ComparisonTable) -> Claim:
     counted = front.non_dominated
     evidence = (
         f"{counted.value:.0f} of {front.points} distinct points are, "
-        f"{counted.low:.0f} to {counted.high:.0f} when students are resampled, n = {table.dialogues}"
+        f"{counted.low:.0f} to {counted.high:.0f} when problems are resampled, n = {table.dialogues}"
     )
     return Claim(
         key="front",

@@ -102,7 +102,7 @@ def print_table(console: Console, table: ComparisonTable) -> None:
         console.print(
             f"Hypervolume of the sweep {_interval(volume)}, of all methods {table.hypervolume_of_all():.3f}, "
             f"over ({', '.join(f'{value:g}' for value in table.reference_point)}). "
-            f"{table.dialogues} students, {table.confidence:.0%} intervals.",
+            f"{table.dialogues} problems, {table.confidence:.0%} intervals.",
             highlight=False,
         )
 
@@ -365,9 +365,9 @@ def render_html(
 
 
 def front_title(table: ComparisonTable) -> str:
-    """The picture's title, e.g. `accuracy against engagement: 240 students, 95% intervals`."""
+    """The picture's title, e.g. `accuracy against engagement: 240 problems, 95% intervals`."""
     return (
-        f"{' against '.join(table.objectives)}: {table.dialogues} students, {table.confidence:.0%} intervals"
+        f"{' against '.join(table.objectives)}: {table.dialogues} problems, {table.confidence:.0%} intervals"
     )
 
 

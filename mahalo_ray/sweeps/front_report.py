@@ -215,8 +215,8 @@ def measure_fronts(
     document = {
         "format": FORMAT,
         "title": f"{' against '.join(objectives)}: {' and '.join(runs)}",
-        "measured": f"Means over {shown} students with {confidence:.0%} bootstrap intervals "
-        f"({resamples} resamples of students, seed {seed}).",
+        "measured": f"Means over {shown} problems with {confidence:.0%} bootstrap intervals "
+        f"({resamples} resamples of problems, seed {seed}).",
         "units": f"Reference point: {point}. Normalisation: {units}.",
         "objectives": list(objectives),
         "reference_point": list(origin),
