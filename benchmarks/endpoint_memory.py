@@ -111,7 +111,7 @@ async def soak(count: int, every: int, trace: bool) -> list[tuple[int, float, fl
                 print(
                     f"{answered:>8} requests {samples[-1][1]:>8.1f} MiB resident {held:>8.2f} MiB in Python"
                 )
-    app.state.service.worker.close()
+    app.state.services.first.worker.close()
     return samples
 
 

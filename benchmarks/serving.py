@@ -1,55 +1,51 @@
-"""The endpoint of a finished run under load, over raw sockets from a process of its own.
+"""The endpoint of a finished run under load, asked over raw sockets from a process of its own.
 
-Three measurements, one after the other, on one endpoint:
+One endpoint, one part after the other:
 
-- levels: 1, 4, 16 and 64 guided requests at a time; throughput, and median, 95th and 99th percentile of the
-  time to the first step and to the whole answer. The same questions are then answered by the same decoder in
-  one process, as many at a time, without Serve and HTTP.
-- overload: requests arrive at random times (open loop) at `--overload` times the throughput of 16 at a time;
-  good answers a second, and how fast and in what form the others are refused.
-- health: how long GET /health takes meanwhile.
+- levels: 1, 4, 16 and 64 guided requests at a time: answers a second, and percentiles of the time to the
+  first text and to the whole answer. The same decoder then answers the same questions in one process, as many
+  at a time, without Serve and HTTP: its throughput, and how many answers differ.
+- rates: requests at random times (open loop) at half and at four fifths of the best throughput.
+- overload: the same at `--overload` times the best throughput: how fast and in what form requests are
+  refused, whether every answer is the right one, and how long GET /health takes meanwhile.
+- retries: 320 clients that come back when they are told to.
+- soak: as many requests at a time as run together, for `--soak` seconds; the replica's memory meanwhile.
+- peer: the merged policy, greedy and unguided, behind this endpoint and behind `transformers serve`.
 
-`RUN` is the output folder of a finished run; with `--url` an endpoint that runs already is measured.
+The whole takes five to six minutes on two quiet cores with the quickstart's model; `--short` takes one and
+measures little. `RUN` is the output folder of a finished run.
 
-    python benchmarks/serving.py runs/quickstart --requests 96 --output serving.json
+    python benchmarks/serving.py runs/quickstart --peer transformers --output serving.json
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import itertools
 import json
 import multiprocessing
-import random
+import os
+import subprocess
+import tempfile
+import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-import numpy as np
+import endpoint_client
+import psutil
 import yaml
 from measuring import machine, table, write_results
 
 from mahalo_ray.config import RunConfig, SamplingParams
 
-CHAT = "/v1/chat/completions"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One request: seconds to the first step's bytes and to the end, status, and whether what came was whole
-    and, where it was an error, in OpenAI's form."""
-
-    status: int
-    first_s: float
-    whole_s: float
-    text: str
-    is_whole: bool
+RETRYING_CLIENTS = 320
+PEER_TOKENS = 32
+_STARTUP_S = 180.0
 
 
 def questions(config: RunConfig, count: int) -> list[str]:
@@ -61,151 +57,16 @@ def questions(config: RunConfig, count: int) -> list[str]:
     return [TutoringEpisode.from_seed(start + number).opening for number in range(count)]
 
 
-def body_of(question: str, number: int, stream: bool) -> bytes:
-    """A guided request with the run's own defaults."""
+def body_of(question: str, number: int, **fields: Any) -> bytes:
+    """A streamed request, guided with the run's own defaults unless `fields` say otherwise."""
     messages = [{"role": "user", "content": question}]
-    return json.dumps({"model": "mahalo", "messages": messages, "seed": number, "stream": stream}).encode()
+    body = {"model": "mahalo", "messages": messages, "seed": number, "stream": True}
+    return json.dumps(body | fields).encode()
 
 
-async def ask(address: tuple[str, int], prefix: str, body: bytes) -> Outcome:
-    """One streamed request over a socket of its own."""
-    started = time.perf_counter()
-    first = 0.0
-    reader, writer = await asyncio.open_connection(*address)
-    try:
-        head = (
-            f"POST {prefix}{CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-        )
-        writer.write(head.encode() + body)
-        await writer.drain()
-        received = bytearray()
-        while part := await reader.read(65536):
-            received += part
-            # The first event comes before any step; a step is the first with text in it.
-            if not first and b'"mahalo":' in received:
-                first = time.perf_counter() - started
-    finally:
-        writer.close()
-    whole = time.perf_counter() - started
-    head_bytes, _, answer = bytes(received).partition(b"\r\n\r\n")
-    status = int(head_bytes.split(b" ", 2)[1]) if head_bytes else 0
-    if status == 200:
-        return Outcome(200, first, whole, _text_of(answer), b"data: [DONE]" in answer)
-    return Outcome(status, whole, whole, "", b'"error":' in answer.replace(b'"error" :', b'"error":'))
-
-
-def _text_of(answer: bytes) -> str:
-    text = ""
-    for line in answer.decode(errors="replace").splitlines():
-        if line.startswith("data: {"):
-            for choice in json.loads(line.removeprefix("data: ")).get("choices", ()):
-                text += choice["delta"].get("content") or ""
-    return text
-
-
-async def closed_loop(url: str, bodies: Sequence[bytes], at_once: int) -> tuple[list[Outcome], float]:
-    """All bodies, so many at a time; outcomes in their order and the seconds it took."""
-    address, prefix = _address(url)
-    outcomes: list[Outcome | None] = [None] * len(bodies)
-    numbers = itertools.count()
-
-    async def client() -> None:
-        while (number := next(numbers)) < len(bodies):
-            outcomes[number] = await ask(address, prefix, bodies[number])
-
-    started = time.perf_counter()
-    await asyncio.gather(*(client() for _ in range(at_once)))
-    return [outcome for outcome in outcomes if outcome is not None], time.perf_counter() - started
-
-
-async def open_loop(
-    url: str, bodies: Sequence[bytes], per_second: float, seconds: float
-) -> tuple[list[Outcome], list[float], float]:
-    """Requests at random times, whatever becomes of those before: outcomes, seconds of GET /health, and how
-    long it all took."""
-    address, prefix = _address(url)
-    rng = random.Random(0)
-    asked: list[asyncio.Task[Outcome]] = []
-    health: list[float] = []
-    over = asyncio.Event()
-
-    async def look() -> None:
-        while not over.is_set():
-            began = time.perf_counter()
-            reader, writer = await asyncio.open_connection(*address)
-            writer.write(f"GET {prefix}/health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
-            await reader.read()
-            writer.close()
-            health.append(time.perf_counter() - began)
-            await asyncio.sleep(0.25)
-
-    looking = asyncio.create_task(look())
-    started = time.perf_counter()
-    due = started
-    for number in itertools.count():
-        due += rng.expovariate(per_second)
-        if due - started > seconds:
-            break
-        await asyncio.sleep(max(0.0, due - time.perf_counter()))
-        asked.append(asyncio.create_task(ask(address, prefix, bodies[number % len(bodies)])))
-    outcomes = await asyncio.gather(*asked)
-    took = time.perf_counter() - started
-    over.set()
-    await looking
-    return list(outcomes), health, took
-
-
-def _address(url: str) -> tuple[tuple[str, int], str]:
-    parts = urlsplit(url)
-    assert parts.hostname is not None and parts.port is not None
-    return (parts.hostname, parts.port), parts.path.rstrip("/")
-
-
-def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """p50, p95, p99 and the largest."""
-    if not values:
-        return {}
-    found = np.percentile(values, (50, 95, 99, 100))
-    return dict(zip(("p50", "p95", "p99", "max"), (round(float(value), 4) for value in found), strict=True))
-
-
-def measure_level(url: str, bodies: Sequence[bytes], at_once: int) -> dict[str, Any]:
-    """One level, in the client's process."""
-    outcomes, seconds = asyncio.run(closed_loop(url, bodies, at_once))
-    good = [outcome for outcome in outcomes if outcome.status == 200]
-    return {
-        "at_once": at_once,
-        "requests": len(outcomes),
-        "answers_per_s": len(good) / seconds,
-        "not_200": len(outcomes) - len(good),
-        "not_whole": sum(not outcome.is_whole for outcome in outcomes),
-        "first_step_s": percentiles([outcome.first_s for outcome in good]),
-        "whole_s": percentiles([outcome.whole_s for outcome in good]),
-        "texts": [outcome.text for outcome in outcomes],
-    }
-
-
-def measure_overload(url: str, bodies: Sequence[bytes], per_second: float, seconds: float) -> dict[str, Any]:
-    """Overload, in the client's process."""
-    outcomes, health, took = asyncio.run(open_loop(url, bodies, per_second, seconds))
-    good = [outcome for outcome in outcomes if outcome.status == 200]
-    refused = [outcome for outcome in outcomes if outcome.status != 200]
-    statuses = {str(s): sum(o.status == s for o in outcomes) for s in sorted({o.status for o in outcomes})}
-    return {
-        "arrivals_per_s": per_second,
-        "requests": len(outcomes),
-        "statuses": statuses,
-        "good_answers_per_s": len(good) / took,
-        "not_in_openai_form": sum(not outcome.is_whole for outcome in outcomes),
-        "refusal_s": percentiles([outcome.whole_s for outcome in refused]),
-        "good_whole_s": percentiles([outcome.whole_s for outcome in good]),
-        "health_s": percentiles(health),
-    }
-
-
-def in_process(run: str, config: RunConfig, asked: Sequence[str], at_once: int) -> dict[str, Any]:
-    """The same questions by the same decoder, without Serve and HTTP, so many in flight at a time."""
+def in_process(run: str, config: RunConfig, asked: Sequence[str], at_once: int) -> tuple[float, list[str]]:
+    """The same questions by the same decoder, without Serve and HTTP, so many in flight at a time: answers a
+    second, and their texts."""
     from mahalo_ray.decoding import GuidedDecoder
     from mahalo_ray.decoding.guidance import GuidedRequest
     from mahalo_ray.decoding.policy import DeviceConfig, load_policy, load_step_scorer
@@ -237,7 +98,7 @@ def in_process(run: str, config: RunConfig, asked: Sequence[str], at_once: int) 
     results = decoder.generate_each(requests)
     seconds = time.perf_counter() - started
     texts = ["" if isinstance(result, ValueError) else result.text for result in results]
-    return {"at_once": at_once, "answers_per_s": len(requests) / seconds, "texts": texts}
+    return len(requests) / seconds, texts
 
 
 @contextmanager
@@ -259,105 +120,275 @@ def endpoint(run: str, config: RunConfig) -> Iterator[str]:
         yield serving.url
 
 
+@contextmanager
+def transformers_server(command: str, folder: str, threads: int) -> Iterator[str]:
+    """`transformers serve` with the model of a folder, on the CPU with so many threads."""
+    from mahalo_ray.serving.launch import free_port
+
+    port = free_port("127.0.0.1", 0)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    options = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--log-level", "warning"]
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            [command, "serve", folder, *options], env=environment, stdout=log, stderr=log
+        )
+        url = f"http://127.0.0.1:{port}"
+        try:
+            _wait_for(url, process)
+            yield url
+        except TimeoutError as error:
+            log.seek(0)
+            raise RuntimeError(f"{command} serve did not start:\n{log.read().decode()[-2000:]}") from error
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def _wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + _STARTUP_S
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5):
+                return
+        except (urllib.error.URLError, TimeoutError, ConnectionError):
+            time.sleep(0.3)
+    raise TimeoutError
+
+
+class MemoryWatch:
+    """Resident memory of the processes that hold the models, every half second, MiB."""
+
+    def __init__(self, name: str = "ServeReplica") -> None:
+        self.seen: list[float] = []
+        started = psutil.Process().children(recursive=True)
+        self._processes = [process for process in started if name in " ".join(process.cmdline())]
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+
+    def _look(self) -> None:
+        while not self._over.wait(0.5):
+            self.seen.append(sum(process.memory_info().rss for process in self._processes) / 2**20)
+
+    def __enter__(self) -> MemoryWatch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+
+class Client:
+    """The process that asks."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+
+    def __call__(self, measure: Any, *arguments: Any) -> Any:
+        return self._pool.submit(measure, self.url, *arguments).result()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", help="output folder of a finished run")
-    parser.add_argument("--url", default=None, help="an endpoint of this run that is up already")
     parser.add_argument("--levels", default="1,4,16,64", help="requests at a time")
     parser.add_argument("--requests", type=int, default=96, help="of each level, at least 3 for each client")
-    parser.add_argument("--overload", type=float, default=4.0, help="times the throughput of 16 at a time")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of overload; 0: none")
-    parser.add_argument("--threads", type=int, default=None, help="of torch, in this process")
+    parser.add_argument("--overload", type=float, default=4.0, help="times the best throughput")
+    parser.add_argument(
+        "--seconds", type=float, default=15.0, help="of each part but the levels; 0: levels only"
+    )
+    parser.add_argument("--soak", type=float, default=60.0, help="seconds; 0: none")
+    parser.add_argument("--peer", default=None, help="the command `transformers` with its serving extra")
+    parser.add_argument("--peer-requests", type=int, default=32, help="of each level of the peer")
+    parser.add_argument("--short", action="store_true", help="a minute that shows that everything works")
     parser.add_argument("--output", type=Path, default=None, help="results as JSON")
     options = parser.parse_args()
+    if options.short:
+        options.levels, options.requests, options.seconds, options.soak = "1,4", 8, 3.0, 5.0
+        options.peer_requests = 8
     config = RunConfig.model_validate(yaml.safe_load((Path(options.run) / "config.yaml").read_text()))
-    levels = [int(level) for level in options.levels.split(",")]
-    results: dict[str, Any] = {"machine": machine(), "levels": [], "in_process": []}
-    if options.url is not None:
-        measure(options, config, options.url, levels, results)
-    else:
-        with endpoint(options.run, config) as url:
-            measure(options, config, url, levels, results)
-    compare_in_process(options, config, levels, results)
+    results: dict[str, Any] = {"machine": machine()}
+    with endpoint(options.run, config) as url:
+        measure(options, config, Client(url), results)
+        if options.peer is not None:
+            compare_with_peer(options, config, Client(url), results)
+    compare_in_process(options, config, results)
     show(results)
     if options.output is not None:
         write_results(options.output, results)
 
 
-def counts(options: argparse.Namespace, levels: Sequence[int]) -> dict[int, int]:
+def _levels(options: argparse.Namespace) -> dict[int, int]:
     """Requests of every level."""
+    levels = [int(level) for level in options.levels.split(",")]
     return {level: max(options.requests, 3 * level) if level > 1 else options.requests for level in levels}
 
 
-def measure(
-    options: argparse.Namespace, config: RunConfig, url: str, levels: Sequence[int], results: dict[str, Any]
-) -> None:
-    """Levels and overload, by a client in a process of its own."""
-    wanted = counts(options, levels)
-    asked = questions(config, max(wanted.values()))
-    bodies = [body_of(question, number, stream=True) for number, question in enumerate(asked)]
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as client:
-        client.submit(measure_level, url, bodies[:8], 4).result()  # warm
-        for level in levels:
-            results["levels"].append(
-                client.submit(measure_level, url, bodies[: wanted[level]], level).result()
-            )
-        best = max(found["answers_per_s"] for found in results["levels"])
-        if options.seconds:
-            rate = options.overload * best
-            results["overload"] = client.submit(measure_overload, url, bodies, rate, options.seconds).result()
+def measure(options: argparse.Namespace, config: RunConfig, client: Client, results: dict[str, Any]) -> None:
+    """Levels, rates, overload, retries and the soak."""
+    levels = _levels(options)
+    asked = questions(config, max(levels.values()))
+    bodies = [body_of(question, number) for number, question in enumerate(asked)]
+    client(endpoint_client.at_once, bodies[:8], 4)  # warm
+    results["levels"] = []
+    for clients, count in levels.items():
+        found, texts = client(endpoint_client.at_once, bodies[:count], clients)
+        results["levels"].append({**found, "texts": texts})
+    best = max(found["answers_per_s"] for found in results["levels"])
+    right = max((found["texts"] for found in results["levels"]), key=len)
+    if options.seconds:
+        parts = {"half": 0.5, "four_fifths": 0.8, "overload": options.overload}
+        for name, share in parts.items():
+            results[name] = client(endpoint_client.at_rate, bodies, right, share * best, options.seconds)
+        results["retries"] = client(
+            endpoint_client.with_retries, bodies, right, RETRYING_CLIENTS, options.seconds
+        )
+    if options.soak:
+        clients = config.serve.max_ongoing_requests
+        with MemoryWatch() as memory:
+            soak = client(endpoint_client.with_retries, bodies, right, clients, options.soak)
+        quarter = max(1, len(memory.seen) // 4)
+        results["soak"] = {
+            **soak,
+            "memory_mib": {
+                "first_quarter": round(sum(memory.seen[:quarter]) / quarter, 1),
+                "last_quarter": round(sum(memory.seen[-quarter:]) / quarter, 1),
+                "most": round(max(memory.seen), 1),
+            },
+        }
 
 
-def compare_in_process(
-    options: argparse.Namespace, config: RunConfig, levels: Sequence[int], results: dict[str, Any]
+def compare_with_peer(
+    options: argparse.Namespace, config: RunConfig, client: Client, results: dict[str, Any]
 ) -> None:
-    """The same without the endpoint, and whether the answers are the same."""
+    """The merged policy, greedy and unguided, here and behind `transformers serve`."""
+    from mahalo_ray.pipeline.artifacts import export
+
+    weights = config.guided.point[0]
+    asked = questions(config, options.peer_requests)
+    greedy = {"temperature": 0, "max_tokens": PEER_TOKENS}
+    ours = [
+        body_of(question, number, strategy="none", objectives=dict(weights), **greedy)
+        for number, question in enumerate(asked)
+    ]
+    results["peer"] = []
+    with tempfile.TemporaryDirectory() as parent:
+        folder = str(Path(parent) / "merged")
+        export(options.run, folder, weights)
+        theirs = [body_of(question, number, model=folder, **greedy) for number, question in enumerate(asked)]
+        threads = max(1, int(config.serve.cpus_per_replica))
+        here = {clients: client(endpoint_client.at_once, ours, clients) for clients in _levels(options)}
+        with transformers_server(options.peer, folder, threads) as url:
+            peer = Client(url)
+            peer(endpoint_client.at_once, theirs[:2], 1)  # warm
+            for clients, (own, texts) in here.items():
+                other, their_texts = peer(endpoint_client.at_once, theirs, clients)
+                differ = sum(one != two for one, two in zip(texts, their_texts, strict=True))
+                results["peer"].append({"clients": clients, "ours": own, "peer": other, "differ": differ})
+
+
+def compare_in_process(options: argparse.Namespace, config: RunConfig, results: dict[str, Any]) -> None:
+    """The levels without the endpoint, and whether the answers are the same."""
     import torch
 
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    wanted = counts(options, levels)
-    asked = questions(config, max(wanted.values()))
-    for level in levels:
-        results["in_process"].append(in_process(options.run, config, asked[: wanted[level]], level))
-    for served, alone in zip(results["levels"], results["in_process"], strict=True):
-        pairs = zip(served.pop("texts"), alone.pop("texts"), strict=True)
+    # As Ray gives a replica.
+    torch.set_num_threads(max(1, int(config.serve.cpus_per_replica)))
+    levels = _levels(options)
+    asked = questions(config, max(levels.values()))
+    for served in results["levels"]:
+        clients = served["clients"]
+        per_s, texts = in_process(options.run, config, asked[: levels[clients]], clients)
+        served["in_process_per_s"] = per_s
+        pairs = zip(served.pop("texts"), texts, strict=True)
         served["different_from_in_process"] = sum(one != other for one, other in pairs)
 
 
 def show(results: dict[str, Any]) -> None:
     """The results as tables."""
+
+    def times(found: dict[str, Any], *keys: str) -> list[str]:
+        return [f"{found[key].get(p, float('nan')):.3f}" for key in keys for p in ("p50", "p95", "p99")]
+
+    percent = ["p50", "p95", "p99"]
     header = [
         "at a time",
         "answers/s",
         "in process",
-        "first step p50",
-        "p95",
-        "p99",
+        "first text p50",
+        *percent[1:],
         "whole p50",
-        "p95",
-        "p99",
+        *percent[1:],
         "differ",
     ]
     rows = [
         [
-            str(level["at_once"]),
+            str(level["clients"]),
             f"{level['answers_per_s']:.1f}",
-            f"{alone['answers_per_s']:.1f}",
-            *(
-                f"{level[key].get(p, float('nan')):.3f}"
-                for key in ("first_step_s", "whole_s")
-                for p in ("p50", "p95", "p99")
-            ),
+            f"{level['in_process_per_s']:.1f}",
+            *times(level, "first_text_s", "whole_s"),
             str(level["different_from_in_process"]),
         ]
-        for level, alone in zip(results["levels"], results["in_process"], strict=True)
+        for level in results["levels"]
     ]
-    print(table(header, rows))
+    print("Guided, closed loop\n" + table(header, rows))
+    loads = [name for name in ("half", "four_fifths", "overload", "retries", "soak") if name in results]
+    header = ["load", "requests", "answers/s", "first text p50", *percent[1:], "whole p50", *percent[1:]]
+    header += ["refused", "refusal p50", *percent[1:], "max", "wrong", "not whole"]
+    rows = []
+    for name in loads:
+        found = results[name]
+        load = f"{found['per_second']:.1f}/s" if "per_second" in found else f"{found['clients']} clients"
+        refused = sum(count for status, count in found["statuses"].items() if status != "200")
+        rows.append(
+            [
+                f"{name} ({load})",
+                str(found["requests"]),
+                f"{found['answers_per_s']:.1f}",
+                *times(found, "first_text_s", "whole_s"),
+                str(refused),
+                *times(found, "refusal_s"),
+                f"{found['refusal_s'].get('max', float('nan')):.3f}",
+                str(found["wrong"]),
+                str(found["not_whole"]),
+            ]
+        )
+    if rows:
+        print("\nUnder load\n" + table(header, rows))
     if "overload" in results:
-        print("\noverload: " + json.dumps(results["overload"]))
+        print(f"\nGET /health during the overload: {results['overload']['health_s']}")
+    if "soak" in results:
+        print(f"Memory of the replica during the soak, MiB: {results['soak']['memory_mib']}")
+    if results.get("peer"):
+        header = [
+            "at a time",
+            "ours, answers/s",
+            "first p50",
+            "whole p50",
+            "theirs",
+            "first p50",
+            "whole p50",
+            "differ",
+        ]
+        rows = [
+            [
+                str(level["clients"]),
+                *(
+                    cell
+                    for side in (level["ours"], level["peer"])
+                    for cell in (
+                        f"{side['answers_per_s']:.1f}",
+                        f"{side['first_text_s'].get('p50', float('nan')):.3f}",
+                        f"{side['whole_s'].get('p50', float('nan')):.3f}",
+                    )
+                ),
+                str(level["differ"]),
+            ]
+            for level in results["peer"]
+        ]
+        print("\nUnguided and greedy, against `transformers serve`\n" + table(header, rows))
 
 
 if __name__ == "__main__":

@@ -100,12 +100,12 @@ def test_openai_waits_as_long_as_it_is_told(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(
         "openai._base_client.time.sleep", lambda seconds: (waited.append(seconds), holding.close())
     )
-    holding = _Holding(app.state.service.worker)
+    holding = _Holding(app.state.services.first.worker)
     transport = _InThread(app)
     with OpenAI(base_url="http://x/v1", api_key=KEY, http_client=httpx.Client(transport=transport)) as client:
         answer = client.chat.completions.create(model="mahalo", messages=MESSAGES, max_tokens=2)  # type: ignore[arg-type]
     assert answer.choices and waited and waited[0] >= 1
-    app.state.service.worker.close()
+    app.state.services.first.worker.close()
 
 
 class _Holding:

@@ -26,6 +26,7 @@ from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, e
 
 from mahalo_ray.config import SamplingConfig, ServeConfig
 from mahalo_ray.decoding import GuidedDecoder
+from mahalo_ray.domains.tutoring.student import Episode
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
 from mahalo_ray.models.reward import ProcessRewardModel
 from mahalo_ray.objectives import Weights
@@ -34,6 +35,7 @@ from mahalo_ray.serving.app import create_app
 from mahalo_ray.serving.backend import GuidedBackend
 from mahalo_ray.serving.front import Measurements
 from mahalo_ray.serving.service import ChatService, Defaults, ServiceSettings
+from mahalo_ray.serving.simulated import SimulatedStudents
 from mahalo_ray.sweeps import portfolio
 
 expect.set_options(timeout=60_000)
@@ -47,6 +49,7 @@ needs_browser = pytest.mark.skipif(
 TWO = {"accuracy": "value", "engagement": "probability"}
 THREE = {"accuracy": "value", "engagement": "probability", "brevity": "value"}
 QUESTION = "What is 2 + 3?"
+STUDENTS = SimulatedStudents(Episode.from_seed, (3,))
 AXE = Path(__file__).parent.parent / "node_modules" / "axe-core" / "axe.min.js"
 WCAG = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
 
@@ -81,7 +84,8 @@ class Served:
             Defaults(num_candidates=3, sampling=SamplingConfig(max_new_tokens=24)),
             None if self.key is None else KeyDigests.of(self.key),
             {"accuracy": "does the student solve the problem"},
-            (QUESTION,),
+            (QUESTION, *STUDENTS.openings),
+            STUDENTS,
         )
         listener = socket.create_server(("127.0.0.1", self.port))
         self.port = listener.getsockname()[1]
@@ -418,6 +422,35 @@ def test_which_do_you_prefer_learns_a_balance(context: BrowserContext, two: Serv
     expect(note).to_contain_text("After 2 choices")
     page.get_by_role("button", name="Use this balance").click()
     expect(page.get_by_role("slider", name="Balance, from accuracy to engagement")).to_be_visible()
+
+
+@needs_browser
+def test_a_simulated_student_goes_on_with_the_conversation_that_it_began(
+    context: BrowserContext, two: Served
+) -> None:
+    complaints: list[str] = []
+    page = visit(context, two.url, complaints)
+    student = page.get_by_role("button", name="Let the student answer")
+    ask(page)
+    expect(student).to_be_hidden()  # no student said this
+    page.click("#clear")
+    (opening,) = STUDENTS.openings
+    page.get_by_role("button", name=opening).click()
+    expect(page.locator("#stop")).to_be_hidden()
+    taken = page.locator(".turn").last.locator(".answer.taken > .text").inner_text()
+    twin = Episode.from_seed(3)
+    student.focus()
+    page.keyboard.press("Enter")
+    expect(page.locator(".turn")).to_have_count(2)
+    said = page.locator(".turn").last.locator(".question")
+    expect(said).to_contain_text("Simulated student")
+    expect(said.locator(".text")).to_have_text(twin.hear(taken))
+    expect(page.locator("#stop")).to_be_hidden()
+    expect(page.locator("#lesson")).to_contain_text(f"engagement {twin.outcome()['engagement']:.2f}")
+    page.reload()
+    expect(page.locator("#lesson")).to_contain_text("What the lesson came to")
+    expect(student).to_be_visible()
+    assert not complaints
 
 
 @needs_browser

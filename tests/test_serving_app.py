@@ -25,6 +25,7 @@ from mahalo_ray.config import SamplingConfig, ServeConfig
 from mahalo_ray.data import storage
 from mahalo_ray.decoding import GuidedDecoder
 from mahalo_ray.decoding.session import GuidedSession
+from mahalo_ray.domains.tutoring.student import Episode
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
 from mahalo_ray.objectives import Weights
 from mahalo_ray.serving.api_key import KeyDigests
@@ -39,11 +40,13 @@ from mahalo_ray.serving.schema import (
     parse,
 )
 from mahalo_ray.serving.service import ChatService, Defaults, ServiceSettings
+from mahalo_ray.serving.simulated import SimulatedStudents
 from mahalo_ray.sweeps import portfolio
 
 OBJECTIVES = ("accuracy", "engagement")
 MESSAGES = [{"role": "user", "content": "What is 2 + 3?"}]
 CHAT = "/v1/chat/completions"
+STUDENTS = SimulatedStudents(Episode.from_seed, (3, 4))
 
 
 def make_app(
@@ -61,7 +64,7 @@ def make_app(
     limits = {"max_ongoing_requests": 4, "max_queued_requests": 4, "max_new_tokens": 32, "max_candidates": 4}
     described = {"accuracy": "The answer is right."}
     service_settings = ServiceSettings(
-        ServeConfig(**{**limits, **config}), "mahalo", defaults, key, described
+        ServeConfig(**{**limits, **config}), "mahalo", defaults, key, described, students=STUDENTS
     )
     return create_app(ChatService(GuidedBackend(decoder), service_settings, measured))
 
@@ -187,7 +190,7 @@ def test_log_probabilities_are_those_of_the_policy_itself(client: TestClient) ->
 
 
 def test_end_tokens_wait_for_min_tokens_and_repetition_is_penalised(client: TestClient) -> None:
-    ends = client.app.state.service.backend._decoder.format.end_ids  # type: ignore[attr-defined]
+    ends = client.app.state.services.first.backend._decoder.format.end_ids  # type: ignore[attr-defined]
     fields = body(strategy="none", max_tokens=30, temperature=2, top_k=-1)
     lengths = []
     for seed in range(40):
@@ -350,7 +353,7 @@ def test_an_error_of_the_server_has_a_reference_that_its_log_holds(caplog: pytes
     def broken(*_: Any) -> None:
         raise ZeroDivisionError("a defect")
 
-    app.state.service.chat = broken
+    app.state.services.first.chat = broken
     with TestClient(app, raise_server_exceptions=False) as asked:
         answer = asked.post(CHAT, json=body())
     assert answer.status_code == 500
@@ -384,7 +387,7 @@ def test_a_request_that_breaks_the_models_harms_no_other(caplog: pytest.LogCaptu
     for before, after in zip(alone[:2], together[:2], strict=True):
         assert before.json()["choices"] == after.json()["choices"]
     assert "device-side assert" in caplog.text
-    app.state.service.worker.close()
+    app.state.services.first.worker.close()
 
 
 # -- bodies --------------------------------------------------------------------------------------------------
@@ -432,13 +435,13 @@ def test_a_body_that_does_not_arrive_is_given_up_and_gives_its_place_back() -> N
     app = make_app(body_timeout_s=0.1)
     status, answer = ask_slowly(app)
     assert (status, answer["error"]["code"]) == (408, "timeout")
-    assert app.state.service.worker.num_held == 0
-    app.state.service.worker.close()
+    assert app.state.services.first.worker.num_held == 0
+    app.state.services.first.worker.close()
 
 
 def test_half_sent_bodies_hold_places_like_requests_do() -> None:
     app = make_app(max_ongoing_requests=1, max_queued_requests=1)
-    worker = app.state.service.worker
+    worker = app.state.services.first.worker
     with worker.reserve(), worker.reserve(), TestClient(app) as asked:
         answer = asked.post(CHAT, json=body())
         assert (answer.status_code, error_of(answer)["code"]) == (503, "overloaded")
@@ -475,7 +478,7 @@ def test_scores_are_given_a_few_at_a_time_between_the_tokens(client: TestClient)
     scored, chatted = asyncio.run(ask_both())
     assert (scored.status_code, chatted.status_code) == (200, 200)
     assert order == ["chat", "score"]  # the answer does not wait for four forwards of the reward model
-    app.state.service.worker.close()
+    app.state.services.first.worker.close()
 
 
 # -- addresses -----------------------------------------------------------------------------------------------
@@ -570,6 +573,30 @@ def test_the_portfolio_names_a_member_and_its_certified_loss(
     assert (twice.status_code, error_of(twice)["param"]) == (400, "strategy")
     missing = client.get("/v1/portfolio")
     assert (missing.status_code, error_of(missing)["code"]) == (404, "no_portfolio")
+
+
+def test_a_simulated_student_answers_the_conversation_that_it_began(client: TestClient) -> None:
+    opening = STUDENTS.openings[1]
+    said = [{"role": "user", "content": opening}]
+    twin = Episode.from_seed(4)
+    # Bored until it leaves; every request brings the whole conversation.
+    for _ in range(40):
+        said.append({"role": "assistant", "content": "Listen. Listen. Listen. Listen."})
+        answer = client.post("/v1/student", json={"messages": said}).json()
+        assert answer["message"] == {"role": "user", "content": twin.hear(said[-1]["content"])}
+        assert (answer["over"], answer["outcome"]) == (twin.over, twin.outcome())
+        if twin.over:
+            break
+        said.append(answer["message"])
+    assert answer["over"]
+    again = [*said, answer["message"], {"role": "assistant", "content": "Wait!"}]
+    assert client.post("/v1/student", json={"messages": again}).json()["message"] is None
+    for messages, code in (
+        (said[:1], "invalid_value"),
+        ([{**said[0], "content": "Hi"}, said[1]], "no_student"),
+    ):
+        refused = client.post("/v1/student", json={"messages": messages})
+        assert (refused.status_code, error_of(refused)["code"]) == (400 + 4 * (code == "no_student"), code)
 
 
 def test_the_openapi_document_types_every_body_and_answer(client: TestClient) -> None:

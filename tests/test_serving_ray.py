@@ -34,7 +34,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from mahalo_ray.cli.common import open_session
-from mahalo_ray.config import SamplingConfig, ServeConfig, load_config
+from mahalo_ray.config import (
+    FurtherModel,
+    RewardDeploymentConfig,
+    SamplingConfig,
+    ServeConfig,
+    load_config,
+)
+from mahalo_ray.decoding import GuidedDecoder
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
 from mahalo_ray.models.reward import ProcessRewardModel
 from mahalo_ray.objectives import Weights
@@ -121,6 +128,7 @@ def serving(cluster, folders, tmp_path_factory):
         max_new_tokens=200,
         max_request_bytes=20_000,
         api_key_env="MAHALO_TEST_KEY",
+        models=[FurtherModel(id="plain", policy=folders[0])],
         log_folder=str(tmp_path_factory.mktemp("logs")),
     )
     defaults = Defaults(num_candidates=3, sampling=SamplingConfig(max_new_tokens=8))
@@ -318,13 +326,32 @@ def test_scores_are_the_reward_models_own(serving, folders):
 
 
 def test_models_tell_objectives_and_limits(client):
-    (model,) = client.models.list()
+    model, _ = client.models.list()
     assert model.id == "mahalo"
     assert model.model_extra["objectives"] == list(OBJECTIVES)
     assert model.model_extra["limits"]["max_candidates"] == 4
     assert client.models.retrieve("mahalo") == model
     with pytest.raises(NotFoundError):
         client.models.retrieve("gpt-4")
+
+
+def test_a_further_model_is_chosen_by_its_id(client):
+    assert [model.id for model in client.models.list()] == ["mahalo", "plain"]
+    assert client.models.retrieve("plain").model_extra["guidance_objectives"] == []
+    plain = ask(client, model="plain", max_tokens=8)
+    assert plain.model == "plain"
+    # The same policy, here without a reward model.
+    assert (
+        plain.choices[0].message.content
+        == ask(client, {"strategy": "none", "objectives": {"accuracy": 1, "engagement": 1}}, max_tokens=8)
+        .choices[0]
+        .message.content
+    )
+    with pytest.raises(BadRequestError) as refused:
+        ask(client, {"num_candidates": 2}, model="plain")
+    assert refused.value.param == "num_candidates"
+    with pytest.raises(NotFoundError, match="'mahalo', 'plain'"):
+        ask(client, model="other")
 
 
 def test_the_key_is_in_no_environment_of_what_ray_started(serving):
@@ -521,6 +548,41 @@ def test_after_stop_nothing_answers_and_another_can_start(stopped, serving, fold
             ask(client, {"num_candidates": 2}, max_tokens=2)
         assert refused.value.param == "num_candidates"
         client.close()
+
+
+def test_a_reward_model_of_its_own_deployment_scores_alike_and_may_die(stopped, folders):
+    apart = RewardDeploymentConfig(cpus_per_replica=0.5)
+    config = ServeConfig(port=0, reward_deployment=apart, cpus_per_replica=0.5)
+    decoder = GuidedDecoder(
+        MultiHeadCausalLM.from_pretrained(folders[0]).eval(),
+        ProcessRewardModel.from_pretrained(folders[1]).eval(),
+        "tutoring",
+    )
+    weights = Weights.balanced(OBJECTIVES)
+    options = {"num_candidates": 5, "max_new_tokens": 8, "seed": 5, "standardisation": "calibrated"}
+    here = decoder.generate(MESSAGES, weights=weights, guidance=weights, **options)
+
+    def check(answer) -> None:
+        (step,) = answer.model_extra["mahalo"]["steps"]
+        assert [candidate["text"] for candidate in step["candidates"]] == [
+            candidate.text for candidate in here.steps[0].candidates
+        ]
+        for there, own in zip(step["candidates"], here.steps[0].candidates, strict=True):
+            assert there["scores"] == pytest.approx(own.scores, abs=1e-4)
+        assert answer.choices[0].message.content == here.text
+
+    with (
+        start(config, *folders) as running,
+        OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        asked = {"num_candidates": 5}
+        check(ask(client, asked, max_tokens=8))
+        scored = post(running, "/v1/score", json.dumps({"messages": MESSAGES, "candidates": ["5."]}).encode())
+        assert scored[0] == 200 and set(scored[2]["data"][0]["scores"]) == set(OBJECTIVES)
+        started = psutil.Process().children(recursive=True)
+        (reward,) = [p for p in started if "RewardReplica" in " ".join(p.cmdline())]
+        reward.kill()
+        check(ask(client, asked, max_tokens=8))
 
 
 def test_models_that_cannot_be_loaded_are_named(stopped, folders, tmp_path):

@@ -63,7 +63,6 @@ from mahalo_ray.config.run_config import (
     GuidedConfig,
     PairsSource,
     RunConfig,
-    ServeConfig,
     SweepConfig,
     TracesSource,
 )
@@ -93,6 +92,12 @@ from mahalo_ray.config.section import (
     Tuning,
     ZeroStage,
 )
+from mahalo_ray.config.serve_config import (
+    SERVED_MODEL_ID,
+    FurtherModel,
+    RewardDeploymentConfig,
+    ServeConfig,
+)
 from mahalo_ray.config.stage_config import (
     ActorsConfig,
     AdaptersConfig,
@@ -113,6 +118,7 @@ from mahalo_ray.config.stage_config import (
 __all__ = [
     "DEFAULT_THRESHOLD",
     "ROLLOUT_SUPERVISION",
+    "SERVED_MODEL_ID",
     "ActorsConfig",
     "AdaptersConfig",
     "AdaptiveConfig",
@@ -138,6 +144,7 @@ __all__ = [
     "EndpointStudentConfig",
     "EndpointTutorConfig",
     "EvaluationConfig",
+    "FurtherModel",
     "GenerateConfig",
     "GridCases",
     "GridProblem",
@@ -174,6 +181,7 @@ __all__ = [
     "ProgramJudgeConfig",
     "RequestConfig",
     "RewardConfig",
+    "RewardDeploymentConfig",
     "RewardSource",
     "RolloutConfig",
     "RunConfig",

@@ -12,10 +12,8 @@ from mahalo_ray.config.section import (
     SHAPING_WHERE_SET,
     BaselineName,
     DomainName,
-    EnvironmentVariable,
     Fraction,
     LabelRange,
-    NonNegativeInt,
     OpenFraction,
     OptionalWeights,
     OutcomeLabels,
@@ -34,6 +32,7 @@ from mahalo_ray.config.section import (
     TrainingStart,
     WeightVector,
 )
+from mahalo_ray.config.serve_config import ServeConfig
 from mahalo_ray.config.stage_config import (
     ClusterConfig,
     ModelConfig,
@@ -182,86 +181,6 @@ class EvaluationConfig(Section):
 
     confidence: OpenFraction = 0.95
     """Confidence of the intervals: 0.95 is 95 %."""
-
-
-class ServeConfig(Section):
-    """The OpenAI-compatible endpoint. Binds to loopback unless told otherwise; port 0 takes a free one.
-
-    Per replica, up to `max_ongoing_requests` are decoded together and `max_queued_requests` more may wait;
-    beyond that the answer is 503 with Retry-After. Requests that arrive within `batch_window_s` seconds
-    share a batch.
-    """
-
-    host: Text = "127.0.0.1"
-    """Network address the endpoint listens on. `127.0.0.1`: this machine only; `0.0.0.0`: all of its
-    networks."""
-
-    port: Annotated[int, Field(ge=0, le=65535), NOT_BOOL] = 8000
-    """TCP port. 0 takes a free one."""
-
-    replicas: PositiveInt = 1
-    """Copies of policy and reward model that answer side by side."""
-
-    cpus_per_replica: PositiveFloat = 1
-    """CPU cores reserved for each copy."""
-
-    max_ongoing_requests: PositiveInt = 16
-    """Most requests that one replica decodes together."""
-
-    max_queued_requests: NonNegativeInt = 64
-    """Most requests per replica that wait beyond these; the next one gets 503 with Retry-After."""
-
-    batch_window_s: Annotated[float, Field(ge=0, le=10), NOT_BOOL] = 0.01
-    """Seconds within which requests that arrive at an idle replica share a batch."""
-
-    max_candidates: PositiveInt = 16
-    """Most candidates that a request may ask for."""
-
-    max_strength: Strength = 4.0
-    """Largest decoding strength that a request may ask for."""
-
-    max_new_tokens: PositiveInt = 512
-    """Most tokens of one answer."""
-
-    max_choices: PositiveInt = 16
-    """Most answers of one request: `n`, for completions times the number of prompts."""
-
-    max_messages: PositiveInt = 128
-    """Most messages of a request."""
-
-    max_request_bytes: PositiveInt = 1_000_000
-    """Largest body of a request, in bytes."""
-
-    request_timeout_s: PositiveFloat = 60.0
-    """Seconds that one request may take, waiting included."""
-
-    body_timeout_s: PositiveFloat = 10.0
-    """Seconds that the body of a request may take to arrive; after that the answer is 408."""
-
-    shutdown_grace_s: Annotated[float, Field(ge=0, le=3600), NOT_BOOL] = 10.0
-    """Seconds that running answers have to end when the endpoint stops."""
-
-    path_prefix: Annotated[str, Field(pattern=r"^(/[A-Za-z0-9._~-]+)*$")] = ""
-    """What all addresses of the endpoint begin with, as `/tutor`: `/tutor/v1/models`. Of an endpoint
-    in a Ray Serve config file the application's `route_prefix` says so instead."""
-
-    cors_origins: list[Text] = []
-    """Origins whose pages may call the endpoint from a browser, as `https://example.org`; `*` for all."""
-
-    log_folder: Text | None = None
-    """Folder on the replicas' machines for the log of internal errors. Null: `serve_logs` in the run's
-    folder, or a folder under the temporary one where the run is in an object store."""
-
-    api_key_env: EnvironmentVariable | None = None
-    """Name of the environment variable that holds the key clients must send, or several separated by commas.
-    Null, and no `api_key_file`: no key is asked for."""
-
-    api_key_file: Text | None = None
-    """File with a key on every line; empty lines and lines that begin with `#` are left out."""
-
-    requests_per_minute: PositiveInt | None = None
-    """Most requests a minute that one key may send to one replica; the next one gets 429 with Retry-After.
-    Without keys all clients share them. Null: no limit."""
 
 
 class DomainConfig(Section):

@@ -37,7 +37,7 @@ from mahalo_ray.decoding.guidance import (
 from mahalo_ray.decoding.stopping import Boundary, StopReason, TokenTexts, boundary_for, step_starts
 from mahalo_ray.models.classifiers import SequenceClassifierScorer
 from mahalo_ray.models.reward import ProcessRewardModel
-from mahalo_ray.models.scoring import StepScorer, TokenTrace, TraceScorer
+from mahalo_ray.models.scoring import StepEncoder, StepScorer, TokenTrace, TraceReader
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ class TextScorer:
 
     def __init__(
         self,
-        scorer: SequenceClassifierScorer | TraceScorer,
+        scorer: SequenceClassifierScorer | TraceReader,
         boundary: Boundary | None,
         vocabulary: TokenTexts | None,
         around: Callable[[], AbstractContextManager[object]] = nullcontext,
@@ -223,7 +223,7 @@ class TextScorer:
             starts = [*step_starts(ids, self._boundary, self._vocabulary), len(ids)]
             pieces = [self._vocabulary.words(ids[a:b]) for a, b in itertools.pairwise(starts)]
         steps = answer.extended(pieces)
-        if not isinstance(self._scorer, ProcessRewardModel):
+        if not isinstance(self._scorer.encoder, StepEncoder):
             spoken = tuple(step.strip() for step in steps if step.strip())
             return _Reading(spoken, True) if spoken else None
         said = tuple(step for step in steps if step.strip())
@@ -236,14 +236,15 @@ class TextScorer:
         return len(self._trace(messages, reading).input_ids)
 
     def _trace(self, messages: Sequence[Message], reading: _Reading) -> TokenTrace:
-        assert isinstance(self._scorer, TraceScorer)
-        if isinstance(self._scorer, ProcessRewardModel):
-            return self._scorer.encoder.encode_answer(messages, reading.steps, reading.is_closed)
-        return self._scorer.encoder.encode(messages, reading.steps)
+        assert isinstance(self._scorer, TraceReader)
+        encoder = self._scorer.encoder
+        if isinstance(encoder, StepEncoder):
+            return encoder.encode_answer(messages, reading.steps, reading.is_closed)
+        return encoder.encode(messages, reading.steps)
 
     def _score(self, texts: Sequence[tuple[_FollowedAnswer, _Reading]]) -> list[Tensor]:
         """[O] of the last step each."""
-        if isinstance(self._scorer, TraceScorer):
+        if isinstance(self._scorer, TraceReader):
             traces = [self._trace(answer.messages, reading) for answer, reading in texts]
             with self._around():
                 return [scores[-1] for scores in self._scorer.score_traces(traces)]
@@ -383,7 +384,7 @@ class RewardModels:
 
     def _opener(self, model: StepScorer) -> Callable[[], StepFollower]:
         """How this model follows answers; what can be prepared for all of them is prepared here."""
-        if not isinstance(model, SequenceClassifierScorer | TraceScorer):
+        if not isinstance(model, SequenceClassifierScorer | TraceReader):
             raise ValueError(f"{type(model).__name__} cannot guide decoding")
         if not isinstance(model, ProcessRewardModel):
             return lambda: TextScorer(model, self.boundary, self.vocabulary)
@@ -441,7 +442,7 @@ def follow_texts(models: Sequence[StepScorer]) -> ScorerGroup:
     """Scorers of answers that come as text alone, each of one step: those of an endpoint, for example."""
     followers = []
     for model in models:
-        if not isinstance(model, SequenceClassifierScorer | TraceScorer):
+        if not isinstance(model, SequenceClassifierScorer | TraceReader):
             raise ValueError(f"{type(model).__name__} cannot score candidates")
         faster = OneDNNRewardModel(model) if isinstance(model, ProcessRewardModel) else nullcontext
         followers.append(TextScorer(model, None, None, faster))

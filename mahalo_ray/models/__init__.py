@@ -4,7 +4,7 @@ from mahalo_ray.models.classifiers import SequenceClassifierScorer, TokenClassif
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
 from mahalo_ray.models.reference import ChunkedCausalLM
 from mahalo_ray.models.reward import ProcessRewardModel
-from mahalo_ray.models.scoring import StepEncoder, StepScorer, TokenTrace, TraceScorer
+from mahalo_ray.models.scoring import StepEncoder, StepScorer, TokenTrace, TraceReader, TraceScorer
 from mahalo_ray.models.soup import average_models
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "StepScorer",
     "TokenClassifierScorer",
     "TokenTrace",
+    "TraceReader",
     "TraceScorer",
     "average_models",
     "load_scorer",

@@ -231,8 +231,8 @@ class TraceEncoder(Protocol):
     def encode(self, prompt: Messages, steps: Sequence[str]) -> TokenTrace: ...
 
 
-class TraceScorer(StepScorer):
-    """A torch module that scores all steps of a token trace in one forward; batches are made by length."""
+class TraceReader(StepScorer):
+    """A scorer of token traces, wherever it computes them."""
 
     @property
     @abstractmethod
@@ -245,11 +245,10 @@ class TraceScorer(StepScorer):
         """How prompts and steps become token ids."""
 
     @abstractmethod
-    def final_scores(self, input_ids: Tensor, attention_mask: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
-        """Activated scores [B, S, H] of right-padded traces (probabilities, not logits), one forward.
+    def score_traces(self, traces: Sequence[TokenTrace], batch_size: int = 16) -> list[Tensor]:
+        """Scores [S, H] of every token trace, on the CPU, in their order.
 
-        input_ids, attention_mask [B, T]; starts, ends [B, S]: first and last token of every step, ends -1
-        where there is none (its scores mean nothing).
+        ValueError for a trace longer than the model reads.
         """
 
     def score_batch(
@@ -262,23 +261,32 @@ class TraceScorer(StepScorer):
         ]
 
     def check_length(self, prompt: Messages, steps: Sequence[str]) -> None:
-        self._check_trace(0, self.encoder.encode(prompt, steps))
+        self.check_trace(0, self.encoder.encode(prompt, steps))
 
-    def _check_trace(self, number: int, trace: TokenTrace) -> None:
+    def check_trace(self, number: int, trace: TokenTrace) -> None:
+        """ValueError for a trace longer than the model reads."""
         if len(trace.input_ids) > self.max_length:
             raise ValueError(
                 f"trace {number} has {len(trace.input_ids)} tokens, the model reads {self.max_length}: "
                 "cut it at a step boundary"
             )
 
+
+class TraceScorer(TraceReader):
+    """A torch module that scores all steps of a token trace in one forward; batches are made by length."""
+
+    @abstractmethod
+    def final_scores(self, input_ids: Tensor, attention_mask: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
+        """Activated scores [B, S, H] of right-padded traces (probabilities, not logits), one forward.
+
+        input_ids, attention_mask [B, T]; starts, ends [B, S]: first and last token of every step, ends -1
+        where there is none (its scores mean nothing).
+        """
+
     @torch.no_grad()
     def score_traces(self, traces: Sequence[TokenTrace], batch_size: int = 16) -> list[Tensor]:
-        """Scores [S, H] of every token trace, on the CPU, in their order.
-
-        ValueError for a trace longer than the model reads.
-        """
         for number, trace in enumerate(traces):
-            self._check_trace(number, trace)
+            self.check_trace(number, trace)
         module = cast(nn.Module, self)
         training, device = module.training, next(module.parameters()).device
         module.eval()

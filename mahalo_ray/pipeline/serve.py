@@ -16,14 +16,14 @@ from pydantic import BaseModel, ConfigDict
 from ray import serve
 from rich.console import Console
 
-from mahalo_ray.config import RunConfig, ServeConfig
+from mahalo_ray.config import SERVED_MODEL_ID, RunConfig, ServeConfig
 from mahalo_ray.data import storage
 from mahalo_ray.decoding.policy import DeviceConfig
 from mahalo_ray.domains.protocol import WHOLE_TURNS, load_domain
 from mahalo_ray.errors import StageError
 from mahalo_ray.models.folder import check_saved_model
 from mahalo_ray.objectives import Weights
-from mahalo_ray.pipeline.artifacts import run_model
+from mahalo_ray.pipeline.artifacts import find_model, run_model
 from mahalo_ray.pipeline.rounds import last_output, last_stage
 from mahalo_ray.pipeline.seed_blocks import first_seed
 from mahalo_ray.pipeline.stages import Context, Manifest, StageResult
@@ -32,6 +32,7 @@ from mahalo_ray.serving.api_key import KeyDigests
 from mahalo_ray.serving.front import RunFiles
 from mahalo_ray.serving.launch import Serving, error_log_folder, serve_forever, start
 from mahalo_ray.serving.service import Defaults, ServiceSettings
+from mahalo_ray.serving.simulated import SimulatedStudents
 from mahalo_ray.sweeps.portfolio import FILE_IN_RUN, Portfolio, is_made_of
 
 SMOKE_SEED = 7
@@ -44,7 +45,7 @@ def try_serving(context: Context[RunConfig]) -> StageResult:
     """Start the endpoint on a free port, ask it through the OpenAI client, stop it."""
     config = context.config
     context.progress.start(2, "steps", "starting")
-    any_port = config.serve.model_copy(update={"port": 0})
+    any_port = config.serve.model_copy(update={"port": 0, "models": [], "reward_deployment": None})
     weightings = [config.guided.point[0], *config.sweep.decoding_weights]
     question = _opening(config, first_seed(config.seed, "evaluation"))
     # A trial needs no key of the user's: it has one of its own where the endpoint will have one.
@@ -78,7 +79,7 @@ def serve_in_foreground(
     output = storage.absolute(config.output)
     stages = (last_stage(config, "policy"), "reward")
     urls = [storage.join(output, name, manifests[name].outputs["model"]) for name in stages]
-    settings = with_log_folder(config.serve, output)
+    settings = with_model_folders(with_log_folder(config.serve, output))
     serving = _start(config, settings, urls[0], urls[1], key, run_files(config, output))
     weights = ", ".join(f'"{name}": {value:.3g}' for name, value in config.guided.point[0].items())
     console.print(
@@ -94,6 +95,21 @@ def serve_in_foreground(
     )
     console.print(f"  errors      {error_log_folder(settings)}", markup=False, soft_wrap=True)
     serve_forever(serving)
+
+
+def with_model_folders(config: ServeConfig) -> ServeConfig:
+    """The settings with the folders of further models in place of the runs that made them; ValueError for
+    one that is not there."""
+    found = [
+        model.model_copy(
+            update={
+                "policy": find_model(model.policy, "policy"),
+                "reward": None if model.reward is None else find_model(model.reward, "reward"),
+            }
+        )
+        for model in config.models
+    ]
+    return config.model_copy(update={"models": found})
 
 
 def with_log_folder(config: ServeConfig, output: str) -> ServeConfig:
@@ -142,18 +158,19 @@ def _application(args: Mapping[str, str]) -> serve.Application:
     config = RunConfig.model_validate(yaml.safe_load(resolved))
     given = deployed.model_dump(include={"api_key_env", "api_key_file"}, exclude_none=True)
     named = config.serve.model_copy(update=given)
-    settings = with_log_folder(named, storage.absolute(deployed.run))
+    settings = with_model_folders(with_log_folder(named, storage.absolute(deployed.run)))
     key = KeyDigests.configured(settings)
     if key is None:
         logger.warning("serving '%s' without an API key: whoever reaches its port can use it", deployed.run)
     return launch.application(
         ServiceSettings(
             settings,
-            launch.DEFAULT_MODEL_NAME,
+            SERVED_MODEL_ID,
             _defaults(config),
             key,
             _descriptions(config),
             example_questions(config),
+            simulated_students(config),
         ),
         launch.ModelSource(
             policy,
@@ -186,6 +203,7 @@ def _start(
         descriptions=_descriptions(config),
         run=run,
         examples=example_questions(config),
+        students=simulated_students(config),
     )
 
 
@@ -236,6 +254,17 @@ def _opening(config: RunConfig, seed: int) -> list[dict[str, str]]:
 def boundary_name(config: RunConfig) -> str:
     """Where steps end at the endpoint; at whole turns for a run on data of its own."""
     return WHOLE_TURNS if config.data is not None else load_domain(config.domain.name).boundary
+
+
+def simulated_students(config: RunConfig) -> SimulatedStudents | None:
+    """Who answers the model in the conversations that the examples begin; None for a run on data of its own,
+    and for a domain whose episodes do not talk back."""
+    if config.data is not None:
+        return None
+    domain, first = load_domain(config.domain.name), first_seed(config.seed, "dialogues")
+    if domain.episode(first).hear("Let us begin.") is None:
+        return None
+    return SimulatedStudents(domain.episode, tuple(range(first, first + EXAMPLES)))
 
 
 def _defaults(config: RunConfig) -> Defaults:

@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mahalo_ray.serving.front import Front, PortfolioReport
 from mahalo_ray.serving.model_thread import Job
-from mahalo_ray.serving.prometheus import CONTENT_TYPE, CountRequests, ReplicaMetrics
+from mahalo_ray.serving.prometheus import CONTENT_TYPE, CountRequests, ReplicaMetrics, exposition
 from mahalo_ray.serving.responses import (
     END_OF_STREAM,
     AnswerWriter,
@@ -46,10 +46,12 @@ from mahalo_ray.serving.schema import (
     SamplingFields,
     ScoreRequest,
     StreamOptions,
+    StudentRequest,
     internal_error,
     parse,
 )
-from mahalo_ray.serving.service import ChatService
+from mahalo_ray.serving.service import ChatService, ReplicaServices
+from mahalo_ray.serving.simulated import StudentReply
 
 logger = logging.getLogger(__name__)
 
@@ -81,16 +83,19 @@ _PAGE_HEADERS = {
 }
 
 
-def create_app(service: ChatService) -> FastAPI:
-    """The ASGI app; closing it stops the service's worker. `app.state.service` is the service."""
+def create_app(*services: ChatService) -> FastAPI:
+    """The ASGI app of one or several models, the first of which has the settings of the whole endpoint;
+    closing it stops their workers. `app.state.services` has them."""
+    served = ReplicaServices(services)
+    service = served.first
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        service.worker.close()
+        served.close()
 
     app = FastAPI(title="mahalo_ray", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.state.service = service
+    app.state.services = served
     app.add_middleware(HeadAsGet)
     if service.settings.config.cors_origins:
         app.add_middleware(
@@ -103,8 +108,8 @@ def create_app(service: ChatService) -> FastAPI:
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unexpected_error)
-    _add_api(app, service)
-    _add_pages(app, service)
+    _add_api(app, served)
+    _add_pages(app, served)
     _document_bodies(app, with_key=service.settings.key is not None)
     paths = frozenset(route.path for route in app.routes if isinstance(route, Route))
     app.add_middleware(CountRequests, metrics=service.metrics, paths=paths)
@@ -153,13 +158,14 @@ def _takes(body: type[Payload]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": content}}
 
 
-def _add_api(app: FastAPI, service: ChatService) -> None:
+def _add_api(app: FastAPI, served: ReplicaServices) -> None:
+    service = served.first
     config = service.settings.config
     failures = (400, 401, 404, 408, 413, 415, 429, 500, 503, 504)
 
     async def read(request: Request, model: type[RequestBody]) -> RequestBody:
         service.rate.take(authorise(request))
-        with service.worker.reserve():
+        with served.reserve():
             try:
                 async with asyncio.timeout(config.body_timeout_s):
                     body = await _read_body(request, config.max_request_bytes)
@@ -183,8 +189,9 @@ def _add_api(app: FastAPI, service: ChatService) -> None:
     async def chat(request: Request) -> Response:
         """Answer a conversation; with `stream`, as server-sent events of `ChatCompletionChunk`."""
         body = await read(request, ChatCompletionRequest)
-        job, writer = service.chat(body)
-        return await _answer(job, writer, body, service.metrics)
+        asked = served.of(body.model)
+        job, writer = asked.chat(body)
+        return await _answer(job, writer, body, asked.metrics)
 
     text_answers = _answers(TextCompletion, *failures)
     text_answers[200]["content"] = {
@@ -195,26 +202,37 @@ def _add_api(app: FastAPI, service: ChatService) -> None:
     async def complete(request: Request) -> Response:
         """Go on with a text or token ids as they are; with `stream`, as events of `TextCompletion`."""
         body = await read(request, CompletionRequest)
-        job, writer = service.complete(body)
-        return await _answer(job, writer, body, service.metrics)
+        asked = served.of(body.model)
+        job, writer = asked.complete(body)
+        return await _answer(job, writer, body, asked.metrics)
 
     @app.post("/v1/score", responses=_answers(ScoreList, *failures), openapi_extra=_takes(ScoreRequest))
     async def score(request: Request) -> Response:
         """The reward model's scores of candidate turns."""
-        job = service.score(await read(request, ScoreRequest))
-        return _json(ScoreList(model=service.settings.model_name, data=await job.result()))
+        body = await read(request, ScoreRequest)
+        asked = served.of(body.model)
+        job = asked.score(body)
+        return _json(ScoreList(model=asked.settings.model_name, data=await job.result()))
+
+    @app.post(
+        "/v1/student", responses=_answers(StudentReply, *failures), openapi_extra=_takes(StudentRequest)
+    )
+    async def student(request: Request) -> Response:
+        """What the run's simulated student answers, in a conversation that it began."""
+        body = await read(request, StudentRequest)
+        return _json(served.of(body.model).student(body))
 
     @app.get("/v1/models", responses=_answers(ServedModels, 401, 500))
     async def models(request: Request) -> Response:
-        """The model with its objectives, limits and defaults, and ids that carry a portfolio's weights."""
+        """The models with their objectives, limits and defaults, and ids that carry a portfolio's weights."""
         authorise(request)
-        return _json(ServedModels(data=service.models()))
+        return _json(ServedModels(data=[model for each in served.each for model in each.models()]))
 
     @app.get("/v1/models/{name:path}", responses=_answers(ServedModel, 401, 404, 500))
     async def model(request: Request, name: str) -> Response:
         """One model."""
         authorise(request)
-        return _json(service.model(name))
+        return _json(served.of(name).model(name))
 
     @app.get("/v1/front", responses=_answers(Front, 401, 404, 500))
     async def front(request: Request) -> Response:
@@ -230,7 +248,7 @@ def _add_api(app: FastAPI, service: ChatService) -> None:
         return _json(await asyncio.to_thread(service.portfolio, weights))
 
 
-def _add_pages(app: FastAPI, service: ChatService) -> None:
+def _add_pages(app: FastAPI, served: ReplicaServices) -> None:
     files = Path(__file__).parent / "playground"
 
     @app.get("/", response_class=HTMLResponse)
@@ -243,19 +261,21 @@ def _add_pages(app: FastAPI, service: ChatService) -> None:
     @app.get("/health", responses=_answers(ReplicaStatus, 500))
     async def health() -> Response:
         """Whether the replica works at all."""
-        if (trouble := service.worker.trouble) is not None:
+        if (trouble := served.trouble) is not None:
             raise ApiError(500, trouble, code="unhealthy")
         return _json(ReplicaStatus(status="ok"))
 
     @app.get("/metrics", responses={200: {"content": {"text/plain": {}}, "description": "the figures"}})
     async def metrics() -> Response:
         """This replica's figures, as Prometheus reads them."""
-        return Response(service.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+        return Response(
+            exposition([each.metrics for each in served.each]), headers={"Content-Type": CONTENT_TYPE}
+        )
 
     @app.get("/ready", responses=_answers(ReplicaStatus, 500, 503))
     async def ready() -> Response:
         """Whether a request sent now would be taken."""
-        service.worker.check_room()
+        served.check_room()
         return _json(ReplicaStatus(status="ready"))
 
 
@@ -267,7 +287,8 @@ def _document_bodies(app: FastAPI, with_key: bool) -> None:
         if app.openapi_schema is not None:
             return app.openapi_schema
         document = generate()
-        bodies = [(model, "validation") for model in (ChatCompletionRequest, CompletionRequest, ScoreRequest)]
+        taken = (ChatCompletionRequest, CompletionRequest, ScoreRequest, StudentRequest)
+        bodies = [(model, "validation") for model in taken]
         _, schemas = models_json_schema(
             [*bodies, (ChatCompletionChunk, "serialization")],  # type: ignore[list-item]
             ref_template=_SCHEMAS + "{model}",

@@ -26,6 +26,7 @@ from mahalo_ray.decoding.policy import (
 )
 from mahalo_ray.decoding.session import GuidedSession, RequestState
 from mahalo_ray.decoding.stopping import INCOMPLETE, StopReason, TokenTexts, TurnBoundary
+from mahalo_ray.models.scoring import StepScorer
 from mahalo_ray.objectives import Weights
 from mahalo_ray.serving.answer_job import Answer, AnswerPart, AnswersWanted, ModelLoad, RawPrompt, TokenReport
 from mahalo_ray.serving.model_thread import Job
@@ -220,11 +221,18 @@ class GuidedBackend:
 
     @classmethod
     def load(
-        cls, policy_url: str, reward_url: str | None, domain: str, placement: DeviceConfig, max_branches: int
+        cls,
+        policy_url: str,
+        reward: str | StepScorer | None,
+        domain: str,
+        placement: DeviceConfig,
+        max_branches: int,
     ) -> GuidedBackend:
-        """Read the model folders, place the models and see that they answer."""
+        """Read the model folders, place the models and see that they answer. `reward`: a folder, or a reward
+        model that is somewhere else."""
         policy, chat = load_policy(policy_url, placement)
-        reward_models = [] if reward_url is None else [load_step_scorer(reward_url, placement)]
+        scorer = load_step_scorer(reward, placement) if isinstance(reward, str) else reward
+        reward_models = [] if scorer is None else [scorer]
         backend = cls(GuidedDecoder(policy, reward_models, domain, chat.tokenizer, max_branches))
         backend.probe()
         return backend

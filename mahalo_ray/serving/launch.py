@@ -15,11 +15,12 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from logging.handlers import RotatingFileHandler
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import ray
 from fastapi import FastAPI
@@ -28,18 +29,24 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from mahalo_ray.config import ServeConfig
+from mahalo_ray.config import SERVED_MODEL_ID, RewardDeploymentConfig, ServeConfig
 from mahalo_ray.data import storage
 from mahalo_ray.decoding.policy import DeviceConfig
 from mahalo_ray.serving.api_key import KeyDigests
 from mahalo_ray.serving.app import create_app
 from mahalo_ray.serving.front import RunFiles
 from mahalo_ray.serving.service import ChatService, Defaults, ServiceSettings
+from mahalo_ray.serving.simulated import SimulatedStudents
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mahalo_ray.models import TokenTrace
+    from mahalo_ray.serving.remote_scorer import ScorerCard
 
 logger = logging.getLogger(__name__)
 
 APP_NAME = "mahalo"
-DEFAULT_MODEL_NAME = "mahalo"
 # Room in Serve's own queue beyond what the service takes, so that health checks, pages and refusals get
 # through.
 _HEADROOM = 64
@@ -116,32 +123,35 @@ def start(
     reward_url: str | None,
     domain: str = "tutoring",
     defaults: Defaults | None = None,
-    model_name: str = DEFAULT_MODEL_NAME,
+    model_name: str = SERVED_MODEL_ID,
     use_gpu: bool = False,
     dtype: str = "float32",
     key: KeyDigests | None = None,
     descriptions: Mapping[str, str] | None = None,
     run: RunFiles | None = None,
     examples: tuple[str, ...] = (),
+    students: SimulatedStudents | None = None,
 ) -> Serving:
     """Start the endpoint and wait until it answers. The API key is `key`, else that of `serve.api_key_env`.
     `descriptions`: what objectives mean, for people; `run`: the files of what the models' run has measured;
-    `examples`: questions to begin with.
+    `examples`: questions to begin with; `students`: who can answer in the place of a person.
 
     Raises ServeError if the port is taken, Ray Serve already runs on this cluster, a folder is missing or a
     replica cannot load its models; ValueError if the API key's variable is empty.
     """
     key = key or KeyDigests.configured(config)
-    for url in filter(None, (policy_url, reward_url)):
+    further = [url for model in config.models for url in (model.policy, model.reward)]
+    for url in filter(None, (policy_url, reward_url, *further)):
         if not storage.exists(url):
             raise ServeError(f"there is no model at '{url}': train it first, or correct the path")
     _refuse_running_serve()
-    _check_resources(config, use_gpu)
+    num_rewards = len({url for url in (reward_url, *(model.reward for model in config.models)) if url})
+    _check_resources(config, use_gpu, num_rewards)
     if key is None and not _is_loopback(config.host):
         logger.warning("serving on %s without an API key: whoever reaches this port can use it", config.host)
     port = free_port(config.host, config.port)
     settings = ServiceSettings(
-        config, model_name, defaults or Defaults(), key, dict(descriptions or {}), examples
+        config, model_name, defaults or Defaults(), key, dict(descriptions or {}), examples, students
     )
     reward = None if reward_url is None else storage.absolute(reward_url)
     placement = DeviceConfig("cuda" if use_gpu else "cpu", dtype)
@@ -195,25 +205,28 @@ class ChatIngress:
 
     app: FastAPI
 
+    def __init__(self, *rewards: DeploymentHandle) -> None:
+        """`rewards`: handles of the reward models' deployments, so that Serve deploys them with this one."""
+
     def check_health(self) -> None:
         """Serve replaces a replica that cannot answer any more."""
-        trouble = self.app.state.service.worker.trouble
+        trouble = self.app.state.services.trouble
         if trouble is not None:
             raise RuntimeError(trouble)
 
     def drain(self) -> int:
         """Take no more requests."""
-        self.app.state.service.worker.drain()
+        self.app.state.services.drain()
         return 0
 
     def count_held(self) -> int:
         """Requests that are not answered yet."""
-        return int(self.app.state.service.worker.num_held)
+        return int(self.app.state.services.num_held)
 
     def close(self) -> int:
         """Answer what is left with 503; returns how many there were."""
         left = self.count_held()
-        self.app.state.service.worker.close()
+        self.app.state.services.close()
         return left
 
 
@@ -229,6 +242,12 @@ def application(settings: ServiceSettings, source: ModelSource, use_gpu: bool) -
     def build_app() -> FastAPI:
         return _load_app(settings, source)
 
+    rewards = [
+        _reward_deployment(config.reward_deployment, name, url, source.placement, use_gpu)
+        for url, name in _reward_names(settings, source).items()
+        if config.reward_deployment is not None
+    ]
+
     deployment = serve.deployment(
         name=APP_NAME,
         num_replicas=config.replicas,
@@ -242,22 +261,99 @@ def application(settings: ServiceSettings, source: ModelSource, use_gpu: bool) -
         max_constructor_retry_count=1,
         max_surge_percent=math.ceil(100 / config.replicas),
     )
-    return deployment(serve.ingress(build_app)(ChatIngress)).bind()
+    return deployment(serve.ingress(build_app)(ChatIngress)).bind(*rewards)
+
+
+def _each_model(
+    settings: ServiceSettings, source: ModelSource
+) -> Iterator[tuple[ServiceSettings, ModelSource]]:
+    """The run's own model, then the further ones of `serve.models`, whose default weights are balanced."""
+    yield settings, source
+    defaults = replace(settings.defaults, objectives=None, guidance=None)
+    for model in settings.config.models:
+        reward = None if model.reward is None else storage.absolute(model.reward)
+        yield (
+            replace(settings, model_name=model.id, defaults=defaults),
+            replace(source, policy_url=storage.absolute(model.policy), reward_url=reward, run=None),
+        )
+
+
+def _reward_names(settings: ServiceSettings, source: ModelSource) -> dict[str, str]:
+    """The deployments of all reward models by the models' URLs; one for those that several policies share."""
+    urls = dict.fromkeys(each.reward_url for _, each in _each_model(settings, source) if each.reward_url)
+    return {url: f"{APP_NAME}-reward-{number}" for number, url in enumerate(urls, start=1)}
+
+
+class RewardReplica:
+    """A replica of a reward model's deployment. One call is computed while the next one arrives."""
+
+    def __init__(self, url: str, placement: DeviceConfig) -> None:
+        from mahalo_ray.serving.remote_scorer import TraceWorker
+
+        self._worker = TraceWorker(url, placement)
+        self._computing = threading.Lock()
+
+    def card(self) -> ScorerCard:
+        """What describes the model."""
+        return self._worker.card()
+
+    def score(self, traces: Sequence[TokenTrace]) -> list[Tensor]:
+        """Scores [S, H] of every trace."""
+        with self._computing:
+            return self._worker.score(traces)
+
+
+def _reward_deployment(
+    config: RewardDeploymentConfig, name: str, url: str, placement: DeviceConfig, use_gpu: bool
+) -> serve.Application:
+    deployment = serve.deployment(
+        name=name,
+        autoscaling_config={
+            "min_replicas": config.min_replicas,
+            "max_replicas": config.max_replicas,
+            "target_ongoing_requests": config.target_requests,
+            "upscale_delay_s": config.upscale_delay_s,
+            "downscale_delay_s": config.downscale_delay_s,
+        },
+        max_ongoing_requests=max(2, math.ceil(config.target_requests)),
+        ray_actor_options={
+            "num_cpus": config.cpus_per_replica,
+            "num_gpus": config.gpus_per_replica if use_gpu else 0,
+        },
+        health_check_period_s=_HEALTH_CHECK_S,
+        max_constructor_retry_count=1,
+    )
+    return deployment(RewardReplica).bind(url, placement)
 
 
 def _load_app(settings: ServiceSettings, source: ModelSource) -> FastAPI:
+    _keep_error_log(error_log_folder(settings.config))
+    # A thread without an event loop: the models are tried, and a reward model elsewhere is waited for.
+    with ThreadPoolExecutor(1) as loader:
+        services = loader.submit(_load_services, settings, source).result()
+    return create_app(*services)
+
+
+def _load_services(settings: ServiceSettings, source: ModelSource) -> list[ChatService]:
     # Models are the replica's business: the process that starts serving needs neither torch nor a GPU for it.
     from mahalo_ray.serving.backend import GuidedBackend
+    from mahalo_ray.serving.remote_scorer import RemoteScorer
 
     config = settings.config
-    _keep_error_log(error_log_folder(config))
+    scorers: dict[str | None, RemoteScorer] = {}
+    if config.reward_deployment is not None:
+        app_name = serve.get_replica_context().app_name
+        for url, name in _reward_names(settings, source).items():
+            scorers[url] = RemoteScorer(serve.get_deployment_handle(name, app_name))
     # Everything that may run at once runs at once.
     branches = config.max_ongoing_requests * config.max_candidates
-    backend = GuidedBackend.load(
-        source.policy_url, source.reward_url, source.domain, source.placement, branches
-    )
-    measured = None if source.run is None else source.run.read()
-    return create_app(ChatService(backend, settings, measured))
+    services = []
+    for its_settings, its_source in _each_model(settings, source):
+        reward = scorers.get(its_source.reward_url, its_source.reward_url)
+        backend = GuidedBackend.load(its_source.policy_url, reward, source.domain, source.placement, branches)
+        measured = None if its_source.run is None else its_source.run.read()
+        services.append(ChatService(backend, its_settings, measured))
+    return services
 
 
 def error_log_folder(config: ServeConfig) -> str:
@@ -302,15 +398,23 @@ def _refuse_running_serve() -> None:
     )
 
 
-def _check_resources(config: ServeConfig, use_gpu: bool) -> None:
-    """Serve would wait for ever for replicas that the cluster cannot hold."""
-    needed = {"CPU": config.replicas * config.cpus_per_replica, "GPU": config.replicas if use_gpu else 0}
+def _check_resources(config: ServeConfig, use_gpu: bool, num_rewards: int) -> None:
+    """Serve would wait for ever for replicas that the cluster cannot hold. `num_rewards`: different reward
+    models."""
+    cpus, gpus = config.replicas * config.cpus_per_replica, float(config.replicas)
+    what, advice = f"{config.replicas} replica(s)", "lower serve.replicas or serve.cpus_per_replica"
+    if config.reward_deployment is not None:
+        count = num_rewards * config.reward_deployment.min_replicas
+        cpus += count * config.reward_deployment.cpus_per_replica
+        gpus += count * config.reward_deployment.gpus_per_replica
+        what += f" and {count} of reward models"
+        advice += ", or those of serve.reward_deployment"
     total = ray.cluster_resources()
-    for name, amount in needed.items():
+    for name, amount in {"CPU": cpus, "GPU": gpus if use_gpu else 0}.items():
         if amount > total.get(name, 0):
             raise ServeError(
-                f"{config.replicas} replica(s) need {amount:g} {name}, the Ray cluster has "
-                f"{total.get(name, 0):g}: lower serve.replicas or serve.cpus_per_replica, or use a larger one"
+                f"{what} need {amount:g} {name}, the Ray cluster has {total.get(name, 0):g}: {advice}, or "
+                "use a larger one"
             )
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, Summary, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -26,14 +26,16 @@ _UNKNOWN_PATH = "other"  # a label for each address that somebody tries would ne
 
 
 class ReplicaMetrics:
-    """One replica's figures. `worker` and `usage` are looked at when somebody asks for the figures."""
+    """One replica's figures of one of its models. `worker` and `usage` are looked at when somebody asks for
+    the figures."""
 
     def __init__(
-        self, worker: ModelThread, usage: Callable[[], ModelLoad], objectives: Sequence[str]
+        self, worker: ModelThread, usage: Callable[[], ModelLoad], objectives: Sequence[str], model: str
     ) -> None:
         self.registry = CollectorRegistry()
-        self._replica = f"{socket.gethostname()}-{os.getpid()}"
-        labels: dict[str, Any] = {"registry": self.registry, "labelnames": ["replica"]}
+        self._replica, self._model = f"{socket.gethostname()}-{os.getpid()}", model
+        place = self._replica, self._model
+        labels: dict[str, Any] = {"registry": self.registry, "labelnames": ["replica", "model"]}
         self.requests = Counter(
             "mahalo_requests",
             "Requests, by address and status",
@@ -45,40 +47,36 @@ class ReplicaMetrics:
             "From a request's arrival to its first accepted step (a token where nothing is chosen)",
             buckets=_SECONDS,
             **labels,
-        ).labels(self._replica)
+        ).labels(*place)
         self._step = Histogram(
             "mahalo_step_seconds",
             "From one accepted step of a request to the next",
             buckets=_SECONDS,
             **labels,
-        ).labels(self._replica)
+        ).labels(*place)
         self._queue = Histogram(
             "mahalo_queue_seconds", "From a request's arrival to its start", buckets=_SECONDS, **labels
-        ).labels(self._replica)
+        ).labels(*place)
         self._answer = Histogram(
             "mahalo_answer_seconds",
             "From a request's arrival to the end of its answers",
             buckets=_SECONDS,
             **labels,
-        ).labels(self._replica)
-        self._prompt_tokens = Counter("mahalo_prompt_tokens", "Tokens of prompts", **labels).labels(
-            self._replica
-        )
-        self._answer_tokens = Counter("mahalo_answer_tokens", "Tokens of answers", **labels).labels(
-            self._replica
-        )
+        ).labels(*place)
+        self._prompt_tokens = Counter("mahalo_prompt_tokens", "Tokens of prompts", **labels).labels(*place)
+        self._answer_tokens = Counter("mahalo_answer_tokens", "Tokens of answers", **labels).labels(*place)
         self._sampled_tokens = Counter(
             "mahalo_sampled_tokens", "Tokens of all candidates, chosen or not", **labels
-        ).labels(self._replica)
+        ).labels(*place)
         self._lift = Summary(
             "mahalo_guidance_lift",
             "The chosen candidate's score above the mean of its step's candidates, by objective",
-            ["objective", "replica"],
+            ["objective", "replica", "model"],
             registry=self.registry,
         )
         for objective in objectives:
-            self._lift.labels(objective, self._replica)
-        self.registry.register(_LoadCollector(worker, usage, self._replica))
+            self._lift.labels(objective, self._replica, self._model)
+        self.registry.register(_LoadCollector(worker, usage, place))
 
     def observe_answers(self, job: Job, answers: Sequence[Answer]) -> None:
         """Count a request that was answered."""
@@ -99,22 +97,41 @@ class ReplicaMetrics:
             self._sampled_tokens.inc(sum(len(candidate.token_ids) for candidate in step.candidates))
             for objective, score in step.accepted.scores.items():
                 mean = sum(c.scores[objective] for c in step.candidates) / len(step.candidates)
-                self._lift.labels(objective, self._replica).observe(score - mean)
+                self._lift.labels(objective, self._replica, self._model).observe(score - mean)
 
     def count_request(self, path: str, status: int) -> None:
         """Count a request by its address and the status of its answer."""
         self.requests.labels(path, str(status), self._replica).inc()
 
-    def text(self) -> bytes:
-        """All figures, as Prometheus reads them."""
-        return generate_latest(self.registry)
+
+class _JoinedFigures(Collector):
+    """The figures of several models of one replica: families of one name are one family."""
+
+    def __init__(self, each: Sequence[ReplicaMetrics]) -> None:
+        self._each = each
+
+    def collect(self) -> Iterable[Metric]:
+        families: dict[str, Metric] = {}
+        for metric in (family for metrics in self._each for family in metrics.registry.collect()):
+            if metric.name in families:
+                families[metric.name].samples += metric.samples
+            else:
+                families[metric.name] = metric
+        return families.values()
+
+
+def exposition(each: Sequence[ReplicaMetrics]) -> bytes:
+    """All figures of a replica's models, as Prometheus reads them."""
+    registry = CollectorRegistry()
+    registry.register(_JoinedFigures(each))
+    return generate_latest(registry)
 
 
 class _LoadCollector(Collector):
     """What the models are at now."""
 
-    def __init__(self, worker: ModelThread, usage: Callable[[], ModelLoad], replica: str) -> None:
-        self._worker, self._usage, self._replica = worker, usage, replica
+    def __init__(self, worker: ModelThread, usage: Callable[[], ModelLoad], place: tuple[str, str]) -> None:
+        self._worker, self._usage, self._place = worker, usage, place
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         load = self._usage()
@@ -125,8 +142,8 @@ class _LoadCollector(Collector):
             ("mahalo_rows", "Candidates that are being decoded", load.rows),
             ("mahalo_cache_bytes", "Keys and values of the policy", load.cache_bytes),
         ):
-            family = GaugeMetricFamily(name, text, labels=["replica"])
-            family.add_metric([self._replica], value)
+            family = GaugeMetricFamily(name, text, labels=["replica", "model"])
+            family.add_metric(self._place, value)
             yield family
 
 

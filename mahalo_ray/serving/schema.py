@@ -518,6 +518,14 @@ class ScoreRequest(Payload):
         return self
 
 
+class StudentRequest(Payload):
+    """POST /v1/student: what the simulated student who began this conversation answers to its last message,
+    the assistant's."""
+
+    model: str | None = None
+    messages: Messages
+
+
 RequestBody = TypeVar("RequestBody", bound=Payload)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -40,9 +41,11 @@ from mahalo_ray.serving.schema import (
     SamplingFields,
     ScoreRequest,
     ServedStrategy,
+    StudentRequest,
     shorten,
     weights_of,
 )
+from mahalo_ray.serving.simulated import SimulatedStudents, StudentReply
 
 MAX_DERIVED_SEED = 2**53 - 1  # what JavaScript reads without loss
 
@@ -67,7 +70,7 @@ class Defaults:
 @dataclass(frozen=True)
 class ServiceSettings:
     """All a service needs beside its models. `descriptions`: what objectives mean, for people; `examples`:
-    questions to begin with."""
+    questions to begin with; `students`: who can answer in the place of a person."""
 
     config: ServeConfig
     model_name: str
@@ -75,6 +78,7 @@ class ServiceSettings:
     key: KeyDigests | None = None
     descriptions: Mapping[str, str] = field(default_factory=dict)
     examples: tuple[str, ...] = ()
+    students: SimulatedStudents | None = None
 
 
 class Backend(JobRunner, Protocol):
@@ -89,8 +93,8 @@ class Backend(JobRunner, Protocol):
 
 
 class ChatService:
-    """One replica's service. Constructed once its models are loaded. `measured`: what the run of these models
-    has measured."""
+    """One replica's service of one policy. Constructed once its models are loaded. `measured`: what the run
+    of these models has measured."""
 
     def __init__(
         self, backend: Backend, settings: ServiceSettings, measured: Measurements | None = None
@@ -131,7 +135,9 @@ class ChatService:
             config.batch_window_s,
         )
         self.rate = RateLimiter(config.requests_per_minute)
-        self.metrics = ReplicaMetrics(self.worker, lambda: backend.usage, backend.guidance_objectives)
+        self.metrics = ReplicaMetrics(
+            self.worker, lambda: backend.usage, backend.guidance_objectives, settings.model_name
+        )
 
     def chat(self, body: ChatCompletionRequest) -> tuple[Job, ChatWriter]:
         """Queue answers. ApiError if the request asks for what this server does not have or allow."""
@@ -216,10 +222,19 @@ class ChatService:
     def score(self, body: ScoreRequest) -> Job:
         """Queue a rating of candidate turns."""
         if body.model is not None:
-            self._check_model(body.model)
+            self._carried(body.model)
         if not self.backend.guidance_objectives:
             raise ApiError(400, "this server has no reward model to score with", code="no_reward_model")
         return self._submit(body, streams=False)
+
+    def student(self, body: StudentRequest) -> StudentReply:
+        """What the simulated student says next; ApiError 404 where there is none."""
+        if body.model is not None:
+            self._carried(body.model)
+        students = self.settings.students
+        if students is None:
+            raise ApiError(404, "the run behind this server has no simulated students", code="no_student")
+        return students.reply([message.as_record() for message in body.messages])
 
     def models(self) -> list[ServedModel]:
         """The answer of GET /v1/models: the model, and one more id for every member of the portfolio."""
@@ -242,6 +257,7 @@ class ChatService:
             guidance_objectives=list(self.backend.guidance_objectives),
             descriptions=self._described(),
             examples=list(self.settings.examples),
+            has_students=self.settings.students is not None,
             limits=ServedLimits(
                 max_candidates=self.limits.max_candidates,
                 max_tokens=self.limits.max_new_tokens,
@@ -376,14 +392,7 @@ class ChatService:
 
     def _carried(self, name: str) -> dict[str, Any]:
         """The fields of a request in `mahalo@accuracy=0.8,engagement=0.2` or `mahalo@member-1`."""
-        base, at, weights = name.partition("@")
-        if base != self.settings.model_name:
-            raise ApiError(
-                404,
-                f"there is no model '{shorten(name)}' here; this server has '{self.settings.model_name}'",
-                "model",
-                "model_not_found",
-            )
+        _, at, weights = name.partition("@")
         if not at:
             return {}
         if name in self._members:
@@ -408,9 +417,6 @@ class ChatService:
             fields["strategy"] = "none"
         return fields
 
-    def _check_model(self, name: str) -> None:
-        self._carried(name)
-
     def _check_last(self, role: str) -> None:
         if role == "assistant":
             raise ApiError(
@@ -419,6 +425,56 @@ class ChatService:
                 "messages",
                 "invalid_value",
             )
+
+
+class ReplicaServices:
+    """The services of one replica behind one address, chosen by the model id that a client sends. The first
+    has the settings of the whole endpoint, and answers where nobody says which."""
+
+    def __init__(self, services: Sequence[ChatService]) -> None:
+        self.each = tuple(services)
+        self.first = self.each[0]
+        self._by_name = {service.settings.model_name: service for service in services}
+
+    def of(self, model_id: str | None) -> ChatService:
+        """The service of a model id, with or without weights behind it; ApiError 404 for an unknown one."""
+        if model_id is None:
+            return self.first
+        service = self._by_name.get(model_id.partition("@")[0])
+        if service is None:
+            names = ", ".join(f"'{name}'" for name in self._by_name)
+            message = f"there is no model '{shorten(model_id)}' here; this server has {names}"
+            raise ApiError(404, message, "model", "model_not_found")
+        return service
+
+    def reserve(self) -> AbstractContextManager[None]:
+        """Hold a place while a request is read whose model is not known yet: with the service that has most
+        room. ApiError 503 when none has any."""
+        return min(self.each, key=lambda service: service.worker.num_held).worker.reserve()
+
+    def check_room(self) -> None:
+        """ApiError 503 when no service would take a request now."""
+        min(self.each, key=lambda service: service.worker.num_held).worker.check_room()
+
+    @property
+    def trouble(self) -> str | None:
+        """Why a model cannot answer any more, None while all can."""
+        return next((trouble for service in self.each if (trouble := service.worker.trouble)), None)
+
+    @property
+    def num_held(self) -> int:
+        """Places in use: requests that run, wait or are being read."""
+        return sum(service.worker.num_held for service in self.each)
+
+    def drain(self) -> None:
+        """Take no more requests; those that run or wait are answered."""
+        for service in self.each:
+            service.worker.drain()
+
+    def close(self) -> None:
+        """Answer everything unfinished with 503 and stop."""
+        for service in self.each:
+            service.worker.close()
 
 
 def _count_characters(payload: AnswersWanted | ScoreRequest) -> int:

@@ -297,7 +297,7 @@ function turnBlock(context, turn, isLast, isRunning) {
   const view = {settled, isLast, marked: found.shared !== null && found.shared >= FEW_WORDS_SHARED ? found.marked : null};
   const cards = turn.answers.map((answer, index) => answerCard(context, turn, answer, index, view));
   const article = html("article", {class: "turn", "data-turn": turn.id},
-    html("div", {class: "question"}, html("h2", {}, "You"), html("p", {class: "text"}, turn.question)));
+    html("div", {class: "question" + (turn.by === "student" ? " by-student" : "")}, html("h2", {}, turn.by === "student" ? "Simulated student" : "You"), html("p", {class: "text"}, turn.question)));
   const answers = html("div", {class: "answers n" + turn.answers.length});
   if (isLast || turn.answers.length === 1 || turn.chosen === null) {
     answers.append(...cards);

@@ -74,6 +74,13 @@ async function refusal(response) {
   return explained(response.status, details, response.headers.get("Retry-After"));
 }
 
+/** The JSON that answers a body. */
+export async function post(path, body, signal) {
+  const response = await send(path, body, signal);
+  if (!response.ok) throw await refusal(response);
+  return response.json();
+}
+
 /** The JSON at an address; null where the server has nothing there (404) and `optional` is set. */
 export async function get(path, {optional = false} = {}) {
   const response = await send(path);

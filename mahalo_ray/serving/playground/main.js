@@ -1,10 +1,10 @@
 // The page as a whole: it holds what is set and said, asks, and draws.
 
-import {ServerError, get, streamAnswer, useKey} from "./api.js";
+import {ServerError, get, post, streamAnswer, useKey} from "./api.js";
 import {meanScores, scalesOf, showConversation, showText, spoken} from "./answers.js";
 import {BalanceControl} from "./balance.js";
 import {offerCopies, prepareCopies} from "./copies.js";
-import {$, decimals, html, refill} from "./dom.js";
+import {$, decimals, html, listed, refill} from "./dom.js";
 import {FrontPicture, portfolioNote} from "./front.js";
 import {RANGES, drawNotes, drawSettings} from "./panel.js";
 import {belief, choiceOf, learnedNote, nextPair, usualSpreads} from "./preference.js";
@@ -15,7 +15,7 @@ const PAIRS_TRIED = 3; // when both answers of a pair say the same
 const LIVE_DELAY_MS = 250;
 const DOUBLE_CLICK_MS = 400;
 
-const state = {model: null, settings: null, turns: [], choices: [], draft: "", running: null};
+const state = {model: null, settings: null, turns: [], choices: [], draft: "", running: null, lesson: null, studentThinks: false};
 let control = null, guidanceControl = null, picture = null, liveTimer = null, portfolioTimer = null, hasPortfolio = true;
 
 const lastTurn = () => state.turns.at(-1);
@@ -65,10 +65,11 @@ function hindrance() {
   return first[1];
 }
 
-async function ask(question) {
+async function ask(question, by = "person") {
   const {settings} = state;
-  const turn = {id: newId(), question, mode: settings.mode, answers: plannedAnswers(settings), chosen: null, preferred: null};
+  const turn = {id: newId(), question, by, mode: settings.mode, answers: plannedAnswers(settings), chosen: null, preferred: null};
   turn.seed = set.drawSeed(settings.seed);
+  if (by === "person") reopenLesson();
   state.turns.push(turn);
   draw();
   showLastTurn();
@@ -95,6 +96,7 @@ async function askAgain(onlyMoved = false) {
   // Moves in quick succession: what was there before the first of them.
   const before = state.running?.turn === turn ? state.running.before : {...turn};
   stop();
+  reopenLesson();
   Object.assign(turn, {mode: settings.mode, answers: plannedAnswers(settings), chosen: null, preferred: null});
   // What an answer was before is shown, dimmed, until its new words arrive.
   turn.answers.forEach((answer, n) => {
@@ -177,6 +179,59 @@ function settle(turn) {
   $("spoken").textContent = spoken(state.model.names, turn);
 }
 
+// -- a simulated student in the person's place
+
+/** Whether the conversation is one that a simulated student began and has not ended. */
+function studentListens() {
+  const {model, turns, lesson} = state;
+  return Boolean(model?.hasStudents && turns.length && model.examples.includes(turns[0].question) && !lesson?.over);
+}
+
+/** The student hears the last answer and says the next thing, which is asked at the balances of now. */
+async function letStudentAnswer() {
+  const turn = lastTurn();
+  if (state.running || state.studentThinks || !studentListens() || hindrance()) return;
+  if (turn.chosen === null) return void say("Choose the answer that the student hears first.");
+  state.studentThinks = true;
+  say("The student thinks\u2026");
+  try {
+    const said = {role: "assistant", content: turn.answers[turn.chosen].text};
+    const {message, over, outcome} = await post("v1/student", {model: state.model.id, messages: [...messagesUpTo(turn), said]});
+    if (turn !== lastTurn()) return;
+    state.lesson = {over, outcome, farewell: over ? message?.content ?? "" : ""};
+    say("");
+    if (message && !over) ask(message.content, "student");
+    else {
+      draw();
+      remember();
+      $("message").focus({preventScroll: true});
+    }
+  } catch (error) {
+    if (!(error instanceof ServerError)) throw error;
+    say(error.message, true);
+    if (error.kind === "key") askForKey();
+  } finally {
+    state.studentThinks = false;
+  }
+}
+
+/** The student who has left hears another answer: the lesson goes on. */
+function reopenLesson() {
+  if (state.lesson?.over) state.lesson = null;
+}
+
+/** What the lesson has come to so far, by a program that knows the student's mind. */
+function drawLesson() {
+  const {lesson, turns} = state;
+  const shown = Boolean(lesson && turns.length);
+  $("lesson").hidden = !shown;
+  if (!shown) return;
+  const values = Object.entries(lesson.outcome).map(([name, value]) => `${name} ${decimals(value, 2)}`);
+  refill($("lesson"),
+    lesson.over && `The lesson is over${lesson.farewell ? "; the student\u2019s last words: \u201c" + lesson.farewell + "\u201d" : "."} `,
+    values.length > 0 && `What the lesson came to ${lesson.over ? "" : "before this answer"}, by the simulation itself: ${listed(values)}.`);
+}
+
 function stop() {
   if (!state.running) return;
   state.running.abort.abort();
@@ -185,6 +240,7 @@ function stop() {
 const actions = {
   take(turn, index) {
     turn.chosen = index;
+    reopenLesson();
     state.settings.follow = index;
     draw();
     remember();
@@ -232,6 +288,7 @@ const actions = {
     const question = withQuestion ? lastTurn().question : "";
     state.running = null;
     state.turns = [];
+    state.lesson = null;
     draw();
     remember();
     $("message").value = state.draft = question;
@@ -263,6 +320,8 @@ function draw() {
   const begun = state.turns.length > 0;
   $("start").hidden = begun;
   $("after").hidden = !begun;
+  $("student").hidden = !studentListens();
+  drawLesson();
   $("stop").hidden = !state.running;
   $("send").hidden = Boolean(state.running);
   // What was pressed may be gone now: the focus goes to what one would press or write next.
@@ -454,6 +513,7 @@ $("message").addEventListener("input", () => {
 });
 $("message").addEventListener("change", remember);
 $("again").addEventListener("click", () => askAgain());
+$("student").addEventListener("click", letStudentAnswer);
 $("clear").addEventListener("click", () => actions.startOver(false));
 $("stop").addEventListener("click", () => {
   // The second click of a double click on \u2018Ask\u2019 lands here.
@@ -531,6 +591,7 @@ function restoreAll(model) {
   if (usual.strength === null) state.settings.strength = null;
   state.turns = (kept?.turns ?? []).map(ended);
   state.choices = kept?.choices ?? [];
+  state.lesson = kept?.lesson ?? null;
   state.draft = kept?.draft ?? "";
   const linked = set.readLink(model, state.settings, location.hash);
   if (linked) {

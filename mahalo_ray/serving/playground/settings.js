@@ -27,6 +27,7 @@ export function servedModel(entry) {
   return {
     id: entry.id, names, described, heads: entry.objectives, scored: entry.guidance_objectives,
     limits: entry.limits, defaults: entry.defaults, examples: entry.examples ?? [],
+    hasStudents: entry.has_students === true,
   };
 }
 
@@ -88,9 +89,9 @@ export function requestBody(model, settings, shares, messages, seed) {
 const STORE = "mahalo playground";
 
 export function save(state) {
-  const {model, settings, turns, choices, draft} = state;
+  const {model, settings, turns, choices, draft, lesson} = state;
   const write = (kept) => sessionStorage.setItem(STORE, JSON.stringify(kept));
-  const kept = {model: model.id, names: model.names, settings, turns, choices, draft};
+  const kept = {model: model.id, names: model.names, settings, turns, choices, draft, lesson};
   try {
     write(kept);
   } catch {
