@@ -61,7 +61,7 @@ def open_session(config: RunConfig) -> Iterator[None]:
     if config.data is not None:  # trained on, not served
         session = ray_session(config.cluster, rollouts=False)
     else:
-        session = ray_session(config.cluster, config.serve.replicas * config.serve.cpus_per_replica)
+        session = ray_session(config.cluster, config.serve.cpus())
     key = os.environ.pop(config.serve.api_key_env or "", None)
     try:
         with session:

@@ -157,6 +157,17 @@ class ServeConfig(Section):
     """Most requests a minute that one key may send to one replica; the next one gets 429 with Retry-After.
     Without keys all clients share them. Null: no limit."""
 
+    def cpus(self, num_rewards: int | None = None) -> float:
+        """CPU cores that all replicas may take together; `num_rewards`: different reward models (None: the
+        run's own and those of `models`)."""
+        total = self.replicas * self.cpus_per_replica
+        apart = self.reward_deployment
+        if apart is None:
+            return total
+        if num_rewards is None:
+            num_rewards = 1 + len({model.reward for model in self.models if model.reward is not None})
+        return total + num_rewards * apart.max_replicas * apart.cpus_per_replica
+
     @model_validator(mode="after")
     def _ids_differ(self) -> Self:
         ids = [SERVED_MODEL_ID, *(model.id for model in self.models)]

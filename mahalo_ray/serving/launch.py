@@ -401,11 +401,10 @@ def _refuse_running_serve() -> None:
 def _check_resources(config: ServeConfig, use_gpu: bool, num_rewards: int) -> None:
     """Serve would wait for ever for replicas that the cluster cannot hold. `num_rewards`: different reward
     models."""
-    cpus, gpus = config.replicas * config.cpus_per_replica, float(config.replicas)
+    cpus, gpus = config.cpus(num_rewards), float(config.replicas)
     what, advice = f"{config.replicas} replica(s)", "lower serve.replicas or serve.cpus_per_replica"
     if config.reward_deployment is not None:
-        count = num_rewards * config.reward_deployment.min_replicas
-        cpus += count * config.reward_deployment.cpus_per_replica
+        count = num_rewards * config.reward_deployment.max_replicas
         gpus += count * config.reward_deployment.gpus_per_replica
         what += f" and {count} of reward models"
         advice += ", or those of serve.reward_deployment"

@@ -519,6 +519,10 @@ $("stop").addEventListener("click", () => {
   // The second click of a double click on \u2018Ask\u2019 lands here.
   if (state.running && performance.now() - state.running.since > DOUBLE_CLICK_MS) stop();
 });
+$("model").addEventListener("change", () => {
+  remember();
+  location.assign("?" + new URLSearchParams({model: $("model").value}));
+});
 $("columns").addEventListener("click", () => {
   state.settings.columns = state.settings.columns === 2 ? 3 : 2;
   state.settings.selected = state.settings.columns - 1;
@@ -571,9 +575,15 @@ async function start() {
     say("Looking for the model\u2026");
     const models = await get("v1/models");
     const first = !state.model;
-    const model = state.model = set.servedModel(models.data[0]);
+    // An id with a member of the portfolio behind it is the same model.
+    const offered = models.data.filter(({id}) => !id.includes("@"));
+    const wanted = new URLSearchParams(location.search).get("model");
+    const chosen = offered.find(({id}) => id === wanted) ?? offered[0];
+    const model = state.model = set.servedModel(chosen);
+    $("model-part").hidden = offered.length < 2;
+    refill($("model"), offered.map(({id}) => html("option", {value: id, selected: id === model.id}, id)));
     if (first) restoreAll(model);
-    await showFront();
+    if (chosen === offered[0]) await showFront(); // what was measured is the run's own model
     say("");
     $("key-form").hidden = true;
     if ($("key").value) $("message").focus();

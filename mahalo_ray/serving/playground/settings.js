@@ -86,11 +86,11 @@ export function requestBody(model, settings, shares, messages, seed) {
 
 // -- what outlives a reload: this tab only, and never the API key
 
-const STORE = "mahalo playground";
+const storeOf = (model) => "mahalo playground, " + model.id; // every model has a conversation of its own
 
 export function save(state) {
   const {model, settings, turns, choices, draft, lesson} = state;
-  const write = (kept) => sessionStorage.setItem(STORE, JSON.stringify(kept));
+  const write = (kept) => sessionStorage.setItem(storeOf(model), JSON.stringify(kept));
   const kept = {model: model.id, names: model.names, settings, turns, choices, draft, lesson};
   try {
     write(kept);
@@ -106,7 +106,7 @@ export function save(state) {
 /** What was kept for this model, or null. */
 export function restore(model) {
   try {
-    const kept = JSON.parse(sessionStorage.getItem(STORE));
+    const kept = JSON.parse(sessionStorage.getItem(storeOf(model)));
     return kept && kept.model === model.id && String(kept.names) === String(model.names) ? kept : null;
   } catch {
     return null;
