@@ -19,6 +19,7 @@ from mahalo_ray.serving.api_key import KeyDigests, RateLimiter
 from mahalo_ray.serving.backend import VisibleText
 from mahalo_ray.serving.launch import ServeError, free_port
 from mahalo_ray.serving.model_thread import MAX_FAILURES_IN_A_ROW, Job, ModelThread
+from mahalo_ray.serving.proxy import OpenAIErrors
 from mahalo_ray.serving.schema import (
     ApiError,
     ChatCompletionRequest,
@@ -34,6 +35,52 @@ MINIMAL = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 
 def chat_request(**fields: object) -> ChatCompletionRequest:
     return parse(ChatCompletionRequest, json.dumps({**MINIMAL, **fields}).encode(), LIMITS)
+
+
+def proxied(app, body: bytes = b"{}", parts: int = 2) -> list[dict]:
+    """What comes out of the proxy in front of an app."""
+    sent: list[dict] = []
+    incoming = [
+        {"type": "http.request", "body": body[n::parts], "more_body": n < parts - 1} for n in range(parts)
+    ]
+
+    async def receive() -> dict:
+        return incoming.pop(0) if incoming else {"type": "http.disconnect"}
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "path": "/v1/models", "headers": []}
+    asyncio.run(OpenAIErrors(app)(scope, receive, send))
+    return sent
+
+
+@pytest.mark.parametrize("losses", [0, 1, 2, 3])
+@pytest.mark.parametrize("size", [2, 1_000_002])
+def test_a_request_whose_replica_sent_nothing_is_given_to_another(monkeypatch, losses, size):
+    monkeypatch.setattr("mahalo_ray.serving.proxy._PAUSE_S", 0.0)
+    read: list[int] = []
+
+    async def app(scope, receive, send):
+        read.append(0)
+        while True:
+            message = await receive()
+            read[-1] += len(message["body"])
+            if not message["more_body"]:
+                break
+        lost = len(read) <= losses
+        headers = [(b"content-type", b"text/plain" if lost else b"application/json")]
+        await send({"type": "http.response.start", "status": 500 if lost else 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"gone" if lost else b"{}"})
+
+    start, answer = proxied(app, b"x" * size)
+    repeated = losses if size == 2 else 0  # a large body is not kept
+    assert read == [size] * min(3, repeated + 1)
+    if losses and (size > 2 or losses == 3):
+        assert start["status"] == 503
+        assert json.loads(answer["body"])["error"]["code"] == "replica_lost"
+    else:
+        assert (start["status"], answer["body"]) == (200, b"{}")
 
 
 # -- requests ------------------------------------------------------------------------------------------------
@@ -581,7 +628,7 @@ def test_a_run_of_failures_without_an_answer_between_them_is_the_servers_own():
     run_with_worker(scenario)
 
 
-def test_requests_that_are_being_read_hold_places():
+def test_requests_that_are_being_parsed_hold_places():
     async def scenario(worker, engine, submit):
         with worker.reserve(), worker.reserve(), worker.reserve():
             assert worker.num_held == 3

@@ -393,53 +393,75 @@ def test_a_request_that_breaks_the_models_harms_no_other(caplog: pytest.LogCaptu
 # -- bodies --------------------------------------------------------------------------------------------------
 
 
-def ask_slowly(app: FastAPI) -> tuple[int, dict[str, Any]]:
+async def ask_slowly(app: FastAPI) -> tuple[int, dict[str, Any]]:
     """Send the head and one byte of a body, and no more: (status, body) of the answer."""
+    sent: list[Any] = []
+    first = True
 
-    async def talk() -> tuple[int, dict[str, Any]]:
-        sent: list[Any] = []
-        first = True
+    async def receive() -> dict[str, Any]:
+        nonlocal first
+        if first:
+            first = False
+            return {"type": "http.request", "body": b"{", "more_body": True}
+        await asyncio.sleep(3600)
+        raise AssertionError("nobody waits that long")
 
-        async def receive() -> dict[str, Any]:
-            nonlocal first
-            if first:
-                first = False
-                return {"type": "http.request", "body": b"{", "more_body": True}
-            await asyncio.sleep(3600)
-            raise AssertionError("nobody waits that long")
+    async def send(message: Any) -> None:
+        sent.append(message)
 
-        async def send(message: Any) -> None:
-            sent.append(message)
-
-        scope = {
-            "type": "http",
-            "http_version": "1.1",
-            "method": "POST",
-            "path": CHAT,
-            "raw_path": CHAT.encode(),
-            "query_string": b"",
-            "headers": [(b"content-type", b"application/json")],
-            "server": ("x", 80),
-            "client": ("y", 1),
-            "scheme": "http",
-            "root_path": "",
-        }
-        async with asyncio.timeout(20):
-            await app(scope, receive, send)
-        return sent[0]["status"], json.loads(sent[1]["body"])
-
-    return asyncio.run(talk())
+    scope = {
+        "type": "http",
+        "http_version": "1.1",
+        "method": "POST",
+        "path": CHAT,
+        "raw_path": CHAT.encode(),
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+        "server": ("x", 80),
+        "client": ("y", 1),
+        "scheme": "http",
+        "root_path": "",
+    }
+    async with asyncio.timeout(20):
+        await app(scope, receive, send)
+    return sent[0]["status"], json.loads(sent[1]["body"])
 
 
 def test_a_body_that_does_not_arrive_is_given_up_and_gives_its_place_back() -> None:
     app = make_app(body_timeout_s=0.1)
-    status, answer = ask_slowly(app)
+    status, answer = asyncio.run(ask_slowly(app))
     assert (status, answer["error"]["code"]) == (408, "timeout")
     assert app.state.services.first.worker.num_held == 0
     app.state.services.first.worker.close()
 
 
-def test_half_sent_bodies_hold_places_like_requests_do() -> None:
+def test_half_sent_bodies_keep_nobody_out() -> None:
+    app = make_app(max_ongoing_requests=1, max_queued_requests=1, body_timeout_s=1000)
+
+    async def besieged() -> None:
+        slow = [asyncio.create_task(ask_slowly(app)) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as asked:
+            for given_up in slow:
+                answer = await asked.post(CHAT, json=body())
+                assert answer.status_code == 200
+                # Of more bodies than places the one that has taken longest is given up.
+                status, refusal = await given_up
+                assert (status, refusal["error"]["code"]) == (408, "timeout")
+                slow.append(asyncio.create_task(ask_slowly(app)))
+                await asyncio.sleep(0.05)
+                if len(slow) == 4:
+                    break
+        for task in slow:
+            task.cancel()
+        await asyncio.gather(*slow, return_exceptions=True)
+
+    asyncio.run(besieged())
+    app.state.services.close()
+
+
+def test_a_full_replica_refuses_before_it_reads() -> None:
     app = make_app(max_ongoing_requests=1, max_queued_requests=1)
     worker = app.state.services.first.worker
     with worker.reserve(), worker.reserve(), TestClient(app) as asked:

@@ -442,6 +442,9 @@ def test_a_replica_that_dies_is_replaced_and_clients_get_openais_errors(client, 
         return [process for process in started if "ServeReplica" in " ".join(process.cmdline())]
 
     (old,) = replicas()
+    # A whole answer has sent nothing yet: it is asked for again.
+    before = ask(client, {"num_candidates": 4}, max_tokens=200)
+    whole = ThreadPoolExecutor(1).submit(ask, client, {"num_candidates": 4}, max_tokens=200)
     old_pid, stream = old.pid, ask(client, {"num_candidates": 4}, max_tokens=200, stream=True)
     waiting = ThreadPoolExecutor(1).submit(list, stream)
     old.kill()
@@ -460,6 +463,7 @@ def test_a_replica_that_dies_is_replaced_and_clients_get_openais_errors(client, 
             assert time.monotonic() < deadline, "no other replica answers"
             time.sleep(0.2)
     assert [process.pid for process in replicas()] != [old_pid]
+    assert whole.result(timeout=60).choices[0].message.content == before.choices[0].message.content
 
 
 # Keep these last: they need the cluster without the endpoint above.

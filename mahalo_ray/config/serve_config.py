@@ -157,6 +157,11 @@ class ServeConfig(Section):
     """Most requests a minute that one key may send to one replica; the next one gets 429 with Retry-After.
     Without keys all clients share them. Null: no limit."""
 
+    @property
+    def max_bodies(self) -> int:
+        """Most bodies that one replica reads at once, beside the requests that run and wait."""
+        return self.max_ongoing_requests + self.max_queued_requests
+
     def cpus(self, num_rewards: int | None = None) -> float:
         """CPU cores that all replicas may take together; `num_rewards`: different reward models (None: the
         run's own and those of `models`)."""

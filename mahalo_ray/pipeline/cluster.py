@@ -42,6 +42,7 @@ WORKER_ENV = {
     "TOKENIZERS_PARALLELISM": "false",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # it gates report(): the default costs 2 s each
     "RAY_AIR_NEW_OUTPUT": "0",  # Ray Tune's newer output cannot be switched off
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # 5 is too short on a busy machine: Serve kills the proxy
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # 60 is too short on a busy machine
     # Ray prints that a call failed and will be tried again, also of every call that is open when Serve ends.
     # Calls that fail for good raise their error all the same.

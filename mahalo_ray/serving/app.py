@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from mahalo_ray.config import ServeConfig
 from mahalo_ray.serving.front import Front, PortfolioReport
 from mahalo_ray.serving.model_thread import Job
 from mahalo_ray.serving.prometheus import CONTENT_TYPE, CountRequests, ReplicaMetrics, exposition
@@ -161,17 +163,14 @@ def _takes(body: type[Payload]) -> dict[str, Any]:
 def _add_api(app: FastAPI, served: ReplicaServices) -> None:
     service = served.first
     config = service.settings.config
+    bodies = BodyReader(config)
     failures = (400, 401, 404, 408, 413, 415, 429, 500, 503, 504)
 
     async def read(request: Request, model: type[RequestBody]) -> RequestBody:
         service.rate.take(authorise(request))
+        served.check_room()  # an answer that cannot be given is refused before its body is read
+        body = await bodies.read(request)
         with served.reserve():
-            try:
-                async with asyncio.timeout(config.body_timeout_s):
-                    body = await _read_body(request, config.max_request_bytes)
-            except TimeoutError:
-                message = f"the body did not arrive within this server's limit of {config.body_timeout_s:g} s"
-                raise ApiError(408, message, code="timeout") from None
             if len(body) <= _PARSED_IN_PLACE:
                 return parse(model, body, service.limits)
             return await asyncio.to_thread(parse, model, body, service.limits)
@@ -351,6 +350,36 @@ async def _stream(
             await events.aclose()
 
     return StreamingResponse(chunks(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+
+class BodyReader:
+    """Reads the bodies of requests, each within the server's time limit, and holds no place that an answer
+    needs. As many as can run and wait are read at once; when one more arrives, the one that has taken longest
+    is given up, so that clients that send slowly, or not at all, keep nobody else out."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self._limit_s, self._max_bytes = config.body_timeout_s, config.max_request_bytes
+        self._most = config.max_bodies
+        self._reading: deque[asyncio.Timeout] = deque()
+
+    async def read(self, request: Request) -> bytes:
+        """The body's bytes; ApiError 408, 413 or 415."""
+        try:
+            async with asyncio.timeout(self._limit_s) as limit:
+                self._reading.append(limit)
+                try:
+                    if len(self._reading) > self._most:
+                        self._reading.popleft().reschedule(0)
+                    return await _read_body(request, self._max_bytes)
+                finally:
+                    if limit in self._reading:
+                        self._reading.remove(limit)
+        except TimeoutError:
+            message = (
+                f"the body did not arrive in time: this server waits {self._limit_s:g} s, less when many "
+                "others arrive"
+            )
+            raise ApiError(408, message, code="timeout") from None
 
 
 async def _read_body(request: Request, limit: int) -> bytes:

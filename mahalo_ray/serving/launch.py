@@ -174,7 +174,7 @@ def start(
         url = f"http://{_reachable(config.host)}:{port}{config.path_prefix}"
         _wait_until_healthy(url)
         started = True
-    except (RuntimeError, RayServeException) as error:
+    except (RuntimeError, RayError, RayServeException) as error:
         raise ServeError(f"the endpoint could not be started: {error}{_deployment_messages()}") from error
     finally:
         # Also on Ctrl-C while the models load: nothing of Serve may stay behind.
@@ -237,7 +237,7 @@ def application(settings: ServiceSettings, source: ModelSource, use_gpu: bool) -
     cluster needs room for one replica more; without it the old ones go on and the update waits.
     """
     config = settings.config
-    capacity = config.max_ongoing_requests + config.max_queued_requests + _HEADROOM
+    capacity = config.max_ongoing_requests + config.max_queued_requests + config.max_bodies + _HEADROOM
 
     def build_app() -> FastAPI:
         return _load_app(settings, source)

@@ -162,8 +162,8 @@ class JobRunner(Protocol):
 class ModelThread:
     """Drives an engine in a thread of its own.
 
-    Beside `max_active` jobs that run, `max_waiting` may wait; a request whose body is still being read holds
-    a waiting place too. When nothing runs, `window_s` seconds pass between the arrival of a job and its
+    Beside `max_active` jobs that run, `max_waiting` may wait; a request that is being parsed holds a waiting
+    place too. When nothing runs, `window_s` seconds pass between the arrival of a job and its
     start, so that requests sent at once start together.
     """
 
@@ -204,12 +204,12 @@ class ModelThread:
 
     @property
     def num_held(self) -> int:
-        """Places in use: jobs that run or wait, and requests that are being read."""
+        """Places in use: jobs that run or wait, and requests that are being parsed."""
         with self._changed:
             return self._count_held()
 
     def count_running_and_waiting(self) -> tuple[int, int]:
-        """Jobs that run, and places held by what waits or is being read."""
+        """Jobs that run, and places held by what waits or is being parsed."""
         with self._changed:
             held, running = self._count_held(), len(self._active)
             return running, held - running
@@ -221,7 +221,7 @@ class ModelThread:
 
     @contextmanager
     def reserve(self) -> Iterator[None]:
-        """Hold a place while a request is read; ApiError 503 when there is none."""
+        """Hold a place while a request is parsed; ApiError 503 when there is none."""
         with self._changed:
             self._check_room()
             self._reserved += 1

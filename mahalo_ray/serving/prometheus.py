@@ -138,7 +138,7 @@ class _LoadCollector(Collector):
         running, waiting = self._worker.count_running_and_waiting()
         for name, text, value in (
             ("mahalo_requests_running", "Requests that are being answered", running),
-            ("mahalo_requests_waiting", "Requests that wait for a place, or whose body arrives", waiting),
+            ("mahalo_requests_waiting", "Requests that wait for a place", waiting),
             ("mahalo_rows", "Candidates that are being decoded", load.rows),
             ("mahalo_cache_bytes", "Keys and values of the policy", load.cache_bytes),
         ):

@@ -1,12 +1,14 @@
 """What Ray Serve's HTTP proxy answers by itself, in OpenAI's form.
 
 The proxy refuses requests beyond its queue, has no replica while one is replaced, and loses answers whose
-replica dies; it says so in plain text, which OpenAI's clients cannot read. Ray loads `middlewares` into the
-proxy where `PROXY_ENV` is in its environment: in that of `ray start`, or of the process that starts a private
+replica dies; it says so in plain text, which OpenAI's clients cannot read. A request whose replica dies
+before it has sent anything is given to another one. Ray loads `middlewares` into the proxy where `PROXY_ENV` is in its environment: in that of `ray start`, or of the process that starts a private
 Ray. The proxy imports this module, so it imports nothing heavy.
 """
 
 from __future__ import annotations
+
+import asyncio
 
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
@@ -16,6 +18,9 @@ from mahalo_ray.serving.schema import ApiError
 
 PROXY_ENV = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "mahalo_ray.serving.proxy:middlewares"}
 _RETRY_AFTER_S = 5
+MAX_ATTEMPTS = 3  # of one request, of which all replicas but the last were lost
+_PAUSE_S = 0.5
+_MOST_KEPT = 1_000_000  # bytes of a body; a longer one is not repeated
 
 
 def middlewares() -> list[Middleware]:
@@ -24,7 +29,8 @@ def middlewares() -> list[Middleware]:
 
 
 class OpenAIErrors:
-    """Replaces the proxy's own error answers, and ends a stream that breaks off by an error event."""
+    """Replaces the proxy's own error answers, asks another replica where one is lost that has sent nothing,
+    and ends a stream that breaks off by an error event."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -33,19 +39,54 @@ class OpenAIErrors:
         if scope["type"] != "http" or scope["path"].startswith("/-/"):  # the proxy's own addresses
             await self._app(scope, receive, send)
             return
-        answer = _OutgoingAnswer(send)
-        try:
-            await self._app(scope, receive, answer.send)
-        finally:
-            await answer.end_broken_stream()
+        body = _IncomingBody(receive)
+        for attempt in range(MAX_ATTEMPTS):
+            answer = _OutgoingAnswer(send, may_repeat=attempt < MAX_ATTEMPTS - 1)
+            try:
+                await self._app(dict(scope), body.receive, answer.send)
+            finally:
+                await answer.end_broken_stream()
+            if not answer.is_lost:
+                return
+            if not body.rewind():
+                await answer.send_error(_lost_replica())
+                return
+            await asyncio.sleep(_PAUSE_S)
+
+
+class _IncomingBody:
+    """A request's body, which can be read again from its beginning unless it is large."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._kept: list[Message] = []
+        self._left: list[Message] = []
+        self._size = 0
+
+    async def receive(self) -> Message:
+        """The next message of the client, or of those that came before `rewind`."""
+        if self._left:
+            return self._left.pop(0)
+        message = await self._receive()
+        if message["type"] == "http.request":
+            self._size += len(message.get("body", b""))
+            if self._size <= _MOST_KEPT:
+                self._kept.append(message)
+        return message
+
+    def rewind(self) -> bool:
+        """Begin again; False for a body that was too large to be kept."""
+        self._left = list(self._kept)
+        return self._size <= _MOST_KEPT
 
 
 class _OutgoingAnswer:
-    """One answer on its way out."""
+    """One answer on its way out. `is_lost`: its replica was lost before it said anything, and nothing was
+    sent, since the request may be repeated."""
 
-    def __init__(self, send: Send) -> None:
-        self._send = send
-        self._replaced = self._streams = self._ended = False
+    def __init__(self, send: Send, may_repeat: bool) -> None:
+        self._send, self._may_repeat = send, may_repeat
+        self._replaced = self._streams = self._ended = self.is_lost = False
 
     async def send(self, message: Message) -> None:
         """Pass a message on, or what replaces it."""
@@ -55,7 +96,10 @@ class _OutgoingAnswer:
             self._streams = kind.startswith("text/event-stream")
             if message["status"] >= 400 and not kind.startswith("application/json"):
                 self._replaced = self._ended = True
-                await self._send_error(_error_for(message["status"], headers))
+                if message["status"] == 500 and self._may_repeat:
+                    self.is_lost = True
+                else:
+                    await self.send_error(_error_for(message["status"], headers))
                 return
         if self._replaced:
             return
@@ -66,16 +110,21 @@ class _OutgoingAnswer:
     async def end_broken_stream(self) -> None:
         """If a stream stopped in the middle, say so in a last event."""
         if self._streams and not self._ended:
-            error = ApiError(503, "the replica that was answering is gone", code="replica_lost")
-            body = b"data: " + error.encode() + b"\n\n"
+            body = b"data: " + _lost_replica().encode() + b"\n\n"
             await self._send({"type": "http.response.body", "body": body, "more_body": False})
 
-    async def _send_error(self, error: ApiError) -> None:
+    async def send_error(self, error: ApiError) -> None:
+        """The whole answer is this error."""
         body = error.encode()
         headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers()}
         raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
         await self._send({"type": "http.response.start", "status": error.status, "headers": raw})
         await self._send({"type": "http.response.body", "body": body})
+
+
+def _lost_replica(retry_after_s: float = 5) -> ApiError:
+    message = "the replica that was answering is gone"
+    return ApiError(503, message, code="replica_lost", retry_after_s=retry_after_s)
 
 
 def _error_for(status: int, headers: Headers) -> ApiError:
@@ -84,7 +133,7 @@ def _error_for(status: int, headers: Headers) -> ApiError:
     if status == 404:  # of the proxy: an endpoint has all addresses, so there is none
         message, code = "the endpoint is not up: it starts or stops", "not_ready"
     elif status == 500:
-        message, code = "the replica that was answering is gone", "replica_lost"
+        return _lost_replica(retry_after_s)
     elif status == 503:
         message, code = "the server is busy; try again later", "overloaded"
     else:

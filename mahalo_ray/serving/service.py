@@ -448,8 +448,8 @@ class ReplicaServices:
         return service
 
     def reserve(self) -> AbstractContextManager[None]:
-        """Hold a place while a request is read whose model is not known yet: with the service that has most
-        room. ApiError 503 when none has any."""
+        """Hold a place while a request is parsed, when its model is not known yet: with the service that has
+        most room. ApiError 503 when none has any."""
         return min(self.each, key=lambda service: service.worker.num_held).worker.reserve()
 
     def check_room(self) -> None:
@@ -463,7 +463,7 @@ class ReplicaServices:
 
     @property
     def num_held(self) -> int:
-        """Places in use: requests that run, wait or are being read."""
+        """Places in use: requests that run, wait or are being parsed."""
         return sum(service.worker.num_held for service in self.each)
 
     def drain(self) -> None:
