@@ -44,6 +44,7 @@ from mahalo_ray.config import (
 from mahalo_ray.decoding import GuidedDecoder
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
 from mahalo_ray.models.reward import ProcessRewardModel
+from mahalo_ray.models.scoring import StepEncoder, TraceReader
 from mahalo_ray.objectives import Weights
 from mahalo_ray.pipeline.serve import SmokeError, smoke
 from mahalo_ray.serving.api_key import KeyDigests
@@ -554,13 +555,33 @@ def test_after_stop_nothing_answers_and_another_can_start(stopped, serving, fold
         client.close()
 
 
+class ReadAgain(TraceReader):
+    """A reward model that reads every candidate's text again, as one that is somewhere else does."""
+
+    def __init__(self, model: ProcessRewardModel) -> None:
+        self.model, self.objectives, self.calibration = model, model.objectives, model.calibration
+        self.output_kinds = model.output_kinds
+
+    @property
+    def max_length(self) -> int:
+        return self.model.max_length
+
+    @property
+    def encoder(self) -> StepEncoder:
+        return self.model.encoder
+
+    def score_traces(self, traces, batch_size=16):
+        return self.model.score_traces(traces, batch_size)
+
+
 def test_a_reward_model_of_its_own_deployment_scores_alike_and_may_die(stopped, folders):
     apart = RewardDeploymentConfig(cpus_per_replica=0.5)
     config = ServeConfig(port=0, reward_deployment=apart, cpus_per_replica=0.5)
     decoder = GuidedDecoder(
         MultiHeadCausalLM.from_pretrained(folders[0]).eval(),
-        ProcessRewardModel.from_pretrained(folders[1]).eval(),
+        ReadAgain(ProcessRewardModel.from_pretrained(folders[1]).eval()),
         "tutoring",
+        make_tokenizer(),
     )
     weights = Weights.balanced(OBJECTIVES)
     options = {"num_candidates": 5, "max_new_tokens": 8, "seed": 5, "standardisation": "calibrated"}

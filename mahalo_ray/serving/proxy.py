@@ -2,8 +2,9 @@
 
 The proxy refuses requests beyond its queue, has no replica while one is replaced, and loses answers whose
 replica dies; it says so in plain text, which OpenAI's clients cannot read. A request whose replica dies
-before it has sent anything is given to another one. Ray loads `middlewares` into the proxy where `PROXY_ENV` is in its environment: in that of `ray start`, or of the process that starts a private
-Ray. The proxy imports this module, so it imports nothing heavy.
+before it has sent anything is given to another one. Ray loads `middlewares` into the proxy where `PROXY_ENV`
+is in its environment: in that of `ray start`, or of the process that starts a private Ray. The proxy imports
+this module, so it imports nothing heavy.
 """
 
 from __future__ import annotations
