@@ -26,7 +26,7 @@ from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, e
 
 from mahalo_ray.config import SamplingConfig, ServeConfig
 from mahalo_ray.decoding import GuidedDecoder
-from mahalo_ray.domains.tutoring.student import Episode
+from mahalo_ray.domains.tutoring.student import TutoringEpisode
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
 from mahalo_ray.models.reward import ProcessRewardModel
 from mahalo_ray.objectives import Weights
@@ -49,7 +49,7 @@ needs_browser = pytest.mark.skipif(
 TWO = {"accuracy": "value", "engagement": "probability"}
 THREE = {"accuracy": "value", "engagement": "probability", "brevity": "value"}
 QUESTION = "What is 2 + 3?"
-STUDENTS = SimulatedStudents(Episode.from_seed, (3,))
+STUDENTS = SimulatedStudents(TutoringEpisode.from_seed, (3,))
 AXE = Path(__file__).parent.parent / "node_modules" / "axe-core" / "axe.min.js"
 WCAG = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
 
@@ -438,7 +438,7 @@ def test_a_simulated_student_goes_on_with_the_conversation_that_it_began(
     page.get_by_role("button", name=opening).click()
     expect(page.locator("#stop")).to_be_hidden()
     taken = page.locator(".turn").last.locator(".answer.taken > .text").inner_text()
-    twin = Episode.from_seed(3)
+    twin = TutoringEpisode.from_seed(3)
     student.focus()
     page.keyboard.press("Enter")
     expect(page.locator(".turn")).to_have_count(2)

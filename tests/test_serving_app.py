@@ -25,7 +25,7 @@ from mahalo_ray.config import SamplingConfig, ServeConfig
 from mahalo_ray.data import storage
 from mahalo_ray.decoding import GuidedDecoder
 from mahalo_ray.decoding.session import GuidedSession
-from mahalo_ray.domains.tutoring.student import Episode
+from mahalo_ray.domains.tutoring.student import TutoringEpisode
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
 from mahalo_ray.objectives import Weights
 from mahalo_ray.serving.api_key import KeyDigests
@@ -46,7 +46,7 @@ from mahalo_ray.sweeps import portfolio
 OBJECTIVES = ("accuracy", "engagement")
 MESSAGES = [{"role": "user", "content": "What is 2 + 3?"}]
 CHAT = "/v1/chat/completions"
-STUDENTS = SimulatedStudents(Episode.from_seed, (3, 4))
+STUDENTS = SimulatedStudents(TutoringEpisode.from_seed, (3, 4))
 
 
 def make_app(
@@ -600,7 +600,7 @@ def test_the_portfolio_names_a_member_and_its_certified_loss(
 def test_a_simulated_student_answers_the_conversation_that_it_began(client: TestClient) -> None:
     opening = STUDENTS.openings[1]
     said = [{"role": "user", "content": opening}]
-    twin = Episode.from_seed(4)
+    twin = TutoringEpisode.from_seed(4)
     # Bored until it leaves; every request brings the whole conversation.
     for _ in range(40):
         said.append({"role": "assistant", "content": "Listen. Listen. Listen. Listen."})

@@ -6,28 +6,14 @@ brings the conversation, and the student hears it from its beginning.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from pydantic import BaseModel, Field
 
 from mahalo_ray.data.records import Message
+from mahalo_ray.domains.protocol import Episode
 from mahalo_ray.serving.schema import ApiError
-
-
-class SpeakingEpisode(Protocol):
-    """An episode of a domain, as far as it talks back."""
-
-    @property
-    def opening_messages(self) -> list[Message]: ...
-
-    @property
-    def over(self) -> bool: ...
-
-    def hear(self, text: str) -> str | None: ...
-
-    def outcome(self) -> Mapping[str, float]: ...
 
 
 class StudentMessage(BaseModel):
@@ -52,7 +38,7 @@ class StudentReply(BaseModel):
 class SimulatedStudents:
     """The students of these seeds; `play` makes the episode of a seed."""
 
-    play: Callable[[int], SpeakingEpisode]
+    play: Callable[[int], Episode]
     seeds: tuple[int, ...]
 
     @property
@@ -81,7 +67,7 @@ class SimulatedStudents:
             outcome=dict(student.outcome()),
         )
 
-    def _who_began(self, said: Sequence[Message]) -> SpeakingEpisode:
+    def _who_began(self, said: Sequence[Message]) -> Episode:
         for seed in self.seeds:
             student = self.play(seed)
             opening = student.opening_messages
