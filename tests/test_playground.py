@@ -448,7 +448,7 @@ def test_a_simulated_student_goes_on_with_the_conversation_that_it_began(
     expect(page.locator("#stop")).to_be_hidden()
     expect(page.locator("#lesson")).to_contain_text(f"engagement {twin.outcome()['engagement']:.2f}")
     page.reload()
-    expect(page.locator("#lesson")).to_contain_text("What the lesson came to")
+    expect(page.locator("#lesson")).to_contain_text("The lesson so far")
     expect(student).to_be_visible()
     assert not complaints
 

@@ -393,8 +393,9 @@ def test_a_request_that_breaks_the_models_harms_no_other(caplog: pytest.LogCaptu
 # -- bodies --------------------------------------------------------------------------------------------------
 
 
-async def ask_slowly(app: FastAPI) -> tuple[int, dict[str, Any]]:
-    """Send the head and one byte of a body, and no more: (status, body) of the answer."""
+async def ask_slowly(app: FastAPI, waiting: list[FastAPI]) -> tuple[int, dict[str, Any]]:
+    """Send the head and one byte of a body, and no more: (status, body) of the answer. `waiting` grows when
+    the app waits for more."""
     sent: list[Any] = []
     first = True
 
@@ -403,6 +404,7 @@ async def ask_slowly(app: FastAPI) -> tuple[int, dict[str, Any]]:
         if first:
             first = False
             return {"type": "http.request", "body": b"{", "more_body": True}
+        waiting.append(app)
         await asyncio.sleep(3600)
         raise AssertionError("nobody waits that long")
 
@@ -429,7 +431,7 @@ async def ask_slowly(app: FastAPI) -> tuple[int, dict[str, Any]]:
 
 def test_a_body_that_does_not_arrive_is_given_up_and_gives_its_place_back() -> None:
     app = make_app(body_timeout_s=0.1)
-    status, answer = asyncio.run(ask_slowly(app))
+    status, answer = asyncio.run(ask_slowly(app, []))
     assert (status, answer["error"]["code"]) == (408, "timeout")
     assert app.state.services.first.worker.num_held == 0
     app.state.services.first.worker.close()
@@ -439,20 +441,19 @@ def test_half_sent_bodies_keep_nobody_out() -> None:
     app = make_app(max_ongoing_requests=1, max_queued_requests=1, body_timeout_s=1000)
 
     async def besieged() -> None:
-        slow = [asyncio.create_task(ask_slowly(app)) for _ in range(2)]
-        await asyncio.sleep(0.05)
+        waiting: list[FastAPI] = []
+        most = app.state.services.first.settings.config.max_bodies
+        slow = [asyncio.create_task(ask_slowly(app, waiting)) for _ in range(most)]
+        while len(waiting) < most:
+            await asyncio.sleep(0)
         transport = httpx.ASGITransport(app=app)
         async with httpx.AsyncClient(transport=transport, base_url="http://x") as asked:
-            for given_up in slow:
-                answer = await asked.post(CHAT, json=body())
-                assert answer.status_code == 200
-                # Of more bodies than places the one that has taken longest is given up.
-                status, refusal = await given_up
-                assert (status, refusal["error"]["code"]) == (408, "timeout")
-                slow.append(asyncio.create_task(ask_slowly(app)))
-                await asyncio.sleep(0.05)
-                if len(slow) == 4:
-                    break
+            answer = await asked.post(CHAT, json=body())
+        assert answer.status_code == 200
+        # Of too many bodies the one that has taken longest is refused.
+        status, refusal = await slow[0]
+        assert (status, refusal["error"]["code"]) == (503, "overloaded")
+        assert not any(task.done() for task in slow[1:])
         for task in slow:
             task.cancel()
         await asyncio.gather(*slow, return_exceptions=True)

@@ -19,6 +19,7 @@ from mahalo_ray.config.section import (
 )
 
 SERVED_MODEL_ID = "mahalo"  # of the run's own policy
+SPARE_BODIES = 64
 
 
 class RewardDeploymentConfig(Section):
@@ -160,7 +161,7 @@ class ServeConfig(Section):
     @property
     def max_bodies(self) -> int:
         """Most bodies that one replica reads at once, beside the requests that run and wait."""
-        return self.max_ongoing_requests + self.max_queued_requests
+        return self.max_ongoing_requests + self.max_queued_requests + SPARE_BODIES
 
     def cpus(self, num_rewards: int | None = None) -> float:
         """CPU cores that all replicas may take together; `num_rewards`: different reward models (None: the

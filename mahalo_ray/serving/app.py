@@ -354,8 +354,8 @@ async def _stream(
 
 class BodyReader:
     """Reads the bodies of requests, each within the server's time limit, and holds no place that an answer
-    needs. As many as can run and wait are read at once; when one more arrives, the one that has taken longest
-    is given up, so that clients that send slowly, or not at all, keep nobody else out."""
+    needs. When more arrive than `ServeConfig.max_bodies`, the one that has taken longest is refused, so that
+    clients that send slowly, or not at all, keep nobody else out."""
 
     def __init__(self, config: ServeConfig) -> None:
         self._limit_s, self._max_bytes = config.body_timeout_s, config.max_request_bytes
@@ -363,23 +363,22 @@ class BodyReader:
         self._reading: deque[asyncio.Timeout] = deque()
 
     async def read(self, request: Request) -> bytes:
-        """The body's bytes; ApiError 408, 413 or 415."""
+        """The body's bytes; ApiError 408, 413 or 415, or 503 for one that has to go."""
         try:
             async with asyncio.timeout(self._limit_s) as limit:
                 self._reading.append(limit)
-                try:
-                    if len(self._reading) > self._most:
-                        self._reading.popleft().reschedule(0)
-                    return await _read_body(request, self._max_bytes)
-                finally:
-                    if limit in self._reading:
-                        self._reading.remove(limit)
+                if len(self._reading) > self._most:
+                    self._reading.popleft().reschedule(0)
+                return await _read_body(request, self._max_bytes)
         except TimeoutError:
-            message = (
-                f"the body did not arrive in time: this server waits {self._limit_s:g} s, less when many "
-                "others arrive"
-            )
+            if limit not in self._reading:
+                message = "the server is busy: too many bodies arrive at once; try again later"
+                raise ApiError(503, message, code="overloaded", retry_after_s=1) from None
+            message = f"the body did not arrive within this server's limit of {self._limit_s:g} s"
             raise ApiError(408, message, code="timeout") from None
+        finally:
+            if limit in self._reading:
+                self._reading.remove(limit)
 
 
 async def _read_body(request: Request, limit: int) -> bytes:

@@ -198,7 +198,8 @@ async function letStudentAnswer() {
     const said = {role: "assistant", content: turn.answers[turn.chosen].text};
     const {message, over, outcome} = await post("v1/student", {model: state.model.id, messages: [...messagesUpTo(turn), said]});
     if (turn !== lastTurn()) return;
-    state.lesson = {over, outcome, farewell: over ? message?.content ?? "" : ""};
+    const before = state.lesson?.outcome ?? {};
+    state.lesson = {over, outcome, before, farewell: over ? message?.content ?? "" : ""};
     say("");
     if (message && !over) ask(message.content, "student");
     else {
@@ -226,10 +227,11 @@ function drawLesson() {
   const shown = Boolean(lesson && turns.length);
   $("lesson").hidden = !shown;
   if (!shown) return;
-  const values = Object.entries(lesson.outcome).map(([name, value]) => `${name} ${decimals(value, 2)}`);
+  const values = Object.entries(lesson.outcome).filter(([name]) => state.model.names.includes(name)).map(([name, value]) => (
+    `${name} ${decimals(value, 2)}${name in lesson.before ? ` (${decimals(lesson.before[name], 2)} before)` : ""}`));
   refill($("lesson"),
     lesson.over && `The lesson is over${lesson.farewell ? "; the student\u2019s last words: \u201c" + lesson.farewell + "\u201d" : "."} `,
-    values.length > 0 && `What the lesson came to ${lesson.over ? "" : "before this answer"}, by the simulation itself: ${listed(values)}.`);
+    values.length > 0 && `${lesson.over ? "What the lesson came to" : "The lesson so far"}, by the simulation itself: ${listed(values)}.`);
 }
 
 function stop() {
@@ -583,6 +585,7 @@ async function start() {
     $("model-part").hidden = offered.length < 2;
     refill($("model"), offered.map(({id}) => html("option", {value: id, selected: id === model.id}, id)));
     if (first) restoreAll(model);
+    if (offered.length > 1) $("about").textContent = "Choose what counts more, and see what that does to its answers.";
     if (chosen === offered[0]) await showFront(); // what was measured is the run's own model
     say("");
     $("key-form").hidden = true;
