@@ -1,4 +1,4 @@
-"""Fronts of a finished run of the miniature by what a user turns: heads, strength, temperature, guidance.
+"""Fronts of a finished run by what a user turns: heads, strength, temperature, guidance.
 
     python benchmarks/which_dial.py runs/quickstart OUT/dials.json
     python benchmarks/which_dial.py runs/quickstart OUT/ten.json --policy OTHER/policy/model --label "10x:"
@@ -34,7 +34,7 @@ from mahalo_ray.config import EvaluationConfig, RunConfig
 from mahalo_ray.decoding.engine import Engine
 from mahalo_ray.decoding.guidance import Guidance
 from mahalo_ray.decoding.policy import DeviceConfig, HeadMix
-from mahalo_ray.domains.tutoring.student import Episode
+from mahalo_ray.decoding.stopping import boundary_for
 from mahalo_ray.evaluation.methods import Method, MethodPlayer
 from mahalo_ray.evaluation.results import ComparisonTable, MethodResult
 from mahalo_ray.evaluation.statistics import mean_interval, percentile_interval
@@ -107,7 +107,7 @@ FRONTS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("run", nargs="?", help="a finished run of the miniature, which is only read")
+    parser.add_argument("run", nargs="?", help="a finished run with two objectives, which is only read")
     parser.add_argument("output", nargs="?", type=Path, help="JSON file for the results")
     parser.add_argument("--policy", help="play this policy instead of the run's")
     parser.add_argument("--label", default="", help="put before the names of this policy's fronts")
@@ -143,7 +143,8 @@ def make_player(config: RunConfig, arguments: argparse.Namespace) -> MethodPlaye
     seeds = fresh_students(config.model_copy(update={"evaluation": evaluation}))[own:]
     policy = arguments.policy or run_model(arguments.run, "policy")
     sft, reward = run_model(arguments.run, "sft"), run_model(arguments.run, "reward")
-    return MethodPlayer(sft, policy, reward, DeviceConfig(), config.evaluation, seeds)
+    of_domain = (config.domain.name, config.objective_names)
+    return MethodPlayer(sft, policy, reward, DeviceConfig(), config.evaluation, seeds, *of_domain)
 
 
 def at_temperature(config: EvaluationConfig, temperature: float) -> EvaluationConfig:
@@ -255,9 +256,16 @@ def optimism(player: MethodPlayer, objectives: Sequence[str]) -> list[dict[str, 
         policy, mix = (player.policy, HeadMix(balance)) if heads else (player.sft, HeadMix(None))
         for candidates in (1, 3, 5, 9):
             scorers = player.reward_models.follow()
-            tutor = PolicyTutor(Engine(policy), player.chat, player.config.sampling, mix.weights)
+            tutor = PolicyTutor(
+                Engine(policy),
+                player.chat,
+                player.config.sampling,
+                mix.weights,
+                is_malformed=player.domain.is_malformed,
+                boundary=boundary_for(player.domain.boundary),
+            )
             batch = DialogueBatch(tutor, scorers=scorers)
-            episodes = [Episode.from_seed(seed) for seed in player.seeds]
+            episodes = [player.domain.episode(seed) for seed in player.seeds]
             opened = batch.open(episodes, [str(seed) for seed in player.seeds], "evaluation")
             guidance = Guidance(player.reward_models.scale, balance, "calibrated")
             choose = Predicted(TurnSelection("best", guidance) if candidates > 1 else None)

@@ -41,7 +41,7 @@ __all__ = [
     "within_prompt_ranking",
 ]
 
-DPOKind = Literal["sigmoid", "ipo"]
+DPOKind = Literal["sigmoid", "ipo", "regression"]
 
 
 def dpo_loss(
@@ -61,11 +61,14 @@ def dpo_loss(
     reference ref, for the chosen answer c and the rejected answer r of one prompt. With
     h = (log pi(c) - log ref(c)) - (log pi(r) - log ref(r)) and x = beta h - margin:
     `sigmoid` (Rafailov et al. 2023, arXiv 2305.18290, eq. 7) is -log sigmoid(x); `ipo` (Azar et al. 2023,
-    arXiv 2310.12036, eq. 17) is (x / beta - 1 / (2 beta))^2. MAH-DPO (MAHALO, arXiv 2510.01167) takes this
-    loss under the head of each pair's objective.
+    arXiv 2310.12036, eq. 17) is (x / beta - 1 / (2 beta))^2. `regression` (REBEL, Gao et al. 2024,
+    arXiv 2404.16767) is (h - margin / beta)^2 with a difference of rewards as the margin: where it is 0, pi
+    is proportional to ref exp(reward / beta), and no pair is pushed further. MAH-DPO (MAHALO,
+    arXiv 2510.01167) takes this loss under the head of each pair's objective.
 
     `label_smoothing` e (Mitchell 2023, conservative DPO) is the assumed share of swapped pairs:
-    (1 - e) loss(x) + e loss(-x), for both kinds. beta is a number or one per row [B]; margin [B] is in units
+    (1 - e) loss(x) + e loss(-x) for the first two kinds; for `regression` the second loss has the margin
+    negated. beta is a number or one per row [B]; margin [B] is in units
     of beta h. Length-normalised variants take averaged log-probs.
 
     `chosen_penalty` l (DPO-Positive, Pal et al. 2024, arXiv 2402.13228, eq. 3) takes
@@ -94,8 +97,12 @@ def dpo_loss(
         right, swapped = -F.logsigmoid(logits), -F.logsigmoid(-logits)
     elif kind == "ipo":
         right, swapped = ((logits - 0.5) / beta) ** 2, ((logits + 0.5) / beta) ** 2
+    elif kind == "regression":
+        if margin is None:
+            raise ValueError("the loss 'regression' regresses on a margin: give one")
+        right, swapped = (logits / beta) ** 2, ((logits + 2 * margin) / beta) ** 2
     else:
-        raise ValueError(f"unknown DPO loss '{kind}'. Known: sigmoid, ipo.")
+        raise ValueError(f"unknown DPO loss '{kind}'. Known: sigmoid, ipo, regression.")
     if label_smoothing == 0.0:
         return right
     return (1 - label_smoothing) * right + label_smoothing * swapped

@@ -221,6 +221,17 @@ def test_ipo_by_hand() -> None:
     assert smooth[0].item() == pytest.approx(0.75 * 0.25 + 0.25 * (-1.5 - 1.0) ** 2)
 
 
+def test_regression_on_the_margin_by_hand() -> None:
+    """h is 1.5 and -1; the margins ask for 1 / 0.5 = 2 and for -1."""
+    margin = torch.tensor([1.0, -0.5])
+    found = losses.dpo_loss(*PAIR, beta=0.5, kind="regression", margin=margin)
+    assert found.tolist() == pytest.approx([(1.5 - 2.0) ** 2, 0.0])
+    smooth = losses.dpo_loss(*PAIR, beta=0.5, kind="regression", margin=margin, label_smoothing=0.25)
+    assert smooth.tolist() == pytest.approx([0.75 * 0.5**2 + 0.25 * 3.5**2, 0.25 * 2.0**2])
+    with pytest.raises(ValueError, match="regresses on a margin"):
+        losses.dpo_loss(*PAIR, beta=0.5, kind="regression")
+
+
 def test_beta_and_margin_per_row() -> None:
     beta, margin = torch.tensor([0.2, 0.5]), torch.tensor([0.1, -0.3])
     found = losses.dpo_loss(*PAIR, beta=beta, margin=margin)

@@ -501,6 +501,11 @@ class RunConfig(Section):
             for key, value in given.items():
                 if not value:
                     raise ValueError(f"'{key}' is missing: only a run on own data ('data') goes without it")
+            if self.policy.loss == "regression" and self.pairs.gap_margin == 0:
+                raise ValueError(
+                    "'policy.loss' is 'regression', which regresses on the gaps of the scores, and "
+                    "'pairs.gap_margin' is 0: set it (1 asks for 1 / beta nats per standard deviation)"
+                )
             if self.reward.dedicated:
                 raise ValueError("'reward.dedicated' is for runs on own data ('data')")
             return self

@@ -482,7 +482,8 @@ class PolicyConfig(Section):
     without it."""
 
     loss: PreferenceLoss = "sigmoid"
-    """`sigmoid` is DPO's loss, `ipo` the squared one of IPO."""
+    """`sigmoid` is DPO's loss, `ipo` the squared one of IPO. `regression` (REBEL) makes the policy's
+    differences equal to the pairs' margins over `beta`, so pairs need margins: `pairs.gap_margin`."""
 
     beta: PerObjective = 0.1
     """How closely the policy is held to the reference: larger is closer. One number for all objectives, or

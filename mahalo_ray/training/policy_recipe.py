@@ -112,6 +112,12 @@ class PolicyRecipe:
         margins = pairs.margins
         if self._policy.method == "modpo":
             margins = margins + modpo_margins(self._policy, self._records(unused))
+        if self._policy.loss == "regression" and not margins.any():
+            raise ValueError(
+                "'policy.loss: regression' regresses on the pairs' margins, and all of them are 0: set "
+                "'pairs.gap_margin' (1 asks for 1 / beta nats per standard deviation of the scores), or give "
+                "the pairs margins"
+            )
         return pairs, margins, np.array(aside, dtype=bool)
 
     def _records(self, unused: set[str]) -> Iterator[PreferencePair]:
