@@ -311,6 +311,8 @@ def test_the_examples_load(example: Path) -> None:
         (b"name: !!python/object/apply:os.system [ls]\n", 1, "python/object"),
         (b"name: a\nseed: " + b"9" * 5000 + b"\n", 2, "cannot read the value"),
         (b"seed: 9999999999999999999999\n", 1, "64 bits"),
+        (b"seed: 010\n", 1, "YAML reads 010 as 8"),
+        (b"seed: 1:30\n", 1, "YAML reads 1:30 as 90"),
         (b'name: "\\ud800"\n', 1, "half of a character"),
         (b"a: &a [*a]\n", 1, "part of"),
         (b"a: &a [1, 2, 3, 4, 5, 6, 7, 8, 9]\n" + ALIASES, 6, "more than 100000 values"),

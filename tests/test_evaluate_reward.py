@@ -146,6 +146,8 @@ def test_third_party_models(kind: str, files: dict[str, str], tmp_path: Path) ->
         (["{model}", "{bench}"], "name no objective"),
         (["{model}", "{bench}", "--objective", "mth"], "Did you mean 'math'"),
         (["{model}", "nowhere.jsonl", "--objective", "math"], "there is no file or folder"),
+        (["{model}", "{pairs}", "--objective", "math", "--format", "foo"], "unknown format of steps 'foo'"),
+        (["/nowhere/model", "{bench}", "--objective", "math"], "there is no model folder '/nowhere/model'"),
     ],
 )
 def test_what_is_wrong_is_said(

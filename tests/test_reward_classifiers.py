@@ -114,6 +114,10 @@ def test_load_scorer_recognises_what_it_is_given(tmp_path: Path) -> None:
         load_scorer(tmp_path / "own", "a")
     with pytest.raises(ValueError, match="say which objective"):
         load_scorer(tmp_path / "token")
+    with pytest.raises(ValueError, match="there is no model folder"):
+        load_scorer(tmp_path / "nowhere", "a")
+    with pytest.raises(ValueError, match="the device 'tpu' cannot be used here"):
+        load_scorer(tmp_path / "own", device="tpu")
     base().save_pretrained(tmp_path / "lm")
     with pytest.raises(ValueError, match="is a Qwen2ForCausalLM: a scorer is"):
         load_scorer(tmp_path / "lm", "a")

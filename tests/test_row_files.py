@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import os
@@ -40,6 +41,12 @@ def zstd(data: bytes) -> bytes:
     with pa.CompressedOutputStream(sink, "zstd") as stream:
         stream.write(data)
     return sink.getvalue().to_pybytes()
+
+
+def parquet(columns: list[list[str]], names: list[str]) -> bytes:
+    target = io.BytesIO()
+    pq.write_table(pa.Table.from_arrays([pa.array(column) for column in columns], names), target)
+    return target.getvalue()
 
 
 def read(path: Path | str, **changes: Any) -> ReadPairs:
@@ -159,7 +166,9 @@ def test_a_file_is_read_where_its_form_is_clear(name: str, tmp_path: Path) -> No
         ("a.jsonl", '{"a": 1}'.encode("utf-16")[:-1], "not valid utf-16"),
         ("a.jsonl.gz", gzip.compress(b"{}" * 99, mtime=0)[:20], "not a whole gz file"),
         ("a.jsonl.xz", b"{}", "not a whole xz file"),
+        ("a.jsonl", gzip.compress(b'{"a": 1}', mtime=0), "It is compressed: let its name end with"),
         ("a.parquet", b"PAR1", "not a Parquet file"),
+        ("a.parquet", parquet([["p"], ["a"], ["b"]], ["prompt", "chosen", "chosen"]), "columns of one name"),
     ],
 )
 def test_what_cannot_be_read_as_a_whole_is_one_error(
@@ -183,6 +192,8 @@ HUGE = '{"prompt": "p", "chosen": "a", "rejected": "b", "chosen_score": ' + "9" 
         (row(1, chosen_score=int("9" * 400)), "not a finite number"),
         (row(1, weight=int("9" * 400)), "'weight' is 9999"),
         (row(1, chosen_score=float("nan")), "not a finite number"),
+        (row(1, weight=True), "'weight' is True, not a finite number"),
+        (row(1, margin="1"), "'margin' is '1', not a finite number"),
         (row(1, id=[1]), "'id' is list, neither text nor a number"),
         (row(1, dialogue={"a": 1}), "'dialogue' is dict"),
         (
@@ -218,6 +229,16 @@ def test_one_bad_row_ends_no_job(bad: Any, reason: str, form: str, tmp_path: Pat
     PreferencePair.save(found.pairs, str(tmp_path / "pairs" / "a.parquet"))
     quarantine(found.bad, 3, 1.0, str(tmp_path / "quarantine.parquet"))
     assert pq.read_table(tmp_path / "quarantine.parquet").num_rows == 1
+
+
+def test_a_date_that_python_cannot_hold_spoils_its_row_only(tmp_path: Path) -> None:
+    days = pa.array([3_000_000, 1], pa.date32())
+    rows = pa.Table.from_pylist([row(1), row(2)]).append_column("day", days)
+    pq.write_table(rows, tmp_path / "a.parquet")
+    found = read(tmp_path / "a.parquet")
+    assert [pair.chosen for pair in found.pairs] == ["3"]
+    assert "a value that cannot be read" in found.bad[0].reason
+    assert_complete(found.report)
 
 
 def test_bytes_that_are_no_text_spoil_their_line_only(tmp_path: Path) -> None:

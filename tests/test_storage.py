@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -79,6 +80,10 @@ def test_a_folder_that_cannot_be_copied_leaves_the_old_one(folder: str, tmp_path
             storage.upload_folder(tmp_path / "bad", url)
         assert storage.read_bytes(storage.join(url, "a")) == b"good"
         assert sorted(path.name for path in tmp_path.iterdir()) == ["bad", "good", "policy"]
+    if storage.is_local(url):
+        with pytest.raises(OSError, match="b") as raised:
+            storage.copy_folder(tmp_path / "bad", tmp_path / "copy")
+        assert raised.value.errno == errno.ELOOP  # and not a list of texts, as shutil has it
     with pytest.raises(FileNotFoundError):
         storage.local_copy(storage.join(folder, "nowhere"))
 

@@ -275,7 +275,7 @@ def run_comparison(config: RunConfig) -> None:
 
 def evaluate_reward(
     model: Annotated[
-        str, typer.Argument(help="Folder of a reward model, or of a classifier (or its hub id).")
+        str, typer.Argument(help="A run's output, or folder of a reward model or classifier (or its hub id).")
     ],
     data: Annotated[list[str], typer.Argument(help="Files or folders of step traces or preference pairs.")],
     objective: Annotated[
@@ -300,11 +300,13 @@ def evaluate_reward(
     def work() -> None:
         from mahalo_ray.evaluation.reward_report import evaluate_scorer, print_report
         from mahalo_ray.models.classifiers import is_own_model, load_scorer
+        from mahalo_ray.pipeline.artifacts import find_model
         from mahalo_ray.pipeline.outputs import check_output, sign_output
 
         check_output(output)
         sign_output(output)
-        scorer = load_scorer(model, None if is_own_model(model) else objective, device=device)
+        folder = find_model(model, "reward") if storage.exists(model) else model
+        scorer = load_scorer(folder, None if is_own_model(folder) else objective, device=device)
         evaluate_scorer(
             scorer, data, objective, format_, threshold_from or [], output, batch_size, max_bad_fraction
         )

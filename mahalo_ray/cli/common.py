@@ -115,6 +115,8 @@ def guarded(work: Callable[[], None], debug: bool) -> None:
         err.print(f"[bold red]failed:[/] {escape(str(error))}")
         raise SystemExit(1) from None
     except OSError as error:
+        if error.errno is None and str(error):  # a library's own message, of a hub for example
+            _end_with(error, str(error), debug)
         if error.errno not in _WHAT_TO_DO:
             raise
         _end_with(error, _explain_os_error(error), debug)

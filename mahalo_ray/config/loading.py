@@ -218,6 +218,10 @@ class _Loader(yaml.SafeLoader):
             value = super().construct_object(node, deep)
         except (ValueError, OverflowError) as error:  # numbers of thousands of digits
             raise _Unusable(node, f"cannot read the value: {error}") from error
+        if isinstance(value, int | float) and _OTHER_BASE.match(str(node.value)):
+            raise _Unusable(
+                node, f"YAML reads {node.value} as {value}: write {value}, or '{node.value}' if it is text"
+            )
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise _Unusable(node, "the number does not fit into 64 bits")
         if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
@@ -225,6 +229,8 @@ class _Loader(yaml.SafeLoader):
         return value
 
 
+# Numbers to base 8 and 60 that do not look like it: 010 is 8, 1:30 is 90.
+_OTHER_BASE = re.compile(r"[-+]?(0[0-7_]+$|[0-9][0-9_]*:)")
 _TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 _JSON_TAGS = {
     _MERGE,

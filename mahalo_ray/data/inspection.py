@@ -14,9 +14,9 @@ import numpy as np
 from mahalo_ray.data.pair_readers import PairParser, pair_format_of
 from mahalo_ray.data.prompts import parse_prompt_row
 from mahalo_ray.data.records import Message
-from mahalo_ray.data.row_fields import Row, RowError, show
-from mahalo_ray.data.rows import Place, ReadReport, RowLeftOut, use_rows
-from mahalo_ray.data.step_readers import FORMATS, format_of
+from mahalo_ray.data.row_fields import Row, RowError, get_id, show
+from mahalo_ray.data.rows import Place, ReadReport, RowLeftOut, UniqueIds, use_rows
+from mahalo_ray.data.step_readers import FORMATS, check_count, format_of
 
 NGRAM = 13  # words; the usual length in reports on contamination
 _WORDS = re.compile(r"\w+")
@@ -127,11 +127,13 @@ def inspect(path: str, against: str | None = None, samples: int = 3) -> Inspecti
     """
     known = _evaluated_ngrams(against) if against is not None else set()
     found = Inspection(path, against=against)
-    parser = PairParser()
+    parser, ids = PairParser(), UniqueIds()
 
     def use(row: Row, place: Place) -> None:
         found.columns.update(row.keys())
         recognised = recognise(row, parser)
+        if row.get("id") is not None:
+            ids.claim(get_id(row, ""), place)
         found.formats[recognised.kind, recognised.row_format] += 1
         found.labels.update(recognised.labels)
         for part, texts in recognised.texts.items():
@@ -209,6 +211,7 @@ def _recognise_traces(row: Row, row_format: str) -> Recognised:
         steps += parsed.steps
         for values in parsed.labels.values():
             if isinstance(values, list):
+                check_count(values, len(parsed.steps))
                 labels += [_label_word(value) for value in values]
         labels += [f"outcome {show(value, 20)}" for value in parsed.outcome.values()]
     if not steps:

@@ -169,7 +169,7 @@ def _checked(row: Row, choice: ParsedPair, objective: str, default_id: str, sour
         raise RowError("the prompt is empty")
     metadata = row.get("metadata")
     places = [row, metadata] if isinstance(metadata, Mapping) else [row]
-    extra = {name: row[name] for name in ("weight", "margin") if row.get(name) is not None}
+    extra = {name: to_finite(row[name], name) for name in ("weight", "margin") if row.get(name) is not None}
     scores = choice.scores or (_score(places, "chosen"), _score(places, "rejected"))
     return make_record(
         PreferencePair,

@@ -228,6 +228,9 @@ def _parquet_rows(file: str, stream: BinaryIO) -> Iterator[tuple[int, Row | Unre
     line = 0
     try:
         with pq.ParquetFile(stream) as parquet:
+            names = Counter(parquet.schema_arrow.names)
+            if repeated := [name for name, count in names.items() if count > 1]:
+                raise FileError(f"'{file}' has several columns of one name: {', '.join(repeated)}")
             # One thread: arrow 26 now and then aborts the interpreter at exit after a threaded read.
             for batch in parquet.iter_batches(1024, use_threads=False):
                 for row in _batch_rows(batch):
@@ -241,13 +244,15 @@ def _batch_rows(batch: pa.RecordBatch) -> Iterator[Row | UnreadableRow]:
     try:
         yield from batch.to_pylist(maps_as_pydicts="lossy")
         return
-    except UnicodeDecodeError:
+    except (ValueError, OverflowError, pa.ArrowException):
         pass
     for number in range(batch.num_rows):
         try:
             yield batch.slice(number, 1).to_pylist(maps_as_pydicts="lossy")[0]
         except UnicodeDecodeError as error:
             yield UnreadableRow(f"text that is not UTF-8: {error}", "(cannot be shown)")
+        except (ValueError, OverflowError, pa.ArrowException) as error:  # dates after the year 9999, ...
+            yield UnreadableRow(f"a value that cannot be read: {error}", "(cannot be shown)")
 
 
 def _text_rows(file: str, stream: BinaryIO) -> Iterator[tuple[int, Row | UnreadableRow]]:
@@ -468,7 +473,13 @@ def _document_error(message: str, text: str, at: int) -> FileError:
     return FileError(f"is not valid JSON: {message} (line {line}, column {column})")
 
 
+# How compressed files begin, as text.
+_PACKED = ("\x1f\udc8b", "BZh", "\udcfd7zXZ", "(\udcb5/\udcfd")
+
+
 def _advice(text: str) -> str:
     if text.startswith("version https://git-lfs"):
         return ". It is a pointer of Git LFS: fetch the file itself with `git lfs pull`"
+    if text.startswith(_PACKED):
+        return ". It is compressed: let its name end with .gz, .bz2, .xz or .zst"
     return ". Write one JSON object per line (.jsonl), or an array of objects (.json)"

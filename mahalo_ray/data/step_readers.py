@@ -538,12 +538,17 @@ def _objective(row: Row, name: str | None, mapping: _Mapping) -> str:
 def _labels(values: Any, steps: int, label_range: tuple[float, float]) -> list[float | None]:
     if not isinstance(values, list):
         raise RowError(f"its labels are {type(values).__name__}, not a list")
-    if len(values) != steps:
-        raise RowError(f"{steps} steps, but {len(values)} labels")
+    check_count(values, steps)
     return [
         None if value is None else _label(value, f"the label of step {number}", label_range)
         for number, value in enumerate(values, start=1)
     ]
+
+
+def check_count(labels: Sequence[Any], steps: int) -> None:
+    """RowError unless every step has a label."""
+    if len(labels) != steps:
+        raise RowError(f"{steps} steps, but {len(labels)} labels")
 
 
 def _label(value: Any, what: str, label_range: tuple[float, float]) -> float:

@@ -203,7 +203,7 @@ def _replace_folder(source: str, target: str) -> None:
     new, old = (f"{target}.{uuid.uuid4().hex}.{kind}" for kind in ("partial", "old"))
     os.makedirs(os.path.dirname(target), exist_ok=True)
     try:
-        shutil.copytree(source, new)
+        copy_folder(source, new)
         if os.path.lexists(target):
             os.rename(target, old)
         os.rename(new, target)
@@ -212,6 +212,20 @@ def _replace_folder(source: str, target: str) -> None:
         raise
     if os.path.lexists(old):
         filesystem(old)[0].rm(old, recursive=True)
+
+
+def copy_folder(source: str | Path, target: str | Path) -> None:
+    """Copy a folder on a disk, into `target` if that is there. The error is that of the first file that
+    cannot be copied, while `shutil.copytree` goes on and raises a list of texts."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for folder, _, files in os.walk(source, onerror=fail, followlinks=True):
+        inside = os.path.join(target, os.path.relpath(folder, source))
+        os.makedirs(inside, exist_ok=True)
+        for name in files:
+            shutil.copy2(os.path.join(folder, name), os.path.join(inside, name))
 
 
 def _exists(fs: fsspec.AbstractFileSystem, path: str) -> bool:

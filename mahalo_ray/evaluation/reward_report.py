@@ -5,6 +5,7 @@ A unified model can be compared with dedicated ones on the same rows.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import math
@@ -30,9 +31,9 @@ from mahalo_ray.data.records import (
     ScoredTrace,
     StepTrace,
 )
-from mahalo_ray.data.row_files import QUARANTINE, data_files, read_rows
+from mahalo_ray.data.row_files import QUARANTINE, FileError, data_files, read_rows
 from mahalo_ray.data.rows import ReadReport, describe_account, quarantine
-from mahalo_ray.data.step_readers import ReadTraces, read_traces
+from mahalo_ray.data.step_readers import FORMATS, ReadTraces, read_traces
 from mahalo_ray.decoding.cpu_matmul import OneDNNLinears
 from mahalo_ray.evaluation.plots import INK, SURFACE
 from mahalo_ray.evaluation.reward_metrics import (
@@ -126,6 +127,8 @@ def read_held_out(
 ) -> Rows:
     """The rows of all files and folders. `objective` is that of rows that name none; pairs name theirs in the
     field `objective`. `row_format` is that of step traces. ValueError when there is nothing to read."""
+    if row_format not in ("auto", *FORMATS):
+        raise ValueError(unknown_name("format of steps", row_format, ("auto", *FORMATS)))
     rows = Rows(RecordTable(StepTrace), RecordTable(PreferencePair), ReadReport(), 0)
     pairs, traces = ReadPairs(take=rows.pairs.append), ReadTraces(take=rows.traces.append)
     for number, path in enumerate(paths):
@@ -143,9 +146,10 @@ def read_held_out(
 def _first_fields(path: str) -> set[str]:
     """The fields of the first row that is one."""
     for file in data_files(path):
-        for _, row in read_rows(file):
-            if isinstance(row, dict):
-                return set(row)
+        with contextlib.suppress(FileError):  # which is named when all rows are read
+            for _, row in read_rows(file):
+                if isinstance(row, dict):
+                    return set(row)
     raise ValueError(f"'{path}' holds no rows")
 
 
@@ -375,7 +379,8 @@ def _scored(
     max_bad_fraction: float,
 ) -> tuple[Scored, dict[str, Any]]:
     rows = read_held_out(paths, names, objective, row_format)
-    quarantine(rows.report.bad, rows.seen, max_bad_fraction, storage.join(folder, QUARANTINE))
+    url = storage.join(folder, QUARANTINE)
+    quarantine(rows.report.bad, rows.seen, max_bad_fraction, url, "--max-bad-fraction")
     return score_rows(scorer, rows.traces, rows.pairs, batch_size), rows.report.as_json()
 
 

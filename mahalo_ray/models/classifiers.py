@@ -23,7 +23,12 @@ from transformers import (
 
 from mahalo_ray.data.records import Message
 from mahalo_ray.models.backbone import check_tokenizer_of, load_tokenizer
-from mahalo_ray.models.folder import METADATA_FILE, check_weight_files, check_weights_finite
+from mahalo_ray.models.folder import (
+    METADATA_FILE,
+    check_hub_id,
+    check_weight_files,
+    check_weights_finite,
+)
 from mahalo_ray.models.reward import ProcessRewardModel
 from mahalo_ray.models.reward_heads import OutputKind
 from mahalo_ray.models.scoring import (
@@ -208,6 +213,15 @@ def is_own_model(source: str | Path) -> bool:
     return (Path(source) / METADATA_FILE).is_file()
 
 
+def _check_device(device: torch.device | str | None) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"the device '{device}' cannot be used here: {str(error).splitlines()[0]}"
+        ) from error
+
+
 def load_scorer(
     source: str | Path,
     objective: str | None = None,
@@ -221,7 +235,7 @@ def load_scorer(
     `objective` names what a classifier scores and is required for one; a process reward model knows its
     objectives. `step_separator` None takes the usual one: a blank line for sequence classifiers, a line break
     for token classifiers. ValueError, naming the source, for other architectures, an objective or separator
-    that is missing or not asked for, and damaged or non-finite weights.
+    that is missing or not asked for, a device that is not there, and damaged or non-finite weights.
 
     >>> from mahalo_ray import load_scorer
     >>> scorer = load_scorer("classifier", objective="helpful")
@@ -229,6 +243,7 @@ def load_scorer(
     >>> len(scores["helpful"])
     2
     """
+    _check_device(device)
     if is_own_model(source):
         if objective is not None or step_separator is not None:
             raise ValueError(f"{source} knows its own objectives and step separator: do not give them")
@@ -237,6 +252,8 @@ def load_scorer(
         raise ValueError(f"{source} is not a mahalo_ray model: say which objective it scores")
     if Path(source).is_dir():
         check_weight_files(Path(source))
+    else:
+        check_hub_id(source)
     architecture = (AutoConfig.from_pretrained(str(source)).architectures or ["no architecture"])[0]
     chosen = "auto" if dtype is None else dtype
     scorer: SequenceClassifierScorer | TokenClassifierScorer

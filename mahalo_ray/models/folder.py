@@ -34,10 +34,15 @@ def local_folder(name: str | Path) -> Path:
     folder = Path(name)
     if folder.is_dir():
         return folder
-    # A hub id is `owner/name`; anything else can only have been meant as a path.
+    check_hub_id(name)
+    return Path(snapshot_download(str(name)))
+
+
+def check_hub_id(name: str | Path) -> None:
+    """ValueError for what is no hub id, `owner/name`: it can only have been meant as a path."""
+    folder = Path(name)
     if len(folder.parts) != 2 or folder.is_absolute() or str(name).startswith("."):
         raise ValueError(f"there is no model folder '{name}'")
-    return Path(snapshot_download(str(name)))
 
 
 def check_weight_files(folder: Path) -> None:

@@ -6,7 +6,6 @@ import atexit
 import json
 import logging
 import os
-import shutil
 import socket
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from mahalo_ray.config import ModelConfig, PolicyConfig
+from mahalo_ray.data import storage
 from mahalo_ray.data.pair_readers import ReadPairs, read_pairs
 from mahalo_ray.data.records import PreferencePair
 from mahalo_ray.data.temporary import temporary_folder
@@ -170,7 +170,7 @@ class PolicyTrainer:
         """Write the trained policy's folder: `MultiHeadCausalLM.from_pretrained` reads it."""
         if not self.history:
             raise ValueError("there is no trained policy yet: call train() first")
-        shutil.copytree(self._folder / "model", folder, dirs_exist_ok=True)
+        storage.copy_folder(self._folder / "model", folder)
 
 
 def _read(
