@@ -356,6 +356,9 @@ def _draw_fronts(panel: Axes, document: Mapping[str, Any]) -> None:
         panel.plot([], [], shape, color=color, linestyle=style, label=series["name"])
 
 
+_BEHIND_NUMBERS = {"facecolor": SURFACE, "edgecolor": "none", "alpha": 0.75, "pad": 0.8}
+
+
 def _draw_parallel(panel: Axes, document: Mapping[str, Any]) -> None:
     """A line per point over one axis per objective, each axis from the lowest to the highest mean."""
     objectives = document["objectives"]
@@ -363,19 +366,34 @@ def _draw_parallel(panel: Axes, document: Mapping[str, Any]) -> None:
     means = np.array([[point["mean"][name] for name in objectives] for point in points])
     low, span = means.min(axis=0), np.where(np.ptp(means, axis=0) > 0, np.ptp(means, axis=0), 1.0)
     for series in document["series"]:
-        for number, point in enumerate(series["points"]):
+        panel.plot([], [], color=series["color"], label=series["name"])  # the legend's, whatever is faint
+        for point in series["points"]:
             heights = (np.array([point["mean"][name] for name in objectives]) - low) / span
             panel.plot(
                 range(len(objectives)),
                 heights,
                 color=series["color"],
-                alpha=0.8 if point["on_front"] else 0.25,
-                label=series["name"] if number == 0 else None,
+                alpha=0.7 if point["on_front"] else 0.25,
+                linewidth=1.4,
             )
-    ends = zip(objectives, low, low + span, strict=True)
-    labels = [f"{name}\n{bottom:.3g} to {top:.3g}" for name, bottom, top in ends]
-    panel.set_xticks(range(len(objectives)), labels)
+    for place, (bottom, top) in enumerate(zip(low, low + span, strict=True)):
+        panel.axvline(place, color=INK, linewidth=0.9, zorder=3)
+        for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+            panel.annotate(
+                f"{bottom + share * (top - bottom):.3f}",
+                (place, share),
+                (5, 0),
+                textcoords="offset points",
+                fontsize="small",
+                va="center",
+                zorder=4,
+                bbox=_BEHIND_NUMBERS,
+            )
+    panel.set_xticks(range(len(objectives)), [f"{name}  (better ↑)" for name in objectives])
     panel.set_yticks([])
+    panel.set_frame_on(False)
+    panel.tick_params(length=0)
+    panel.margins(x=0.12)
 
 
 def portfolio_png(least_eps: Mapping[int, float], size: int, unit: str) -> bytes:

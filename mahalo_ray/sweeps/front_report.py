@@ -12,6 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from scipy.spatial import Delaunay, QhullError
 
 from mahalo_ray.data import storage
 from mahalo_ray.evaluation import plots
@@ -214,7 +215,7 @@ def measure_fronts(
         units = f"objectives divided by their range over all points ({shown_scale})"
     document = {
         "format": FORMAT,
-        "title": f"{' against '.join(objectives)}: {' and '.join(runs)}",
+        "title": f"{_listed(objectives)}: {' and '.join(runs)}",
         "measured": f"Means over {shown} problems with {confidence:.0%} bootstrap intervals "
         f"({resamples} resamples of problems, seed {seed}).",
         "units": f"Reference point: {point}. Normalisation: {units}.",
@@ -228,6 +229,25 @@ def measure_fronts(
     }
     cleaned: dict[str, Any] = finite_or_none(document)
     return cleaned
+
+
+def _listed(objectives: Sequence[str]) -> str:
+    if len(objectives) == 2:
+        return " against ".join(objectives)
+    return f"{', '.join(objectives[:-1])} and {objectives[-1]}"
+
+
+def _mesh(weights: Sequence[Weights | None], objectives: Sequence[str]) -> list[list[int]] | None:
+    """Triangles of points whose weights over three objectives are neighbours; None where they make none."""
+    known = [index for index, vector in enumerate(weights) if vector is not None]
+    if len(objectives) != 3 or len(known) < 3:
+        return None
+    corners = np.array([Weights(weights[index] or {}).over(objectives) for index in known])
+    try:
+        triangles = Delaunay(corners[:, :2]).simplices
+    except QhullError:  # all on a line
+        return None
+    return [[known[corner] for corner in triangle] for triangle in triangles.tolist()]
 
 
 def _common_objectives(fronts: Sequence[FrontLine]) -> tuple[str, ...]:
@@ -317,6 +337,7 @@ def _series(
         },
         "knee": front.members[knee(means)].result.name if front.is_line and len(means) > 2 else None,
         "band": None if band is None else _rows_of(band),
+        "mesh": _mesh(weights, objectives) if front.is_line else None,
     }
 
 
