@@ -240,7 +240,7 @@ class ServedModel(BaseModel):
     guidance_objectives: list[str]
     descriptions: list[ObjectiveReport]
     examples: list[str] = Field(description="questions to begin with; empty where the run knows none")
-    has_students: bool = Field(description="whether POST /v1/student answers in the place of a person")
+    students: list[str] = Field(description="what simulated students begin with: POST /v1/student plays them")
     limits: ServedLimits
     defaults: ServedDefaults
 

@@ -257,7 +257,7 @@ class ChatService:
             guidance_objectives=list(self.backend.guidance_objectives),
             descriptions=self._described(),
             examples=list(self.settings.examples),
-            has_students=self.settings.students is not None,
+            students=[] if self.settings.students is None else list(self.settings.students.openings),
             limits=ServedLimits(
                 max_candidates=self.limits.max_candidates,
                 max_tokens=self.limits.max_new_tokens,

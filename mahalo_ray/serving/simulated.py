@@ -74,5 +74,5 @@ class SimulatedStudents:
             pairs = zip(said, opening, strict=False)
             if len(said) > len(opening) and all(one.content == other.content for one, other in pairs):
                 return student
-        message = "no simulated student began this conversation: begin with one of the model's `examples`"
+        message = "no simulated student began this conversation: begin with one of the model's `students`"
         raise ApiError(404, message, "messages", "no_student")

@@ -184,7 +184,7 @@ function settle(turn) {
 /** Whether the conversation is one that a simulated student began and has not ended. */
 function studentListens() {
   const {model, turns, lesson} = state;
-  return Boolean(model?.hasStudents && turns.length && model.examples.includes(turns[0].question) && !lesson?.over);
+  return Boolean(model && turns.length && model.students.includes(turns[0].question) && !lesson?.over);
 }
 
 /** The student hears the last answer and says the next thing, which is asked at the balances of now. */

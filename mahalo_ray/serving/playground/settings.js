@@ -27,7 +27,7 @@ export function servedModel(entry) {
   return {
     id: entry.id, names, described, heads: entry.objectives, scored: entry.guidance_objectives,
     limits: entry.limits, defaults: entry.defaults, examples: entry.examples ?? [],
-    hasStudents: entry.has_students === true,
+    students: entry.students ?? [],
   };
 }
 
