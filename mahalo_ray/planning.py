@@ -13,11 +13,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config
 
 from mahalo_ray.config import ModelConfig, PolicyConfig, ZeroStage
 from mahalo_ray.models import MultiHeadCausalLM
 from mahalo_ray.models.adapters import ADAPTER_PARAMETERS
+from mahalo_ray.models.backbone import load_config
 from mahalo_ray.models.heads import LogitTransform
 from mahalo_ray.training.deepspeed_config import BUCKET_ELEMENTS
 
@@ -126,8 +127,8 @@ def base_config(model: ModelConfig) -> PretrainedConfig:
         )
     assert model.base is not None
     try:
-        return AutoConfig.from_pretrained(model.base)
-    except (OSError, ValueError) as error:  # ValueError: a config.json of no known kind of model
+        return load_config(model.base)
+    except ValueError as error:  # ValueError: a config.json of no known kind of model
         raise ValueError(
             f"'model.base': no config of a model can be read from '{model.base}' ({error})"
         ) from error

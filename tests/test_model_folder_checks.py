@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -73,6 +76,67 @@ def test_a_tokenizer_larger_than_the_embedding(folder: Path) -> None:
     tokenizer.add_tokens(["<think>", "</think>"])
     tokenizer.save_pretrained(folder)
     loads_refused(folder, r"2 tokens that the model's embedding of 262 lacks, such as '<think>'")
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"model_type": "qwen9"}, "model type `qwen9`"),
+        ({"hidden_size": 64}, "do not fit its config.json: '.*' has shape"),
+        ({"num_hidden_layers": 9, "layer_types": None}, "lack model.layers"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "ImportError: Loading a GPTQ"),
+        ({"model_type": "own", "auto_map": {"AutoConfig": "own.C"}}, "code of its own, which is never run"),
+        (None, "not a valid JSON file"),
+    ],
+)
+def test_a_config_that_is_not_the_weights_is_named(
+    changes: dict[str, Any] | None, match: str, folder: Path
+) -> None:
+    config = folder / "config.json"
+    if changes is None:
+        config.write_text("{")
+    else:
+        config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
+    loads_refused(folder, match)
+
+
+def test_a_folder_without_a_tokenizer_or_with_a_broken_one(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=rf"the tokenizer in '{folder}' cannot be loaded: KeyError"):
+        load_policy(str(folder), DeviceConfig())
+    for file in folder.glob("*token*"):
+        file.unlink()
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match=rf"'{folder}' holds no tokenizer: copy the files"):
+        load_policy(str(folder), DeviceConfig())
+
+
+def test_weights_that_the_config_does_not_use_are_named(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = folder / "config.json"
+    fewer = {"num_hidden_layers": 1, "layer_types": None}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **fewer}))
+    MultiHeadCausalLM.from_base(folder, OBJECTIVES)
+    assert "does not use all weights in its files: model.layers.1." in caplog.text
+
+
+def test_a_pickle_of_more_than_tensors_is_not_run(folder: Path, tmp_path: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    with (folder / "pytorch_model.bin").open("wb") as file:
+        pickle.dump(Runs(str(tmp_path / "ran")), file)
+    loads_refused(folder, "a pickle that holds more than tensors")
+    assert not (tmp_path / "ran").exists()
+
+
+class Runs:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mknod, (self.path,)
 
 
 @pytest.mark.parametrize("text", ['{"kind": "multi_head', "{}", "[]"])

@@ -12,7 +12,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateRuntimeError
 from transformers import PreTrainedTokenizerBase
 
 from mahalo_ray.data.records import Message
@@ -238,11 +238,15 @@ class ChatFormat:
             raise self._refusal(f"it refuses a conversation of these roles ({error})") from error
 
     def _render(self, messages: list[dict[str, str]], **options: Any) -> str:
-        return str(
-            self.tokenizer.apply_chat_template(
-                messages, tokenize=False, chat_template=self._dated_template, **options
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, chat_template=self._dated_template, **options
+                )
             )
-        )
+        except (ArithmeticError, AttributeError, LookupError, TypeError, RecursionError) as error:
+            # What a template computes with may fail in any way; Jinja wraps none of it.
+            raise TemplateRuntimeError(f"{type(error).__name__}: {error}") from error
 
     def _encode_template_uncached(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False)) if text else ()

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -25,7 +24,12 @@ from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.decoding.cpu_matmul import OneDNNHead, OneDNNLinears
 from mahalo_ray.decoding.kv_cache import Branches, RaggedCache, cached_attention
 from mahalo_ray.models.attention import View
-from mahalo_ray.models.backbone import load_causal_lm, row_independent_context, split_causal_lm
+from mahalo_ray.models.backbone import (
+    load_causal_lm,
+    load_tokenizer,
+    row_independent_context,
+    split_causal_lm,
+)
 from mahalo_ray.models.classifiers import load_scorer
 from mahalo_ray.models.folder import METADATA_FILE
 from mahalo_ray.models.heads import FullHead
@@ -395,7 +399,7 @@ def load_policy(url: str, placement: DeviceConfig) -> tuple[Policy, ChatFormat]:
     has more tokens than the model, or its chat template does not say where a reply ends.
     """
     folder = storage.local_copy(url)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     policy: Policy
     if Path(folder, METADATA_FILE).is_file():
         heads = MultiHeadCausalLM.from_pretrained(

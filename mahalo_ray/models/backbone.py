@@ -5,11 +5,13 @@ saved in the folder of a model with other heads.
 from __future__ import annotations
 
 import copy
+import logging
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -17,6 +19,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -48,6 +51,8 @@ from mahalo_ray.models.heads import LogitTransform
 from mahalo_ray.models.lora import load_adapter
 from mahalo_ray.models.pair_attention import enable_pair_packing, packed_arguments, sequence_numbers
 from mahalo_ray.models.sharding import full_shape, whole_modules
+
+logger = logging.getLogger(__name__)
 
 
 def load_causal_lm(
@@ -88,20 +93,32 @@ def _from_pretrained(
     damaged or incomplete (transformers would make up what is missing, and only log it)."""
     if Path(source).is_dir():
         check_weight_files(Path(source))
-    try:
+    with naming_errors("model", source):
         model, info = kind.from_pretrained(
             str(source),
             dtype="auto" if dtype is None else dtype,
             attn_implementation=attn_implementation,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are errors, which are told below by name
+            trust_remote_code=False,
         )
-    except SafetensorError as error:
+    if misfits := sorted(info["mismatched_keys"]):
+        name, stored, expected = misfits[0]
         raise ValueError(
-            f"the weights in '{source}' cannot be read ({error}): the file is damaged, or a Git LFS pointer "
-            "whose content was never fetched"
-        ) from error
-    except OSError as error:
-        raise ValueError(f"the model in '{source}' cannot be loaded: {error}") from error
+            f"the weights in '{source}' do not fit its config.json: '{name}' has shape {list(stored)}, not "
+            f"{list(expected)} ({len(misfits)} such weights)"
+        )
+    unused = (
+        sorted(info["unexpected_keys"]) if kind is AutoModelForCausalLM else []
+    )  # a base model has no head
+    if unused:
+        more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+        logger.warning(
+            "the model in '%s' does not use all weights in its files: %s%s",
+            source,
+            ", ".join(unused[:3]),
+            more,
+        )
     if missing := sorted(info["missing_keys"]):
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ValueError(
@@ -119,9 +136,54 @@ def check_tokenizer_of(folder: Path, model: PreTrainedModel) -> None:
         check_tokenizer_fits(load_tokenizer(folder), rows, folder)
 
 
+@contextmanager
+def naming_errors(what: str, source: str | Path) -> Iterator[None]:
+    """ValueError, with the path, for all that transformers raises over the files of a model: broken JSON, a
+    kind that it does not know, packages that a quantised model needs, code that would have to be run."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        SafetensorError,
+        UnpicklingError,
+        OSError,
+        ImportError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        said = str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
+        if isinstance(error, UnpicklingError):
+            said = "its weights are a pickle that holds more than tensors: save them as safetensors"
+        elif "trust_remote_code" in said:
+            said = "it brings code of its own, which is never run here: take a model that transformers knows"
+        raise ValueError(f"the {what} in '{source}' cannot be loaded: {said}") from error
+
+
+def load_config(source: str | Path) -> PretrainedConfig:
+    """The configuration of a folder or hub id. ValueError, with the path, if it cannot be read."""
+    with naming_errors("configuration", source):
+        return AutoConfig.from_pretrained(str(source), trust_remote_code=False)
+
+
+_TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "*.tiktoken", "*.bpe")
+
+
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub id."""
-    return AutoTokenizer.from_pretrained(str(source))
+    """The tokenizer of a folder or hub id. ValueError, with the path, if there is none, or it cannot be
+    read."""
+    folder = Path(source)
+    # transformers makes up a tokenizer of some families without a file, which then knows no token.
+    if folder.is_dir() and not any(file for name in _TOKENIZER_FILES for file in folder.glob(name)):
+        raise ValueError(
+            f"'{source}' holds no tokenizer: copy the files of the model's own there, or save it beside the "
+            "weights (tokenizer.save_pretrained)"
+        )
+    with naming_errors("tokenizer", source):
+        return AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
 
 
 def split_causal_lm(model: PreTrainedModel) -> tuple[PreTrainedModel, nn.Module, LogitTransform]:

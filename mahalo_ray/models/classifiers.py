@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PreTrainedModel,
@@ -22,7 +21,7 @@ from transformers import (
 )
 
 from mahalo_ray.data.records import Message
-from mahalo_ray.models.backbone import check_tokenizer_of, load_tokenizer
+from mahalo_ray.models.backbone import check_tokenizer_of, load_config, load_tokenizer, naming_errors
 from mahalo_ray.models.folder import (
     METADATA_FILE,
     check_hub_id,
@@ -254,15 +253,21 @@ def load_scorer(
         check_weight_files(Path(source))
     else:
         check_hub_id(source)
-    architecture = (AutoConfig.from_pretrained(str(source)).architectures or ["no architecture"])[0]
+    architecture = (load_config(source).architectures or ["no architecture"])[0]
     chosen = "auto" if dtype is None else dtype
     scorer: SequenceClassifierScorer | TokenClassifierScorer
     if architecture.endswith("ForSequenceClassification"):
-        model = AutoModelForSequenceClassification.from_pretrained(str(source), dtype=chosen)
+        with naming_errors("classifier", source):
+            model = AutoModelForSequenceClassification.from_pretrained(
+                str(source), dtype=chosen, trust_remote_code=False
+            )
         separator = "\n\n" if step_separator is None else step_separator
         scorer = SequenceClassifierScorer(model, load_tokenizer(source), objective, step_separator=separator)
     elif architecture.endswith("ForTokenClassification"):
-        model = AutoModelForTokenClassification.from_pretrained(str(source), dtype=chosen)
+        with naming_errors("classifier", source):
+            model = AutoModelForTokenClassification.from_pretrained(
+                str(source), dtype=chosen, trust_remote_code=False
+            )
         separator = "\n" if step_separator is None else step_separator
         scorer = TokenClassifierScorer(model, load_tokenizer(source), objective, step_separator=separator)
     else:

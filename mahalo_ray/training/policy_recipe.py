@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import PreferencePair
@@ -29,7 +29,7 @@ from mahalo_ray.decoding.stopping import boundary_for
 from mahalo_ray.domains.protocol import load_domain
 from mahalo_ray.losses import dpo_loss, sft_loss
 from mahalo_ray.models import MultiHeadCausalLM
-from mahalo_ray.models.backbone import check_trained_length
+from mahalo_ray.models.backbone import check_trained_length, load_config, load_tokenizer
 from mahalo_ray.models.folder import keeps_backbone, model_folder
 from mahalo_ray.models.pair_attention import packing_unsupported_reason
 from mahalo_ray.training.batches import HashSplit, Indices, plan_balanced_batches, shard
@@ -81,7 +81,7 @@ class PolicyRecipe:
         self._plan = plan_method(settings.policy, settings.objectives)
         self._objectives, self._training = self._plan.objectives, settings.training
         self._folder = None if start is not None else model_folder(settings.model_url)
-        self._tokenizer = tokenizer or AutoTokenizer.from_pretrained(self._folder)
+        self._tokenizer = tokenizer or load_tokenizer(str(self._folder))
         self._pairs, self._margins, aside = self._read_pairs()
         self.packed = self._shares_prompts()
         self._inputs = PackedPairs(self._pairs) if self.packed else PaddedPairs(self._pairs, PAD_ID)
@@ -127,7 +127,7 @@ class PolicyRecipe:
     def _shares_prompts(self) -> bool:
         """Whether pairs are packed, their prompts read once; ValueError if that is demanded and cannot be, or
         for a length that no batch of this model may have."""
-        config = AutoConfig.from_pretrained(self._folder) if self._start is None else self._start.config
+        config = load_config(str(self._folder)) if self._start is None else self._start.config
         check_trained_length(config, self._model.max_length)
         if self._policy.share_prompts == "never":
             return False

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer
 
 from mahalo_ray import metrics
 from mahalo_ray.config import ObjectiveConfig
@@ -34,7 +33,7 @@ from mahalo_ray.data.records import (
 from mahalo_ray.decoding.cpu_matmul import OneDNNRewardModel
 from mahalo_ray.losses import bradley_terry, labelled, step_bce, value_mse, within_prompt_ranking
 from mahalo_ray.models import ProcessRewardModel
-from mahalo_ray.models.backbone import check_trained_length
+from mahalo_ray.models.backbone import check_trained_length, load_config, load_tokenizer
 from mahalo_ray.models.folder import keeps_backbone, model_folder
 from mahalo_ray.models.reward_heads import OUTPUT_KIND_OF
 from mahalo_ray.models.scoring import StepEncoder
@@ -268,7 +267,7 @@ class RewardRecipe:
         self.objectives = list(settings.objectives)
         self._names = [objective.name for objective in self.objectives]
         self._training, self._folder = settings.training, model_folder(settings.model_url)
-        self._tokenizer = AutoTokenizer.from_pretrained(self._folder)
+        self._tokenizer = load_tokenizer(self._folder)
         self.data = self._read()
         self.row_groups = self.data.row_groups
         aside = hash_split(self.data.split_keys, self._reward.held_out_fraction, settings.seed)
@@ -305,7 +304,7 @@ class RewardRecipe:
         return data
 
     def build_model(self) -> nn.Module:
-        check_trained_length(AutoConfig.from_pretrained(self._folder), self._model.max_length)
+        check_trained_length(load_config(self._folder), self._model.max_length)
         return ProcessRewardModel.from_base(
             self._folder,
             {objective.name: OUTPUT_KIND_OF[objective.supervision] for objective in self.objectives},

@@ -10,14 +10,14 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import EXAMPLE_SCHEMA
 from mahalo_ray.logprobs import IGNORE_INDEX
 from mahalo_ray.losses import sft_loss, shift_labels
 from mahalo_ray.models import ChunkedCausalLM
-from mahalo_ray.models.backbone import check_trained_length, load_causal_lm
+from mahalo_ray.models.backbone import check_trained_length, load_causal_lm, load_config, load_tokenizer
 from mahalo_ray.models.folder import model_folder
 from mahalo_ray.models.lora import check_no_adapter
 from mahalo_ray.training.batches import Indices, RowGroups, plan_batches
@@ -48,14 +48,14 @@ class SftRecipe:
     def build_model(self) -> nn.Module:
         settings = self._settings.model
         folder = model_folder(self._settings.model_url)
-        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        self._tokenizer = load_tokenizer(folder)
         dtype, attention = getattr(torch, settings.dtype), settings.attn_implementation
         if settings.scratch is None:
             model = load_causal_lm(folder, dtype, attention)
             check_no_adapter(model)
             check_trained_length(model.config, settings.max_length)
             return ChunkedCausalLM(model)
-        config = AutoConfig.from_pretrained(folder)
+        config = load_config(folder)
         return ChunkedCausalLM(
             AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
         )
