@@ -11,6 +11,7 @@ from mahalo_ray.config.section import (
     NOT_BOOL,
     SHAPING_WHERE_SET,
     BaselineName,
+    Domain,
     DomainName,
     Fraction,
     LabelRange,
@@ -183,6 +184,40 @@ class EvaluationConfig(Section):
     """Confidence of the intervals: 0.95 is 95 %."""
 
 
+class PromptsConfig(Section):
+    """Prompts of your own, each with a reference answer, and a judge per objective: the domain `prompts`."""
+
+    path: Text
+    """File or folder of prompts (`question` and `answer`, `problem` and `solution`, ...), URL, or
+    `hub:OWNER/NAME[/CONFIG][:SPLIT]`."""
+
+    evaluation_path: Text | None = None
+    """The same for evaluation. Null: prompts of `path` that no training stage has met."""
+
+    judges: Annotated[
+        dict[str, Annotated[str, Field(pattern=r"^checker$|^[\w.]+:\w+$")]], Field(min_length=1)
+    ]
+    """Judge of each objective: `checker` (maths: math-verify against the reference answer), or
+    `module:function` of (prompt, steps, answer), importable on every node, which returns a number or a
+    bool."""
+
+    boundary: Domain = "math"
+    """Where a step of an answer ends: `math` at blank lines and closed boxes, `lines` at line ends,
+    `human_values` at sentences, `tutoring` nowhere but at the answer's end."""
+
+    instruction: Text | None = None
+    """Text that is put behind every prompt, after a blank line. Null: none."""
+
+    max_steps: PositiveInt = 16
+    """Most steps of one answer."""
+
+    limit: PositiveInt | None = None
+    """Only the first so many prompts of each file. Null: all."""
+
+    max_bad_fraction: Fraction = 0.01
+    """Largest share of rows that cannot be used; they go to quarantine.parquet. More of them end the run."""
+
+
 class DomainConfig(Section):
     """The world whose problems are worked on, and how much of it is made for SFT."""
 
@@ -190,8 +225,18 @@ class DomainConfig(Section):
     """`tutoring_miniature`: generated arithmetic problems, scripted tutors and students with a hidden state.
     Any other domain as `package.module:NAME` (see docs, "Domains")."""
 
+    prompts: Annotated[PromptsConfig | None, Field(json_schema_extra=SHAPING_WHERE_SET)] = None
+    """Prompts of your own and their judges. With `name: prompts`, and only with it."""
+
     sft_dialogues: PositiveInt = 12000
-    """Generated dialogues that the SFT model learns from."""
+    """Dialogues that the SFT model learns from: generated ones, or of `prompts` with their reference
+    answers."""
+
+    @model_validator(mode="after")
+    def _prompts_go_together(self) -> Self:
+        if (self.name == "prompts") != (self.prompts is not None):
+            raise ValueError("'name: prompts' and 'prompts' go together: give both or neither")
+        return self
 
 
 class PairsSource(Section):

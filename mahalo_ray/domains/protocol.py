@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, Literal, Protocol, Self, runtime_checkable
 
-from mahalo_ray.config import Supervision
+from mahalo_ray.config import DomainConfig, PromptsConfig, Supervision
 from mahalo_ray.data.records import Dialogue, Message, Turn
 from mahalo_ray.objectives import unknown_name
 
@@ -119,6 +121,16 @@ class Domain(Protocol):
         ...
 
 
+@runtime_checkable
+class GivenProblems(Protocol):
+    """A domain of finitely many problems: to evaluate, each is taken once."""
+
+    def evaluation_seeds(self, block: range, seen: AbstractSet[Hashable]) -> Iterator[int]:
+        """Seeds of different problems, none of which has a `problem_key` of `seen`; of `block`, or others
+        that no training stage has."""
+        ...
+
+
 @dataclass
 class AnswerEpisode(ABC):
     """Base of episodes with one question and one answer, which is given whole or step by step."""
@@ -192,19 +204,31 @@ def import_named(name: str, kind: str) -> Any:
         raise ValueError(f"there is no {kind} '{name}': {error}") from error
 
 
-def load_domain(name: str) -> Domain:
-    """The domain of this name of `DOMAINS`, or what `package.module:NAME` names; ValueError if there is
-    none."""
+def load_domain(domain: DomainConfig | str) -> Domain:
+    """The domain of a run, or of this name of `DOMAINS`, or what `package.module:NAME` names; ValueError if
+    there is none."""
+    if not isinstance(domain, str) and domain.prompts is not None:
+        return _prompts_domain(domain.prompts.model_dump_json())
+    name = domain if isinstance(domain, str) else domain.name
     if ":" not in name and name not in DOMAINS:
-        known = unknown_name("domain", name, DOMAINS)
+        known = unknown_name("domain", name, [*DOMAINS, "prompts"])
         raise ValueError(f"{known} A domain of your own is named 'package.module:NAME'.")
-    domain = import_named(DOMAINS.get(name, name), "domain")
-    if not isinstance(domain, Domain):
+    loaded = import_named(DOMAINS.get(name, name), "domain")
+    if not isinstance(loaded, Domain):
         raise ValueError(
-            f"'{name}' is a {type(domain).__name__} that lacks {', '.join(_lacking(domain))}: see "
+            f"'{name}' is a {type(loaded).__name__} that lacks {', '.join(_lacking(loaded))}: see "
             "`mahalo_ray.domains.protocol.Domain`"
         )
-    return domain
+    return loaded
+
+
+@lru_cache(maxsize=1)
+def _prompts_domain(config: str) -> Domain:
+    """The domain `prompts` with these settings (JSON), read once per process."""
+    made: Domain = import_named("mahalo_ray.domains.judged_prompts:PromptsDomain", "domain")(
+        PromptsConfig.model_validate_json(config)
+    )
+    return made
 
 
 def _lacking(value: object) -> Iterable[str]:

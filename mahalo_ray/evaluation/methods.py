@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mahalo_ray.config import EvaluationConfig
+from mahalo_ray.config import DomainConfig, EvaluationConfig
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import Dialogue
 from mahalo_ray.decoding.engine import Engine
@@ -109,7 +109,7 @@ class MethodPlayer:
         placement: DeviceConfig,
         config: EvaluationConfig,
         seeds: Sequence[int],
-        domain: str,
+        domain: DomainConfig,
         objectives: Sequence[str],
     ) -> None:
         """`seeds` are of problems of the domain; `objectives`: whose outcomes are kept."""

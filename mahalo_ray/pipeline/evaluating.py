@@ -135,7 +135,7 @@ def table_of(config: RunConfig, documents: list[dict[str, Any]]) -> ComparisonTa
 def _contents(context: Context[RunConfig], documents: list[dict[str, Any]]) -> ReportContents:
     config = context.config
     trained = ("sft", "reward", *all_rounds(config, "policy"))
-    offered = load_domain(config.domain.name).objectives
+    offered = load_domain(config.domain).objectives
     described = [f"{o.name} ({o.description or offered[o.name].description})" for o in config.objectives]
     return ReportContents(
         title=config.name,
@@ -163,7 +163,7 @@ def measurement(config: RunConfig) -> dict[str, str | int | float]:
 
 def samples(config: RunConfig, documents: list[dict[str, Any]]) -> list[SampleDialogue]:
     """A dialogue of every method, its sides called as in the run's domain."""
-    model, other = load_domain(config.domain.name).speakers
+    model, other = load_domain(config.domain).speakers
     names = {"tutor": model, "student": other}
     return [_sample(Dialogue.model_validate(d["samples"][0]), names) for d in documents]
 

@@ -23,7 +23,7 @@ from mahalo_ray.evaluation.statistics import align
 from mahalo_ray.metrics import FloatArray
 from mahalo_ray.objectives import Weights, unknown_name
 from mahalo_ray.pipeline.artifacts import run_model
-from mahalo_ray.pipeline.seed_blocks import fresh_students
+from mahalo_ray.pipeline.seed_blocks import domain_for_workers, fresh_students
 from mahalo_ray.pipeline.sweeping import SweepFront
 from mahalo_ray.sweeps import Portfolio, portfolio
 from mahalo_ray.sweeps.decoding import PlayedCallback, SweepSpec, play_rounds, rounded
@@ -235,7 +235,7 @@ def split_worst_cells(
         threads=max(1, math.floor(config.cluster.cpus_per_rollout_actor)),
         config=config.evaluation,
         seeds=fresh_students(config),
-        domain=config.domain.name,
+        domain=domain_for_workers(config.domain),
         objectives=config.objective_names,
     )
     before = len(found.vectors)

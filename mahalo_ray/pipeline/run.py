@@ -25,16 +25,19 @@ from mahalo_ray.config import (
 from mahalo_ray.config.section import Section
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import EXAMPLE_SCHEMA, CandidateSet, Dialogue, PreferencePair, StepTrace
+from mahalo_ray.data.row_files import QUARANTINE
+from mahalo_ray.data.rows import quarantine
 from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.data.temporary import temporary_folder
 from mahalo_ray.decoding.policy import DeviceConfig
-from mahalo_ray.domains.protocol import WHOLE_TURNS, load_domain
+from mahalo_ray.domains.judged_prompts import PromptsDomain
+from mahalo_ray.domains.protocol import WHOLE_TURNS, Domain, load_domain
 from mahalo_ray.domains.sft_text import encode_example, train_tokenizer
 from mahalo_ray.models.backbone import load_tokenizer
 from mahalo_ray.pipeline.artifacts import place_model
 from mahalo_ray.pipeline.evaluating import evaluate, report
 from mahalo_ray.pipeline.rounds import all_rounds, last_stage, round_stage
-from mahalo_ray.pipeline.seed_blocks import first_seed, round_seed
+from mahalo_ray.pipeline.seed_blocks import domain_for_workers, first_seed, round_seed
 from mahalo_ray.pipeline.serve import try_serving
 from mahalo_ray.pipeline.stages import Context, Pipeline, Stage, StageResult
 from mahalo_ray.pipeline.sweeping import (
@@ -63,8 +66,9 @@ START_MODEL = "start_model"
 def make_sft_data(context: Context[RunConfig]) -> StageResult:
     """Write the SFT examples (EXAMPLE_SCHEMA) and the folder of the model that training starts from."""
     config = context.config
-    domain, count = load_domain(config.domain.name), config.domain.sft_dialogues
+    domain, count = load_domain(config.domain), config.domain.sft_dialogues
     first = first_seed(config.seed, "sft")
+    metrics, outputs = _left_out(context, domain)
     context.progress.start(2 * count, "dialogues")
     made = (domain.sft_dialogue(first + number) for number in range(count))
     dialogues = list(_counted(context, made, "made"))
@@ -78,9 +82,20 @@ def make_sft_data(context: Context[RunConfig]) -> StageResult:
             "dialogues": len(rows),
             "tokens": len(table["input_ids"].combine_chunks().flatten()),
             "vocabulary": len(chat.tokenizer),
+            **metrics,
         },
-        {"examples": "examples", "dialogues": "dialogues"},
+        {"examples": "examples", "dialogues": "dialogues", **outputs},
     )
+
+
+def _left_out(context: Context[RunConfig], domain: Domain) -> tuple[dict[str, int], dict[str, str]]:
+    """Write the rows of the run's own prompts that cannot be used; counts, and where they are."""
+    prompts = context.config.domain.prompts
+    if prompts is None or not isinstance(domain, PromptsDomain):
+        return {}, {}
+    url, share = context.path(QUARANTINE), prompts.max_bad_fraction
+    quarantine(domain.bad, domain.rows, share, url, "domain.prompts.max_bad_fraction")
+    return {"prompts": domain.rows, "quarantined": len(domain.bad)}, {"quarantine": QUARANTINE}
 
 
 def _counted(
@@ -154,7 +169,7 @@ def policy_training(context: Context[RunConfig], base_url: str, pairs_stage: str
         objectives=config.objective_names,
         policy=config.policy,
         held_out_fraction=config.pairs.held_out_fraction,
-        domain=config.domain.name if config.data is None else None,
+        domain=domain_for_workers(config.domain) if config.data is None else None,
         step_domain=_step_domain(config),
     )
 
@@ -163,7 +178,7 @@ def _step_domain(config: RunConfig) -> str | None:
     """Where the steps end that pairs are made of; None where pairs are of whole turns."""
     if config.data is not None or _compares_answers(config):
         return None
-    boundary = load_domain(config.domain.name).boundary
+    boundary = load_domain(config.domain).boundary
     return None if boundary == WHOLE_TURNS else boundary
 
 
@@ -336,7 +351,7 @@ def _play(
         reward_url=reward_url,
         continuations=settings.continuations,
         gamma=settings.gamma,
-        domain=config.domain.name,
+        domain=domain_for_workers(config.domain),
         supervision={objective.name: objective.supervision for objective in config.objectives},
     )
     chunks = DialogueChunks(first, settings.dialogues, settings.batch_size_per_actor)

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import itertools
 
-from mahalo_ray.config import ConfigError, RunConfig
-from mahalo_ray.domains.protocol import load_domain
+from mahalo_ray.config import ConfigError, DomainConfig, RunConfig
+from mahalo_ray.data import storage
+from mahalo_ray.domains.protocol import GivenProblems, load_domain
 from mahalo_ray.objectives import unknown_name
 
 # Seeds of one run are config.seed * SEEDS_PER_RUN + block + number; SFT's dialogues come first.
@@ -19,6 +20,17 @@ BLOCKS = {
     "dialogues": 900_000,
 }
 BLOCK_SIZE = 100_000
+
+
+def domain_for_workers(domain: DomainConfig) -> DomainConfig:
+    """The same domain for processes that run in other folders: its paths are absolute."""
+    if domain.prompts is None:
+        return domain
+    given = domain.prompts.model_dump(include={"path", "evaluation_path"}, exclude_none=True)
+    absolute = {
+        key: path if path.startswith("hub:") else storage.absolute(path) for key, path in given.items()
+    }
+    return domain.model_copy(update={"prompts": domain.prompts.model_copy(update=absolute)})
 
 
 def first_seed(seed: int, purpose: str) -> int:
@@ -38,7 +50,7 @@ def fresh_students(config: RunConfig) -> tuple[int, ...]:
     Problems are few (in tutoring two or three operations on small numbers), so students drawn without looking
     would bring many that SFT has seen worked. ConfigError when the block has too few others.
     """
-    domain = load_domain(config.domain.name)
+    domain = load_domain(config.domain)
     trained_on = {
         "sft": config.domain.sft_dialogues,
         "reward_rollouts": config.reward_rollouts.dialogues,
@@ -51,6 +63,14 @@ def fresh_students(config: RunConfig) -> tuple[int, ...]:
     }
     first, wanted = first_seed(config.seed, "evaluation"), config.evaluation.dialogues
     candidates = range(first, first + BLOCK_SIZE)
+    if isinstance(domain, GivenProblems):
+        seeds = tuple(itertools.islice(domain.evaluation_seeds(candidates, seen), wanted))
+        if len(seeds) < wanted:
+            raise ConfigError(
+                f"'evaluation.dialogues' is {wanted}: only {len(seeds)} prompts are there that no training "
+                "stage meets; lower it or what the training stages take, or give more prompts"
+            )
+        return seeds
     unseen = (seed for seed in candidates if domain.episode(seed).problem_key not in seen)
     seeds = tuple(itertools.islice(unseen, wanted))
     if len(seeds) < wanted:
@@ -64,7 +84,7 @@ def fresh_students(config: RunConfig) -> tuple[int, ...]:
 def check_domain(config: RunConfig) -> None:
     """Raise ConfigError for a domain that is not there, and for what it cannot do."""
     try:
-        offered = load_domain(config.domain.name).objectives
+        offered = load_domain(config.domain).objectives
     except ValueError as error:
         raise ConfigError(f"'domain.name': {error}") from error
     for index, objective in enumerate(config.objectives):

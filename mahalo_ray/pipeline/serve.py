@@ -247,13 +247,13 @@ def example_questions(config: RunConfig) -> tuple[str, ...]:
 
 
 def _opening(config: RunConfig, seed: int) -> list[dict[str, str]]:
-    messages = load_domain(config.domain.name).episode(seed).opening_messages
+    messages = load_domain(config.domain).episode(seed).opening_messages
     return [message.model_dump() for message in messages]
 
 
 def boundary_name(config: RunConfig) -> str:
     """Where steps end at the endpoint; at whole turns for a run on data of its own."""
-    return WHOLE_TURNS if config.data is not None else load_domain(config.domain.name).boundary
+    return WHOLE_TURNS if config.data is not None else load_domain(config.domain).boundary
 
 
 def simulated_students(config: RunConfig) -> SimulatedStudents | None:

@@ -14,7 +14,7 @@ from mahalo_ray.evaluation.methods import Method, Played
 from mahalo_ray.evaluation.results import ComparisonTable, MethodKind, MethodResult
 from mahalo_ray.objectives import Weights
 from mahalo_ray.pipeline.rounds import last_output
-from mahalo_ray.pipeline.seed_blocks import fresh_students
+from mahalo_ray.pipeline.seed_blocks import domain_for_workers, fresh_students
 from mahalo_ray.pipeline.stages import Context, StageResult
 from mahalo_ray.sweeps import make_sampler
 from mahalo_ray.sweeps.decoding import (
@@ -259,7 +259,7 @@ def play_spec(context: Context[RunConfig]) -> SweepSpec:
         threads=max(1, math.floor(config.cluster.cpus_per_rollout_actor)),
         config=config.evaluation,
         seeds=fresh_students(config),
-        domain=config.domain.name,
+        domain=domain_for_workers(config.domain),
         objectives=config.objective_names,
     )
 

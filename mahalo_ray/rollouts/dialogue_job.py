@@ -18,6 +18,7 @@ from pydantic import AliasChoices, Field, TypeAdapter
 
 from mahalo_ray.config import (
     ActorsConfig,
+    DomainConfig,
     EndpointConfig,
     EndpointStudentConfig,
     EndpointTutorConfig,
@@ -74,7 +75,6 @@ from mahalo_ray.rollouts.tutors import BRANCH, Conversation, DrawnWeights, Endpo
 from mahalo_ray.seeding import derived_seed
 
 CASES = TypeAdapter(list[Case])
-TUTORING = "tutoring_miniature"  # whose students `student.kind: miniature` of `mahalo dialogues` are
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class RolloutSpec:
     cases_url: str | None = None
     personas: PersonasConfig = field(default_factory=PersonasConfig)
     seed: int = 0
-    domain: str = TUTORING
+    domain: DomainConfig = field(default_factory=DomainConfig)
     supervision: Mapping[str, Supervision] = field(default_factory=dict)
 
 

@@ -25,7 +25,7 @@ import torch
 from ray import tune
 from ray.tune.search import Searcher
 
-from mahalo_ray.config import ClusterConfig, EvaluationConfig
+from mahalo_ray.config import ClusterConfig, DomainConfig, EvaluationConfig
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import Dialogue
 from mahalo_ray.decoding.policy import DeviceConfig
@@ -59,7 +59,7 @@ class SweepSpec:
     threads: int
     config: EvaluationConfig
     seeds: tuple[int, ...]
-    domain: str
+    domain: DomainConfig
     objectives: tuple[str, ...]
 
     def player(self, policy_url: str) -> MethodPlayer:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
 from mahalo_ray.config import (
+    DomainConfig,
     ModelConfig,
     ObjectiveConfig,
     PolicyConfig,
@@ -162,7 +163,7 @@ class PolicySettings(StageSettings):
     objectives: Sequence[str]
     policy: PolicyConfig
     held_out_fraction: float = 0.0
-    domain: str | None = None
+    domain: DomainConfig | None = None
     step_domain: str | None = None
     name: ClassVar[str] = "policy"
 

@@ -1,0 +1,117 @@
+"""Runs on prompts of one's own: the domain `prompts`, its judges, and a whole run of a real kind of model."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from mahalo_ray.config import ConfigError, DomainConfig, RunConfig, load_config
+from mahalo_ray.domains.judged_prompts import PromptsDomain
+from mahalo_ray.domains.maths.word_problems import make_word_problem, write_solution
+from mahalo_ray.domains.protocol import load_domain
+from mahalo_ray.pipeline.seed_blocks import check_domain, domain_for_workers, fresh_students
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "gsm8k.yaml"
+JUDGES = {
+    "accuracy": "checker",
+    "engagement": "mahalo_ray.domains.maths.explanations:judge_engagement",
+}
+
+
+def write_prompts(path: Path, count: int, first: int = 0) -> Path:
+    """Word problems with worked solutions, as GSM8K writes its rows."""
+    rows = []
+    for number in range(first, first + count):
+        problem = make_word_problem(random.Random(number))
+        answer = "\n".join(write_solution(problem, random.Random(number)))
+        rows.append({"question": problem.question, "answer": answer.replace("= ", "= <<1+1=2>>")})
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def domain_of(path: Path, **settings: Any) -> DomainConfig:
+    given = {"path": str(path), "judges": JUDGES, "boundary": "lines", **settings}
+    return DomainConfig.model_validate({"name": "prompts", "prompts": given})
+
+
+def run_config(path: Path, *overrides: str) -> RunConfig:
+    config = load_config(EXAMPLE, [f"domain.prompts.path={path}", f"model.base={path.parent}", *overrides])
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def test_answers_to_own_prompts_are_judged_step_by_step(tmp_path: Path) -> None:
+    row = {"question": "What is 2 + 3?", "answer": "It is <<2+3=5>>5.\n#### 5"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    domain = load_domain(domain_of(tmp_path / "a.jsonl", instruction="End with ####."))
+    assert isinstance(domain, PromptsDomain) and domain.boundary == "lines"
+    episode = domain.episode(7)
+    assert [m.content for m in episode.opening_messages] == ["What is 2 + 3?\n\nEnd with ####."]
+    episode.take_step("Can you add? 2 + 3 = 5.\n")
+    assert episode.judge_prefix() == {"engagement": pytest.approx(0.15 + 0.35 + 0.1)}
+    other = episode.fork(1)
+    episode.hear("#### 5")
+    other.hear("#### 6")
+    assert episode.outcome()["accuracy"] == 1.0 and other.outcome()["accuracy"] == 0.0
+    assert episode.outcome()["engagement"] == pytest.approx(0.6 / 2)
+    told = domain.sft_dialogue(7)
+    assert told.turns[1].content == "It is 5.\n#### 5" and (told.outcome or {})["accuracy"] == 1.0
+    assert domain.objectives["accuracy"].supervision[0] == "rollout_value"
+    assert domain.objectives["engagement"].supervision[0] == "judged_prefix"
+
+
+def test_rows_and_judges_that_cannot_be_used_are_said(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"question": "What is 1 + 1?", "answer": "2"},
+        {"question": "Which way?"},
+        {"prompt": [{"role": "user", "content": "a"}] * 2, "answer": "b"},
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    domain = load_domain(domain_of(path))
+    assert isinstance(domain, PromptsDomain) and domain.rows == 3
+    assert [(bad.line, bad.reason.partition(":")[0]) for bad in domain.bad] == [
+        (2, "there is no reference answer, which SFT and the checker need"),
+        (3, "the prompt has 2 messages"),
+    ]
+    with pytest.raises(ValueError, match="there is no function 'math:nowhere'"):
+        load_domain(domain_of(path, judges={"accuracy": "math:nowhere"}))
+    with pytest.raises(ValueError, match="'accuracy', 'math:pi', is not a function"):
+        load_domain(domain_of(path, judges={"accuracy": "math:pi"}))
+    with pytest.raises(ValidationError, match="go together"):
+        DomainConfig(name="prompts")
+    (tmp_path / "b.jsonl").write_text(json.dumps(rows[1]))
+    with pytest.raises(ValueError, match=r"no row of .* can be used; the first: there is no reference"):
+        load_domain(domain_of(tmp_path / "b.jsonl"))
+
+
+def test_prompts_are_evaluated_once_each_and_never_those_that_were_trained_on(tmp_path: Path) -> None:
+    path = write_prompts(tmp_path / "a.jsonl", 60)
+    small = ("domain.sft_dialogues=6", "reward_rollouts.dialogues=5", "pair_rollouts.dialogues=5")
+    config = run_config(path, *small, "evaluation.dialogues=20")
+    check_domain(config)
+    domain = load_domain(config.domain)
+    questions = [domain.episode(seed).problem_key for seed in fresh_students(config)]
+    assert len(set(questions)) == 20
+    with pytest.raises(ConfigError, match=r"'evaluation\.dialogues' is 59: only \d+ prompts are there"):
+        fresh_students(run_config(path, *small, "evaluation.dialogues=59"))
+    apart = write_prompts(tmp_path / "b.jsonl", 10, first=55)  # the first five are among those of a.jsonl
+    config = run_config(path, *small, "evaluation.dialogues=5", f"domain.prompts.evaluation_path={apart}")
+    seeds = fresh_students(config)
+    assert len(seeds) == 5 and all(seed < 0 for seed in seeds)
+    with pytest.raises(ConfigError, match=r"'objectives\.0': unknown objective 'accuracy'"):
+        check_domain(run_config(path, "domain.prompts.judges={engagement: checker}"))
+
+
+def test_workers_get_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_prompts(tmp_path / "a.jsonl", 2)
+    placed = domain_for_workers(domain_of(Path("a.jsonl"), evaluation_path="hub:openai/gsm8k/main:test"))
+    assert placed.prompts is not None and placed.prompts.path == str(tmp_path / "a.jsonl")
+    assert placed.prompts.evaluation_path == "hub:openai/gsm8k/main:test"
+    assert domain_for_workers(DomainConfig()) == DomainConfig()
