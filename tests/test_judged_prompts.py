@@ -74,8 +74,10 @@ def test_rows_and_judges_that_cannot_be_used_are_said(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     domain = load_domain(domain_of(path))
-    assert isinstance(domain, PromptsDomain) and domain.rows == 3
-    assert [(bad.line, bad.reason.partition(":")[0]) for bad in domain.bad] == [
+    assert isinstance(domain, PromptsDomain)
+    count, bad_rows = domain.left_out()
+    assert count == 3
+    assert [(bad.line, bad.reason.partition(":")[0]) for bad in bad_rows] == [
         (2, "there is no reference answer, which SFT and the checker need"),
         (3, "the prompt has 2 messages"),
     ]
@@ -87,7 +89,7 @@ def test_rows_and_judges_that_cannot_be_used_are_said(tmp_path: Path) -> None:
         DomainConfig(name="prompts")
     (tmp_path / "b.jsonl").write_text(json.dumps(rows[1]))
     with pytest.raises(ValueError, match=r"no row of .* can be used; the first: there is no reference"):
-        load_domain(domain_of(tmp_path / "b.jsonl"))
+        load_domain(domain_of(tmp_path / "b.jsonl")).episode(1)
 
 
 def test_prompts_are_evaluated_once_each_and_never_those_that_were_trained_on(tmp_path: Path) -> None:

@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 import torch
 import training_world as world
+import yaml
 from torch import Tensor, nn
+from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
 from typer.testing import CliRunner
 
 from mahalo_ray.cli import app
-from mahalo_ray.config import LoraConfig, ModelConfig, PolicyConfig, TrainingConfig
+from mahalo_ray.config import LoraConfig, ModelConfig, PolicyConfig, TrainingConfig, load_document
+from mahalo_ray.config.describe import DOCUMENTS, kind_of
 from mahalo_ray.models import MultiHeadCausalLM
 from mahalo_ray.planning import Memory, Plan, make_plan
 
@@ -168,3 +171,59 @@ def test_a_base_without_config_is_said(tmp_path: Path) -> None:
     arguments = ["plan", str(EXAMPLE), "--set", "model.scratch=null", "--set", f"model.base={tmp_path}"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2 and "no config of a model can be read" in result.output
+
+
+# The public shapes of the models that the large examples name, for tests without a hub.
+SHAPES: dict[str, PretrainedConfig] = {
+    "Qwen/Qwen2.5-7B-Instruct": Qwen2Config(
+        vocab_size=152064,
+        hidden_size=3584,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        intermediate_size=18944,
+        tie_word_embeddings=False,
+    ),
+    "meta-llama/Llama-3.1-8B-Instruct": LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        intermediate_size=14336,
+        tie_word_embeddings=False,
+    ),
+    "runs/smollm2-135m": LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        intermediate_size=1536,
+        tie_word_embeddings=True,
+    ),
+}
+
+
+@pytest.mark.parametrize("example", sorted(EXAMPLE.parent.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_example_of_a_run_is_valid_and_can_be_planned(
+    example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(example.parent)  # where the domain of brevity.yaml is
+    document = yaml.safe_load(example.read_text(encoding="utf-8"))
+    kind = kind_of(document)
+    load_document(example, DOCUMENTS[kind].schema)
+    if kind not in ("run", "dataset"):
+        return  # trains nothing
+    base = document["model"].get("base")
+    chosen = [] if base is None else ["--set", f"model.base={tmp_path}"]
+    if base is not None:
+        SHAPES[base].save_pretrained(str(tmp_path))
+    checked = CliRunner().invoke(app, ["validate", str(example), *chosen])
+    assert checked.exit_code == 0, checked.output
+    done = CliRunner().invoke(app, ["plan", str(example), "--json", *chosen])
+    assert done.exit_code == 0, done.output
+    counts = json.loads(done.stdout)["counts"]
+    if example.stem == "math_7b":
+        heads = 2 * 152064 * 3584
+        assert counts["heads"] == heads and counts["trained"] > 6.5e9 + heads

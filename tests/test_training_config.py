@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from mahalo_ray.config import PolicyConfig, TrainingConfig
@@ -49,6 +50,10 @@ def test_schedules_warm_up_then_fall(schedule: str, middle: float, end: float) -
     assert factor(4) == 1.0
     assert factor(12) == pytest.approx(middle)
     assert factor(20) == pytest.approx(end)
+    in_steps = learning_rate_factor(TrainingConfig(schedule=schedule, warmup_steps=4), 20)  # type: ignore[arg-type]
+    assert [in_steps(step) for step in range(20)] == [factor(step) for step in range(20)]
+    with pytest.raises(ValidationError, match="not both"):
+        TrainingConfig(warmup_steps=4, warmup_fraction=0.2)
 
 
 def test_groups_have_their_own_rates_and_vectors_do_not_decay() -> None:

@@ -240,6 +240,9 @@ class TrainingConfig(Section):
     warmup_fraction: Fraction = 0.03
     """Share of the steps in which the learning rate rises from 0."""
 
+    warmup_steps: Annotated[NonNegativeInt | None, Field(json_schema_extra=SHAPING_WHERE_SET)] = None
+    """Number of these steps, in place of `warmup_fraction`. Null: as `warmup_fraction` says."""
+
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay (AdamW) of the matrices; biases and norms do not decay. 0 is off."""
 
@@ -289,6 +292,12 @@ class TrainingConfig(Section):
             if find_spec(package) is None:
                 raise ValueError(f"'{name}' needs the package {package}, which is not installed: {install}")
         return trackers
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> Self:
+        if self.warmup_steps is not None and "warmup_fraction" in self.model_fields_set:
+            raise ValueError("give either 'warmup_steps' or 'warmup_fraction', not both")
+        return self
 
     @model_validator(mode="after")
     def _offload_needs_zero(self) -> Self:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from mahalo_ray.config import PromptsConfig, Supervision
@@ -70,8 +71,8 @@ class PromptEpisode(AnswerEpisode):
 class PromptsDomain:
     """The prompts of `config.path` as a domain: a seed draws one of them, and answers go step by step.
 
-    `bad`: rows that cannot be used, of `rows`. ValueError when no row can, when there is nothing to read, or
-    for a judge that is not there.
+    Files are read when a prompt is first asked for: a document can be checked where they are not. ValueError
+    for a judge that is not there; on reading, when there is nothing to read or no row can be used.
     """
 
     speakers: tuple[Speaker, Speaker] = ("assistant", "user")
@@ -80,20 +81,30 @@ class PromptsDomain:
         self.boundary: str = config.boundary
         self._config = config
         self._judges = {name: _judgement(name, judge) for name, judge in config.judges.items()}
-        self.bad: list[BadRow] = []
-        self.rows = 0
-        self._prompts = self._read(config.path)
-        evaluated = config.evaluation_path
-        self._evaluated = None if evaluated is None else self._read(evaluated)
         self.objectives = {name: _objective(judge) for name, judge in self._judges.items()}
+        self._rows = 0
+        self._bad: list[BadRow] = []
+
+    @cached_property
+    def _prompts(self) -> list[PromptRow]:
+        return self._read(self._config.path)
+
+    @cached_property
+    def _evaluated(self) -> list[PromptRow] | None:
+        return None if self._config.evaluation_path is None else self._read(self._config.evaluation_path)
+
+    def left_out(self) -> tuple[int, list[BadRow]]:
+        """How many rows all files have, and those that cannot be used."""
+        assert self._prompts and self._evaluated != []  # read by now
+        return self._rows, self._bad
 
     def _read(self, path: str) -> list[PromptRow]:
-        read = read_prompts(path, with_answers=True)
-        self.rows += len(read.prompts) + len(read.bad)
-        self.bad += read.bad
+        read, before = read_prompts(path, with_answers=True), len(self._bad)
+        self._rows += len(read.prompts) + len(read.bad)
+        self._bad += read.bad
         prompts = [row for row in read.prompts if self._takes(row)]
         if not prompts:
-            raise ValueError(f"no row of '{path}' can be used; the first: {self.bad[0].reason}")
+            raise ValueError(f"no row of '{path}' can be used; the first: {self._bad[before].reason}")
         return prompts[: self._config.limit]
 
     def _takes(self, row: PromptRow) -> bool:
@@ -103,7 +114,7 @@ class PromptsDomain:
         elif row.answer is None:
             reason = "there is no reference answer, which SFT and the checker need"
         if reason is not None:
-            self.bad.append(row.bad(reason))
+            self._bad.append(row.bad(reason))
         return reason is None
 
     def episode(self, seed: int) -> PromptEpisode:

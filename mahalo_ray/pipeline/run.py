@@ -94,8 +94,9 @@ def _left_out(context: Context[RunConfig], domain: Domain) -> tuple[dict[str, in
     if prompts is None or not isinstance(domain, PromptsDomain):
         return {}, {}
     url, share = context.path(QUARANTINE), prompts.max_bad_fraction
-    quarantine(domain.bad, domain.rows, share, url, "domain.prompts.max_bad_fraction")
-    return {"prompts": domain.rows, "quarantined": len(domain.bad)}, {"quarantine": QUARANTINE}
+    rows, bad = domain.left_out()
+    quarantine(bad, rows, share, url, "domain.prompts.max_bad_fraction")
+    return {"prompts": rows, "quarantined": len(bad)}, {"quarantine": QUARANTINE}
 
 
 def _counted(

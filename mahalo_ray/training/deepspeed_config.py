@@ -73,9 +73,10 @@ def optimizer_and_schedule(
 
 
 def learning_rate_factor(training: TrainingConfig, steps: int) -> Callable[[int], float]:
-    """Factor of step 0, 1, ...: linear warm-up over `warmup_fraction` of the steps, then constant, or linear
-    or cosine down to 0 after the last step."""
-    warmup = math.ceil(training.warmup_fraction * steps)
+    """Factor of step 0, 1, ...: linear warm-up over `warmup_steps`, or `warmup_fraction` of the steps, then
+    constant, or linear or cosine down to 0 after the last step."""
+    fraction, given = training.warmup_fraction, training.warmup_steps
+    warmup = math.ceil(fraction * steps) if given is None else given
 
     def factor(step: int) -> float:
         if step < warmup:
