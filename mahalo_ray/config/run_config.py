@@ -222,8 +222,8 @@ class DomainConfig(Section):
     """The world whose problems are worked on, and how much of it is made for SFT."""
 
     name: DomainName = "tutoring_miniature"
-    """`tutoring_miniature`: generated arithmetic problems, scripted tutors and students with a hidden state.
-    Any other domain as `package.module:NAME` (see docs, "Domains")."""
+    """A generated world (`tutoring_miniature`, `maths_miniature`, `human_values_miniature`), `prompts` for
+    your own, or any other domain as `package.module:NAME` (see docs, "Domains")."""
 
     prompts: Annotated[PromptsConfig | None, Field(json_schema_extra=SHAPING_WHERE_SET)] = None
     """Prompts of your own and their judges. With `name: prompts`, and only with it."""

@@ -261,7 +261,7 @@ def simulated_students(config: RunConfig) -> SimulatedStudents | None:
     and for a domain whose episodes do not talk back."""
     if config.data is not None:
         return None
-    domain, first = load_domain(config.domain.name), first_seed(config.seed, "dialogues")
+    domain, first = load_domain(config.domain), first_seed(config.seed, "dialogues")
     if domain.episode(first).hear("Let us begin.") is None:
         return None
     return SimulatedStudents(domain.episode, tuple(range(first, first + EXAMPLES)))
