@@ -15,11 +15,13 @@ from rich.table import Table
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config
 
-from mahalo_ray.config import ModelConfig, PolicyConfig, ZeroStage
+from mahalo_ray.config import AdaptersConfig, LoraConfig, ModelConfig, PolicyConfig, ZeroStage
 from mahalo_ray.models import MultiHeadCausalLM
 from mahalo_ray.models.adapters import ADAPTER_PARAMETERS
 from mahalo_ray.models.backbone import load_config
+from mahalo_ray.models.folder import model_folder, read_metadata
 from mahalo_ray.models.heads import LogitTransform
+from mahalo_ray.models.lora import saved_lora
 from mahalo_ray.training.deepspeed_config import BUCKET_ELEMENTS
 
 GIB = 2**30
@@ -85,11 +87,14 @@ def make_plan(
     model: ModelConfig, policy: PolicyConfig, objectives: int, gpus: int, sweep_trainings: int = 0
 ) -> Plan:
     """Of training `policy` with this number of objectives' heads on `gpus` GPUs, and of the sweep's policies.
+    With `policy.extends` (a model folder here) as many heads are added to those of that policy, and nothing
+    else is trained.
 
     ValueError when `model.base` holds no config or is no causal language model.
     """
     dtype = getattr(torch, model.dtype)
-    built = policy_on_meta(base_config(model), policy, objectives, dtype)
+    make = policy_on_meta if policy.extends is None else extended_on_meta
+    built = make(base_config(model), policy, objectives, dtype)
     counts = count_parameters(built)
     ways: list[tuple[ZeroStage, bool, bool]] = [(0, False, False)]
     for stage in (1, 2, 3):
@@ -97,7 +102,7 @@ def make_plan(
     ways.append((3, True, True))
     chunk = policy.training.logit_chunk_size
     workspace = log_prob_workspace(chunk, built.vocab_size, dtype)
-    saved = counts.total - (counts.backbone if policy.lora is not None else 0)
+    saved = counts.total - (counts.backbone if built.has_lora else 0)
     kept_weights = 0 if policy.max_kl is None else counts.trained * dtype.itemsize
     return Plan(
         counts,
@@ -138,6 +143,38 @@ def policy_on_meta(
     config: PretrainedConfig, policy: PolicyConfig, objectives: int, dtype: torch.dtype
 ) -> MultiHeadCausalLM:
     """The policy as it will be trained, without memory: its parameters have shapes only."""
+    names = [f"objective{number}" for number in range(objectives)]
+    return _on_meta(config, names, policy, policy.adapters, None, policy.lora, dtype)
+
+
+def extended_on_meta(
+    config: PretrainedConfig, policy: PolicyConfig, objectives: int, dtype: torch.dtype
+) -> MultiHeadCausalLM:
+    """The same where `objectives` heads are trained on the policy in `policy.extends`."""
+    assert policy.extends is not None
+    folder = model_folder(policy.extends)
+    saved = read_metadata(folder, MultiHeadCausalLM.kind)
+    new = [f"new_objective{number}" for number in range(objectives)]
+    adapters = AdaptersConfig(**saved["adapters"]) if saved.get("adapters") else AdaptersConfig()
+    adapted = saved.get("adapted_objectives") or len(saved["objectives"])
+    lora = saved_lora(folder) if saved["adapter"] else None
+    built = _on_meta(config, [*saved["objectives"], *new], policy, adapters, adapted, lora, dtype)
+    built.requires_grad_(False)
+    for name in new:
+        for part, parameter in built.head(name).named_parameters():
+            parameter.requires_grad_(not part.startswith("base_"))  # shared by all low-rank heads
+    return built
+
+
+def _on_meta(
+    config: PretrainedConfig,
+    objectives: list[str],
+    policy: PolicyConfig,
+    adapters: AdaptersConfig,
+    adapted: int | None,
+    lora: LoraConfig | None,
+    dtype: torch.dtype,
+) -> MultiHeadCausalLM:
     with torch.device("meta"):
         causal = AutoModelForCausalLM.from_config(config, dtype=dtype)
         head = causal.get_output_embeddings()
@@ -145,7 +182,7 @@ def policy_on_meta(
             raise ValueError(f"{type(causal).__name__} is not a causal language model with a head")
         built = MultiHeadCausalLM(
             causal.base_model,
-            [f"objective{number}" for number in range(objectives)],
+            objectives,
             head_kind=policy.head_kind,
             transform=LogitTransform(),
             vocab_size=head.weight.shape[0],
@@ -153,11 +190,12 @@ def policy_on_meta(
             bias=head.bias is not None,
             dtype=dtype,
             rank=policy.head_rank,
-            adapters=policy.adapters,
+            adapters=adapters,
+            adapted_objectives=adapted,
             keep_base_head=True,
         )
-        if policy.lora is not None:
-            built.add_lora(policy.lora)
+        if lora is not None:
+            built.add_lora(lora)
     return built
 
 
@@ -169,11 +207,12 @@ def count_parameters(policy: MultiHeadCausalLM) -> ParameterCount:
         if ".lora_" in name or name.endswith(ADAPTER_PARAMETERS)
     )
     base_head = 0 if policy.base_head is None else _count(policy.base_head)
+    shared = set() if policy.base_head is None else {id(p) for p in policy.base_head.parameters()}
     return ParameterCount(
         backbone=_count(policy.backbone) - adapter,
         adapter=adapter,
         base_head=base_head,
-        heads=sum(p.numel() for p in policy.head_parameters()),
+        heads=sum(p.numel() for p in policy.heads.parameters() if id(p) not in shared),
         trained=sum(p.numel() for p in policy.parameters() if p.requires_grad),
     )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 import training_world as world
 import yaml
 from transformers import AutoTokenizer
@@ -169,3 +170,18 @@ def test_a_whole_run_trains_exports_and_skips_what_is_done(tmp_path: Path) -> No
     assert result.exit_code == 0, result.output
     again = CliRunner().invoke(app, ["run", file])
     assert again.exit_code == 0 and again.output.count("done before, skipped") == 2
+    # A third objective on that policy, its adapter and two heads as they are.
+    changes = {
+        "output": f"{tmp_path}/more",
+        "objectives.1.name": "honesty",
+        "data.pairs": f"[{{path: {tmp_path}/engagement.jsonl, objective: honesty}}]",
+        "policy.lora": "null",
+        "policy.extends": str(out),
+    }
+    overrides = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
+    result = CliRunner().invoke(app, ["run", file, *overrides])
+    assert result.exit_code == 0, result.output
+    old, new = (MultiHeadCausalLM.from_pretrained(f / "policy" / "model") for f in (out, tmp_path / "more"))
+    assert new.objectives == ("accuracy", "engagement", "honesty") and new.has_lora
+    state = new.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in old.state_dict().items())

@@ -384,8 +384,13 @@ def plan(
 
         loaded = load(config, set_, any_seeds=True)
         count = gpus if gpus is not None else loaded.cluster.train_workers
-        trainings = loaded.sweep.most_trainings
-        made = make_plan(loaded.model, loaded.policy, len(loaded.objectives), count, trainings)
+        policy, trained = loaded.policy, len(loaded.objectives)
+        if policy.extends is not None:
+            from mahalo_ray.pipeline.run import extended_policy, trained_objectives
+
+            policy = policy.model_copy(update={"extends": extended_policy(policy.extends)})
+            trained = len(trained_objectives(loaded))
+        made = make_plan(loaded.model, policy, trained, count, loaded.sweep.most_trainings)
         if json_:
             typer.echo(plan_to_json(made, gpu_memory_gb))
         else:

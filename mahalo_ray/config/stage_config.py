@@ -478,6 +478,11 @@ class PolicyConfig(Section):
     0.3
     """
 
+    extends: Annotated[Text | None, Field(json_schema_extra=SHAPING_WHERE_SET)] = None
+    """A trained policy (a run's output, or its model folder), made from the same SFT model: the objectives
+    that it has no head for get one, which is trained alone. The backbone and the other heads stay as they
+    are. Only with `mah_dpo`. Null: all heads are new, and the backbone is trained with them."""
+
     method: PolicyMethod = "mah_dpo"
     """`mah_dpo` trains one head per objective over a shared backbone. The others train one head: `dpo` on the
     pairs of one objective, `scalarised` on those of all objectives with weighted losses, `modpo` on the pairs
@@ -577,6 +582,8 @@ class PolicyConfig(Section):
             raise ValueError(f"'adapters' are per objective, and 'method: {self.method}' has one head")
         if self.adapters.depth != 0 and self.lora is not None:
             raise ValueError("give either 'adapters' (per objective) or 'lora' (one for all), not both")
+        if self.extends is not None:
+            self._check_extends()
         if self.method == "modpo" and self.loss != "sigmoid":
             raise ValueError("'method: modpo' is defined for 'loss: sigmoid' only")
         mixture: Mapping[str, float] = self.mixture or {}
@@ -585,6 +592,22 @@ class PolicyConfig(Section):
                 f"'method: modpo' divides by the weight of '{self.objective}': give it one in 'mixture'"
             )
         return self
+
+    def _check_extends(self) -> None:
+        """ValueError for options of what is frozen beside a head that is trained alone."""
+        unused = {
+            "lora": self.lora is not None,
+            "adapters": self.adapters.depth != 0,
+            "gradient_cosine": self.gradient_cosine,
+        }
+        if self.method != "mah_dpo":
+            raise ValueError(f"'extends' adds heads to a policy, and 'method: {self.method}' has one head")
+        for option, given in unused.items():
+            if given:
+                raise ValueError(
+                    f"'extends' trains new heads alone, on the backbone as it is, and '{option}' is for "
+                    "training that changes the backbone: leave it out"
+                )
 
     @model_validator(mode="after")
     def _metrics_can_be_measured(self) -> Self:

@@ -100,10 +100,12 @@ class AdaptedLinear(nn.Module):
 @dataclass
 class ObjectiveAdapters:
     """The adapters of a backbone, which has been changed in place: every linear layer of its upper `depth`
-    blocks is an `AdaptedLinear`."""
+    blocks is an `AdaptedLinear`. The first `objectives` of the policy have adapters; those that were added to
+    it later have none."""
 
     settings: AdaptersConfig
     depth: int
+    objectives: int
     layers: dict[str, AdaptedLinear] = field(default_factory=dict)
     mix: MixingWeights = field(default_factory=MixingWeights)
 
@@ -114,7 +116,7 @@ class ObjectiveAdapters:
         """New adapters, not yet initialised. ValueError for a backbone with fewer blocks, or whose blocks
         have no linear layers."""
         blocks = upper_blocks(backbone, settings)
-        adapters = cls(settings, len(blocks))
+        adapters = cls(settings, len(blocks), len(objectives))
         scale = settings.alpha / settings.rank
         for name, block in blocks.items():
             for path, module in list(block.named_modules()):

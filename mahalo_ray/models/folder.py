@@ -20,7 +20,9 @@ from mahalo_ray.data import storage
 from mahalo_ray.models.sharding import full_shape, gathered
 
 METADATA_FILE = "mahalo.json"
-FORMAT_VERSION = 2  # 2: `adapters.safetensors`, written where there are any; all else is version 1
+# 2: `adapters.safetensors`, written where there are any. 3: fewer objectives have adapters than there are
+# heads. All else is version 1.
+FORMAT_VERSION = 3
 BACKBONE_FOLDER = "backbone"
 ADAPTER_FOLDER = "adapter"
 HEADS_FILE = "heads.safetensors"
@@ -99,6 +101,14 @@ def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, rows: int, source: 
         )
 
 
+def tokenizer_difference(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:
+    """What two tokenizers differ in, in words: `vocabulary` or `chat template`; None where texts become the
+    same token ids."""
+    if one.get_vocab() != other.get_vocab():
+        return "vocabulary"
+    return "chat template" if one.chat_template != other.chat_template else None
+
+
 def weights_fingerprint(parameters: Mapping[str, Tensor]) -> str:
     """A hash over names, shapes and 16 to 31 values of every parameter, rounded to bf16: the same for a model
     stored in fp32 or bf16. 16 hexadecimal digits.
@@ -116,7 +126,8 @@ def weights_fingerprint(parameters: Mapping[str, Tensor]) -> str:
 
 def write_metadata(folder: Path, kind: str, values: Mapping[str, Any]) -> None:
     """Write `mahalo.json`: kind and format version first, then the values."""
-    version = FORMAT_VERSION if values.get("adapters") else 1  # older versions read all folders that they can
+    # The lowest that fits: older versions of the package read all folders that they can.
+    version = 3 if values.get("adapted_objectives") else 2 if values.get("adapters") else 1
     document = {"kind": kind, "format_version": version, **values}
     (folder / METADATA_FILE).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 

@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from mahalo_ray.config import LoraConfig
+from mahalo_ray.models.folder import ADAPTER_FOLDER
 
 
 def check_no_adapter(model: nn.Module) -> None:
@@ -39,6 +40,18 @@ def with_lora(backbone: nn.Module, settings: LoraConfig) -> PeftModel:
 def load_adapter(backbone: nn.Module, folder: Path) -> PeftModel:
     """The backbone with the adapter saved in `folder`, trainable."""
     return PeftModel.from_pretrained(backbone, str(folder), is_trainable=True)
+
+
+def saved_lora(folder: Path) -> LoraConfig:
+    """The shape of the adapter that was saved in a model's folder."""
+    saved = peft.LoraConfig.from_pretrained(str(folder / ADAPTER_FOLDER))
+    targets = saved.target_modules
+    return LoraConfig(
+        rank=saved.r,
+        alpha=saved.lora_alpha,
+        dropout=saved.lora_dropout,
+        target_modules=sorted(targets) if isinstance(targets, set | list) else "all-linear",
+    )
 
 
 def fold_adapter(backbone: nn.Module, copied: bool) -> nn.Module:

@@ -95,8 +95,10 @@ class MultiHeadCausalLM(BackboneModel):
         generation_config: GenerationConfig | None = None,
         base_name: str | None = None,
         adapters: AdaptersConfig | None = None,
+        adapted_objectives: int | None = None,
     ) -> None:
-        """With uninitialised heads and adapters: use `from_base` or `from_pretrained`."""
+        """With uninitialised heads and adapters: use `from_base` or `from_pretrained`. The adapters are those
+        of the first `adapted_objectives` objectives (None: of all)."""
         super().__init__()
         check_objectives(objectives)
         if head_kind not in get_args(HeadKind):
@@ -113,7 +115,8 @@ class MultiHeadCausalLM(BackboneModel):
         if adapters is not None and adapters.depth != 0:
             if adapters.freeze_backbone:
                 backbone.requires_grad_(False)
-            self.adapters = ObjectiveAdapters.on(backbone, self.objectives, adapters)
+            adapted = self.objectives[:adapted_objectives]
+            self.adapters = ObjectiveAdapters.on(backbone, adapted, adapters)
         self.base_head: FullHead | None = None
         self.heads = nn.ModuleDict()
         with sharded_creation():
@@ -121,11 +124,7 @@ class MultiHeadCausalLM(BackboneModel):
                 self.base_head = FullHead.empty(vocab_size, hidden_size, bias, transform, dtype)
                 self.base_head.requires_grad_(False)
             for objective in self.objectives:
-                if head_kind == "full":
-                    self.heads[objective] = FullHead.empty(vocab_size, hidden_size, bias, transform, dtype)
-                else:
-                    assert self.base_head is not None
-                    self.heads[objective] = LowRankHead(self.base_head, rank)
+                self.heads[objective] = self._empty_head(bias, dtype)
 
     @classmethod
     def from_base(
@@ -174,6 +173,12 @@ class MultiHeadCausalLM(BackboneModel):
         initialise_heads(policy.base_head, policy.heads, weight, bias, noise, seed)
         return policy
 
+    def _empty_head(self, bias: bool, dtype: torch.dtype) -> Head:
+        if self.head_kind == "full":
+            return FullHead.empty(self.vocab_size, self.hidden_size, bias, self.transform, dtype)
+        assert self.base_head is not None
+        return LowRankHead(self.base_head, self.rank)
+
     # -- parts -----------------------------------------------------------------------------------------------
 
     def head(self, objective: str) -> Head:
@@ -191,8 +196,9 @@ class MultiHeadCausalLM(BackboneModel):
         return (parameter for parameter in super().backbone_parameters() if id(parameter) not in own)
 
     def adapter_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters of the objectives' adapters; none without them."""
-        return iter(() if self.adapters is None else self.adapters.parameters().values())
+        """The trainable parameters of the objectives' adapters; none without them."""
+        adapters = {} if self.adapters is None else self.adapters.parameters()
+        return (parameter for parameter in adapters.values() if parameter.requires_grad)
 
     def mix(self, weights: Weights | Tensor | None, strength: float | Tensor = 1.0) -> None:
         """What the adapters of the following forwards of `backbone` are mixed by: weights and strength as in
@@ -200,14 +206,15 @@ class MultiHeadCausalLM(BackboneModel):
         do for a policy without adapters. All methods of this class that take weights call it."""
         if self.adapters is None:
             return
+        adapted = self.adapters.objectives  # the first ones: those that were added later have no adapters
         if isinstance(weights, Weights):
-            shares = weights.over(self.objectives)
+            shares = weights.over(self.objectives)[:adapted]
             if not isinstance(strength, Tensor):
                 self.adapters.mix.current = tuple(strength * w for w in shares)
                 return
             weights = torch.tensor(shares, device=self.device).expand(len(strength), -1)
         if weights is not None:
-            rows = weights if weights.dim() == 3 else weights[:, None]
+            rows = (weights if weights.dim() == 3 else weights[:, None])[..., :adapted]
             weights = rows * torch.as_tensor(strength, device=rows.device).reshape(-1, 1, 1)
         self.adapters.mix.current = weights
 
@@ -281,6 +288,44 @@ class MultiHeadCausalLM(BackboneModel):
         and loaded first.
         """
         self.backbone = lora.with_lora(self.backbone, settings or LoraConfig())
+
+    def add_heads(self, objectives: Sequence[str], noise: float = 1e-3, seed: int = 42) -> None:
+        """Freeze all that is there, and add a trainable head for each of these objectives: it starts as the
+        base head plus N(0, noise^2), as in `from_base`, and reads the states of the backbone as it is.
+
+        What the other heads compute does not change, nor do mixtures of them. New objectives have no adapters
+        of their own. ValueError for an objective that is there already, and without the base head.
+
+        >>> policy = MultiHeadCausalLM.from_pretrained("policy")
+        >>> policy.add_heads(["brevity"])
+        >>> policy.objectives
+        ('accuracy', 'engagement', 'brevity')
+        """
+        if there := [name for name in objectives if name in self.objectives]:
+            raise ValueError(f"the policy has a head for {', '.join(there)} already: name new objectives")
+        if self.base_head is None:
+            raise ValueError(
+                "a new head starts as the head of the model that the policy was made from, and the policy "
+                "was saved without it: add it with `MultiHeadCausalLM.set_base_head(SFT_MODEL)`"
+            )
+        check_objectives([*self.objectives, *objectives])
+        self.requires_grad_(False)
+        weight, bias, added = self.base_head.weight, self.base_head.bias, nn.ModuleDict()
+        with sharded_creation():
+            for objective in objectives:
+                added[objective] = self._empty_head(bias is not None, weight.dtype)
+        added.to(weight.device)
+        initialise_heads(None, added, weight, bias, noise, seed)
+        for objective, head in added.items():
+            self.heads[objective] = head
+        self.objectives = (*self.objectives, *objectives)
+
+    def train(self, mode: bool = True) -> MultiHeadCausalLM:
+        """A backbone that is frozen as a whole stays in evaluation mode: dropout must not disturb it."""
+        super().train(mode)
+        if not any(parameter.requires_grad for parameter in self.backbone.parameters()):
+            self.backbone.eval()
+        return self
 
     def disable_adapter(self) -> AbstractContextManager[None]:
         """Context in which the backbone computes without its adapter (the reference's backbone)."""
@@ -446,8 +491,8 @@ class MultiHeadCausalLM(BackboneModel):
         head = self.merged_head(weights, strength)
         backbone = lora.fold_adapter(self.backbone, copied)
         if self.adapters is not None:
-            shares = tuple(strength * w for w in weights.over(self.objectives))
-            backbone = self.adapters.fold_into(backbone, shares)
+            shares = weights.over(self.objectives)[: self.adapters.objectives]
+            backbone = self.adapters.fold_into(backbone, tuple(strength * w for w in shares))
         model = assemble_causal_lm(backbone, head.weight, head.bias).eval()
         if self.generation_config is not None:
             model.generation_config = self.generation_config
@@ -469,8 +514,14 @@ class MultiHeadCausalLM(BackboneModel):
             "head_bias": any(name.endswith("bias") for name in self.head_file_parameters()),
             "logit_scale": self.transform.scale,
             "logit_softcap": self.transform.softcap,
-            **({} if self.adapters is None else {"adapters": self.adapters.metadata()}),
+            **self._adapters_metadata(),
         }
+
+    def _adapters_metadata(self) -> dict[str, Any]:
+        if self.adapters is None:
+            return {}
+        adapted, metadata = self.adapters.objectives, {"adapters": self.adapters.metadata()}
+        return metadata if adapted == len(self.objectives) else {**metadata, "adapted_objectives": adapted}
 
     def _card(self) -> Card:
         return Card(
@@ -512,4 +563,5 @@ class MultiHeadCausalLM(BackboneModel):
             ),
             base_name=saved.base_name,
             adapters=AdaptersConfig(**metadata["adapters"]) if metadata.get("adapters") else None,
+            adapted_objectives=metadata.get("adapted_objectives"),
         )

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from mahalo_ray.logprobs import DEFAULT_CHUNK_SIZE, sum_rows
 from mahalo_ray.models.backbone import (
+    CompletionStates,
     SavedModel,
     completion_states,
     load_backbone,
@@ -62,9 +63,19 @@ class ChunkedCausalLM(nn.Module):
         input_ids[b, t]), -100 where a token does not count. With `pair_lengths` [R, 3] the tokens [1, N] are
         packed pairs, and the result [2 R] has first all chosen, then all rejected ones.
         """
-        states = completion_states(self._hidden_states, input_ids, attention_mask, labels, pair_lengths)
+        states = self.completion_states(input_ids, attention_mask, labels, pair_lengths)
         logps = self.head(states.hidden, states.labels, chunk_size)
         return sum_rows(logps, states.sequences, states.completions, average)
+
+    def completion_states(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor,
+        pair_lengths: Tensor | None = None,
+    ) -> CompletionStates:
+        """What `forward` makes log-probs of."""
+        return completion_states(self._hidden_states, input_ids, attention_mask, labels, pair_lengths)
 
     def _hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
         return run_backbone(self.model.base_model, input_ids, attention_mask, kwargs)

@@ -124,8 +124,8 @@ def policy_settings(
 ) -> PolicyConfig:
     """The run's `policy` section for another method, at an equal budget (see the top of this file).
 
-    `alpha` is MAH-DPO's alone. Figures that are measured while training are left out, unless a KL budget,
-    which all methods get, rests on them.
+    `alpha` and `extends` are MAH-DPO's alone. Figures that are measured while training are left out, unless
+    a KL budget, which all methods get, rests on them.
     """
     policy, mixture = config.policy, dict(mixture or {})
     if method == "modpo" and policy.loss != "sigmoid":
@@ -139,7 +139,7 @@ def policy_settings(
     measured = (
         {"metrics_every_steps", "metrics_rows", "sampled_turns"} if policy.max_kl is None else set[str]()
     )
-    shared = policy.model_dump(exclude={"alpha", "gradient_cosine"} | measured)
+    shared = policy.model_dump(exclude={"alpha", "gradient_cosine", "extends"} | measured)
     return PolicyConfig.model_validate(
         {
             **shared,

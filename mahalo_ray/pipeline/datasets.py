@@ -25,7 +25,15 @@ from mahalo_ray.models.folder import model_folder
 from mahalo_ray.models.reward_heads import OUTPUT_KIND_OF
 from mahalo_ray.models.scoring import StepEncoder
 from mahalo_ray.pipeline.artifacts import place_model
-from mahalo_ray.pipeline.run import START_MODEL, leave_model, method_version, train_heads, train_in_folder
+from mahalo_ray.pipeline.run import (
+    START_MODEL,
+    extended_files,
+    leave_model,
+    method_version,
+    train_heads,
+    train_in_folder,
+    trained_objectives,
+)
 from mahalo_ray.pipeline.stages import Context, Pipeline, Stage, StageResult
 from mahalo_ray.training.batches import HashSplit
 from mahalo_ray.training.pairs import RoleCheck, split_key
@@ -41,9 +49,16 @@ def pairs(context: Context[RunConfig]) -> StageResult:
     context.progress.start(len(config.data.pairs), "sources")
     writer = ShardWriter(PreferencePair, context.path("pairs"))
     check_roles = RoleCheck(ChatFormat(_tokenizer(config)))
-    names = [objective.name for objective in config.objectives if objective.supervision == "pairwise"]
+    trained = trained_objectives(config)
+    names = [o.name for o in config.objectives if o.supervision == "pairwise" and o.name in trained]
     counts = dict.fromkeys(names, 0)
     sample = HashSplit(1.0, 0)
+    for number, source in enumerate(config.data.pairs):
+        if source.objective is not None and source.objective not in trained:
+            raise ValueError(
+                f"'data.pairs.{number}.objective': the policy in '{config.policy.extends}' has a head for "
+                f"'{source.objective}' already, which stays as it is ('policy.extends'): leave the source out"
+            )
 
     def take(pair: PreferencePair) -> None:
         check_roles(pair)
@@ -54,7 +69,7 @@ def pairs(context: Context[RunConfig]) -> StageResult:
     read = ReadPairs(take=take)
     for number, source in enumerate(config.data.pairs):
         sample = _sample(source.sample, config.seed)
-        _read_source(source, config.objective_names, str(number), read)
+        _read_source(source, trained, str(number), read)
         context.progress.advance()
     writer.flush()
     account = context.account(read.report)
@@ -174,7 +189,8 @@ def source_settings(kind: str) -> Callable[[RunConfig], dict[str, Any]]:
 def pairs_settings(config: RunConfig) -> dict[str, Any]:
     """The base counts too: what its chat template refuses is left out."""
     settings = model_settings(config)
-    return {**source_settings("pairs")(config), "base": [config.model.base, settings["base"]]}
+    new = {} if config.policy.extends is None else {"trained": trained_objectives(config)}
+    return {**source_settings("pairs")(config), "base": [config.model.base, settings["base"]], **new}
 
 
 def traces_settings(config: RunConfig) -> dict[str, Any]:
@@ -278,6 +294,7 @@ def _policy_settings(config: RunConfig) -> dict[str, Any]:
         "policy": config.policy.shaping(),
         "held_out_fraction": config.pairs.held_out_fraction,
         **method_version(config.policy),
+        **extended_files(config),
         **model_settings(config),
     }
 
@@ -305,23 +322,25 @@ _READERS = {
 }
 
 
+def _reward_stages(config: RunConfig, needs: tuple[str, ...]) -> list[Stage[RunConfig]]:
+    title = "Train the process reward model"
+    stages = [Stage("reward", title, reward, _reward_settings, needs, resumes=True)]
+    if config.reward.dedicated:
+        title = "Train dedicated reward models"
+        stages.append(Stage("reward_dedicated", title, dedicated, _dedicated_settings, needs, resumes=True))
+    trained = tuple(stage.name for stage in stages)
+    title = "Metrics of the reward model"
+    return [*stages, Stage("reward_report", title, reward_report, _nothing, trained, uses_ray=False)]
+
+
 def pipeline(config: RunConfig) -> Pipeline[RunConfig]:
     """The stages that this run's data allow."""
     assert config.data is not None
     readers = [name for name in _READERS if getattr(config.data, name)]
     stages = [_READERS[name] for name in readers]
     needs = tuple(readers)
-    title = "Train the process reward model"
-    stages.append(Stage("reward", title, reward, _reward_settings, needs, resumes=True))
-    trained_stages = ["reward"]
-    if config.reward.dedicated:
-        title = "Train dedicated reward models"
-        stages.append(Stage("reward_dedicated", title, dedicated, _dedicated_settings, needs, resumes=True))
-        trained_stages.append("reward_dedicated")
-    title = "Metrics of the reward model"
-    stages.append(
-        Stage("reward_report", title, reward_report, _nothing, tuple(trained_stages), uses_ray=False)
-    )
+    if config.policy.extends is None:  # else only pairs of the new objectives are read
+        stages += _reward_stages(config, needs)
     if config.trains_policy:
         title = "Train the multi-head policy"
         stages.append(Stage("policy", title, policy, _policy_settings, needs, resumes=True))

@@ -26,7 +26,7 @@ _NAME_BYTES = 255  # of one file's or folder's name, on every file system in use
 
 # Fields of configurations that name a file, folder or model to read.
 _INPUT_FIELDS = (
-    *("path", "base", "model", "policy", "reward", "tokenizer"),
+    *("path", "base", "model", "policy", "extends", "reward", "tokenizer"),
     *("prompts", "rubric", "ratings"),
 )
 

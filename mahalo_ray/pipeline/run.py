@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import posixpath
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields
 from functools import partial
@@ -34,7 +35,7 @@ from mahalo_ray.domains.judged_prompts import PromptsDomain
 from mahalo_ray.domains.protocol import WHOLE_TURNS, Domain, load_domain
 from mahalo_ray.domains.sft_text import encode_example, train_tokenizer
 from mahalo_ray.models.backbone import load_tokenizer
-from mahalo_ray.pipeline.artifacts import place_model
+from mahalo_ray.pipeline.artifacts import find_model, place_model
 from mahalo_ray.pipeline.evaluating import evaluate, report
 from mahalo_ray.pipeline.rounds import all_rounds, last_stage, round_stage
 from mahalo_ray.pipeline.seed_blocks import domain_for_workers, first_seed, round_seed
@@ -53,7 +54,7 @@ from mahalo_ray.pipeline.sweeping import (
 from mahalo_ray.rollouts.dialogue_job import CANDIDATES, DialogueChunks, RolloutSpec, run_rollouts
 from mahalo_ray.rollouts.pair_building import build_pairs, judged_pairs, labelled_traces
 from mahalo_ray.sweeps.training_trials import TrainingSpec, train_rounds
-from mahalo_ray.training.policy_methods import METHOD_VERSIONS
+from mahalo_ray.training.policy_methods import METHOD_VERSIONS, new_objectives, of_objectives
 from mahalo_ray.training.ray_train import TrainingResult, run_stage
 from mahalo_ray.training.settings import PolicySettings, RewardSettings, SftSettings, StageSettings
 
@@ -161,14 +162,18 @@ def train_heads(context: Context[RunConfig], base_url: str, pairs_stage: str = "
 def policy_training(context: Context[RunConfig], base_url: str, pairs_stage: str) -> PolicySettings:
     """The training of the policy that `policy` describes, on the pairs of this stage."""
     config = context.config
+    policy, objectives = config.policy, trained_objectives(config)
+    if policy.extends is not None:
+        update = {"extends": extended_policy(policy.extends)}
+        policy = of_objectives(policy, objectives).model_copy(update=update)
     return PolicySettings(
         model_url=base_url,
         output_url=context.path("model"),
         model=config.model,
         seed=config.seed,
         pairs_url=context.input(pairs_stage, "pairs"),
-        objectives=config.objective_names,
-        policy=config.policy,
+        objectives=objectives,
+        policy=policy,
         held_out_fraction=config.pairs.held_out_fraction,
         domain=domain_for_workers(config.domain) if config.data is None else None,
         step_domain=_step_domain(config),
@@ -181,6 +186,29 @@ def _step_domain(config: RunConfig) -> str | None:
         return None
     boundary = load_domain(config.domain).boundary
     return None if boundary == WHOLE_TURNS else boundary
+
+
+def extended_policy(extends: str) -> str:
+    """The model folder behind `policy.extends`; ValueError where there is none."""
+    try:
+        return find_model(extends, "policy")
+    except ValueError as error:
+        raise ValueError(f"'policy.extends': {error}") from error
+
+
+def trained_objectives(config: RunConfig) -> tuple[str, ...]:
+    """The objectives whose heads the run trains: all, or those that the policy it extends lacks."""
+    if config.policy.extends is None:
+        return config.objective_names
+    return new_objectives(extended_policy(config.policy.extends), config.objective_names)
+
+
+def extended_files(config: RunConfig) -> dict[str, Any]:
+    """What a stage's fingerprint is made of besides `policy.extends`: what the files of that policy hold."""
+    if config.policy.extends is None:
+        return {}
+    files = storage.list_files(extended_policy(config.policy.extends))
+    return {"extended": {posixpath.basename(file): storage.fingerprint(file) for file in files}}
 
 
 def method_version(policy: PolicyConfig, since: int = 1) -> dict[str, int]:
@@ -289,10 +317,10 @@ def pairs(context: Context[RunConfig], number: int = 1) -> StageResult:
         for shard in storage.list_files(before, ".parquet"):
             storage.write_bytes(context.path("pairs", shard.rpartition("/")[2]), storage.read_bytes(shard))
     sets = CandidateSet.load(context.input(round_stage("pair_rollouts", number), "candidates"))
-    context.progress.start(len(config.objectives), "objectives")
+    context.progress.start(len(trained_objectives(config)), "objectives")
     collected: list[PreferencePair] = []
     metrics: dict[str, Any] = {}
-    for objective in config.objective_names:
+    for objective in trained_objectives(config):
         of_objective, figures = build_pairs(sets, objective, config.pairs)
         if not figures.pairs:
             raise ValueError(
@@ -366,12 +394,13 @@ def _pairs_settings(config: RunConfig) -> dict[str, Any]:
         include={"balance_length", "split_by", "selection", "gap_margin"}, exclude_defaults=True
     )
     settings = sections("pairs.min_gap_std", "pairs.max_pairs_per_objective", "objective_names")(config)
-    return {**settings, **{f"pairs.{name}": value for name, value in later.items()}}
+    new = {} if config.policy.extends is None else {"trained": trained_objectives(config)}
+    return {**settings, **{f"pairs.{name}": value for name, value in later.items()}, **new}
 
 
 def _policy_settings(config: RunConfig) -> dict[str, Any]:
     settings = sections("policy", "pairs.held_out_fraction", "objective_names", "model")(config)
-    return {**settings, **method_version(config.policy)}
+    return {**settings, **method_version(config.policy), **extended_files(config)}
 
 
 def _sweep_settings(config: RunConfig) -> dict[str, Any]:

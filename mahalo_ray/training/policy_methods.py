@@ -17,6 +17,31 @@ from torch import Tensor
 from mahalo_ray.config import PolicyConfig
 from mahalo_ray.data.records import PreferencePair
 from mahalo_ray.losses import modpo_margin
+from mahalo_ray.models import MultiHeadCausalLM
+from mahalo_ray.models.folder import model_folder, read_metadata
+
+
+def new_objectives(extends: str, names: Sequence[str]) -> tuple[str, ...]:
+    """Those of `names` that the policy in the folder `extends` has no head for: the ones that are trained.
+
+    ValueError if that is none, or if the folder holds no policy.
+    """
+    there = read_metadata(model_folder(extends), MultiHeadCausalLM.kind)["objectives"]
+    new = tuple(name for name in names if name not in there)
+    if not new:
+        raise ValueError(
+            f"'policy.extends': the policy in '{extends}' has a head for each of {', '.join(names)} already: "
+            "name the objective that is new in 'objectives'"
+        )
+    return new
+
+
+def of_objectives(policy: PolicyConfig, names: Sequence[str]) -> PolicyConfig:
+    """The same settings where these are all objectives: without the values of others."""
+    values: dict[str, object] = {"alpha": {k: v for k, v in policy.alpha.items() if k in names}}
+    if isinstance(policy.beta, dict):
+        values["beta"] = {k: v for k, v in policy.beta.items() if k in names}
+    return policy.model_copy(update=values)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.decoding.stopping import Boundary
 from mahalo_ray.logprobs import IGNORE_INDEX
 from mahalo_ray.models import MultiHeadCausalLM
-from mahalo_ray.models.heads import Head
 from mahalo_ray.models.pair_attention import packed_arguments
 from mahalo_ray.training.batches import Indices, shard
 from mahalo_ray.training.deepspeed_engine import to_device, training_device
@@ -32,6 +31,7 @@ EVEN, MOSTLY = "even", "mostly_{}"
 KL = "/kl"
 MALFORMED, MALFORMED_AT_START = "malformed_turns", "malformed_turns_at_start"
 TurnCheck = Callable[[str], bool]
+ReferenceStates = Callable[[Sequence[Tensors]], list[Tensor]]
 
 
 def mixture_names(heads: Sequence[str]) -> tuple[str, ...]:
@@ -98,21 +98,29 @@ class HeldOutKl:
     that were chosen for another objective, which it was taught to avoid, says nothing about what it will
     write.) A single head is measured at all answers alike.
 
-    The backbone starts as the reference's, so its states
-    [tokens, D] at the start are kept and only the frozen base head is needed to have the reference's
-    distribution later. Logits exist for `chunk_size` tokens at a time, of one head, the even mixture and the
-    reference.
+    The backbone starts as the reference's, so its states [tokens, D] at the start are kept and only the
+    frozen base head is needed to have the reference's distribution later. (Where the backbone is that of a
+    trained policy, the states come from the reference itself.) Logits exist for `chunk_size` tokens at a
+    time, of one head, the even mixture and the reference.
     """
 
     def __init__(
-        self, inputs: PairInputs, rows: Indices, heads: Sequence[str], micro_rows: int, chunk_size: int
+        self,
+        inputs: PairInputs,
+        rows: Indices,
+        heads: Sequence[str],
+        micro_rows: int,
+        chunk_size: int,
+        reference_states: ReferenceStates | None = None,
     ) -> None:
+        """Of the given heads of a policy. `reference_states`: of each micro-batch, the states [tokens, D] of
+        a reference whose backbone the policy does not start with."""
         if len(rows) == 0:
             raise ValueError(
                 "'policy.metrics_every_steps' needs held-out pairs, and there are none: set "
                 "'pairs.held_out_fraction' (higher), or 'policy.metrics_every_steps' to 0"
             )
-        self.mixtures, self._chunk_size = mixture_names(heads), chunk_size
+        self.mixtures, self._heads, self._chunk_size = mixture_names(heads), tuple(heads), chunk_size
         # [mixtures, objectives]: how much the answers of an objective count for a mixture.
         objectives = inputs.pairs.objective
         self._shares = mixture_weights(len(heads)) if len(heads) > 1 else torch.ones(1, 1)
@@ -128,11 +136,12 @@ class HeldOutKl:
         chunks = torch.tensor([-(-count // chunk_size) for count in tokens], device=training_device())
         dist.all_reduce(chunks, dist.ReduceOp.MAX)
         self._chunks: list[int] = chunks.tolist()
-        self._reference: list[Tensor] = []
+        self._reference = [] if reference_states is None else reference_states(self._parts)
 
     def prepare(self, infer: Inference) -> None:
         """Keep the reference's states at the counted positions."""
-        self._reference = [infer(_answer_states, part).cpu() for part in self._parts]
+        if not self._reference:
+            self._reference = [infer(_answer_states, part).cpu() for part in self._parts]
 
     def metrics(self, infer: Inference) -> dict[str, float]:
         """`{mixture}/kl` of every mixture, exact over the vocabulary, in nats per token."""
@@ -141,7 +150,7 @@ class HeldOutKl:
         for part, reference, groups, chunks, counted in zip(
             self._parts, self._reference, self._groups, self._chunks, self._counted, strict=True
         ):
-            function = partial(_kl_sums, chunks=chunks, chunk_size=self._chunk_size)
+            function = partial(_kl_sums, names=self._heads, chunks=chunks, chunk_size=self._chunk_size)
             tensors = {**part, "reference": reference, "groups": groups}
             sums += infer(function, tensors) * float(counted)
         dist.all_reduce(sums)
@@ -166,19 +175,33 @@ def _answer_states(model: nn.Module, mixture: Tensor | None = None, **tensors: T
     return hidden[labels != IGNORE_INDEX]
 
 
+def over_all_heads(weights: Tensor, names: Sequence[str], policy: MultiHeadCausalLM) -> Tensor:
+    """Weights [..., heads named] as [..., H]: the policy's other heads weigh 0."""
+    columns = torch.tensor([policy.objectives.index(name) for name in names], device=weights.device)
+    whole = weights.new_zeros(*weights.shape[:-1], len(policy.objectives))
+    return whole.index_copy(-1, columns, weights)
+
+
 def _kl_sums(
-    model: nn.Module, reference: Tensor, groups: Tensor, chunks: int, chunk_size: int, **inputs: Tensor
+    model: nn.Module,
+    reference: Tensor,
+    groups: Tensor,
+    names: Sequence[str],
+    chunks: int,
+    chunk_size: int,
+    **inputs: Tensor,
 ) -> Tensor:
     """Sums [mixtures + 1, groups] over the tokens of each group of the KL of every mixture, in the order of
     `mixture_names`, and the tokens. groups [tokens]: the number of every token's group."""
     policy = cast(MultiHeadCausalLM, model)
-    base_head, heads = policy.base_head, [cast(Head, head) for head in policy.heads.values()]
+    base_head, heads = policy.base_head, [policy.head(name) for name in names]
     assert base_head is not None, "the recipe keeps the base head for these metrics"
     weights = mixture_weights(len(heads)).to(reference.device)
     mixtures = len(weights)
     # With adapters every mixture has states of its own.
+    mixed_by = over_all_heads(weights, names, policy)
     own_states = (
-        [] if policy.adapters is None else [_answer_states(model, mixture=w, **inputs) for w in weights]
+        [] if policy.adapters is None else [_answer_states(model, mixture=w, **inputs) for w in mixed_by]
     )
     states = own_states[0] if own_states else _answer_states(model, **inputs)
     sums = torch.zeros(mixtures + 1, len(heads), dtype=torch.float64, device=states.device)
@@ -236,6 +259,7 @@ class SampledTurns:
         pairs are of steps, so of a turn only its first step counts, which ends there."""
         mixtures = mixture_weights(len(heads))
         rank, workers = dist.get_rank(), dist.get_world_size()
+        self._heads = tuple(heads)
         # A worker without a prompt of its own takes one that it does not count: calls are collective.
         numbers = list(range(len(prompts)))[rank::workers]
         self._counted = bool(numbers)
@@ -264,7 +288,8 @@ class SampledTurns:
         return {MALFORMED: self._rate(infer), MALFORMED_AT_START: self._at_start}
 
     def _rate(self, infer: Inference) -> float:
-        turns = infer(partial(_sample_turns, attention=self._attention), self._tensors).tolist()
+        function = partial(_sample_turns, names=self._heads, attention=self._attention)
+        turns = infer(function, self._tensors).tolist()
         bad = sum(map(self._is_malformed, turns))
         counts = torch.tensor([bad, len(turns)], dtype=torch.float64, device=training_device())
         counts *= float(self._counted)
@@ -301,18 +326,19 @@ def _sample_turns(
     weights: Tensor,
     draws: Tensor,
     ends: Tensor,
+    names: Sequence[str],
     attention: str,
 ) -> Tensor:
     """Tokens [B, T] at temperature 1 behind the left-padded prompts [B, P], -1 behind a row's end.
 
-    weights [B, heads]; draws [B, T] in [0, 1): a row's next token is where the cumulated probabilities pass
-    its draw. Stops when every row of every worker has ended.
+    weights [B, heads] over the heads named; draws [B, T] in [0, 1): a row's next token is where the cumulated
+    probabilities pass its draw. Stops when every row of every worker has ended.
     """
     policy = cast(MultiHeadCausalLM, model)
-    heads = [cast(Head, head) for head in policy.heads.values()]
+    heads = [policy.head(name) for name in names]
     before = policy.plain_backbone.config._attn_implementation
     policy.set_attn_implementation(attention)
-    policy.mix(weights)
+    policy.mix(over_all_heads(weights, names, policy))
     cache, tokens = None, []
     running = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
     for draw in draws.unbind(1):

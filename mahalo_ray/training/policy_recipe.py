@@ -9,7 +9,7 @@ answer. The baselines have one head; see `mahalo_ray.training.policy_methods`.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -19,9 +19,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from mahalo_ray.config import ModelConfig, PolicyConfig
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import PreferencePair
 from mahalo_ray.data.templating import ChatFormat
@@ -29,12 +31,24 @@ from mahalo_ray.decoding.stopping import boundary_for
 from mahalo_ray.domains.protocol import load_domain
 from mahalo_ray.losses import dpo_loss, sft_loss
 from mahalo_ray.models import MultiHeadCausalLM
-from mahalo_ray.models.backbone import check_trained_length, load_config, load_tokenizer
-from mahalo_ray.models.folder import keeps_backbone, model_folder
+from mahalo_ray.models.backbone import (
+    check_trained_length,
+    load_causal_lm,
+    load_config,
+    load_tokenizer,
+    split_causal_lm,
+)
+from mahalo_ray.models.folder import (
+    HEADS_FILE,
+    keeps_backbone,
+    model_folder,
+    read_metadata,
+    tokenizer_difference,
+)
 from mahalo_ray.models.pair_attention import packing_unsupported_reason
 from mahalo_ray.training.batches import HashSplit, Indices, plan_balanced_batches, shard
 from mahalo_ray.training.deepspeed_config import parameter_group
-from mahalo_ray.training.deepspeed_engine import training_device
+from mahalo_ray.training.deepspeed_engine import to_device, training_device
 from mahalo_ray.training.pairs import (
     PackedPairs,
     PaddedPairs,
@@ -48,6 +62,7 @@ from mahalo_ray.training.policy_methods import modpo_margins, plan_method
 from mahalo_ray.training.policy_metrics import GradientConflict, HeldOutKl, PolicyProbe, SampledTurns
 from mahalo_ray.training.recipe import PAD_ID, Inference, LossOutput, PreparationProgress, Probe, Tensors
 from mahalo_ray.training.reference_logps import (
+    AnswerStates,
     BaseHeadLogps,
     compute_logps,
     load_reference,
@@ -82,6 +97,12 @@ class PolicyRecipe:
         self._objectives, self._training = self._plan.objectives, settings.training
         self._folder = None if start is not None else model_folder(settings.model_url)
         self._tokenizer = tokenizer or load_tokenizer(str(self._folder))
+        self._extended: Path | None = None  # the folder of the policy that gets new heads
+        self._first_head = 0  # the number of the first trained head among the policy's
+        if settings.policy.extends is not None:
+            self._extended = self._policy_to_extend()
+            metadata = read_metadata(self._extended, MultiHeadCausalLM.kind)
+            self._first_head = len(metadata["objectives"])
         self._pairs, self._margins, aside = self._read_pairs()
         self.packed = self._shares_prompts()
         self._inputs = PackedPairs(self._pairs) if self.packed else PaddedPairs(self._pairs, PAD_ID)
@@ -97,6 +118,23 @@ class PolicyRecipe:
         self._chosen_tokens = torch.from_numpy(np.ones_like(tokens) if averaged else tokens).float()
         self.metric_names = tuple(f"{name}/{metric}" for name in self._objectives for metric in _SUMS)
         self.probe: Probe | None = self._make_probe() if settings.policy.metrics_every_steps else None
+
+    def _policy_to_extend(self) -> Path:
+        """The folder of the policy that gets new heads. ValueError, on all workers, if they cannot be trained
+        on it against this base."""
+        extends = self._policy.extends
+        assert extends is not None and self._folder is not None
+        folder = model_folder(extends)
+        problem: list[str | None] = [None]
+        if dist.get_rank() == 0:
+            try:
+                check_extendable(folder, self._folder, self._policy, self._model)
+            except ValueError as error:
+                problem = [f"'policy.extends': {error}"]
+        dist.broadcast_object_list(problem)
+        if problem[0] is not None:
+            raise ValueError(problem[0])
+        return folder
 
     def _read_pairs(self) -> tuple[TokenPairs, npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
         """The pairs, their margins, and which of them are held out [N]. One record is in memory at a time."""
@@ -183,7 +221,8 @@ class PolicyRecipe:
         micro_rows = training.micro_batch_size_per_device
         # The rows come objective by objective; shuffled, a few of them stand for all.
         rows = np.random.default_rng(self._seed).permutation(self._held_out)[: settings.metrics_rows]
-        kl = HeldOutKl(self._inputs, rows, self._plan.heads, micro_rows, training.logit_chunk_size)
+        states = None if self._extended is None else self._states_of_base
+        kl = HeldOutKl(self._inputs, rows, self._plan.heads, micro_rows, training.logit_chunk_size, states)
         conflict = None
         for batch in self._conflict_batch():
             loss_denominators = self.loss_denominators(batch)
@@ -193,6 +232,16 @@ class PolicyRecipe:
         pairs = partial(self._held_out_metrics, rows=rows)
         turns = self._sampled_turns() if settings.sampled_turns else None
         return PolicyProbe(settings.metrics_every_steps, kl, conflict, pairs, turns, settings.max_kl)
+
+    def _states_of_base(self, parts: Sequence[Tensors]) -> list[Tensor]:
+        """The reference's states of each micro-batch's answers. It is on the device in this call only."""
+        assert self._folder is not None
+        device = training_device()
+        reference = load_reference(
+            self._folder, self._model, self._training, device, self._inputs, read_as=AnswerStates
+        )
+        with torch.no_grad():
+            return [reference(**to_device(part, device)).cpu() for part in parts]
 
     def _sampled_turns(self) -> SampledTurns:
         """Turns on held-out prompts, as many on each, no longer than any held-out answer."""
@@ -235,18 +284,23 @@ class PolicyRecipe:
         assert self._folder is not None
         if self._settings.start_url is not None:
             return self._continued(self._settings.start_url)
-        model = MultiHeadCausalLM.from_base(
-            self._folder,
-            self._plan.heads,
-            noise=policy.head_noise,
-            seed=self._seed,
-            head_kind=policy.head_kind,
-            rank=policy.head_rank,
-            dtype=getattr(torch, self._model.dtype),
-            attn_implementation=self._model.attn_implementation,
-            keep_base_head=True,  # decoding at another strength than 1 needs it
-            adapters=policy.adapters,
-        )
+        dtype, attention = getattr(torch, self._model.dtype), self._model.attn_implementation
+        if self._extended is not None:
+            model = MultiHeadCausalLM.from_pretrained(self._extended, dtype, attention)
+            model.add_heads(self._plan.heads, policy.head_noise, self._seed)
+        else:
+            model = MultiHeadCausalLM.from_base(
+                self._folder,
+                self._plan.heads,
+                noise=policy.head_noise,
+                seed=self._seed,
+                head_kind=policy.head_kind,
+                rank=policy.head_rank,
+                dtype=dtype,
+                attn_implementation=attention,
+                keep_base_head=True,  # decoding at another strength than 1 needs it
+                adapters=policy.adapters,
+            )
         if self.packed:
             model.enable_pair_packing()
         if policy.lora is not None:
@@ -316,7 +370,7 @@ class PolicyRecipe:
             **self._inputs.tensors(groups),
             "reference": self._reference[groups],
             "objective": objective,
-            "head": self._plan.head_of[objective],
+            "head": self._first_head + self._plan.head_of[objective],
             "beta": self._plan.beta[objective],
             "margin": torch.from_numpy(self._margins[groups]).float(),
             "weight": weight,
@@ -400,6 +454,45 @@ class PolicyRecipe:
     def save(self, model: nn.Module, state_dict: Mapping[str, Tensor], folder: Path) -> None:
         policy = cast(MultiHeadCausalLM, model)
         backbone = keeps_backbone(self._settings.model_url) if policy.has_lora else None
+        if self._extended is not None and read_metadata(self._extended, policy.kind)["saved_backbone"]:
+            backbone = True
         policy.save_pretrained(
             folder, self._tokenizer, self._metrics, state_dict=state_dict, with_backbone=backbone
+        )
+
+
+def check_extendable(folder: Path, base: Path, policy: PolicyConfig, model: ModelConfig) -> None:
+    """ValueError unless new heads can be trained on the policy in `folder` against the reference in `base`:
+    it was made from it, has its tokenizer, and is stored as it will be trained."""
+    metadata = read_metadata(folder, MultiHeadCausalLM.kind)
+    made_from = "give the base (the SFT model) that the policy was made from"
+    if metadata["tokenizer"]:
+        difference = tokenizer_difference(load_tokenizer(folder), load_tokenizer(base))
+        if difference is not None:
+            raise ValueError(
+                f"the policy in '{folder}' and the base in '{base}' differ in the {difference} of their "
+                f"tokenizers: {made_from}"
+            )
+    if not metadata["keep_base_head"]:
+        raise ValueError(
+            f"the policy in '{folder}' was saved without its base head, which a new head starts from: add it "
+            "with `MultiHeadCausalLM.set_base_head(SFT_MODEL)` and save the policy again"
+        )
+    kind, rank = metadata["head_kind"], metadata["rank"]
+    if policy.head_kind != kind or (kind == "low_rank" and policy.head_rank != rank):
+        needed = "{head_kind: full}" if kind == "full" else f"{{head_kind: low_rank, head_rank: {rank}}}"
+        raise ValueError(f"the heads of '{folder}' are of another kind: set 'policy' to {needed}")
+    with safe_open(str(folder / HEADS_FILE), framework="pt") as saved:
+        base_head = saved.get_tensor("base_head.weight")
+    stored = str(base_head.dtype).removeprefix("torch.")
+    if stored != model.dtype:
+        raise ValueError(
+            f"the policy in '{folder}' is stored in {stored}, and 'model.dtype' is {model.dtype}: in another "
+            f"number format its other heads would not stay as they are; set 'model.dtype' to {stored}"
+        )
+    output = cast(Tensor, split_causal_lm(load_causal_lm(base))[1].weight)
+    if output.shape != base_head.shape or not torch.equal(output.to(base_head.dtype), base_head):
+        raise ValueError(
+            f"the policy in '{folder}' was made from another model than the base in '{base}' (the output "
+            f"layers differ), which would be the reference: {made_from}"
         )

@@ -110,19 +110,37 @@ def compute_logps(
     return {row: logps for part in of_workers for row, logps in part.items()}
 
 
+class AnswerStates(nn.Module):
+    """A reference read for its states instead of its log-probs."""
+
+    def __init__(self, reference: ChunkedCausalLM) -> None:
+        super().__init__()
+        self.reference = reference
+
+    def forward(self, **tensors: Tensor) -> Tensor:
+        """States [N, D] that predict the answers' tokens, of what `PairInputs.chosen_tensors` gives."""
+        return self.reference.completion_states(**pair_inputs(tensors)).hidden
+
+
 def load_reference(
-    folder: Path, model: ModelConfig, training: TrainingConfig, device: torch.device, inputs: PairInputs
+    folder: Path,
+    model: ModelConfig,
+    training: TrainingConfig,
+    device: torch.device,
+    inputs: PairInputs,
+    read_as: Callable[[ChunkedCausalLM], nn.Module] = lambda reference: reference,
 ) -> Any:
-    """The causal LM in a folder, frozen: whole on every worker or, with ZeRO-3, sharded."""
+    """The causal LM in a folder, frozen: whole on every worker or, with ZeRO-3, sharded. `read_as` wraps
+    it."""
     dtype = getattr(torch, model.dtype)
     config = deepspeed_config(training, dtype, accumulation=1)
 
-    def load() -> ChunkedCausalLM:
+    def load() -> nn.Module:
         with sharded_loading(config):
             module = ChunkedCausalLM(load_causal_lm(folder, dtype, model.attn_implementation))
         if isinstance(inputs, PackedPairs):
             module.enable_pair_packing()
-        return module.requires_grad_(False).eval()
+        return read_as(module).requires_grad_(False).eval()
 
     if training.zero_stage < 3:
         return loaded_in_turn(load, device)

@@ -152,7 +152,8 @@ class PolicySettings(StageSettings):
     MultiHeadCausalLM folder results.
 
     `model_url` is the reference, whose log-probs are stored in `pairs_url`/reference, and the start too,
-    unless `start_url` is the folder of a policy made from it that training goes on from.
+    unless `start_url` is the folder of a policy made from it that training goes on from. With
+    `policy.extends` (a model folder here) heads of `objectives`, which it lacks, are added to that policy.
     `held_out_fraction` of the prompts is kept for the final metrics. `domain` says which
     turns are malformed (None: all that end are well-formed). `step_domain`: pairs are of steps that end where
     this domain of `decoding/stopping.py` says (None: of whole turns).
@@ -204,4 +205,5 @@ class PolicySettings(StageSettings):
         )
 
     def inputs(self) -> list[str]:
-        return [url for url in (self.pairs_url, self.model_url, self.start_url) if url is not None]
+        start = (self.start_url, self.policy.extends)
+        return [url for url in (self.pairs_url, self.model_url, *start) if url is not None]

@@ -27,6 +27,7 @@ from mahalo_ray.data.temporary import temporary_folder
 from mahalo_ray.models import MultiHeadCausalLM
 from mahalo_ray.models.folder import local_folder
 from mahalo_ray.training.loop import train
+from mahalo_ray.training.policy_methods import new_objectives, of_objectives
 from mahalo_ray.training.policy_recipe import PolicyRecipe
 from mahalo_ray.training.settings import PolicySettings, ProgressFunction
 
@@ -110,6 +111,9 @@ class PolicyTrainer:
         field `objective_field` says. `objectives`: all of them, in the order of the heads; those of a policy
         in memory, or the one `objective`, unless given.
 
+        With `config.extends` (the folder of a policy made from `model`) its backbone and heads stay, and only
+        the heads of the objectives that it lacks are trained.
+
         `max_length` in tokens; longer pairs keep the end of the prompt and the beginning of the answers.
         `held_out_fraction`: share of the prompts kept for the metrics named `held_out/...`. `output_dir`:
         where the model and what `config.training.report_to` names are written; a temporary folder unless
@@ -134,6 +138,12 @@ class PolicyTrainer:
         self._folder = Path(output_dir).absolute()
         if (self._folder / "model").exists():
             raise ValueError(f"{self._folder / 'model'} is there already: give another output_dir")
+        if self._config.extends is not None:
+            if isinstance(model, MultiHeadCausalLM):
+                raise ValueError("'extends' goes with the folder of the SFT model, not a policy in memory")
+            extends = str(local_folder(self._config.extends).absolute())
+            objectives = new_objectives(extends, objectives)
+            self._config = of_objectives(self._config, objectives).model_copy(update={"extends": extends})
         records = _read(pairs, objectives, objective, objective_field)
         PreferencePair.save(records, str(self._folder / "pairs" / "part-000000.parquet"))
         if isinstance(model, MultiHeadCausalLM):
