@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
+from rich.table import Table
 from typer.core import TyperGroup
 
 from mahalo_ray.cli.common import (
@@ -40,6 +41,11 @@ from mahalo_ray.data import storage
 from mahalo_ray.objectives import Weights, unknown_name
 from mahalo_ray.pipeline.progress import RunProgress
 from mahalo_ray.pipeline.stages import Pipeline
+
+if TYPE_CHECKING:
+    import torch
+
+    from mahalo_ray.models.combination import Combination
 
 # Verb -> the stages it brings up to date (with all that they need), and its help text.
 VERBS = {
@@ -79,6 +85,7 @@ def register(app: typer.Typer) -> None:
         config,
         validate,
         export,
+        combine,
         plan,
         dialogues,
         label,
@@ -369,6 +376,61 @@ def export(
     guarded(work, debug)
 
 
+def combine(
+    base: Annotated[
+        str, typer.Argument(help="The model all others were made from: a folder, run or hub id.")
+    ],
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="NAME=MODEL...", help="Each objective's model: a folder, run or hub id."),
+    ],
+    output: Annotated[str, typer.Option("--output", "-o", help="The new folder.")],
+    rank: Annotated[
+        str, typer.Option(help="Of the adapters where the models' backbones differ; 'full' loses nothing.")
+    ] = "16",
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: as stored.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Make one policy of single-objective models, without training: a head per model, and adapters."""
+
+    def work() -> None:
+        named: dict[str, str] = {}
+        for text in models:
+            name, equals, source = text.partition("=")
+            if not equals or not source:
+                raise ValueError(f"'{text}' names no model: write objective=FOLDER")
+            if name in named:
+                raise ValueError(f"objective '{name}' is given twice")
+            named[name] = source
+        if rank != "full" and not (rank.isdecimal() and int(rank) > 0):
+            raise ValueError(f"--rank is '{rank}': give a number above 0, or full")
+        from mahalo_ray.pipeline.artifacts import combine as combine_and_save
+
+        made = combine_and_save(base, named, output, "full" if rank == "full" else int(rank), dtype_of(dtype))
+        print_combination(made)
+        say(f"{output}: a policy with heads for {', '.join(named)}")
+
+    guarded(work, debug)
+
+
+def print_combination(made: Combination) -> None:
+    """How much of each model's difference from the base is lost, block by block."""
+    if made.rank is None:
+        say("the models differ in their output layers alone: heads without adapters, nothing is lost")
+        return
+    table = Table(
+        title=f"Relative error at rank {made.rank}: ||lost|| / ||model - base||", title_justify="left"
+    )
+    table.add_column("linear layers of")
+    for name in made.layers:
+        table.add_column(name, justify="right")
+    rows = {**made.by_block(), "all blocks": made.overall()}
+    rows["other parameters (shared: the models' mean)"] = {n: r.relative_error for n, r in made.rest.items()}
+    for label, errors in rows.items():
+        table.add_row(label, *(f"{error:.3g}" for error in errors.values()))
+    out.print(table)
+
+
 def plan(
     config: ConfigFile,
     gpu_memory_gb: Annotated[float, typer.Option(min=0.1, help="Memory of one GPU (GiB).")] = 80.0,
@@ -406,13 +468,18 @@ def plan(
 
 def export_policy(source: str, output: str, weights: Weights, dtype: str | None, strength: float) -> None:
     """`mahalo_ray.pipeline.artifacts.export` with a dtype by name."""
-    if dtype not in (None, "float32", "bfloat16"):
-        raise ValueError(unknown_name("dtype", str(dtype), ("float32", "bfloat16")))
-    import torch
-
     from mahalo_ray.pipeline.artifacts import export as merge_and_save
 
-    merge_and_save(source, output, weights, None if dtype is None else getattr(torch, dtype), strength)
+    merge_and_save(source, output, weights, dtype_of(dtype), strength)
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """The number format of a model's weights; None: as stored."""
+    if name not in (None, "float32", "bfloat16"):
+        raise ValueError(unknown_name("dtype", str(name), ("float32", "bfloat16")))
+    import torch
+
+    return None if name is None else cast("torch.dtype", getattr(torch, name))
 
 
 DialoguesFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML: who talks, about what.")]

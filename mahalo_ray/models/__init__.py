@@ -1,6 +1,7 @@
 """Models: the multi-head policy and the process reward model. torch and transformers only."""
 
 from mahalo_ray.models.classifiers import SequenceClassifierScorer, TokenClassifierScorer, load_scorer
+from mahalo_ray.models.combination import combine_models
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
 from mahalo_ray.models.reference import ChunkedCausalLM
 from mahalo_ray.models.reward import ProcessRewardModel
@@ -19,5 +20,6 @@ __all__ = [
     "TraceReader",
     "TraceScorer",
     "average_models",
+    "combine_models",
     "load_scorer",
 ]

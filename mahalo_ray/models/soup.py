@@ -32,7 +32,7 @@ def average_models(
     result: PreTrainedModel | None = None
     total: dict[str, Tensor] = {}
     for name, share in shares.items():
-        model = _single_model(folders[name], dtype)
+        model = single_model(folders[name], dtype)
         state = model.state_dict()
         if result is None:
             result = model
@@ -48,14 +48,16 @@ def average_models(
     return result
 
 
-def _single_model(folder: str | Path, dtype: torch.dtype | None) -> PreTrainedModel:
+def single_model(folder: str | Path, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The ordinary model in a folder, which a policy with one head becomes too. ValueError for a policy with
+    several."""
     if not (Path(folder) / METADATA_FILE).is_file():
         return load_causal_lm(folder, dtype)
     policy = MultiHeadCausalLM.from_pretrained(folder, dtype)
     if len(policy.objectives) > 1:
         raise ValueError(
-            f"{folder} has heads for {', '.join(policy.objectives)}: a soup is made of models with one head; "
-            "heads are mixed by `MultiHeadCausalLM.merge`"
+            f"{folder} has heads for {', '.join(policy.objectives)}: give models with one head each; heads "
+            "of one policy are mixed by `MultiHeadCausalLM.merge`"
         )
     return policy.merge(Weights.one(policy.objectives[0]), copied=False)
 

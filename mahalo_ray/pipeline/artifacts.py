@@ -3,6 +3,7 @@ policy."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from mahalo_ray.data import storage
 from mahalo_ray.data.temporary import temporary_folder
 from mahalo_ray.models import MultiHeadCausalLM
 from mahalo_ray.models.backbone import load_tokenizer
+from mahalo_ray.models.combination import Combination, Rank, combine_models
 from mahalo_ray.models.folder import METADATA_FILE, local_folder
 from mahalo_ray.objectives import Weights
 from mahalo_ray.pipeline.outputs import check_new
@@ -90,6 +92,35 @@ def export(
         load_tokenizer(folder).save_pretrained(temporary)
         storage.remove(output)
         storage.upload_folder(temporary, output)
+
+
+def combine(
+    base: str, models: Mapping[str, str], output: str, rank: Rank = 16, dtype: torch.dtype | None = None
+) -> Combination:
+    """A policy of one model per objective (see `models.combination`), saved in `output` with
+    `combination.json`, the errors of the approximation.
+
+    `base` and models: folders, hub ids, or runs' outputs, of which the SFT model and the policy are taken.
+    `output` must not exist or be empty. ValueError for models that do not fit together.
+    """
+    check_new(output)
+    folders = {name: _model_of(source, "policy") for name, source in models.items()}
+    made = combine_models(_model_of(base, "sft"), folders, rank, dtype)
+    with temporary_folder("combination") as temporary:
+        made.policy.save_pretrained(temporary, load_tokenizer(next(iter(folders.values()))))
+        storage.write_json(storage.join(temporary, "combination.json"), made.as_json())
+        storage.remove(output)
+        storage.upload_folder(temporary, output)
+    return made
+
+
+def _model_of(source: str, stage: str) -> Path:
+    """A local copy of the model in a folder, in a run's output, or in a hub."""
+    return (
+        Path(storage.local_copy(find_model(source, stage)))
+        if storage.exists(source)
+        else local_folder(source)
+    )
 
 
 def _policy_folder(source: str) -> str:
