@@ -17,7 +17,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from mahalo_ray.cli import app
-from mahalo_ray.config import AdaptersConfig, LoraConfig, ModelConfig, PolicyConfig, TrainingConfig
+from mahalo_ray.config import (
+    AdaptersConfig,
+    ConfigError,
+    LoraConfig,
+    ModelConfig,
+    PolicyConfig,
+    TrainingConfig,
+    load_config,
+)
 from mahalo_ray.models import MultiHeadCausalLM
 from mahalo_ray.objectives import Weights
 from mahalo_ray.planning import make_plan
@@ -25,6 +33,7 @@ from mahalo_ray.training.policy_recipe import PolicyRecipe
 from mahalo_ray.training.settings import PolicySettings
 from mahalo_ray.training.trainer import PolicyTrainer
 
+QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart.yaml"
 IDS = torch.tensor([[5, 9, 11, 4, 7], [8, 3, 12, 6, 10]])
 OLD = Weights.parse("accuracy=0.5,engagement=0.2,brevity=0.3")
 KINDS: dict[str, dict[str, Any]] = {
@@ -202,6 +211,9 @@ def test_what_cannot_be_extended_is_said(base: str, one_head: str, tmp_path: Pat
     ):
         with pytest.raises(ValueError, match=message):
             PolicyConfig.model_validate({"extends": "x", **settings})
+    sweep = "sweep={kind: training, weights: [{accuracy: 1}]}"
+    with pytest.raises(ConfigError, match="trains policies as a whole"):
+        load_config(QUICKSTART, ["policy.extends=x", sweep])
 
 
 @pytest.mark.parametrize("kind", ["full", "low_rank"])

@@ -622,6 +622,11 @@ class RunConfig(Section):
         if len(set(names)) != len(names):
             raise ValueError(f"'objectives' names an objective twice: {', '.join(names)}")
         self.policy.check_objectives(names)
+        if self.policy.extends is not None and self.sweep.kind == "training":
+            raise ValueError(
+                "'sweep.kind: training' trains policies as a whole, and 'policy.extends' new heads alone: "
+                "sweep decoding weights, or leave 'extends' out"
+            )
         if self.policy.metrics_every_steps and self.pairs.held_out_fraction == 0:
             raise ValueError(
                 "'policy.metrics_every_steps' measures on held-out pairs: "

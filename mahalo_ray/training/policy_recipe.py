@@ -221,7 +221,8 @@ class PolicyRecipe:
         micro_rows = training.micro_batch_size_per_device
         # The rows come objective by objective; shuffled, a few of them stand for all.
         rows = np.random.default_rng(self._seed).permutation(self._held_out)[: settings.metrics_rows]
-        states = None if self._extended is None else self._states_of_base
+        starts_as_base = self._extended is None and self._settings.start_url is None
+        states = None if starts_as_base else self._states_of_base
         kl = HeldOutKl(self._inputs, rows, self._plan.heads, micro_rows, training.logit_chunk_size, states)
         conflict = None
         for batch in self._conflict_batch():
