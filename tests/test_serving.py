@@ -55,9 +55,21 @@ def proxied(app, body: bytes = b"{}", parts: int = 2) -> list[dict]:
     return sent
 
 
+def test_a_client_that_has_left_is_not_answered_again():
+    asked = []
+
+    async def app(scope, receive, send):
+        asked.append(scope)
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    assert proxied(app) == [] and len(asked) == 1
+
+
 @pytest.mark.parametrize("losses", [0, 1, 2, 3])
 @pytest.mark.parametrize("size", [2, 1_000_002])
-def test_a_request_whose_replica_sent_nothing_is_given_to_another(monkeypatch, losses, size):
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_request_whose_replica_sent_nothing_is_given_to_another(monkeypatch, losses, size, silent):
     monkeypatch.setattr("mahalo_ray.serving.proxy._PAUSE_S", 0.0)
     read: list[int] = []
 
@@ -69,6 +81,8 @@ def test_a_request_whose_replica_sent_nothing_is_given_to_another(monkeypatch, l
             if not message["more_body"]:
                 break
         lost = len(read) <= losses
+        if lost and silent:
+            return
         headers = [(b"content-type", b"text/plain" if lost else b"application/json")]
         await send({"type": "http.response.start", "status": 500 if lost else 200, "headers": headers})
         await send({"type": "http.response.body", "body": b"gone" if lost else b"{}"})

@@ -605,7 +605,7 @@ def test_a_reward_model_of_its_own_deployment_scores_alike_and_may_die(stopped, 
         scored = post(running, "/v1/score", json.dumps({"messages": MESSAGES, "candidates": ["5."]}).encode())
         assert scored[0] == 200 and set(scored[2]["data"][0]["scores"]) == set(OBJECTIVES)
         started = psutil.Process().children(recursive=True)
-        (reward,) = [p for p in started if "RewardReplica" in " ".join(p.cmdline())]
+        (reward,) = [p for p in started if "mahalo-reward-1" in " ".join(p.cmdline())]
         reward.kill()
         check(ask(client, asked, max_tokens=8))
 

@@ -41,34 +41,37 @@ class OpenAIErrors:
             await self._app(scope, receive, send)
             return
         body = _IncomingBody(receive)
-        for attempt in range(MAX_ATTEMPTS):
-            answer = _OutgoingAnswer(send, may_repeat=attempt < MAX_ATTEMPTS - 1)
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            answer = _OutgoingAnswer(send)
             try:
                 await self._app(dict(scope), body.receive, answer.send)
             finally:
                 await answer.end_broken_stream()
-            if not answer.is_lost:
+            if answer.has_begun or body.sender_is_gone:
                 return
-            if not body.rewind():
+            if attempt == MAX_ATTEMPTS or not body.rewind():
                 await answer.send_error(_lost_replica())
                 return
             await asyncio.sleep(_PAUSE_S)
 
 
 class _IncomingBody:
-    """A request's body, which can be read again from its beginning unless it is large."""
+    """A request's body, which can be read again from its beginning unless it is large.
+    `sender_is_gone`: the client has left, or has its answer."""
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
         self._kept: list[Message] = []
         self._left: list[Message] = []
         self._size = 0
+        self.sender_is_gone = False
 
     async def receive(self) -> Message:
         """The next message of the client, or of those that came before `rewind`."""
         if self._left:
             return self._left.pop(0)
         message = await self._receive()
+        self.sender_is_gone = message["type"] == "http.disconnect"
         if message["type"] == "http.request":
             self._size += len(message.get("body", b""))
             if self._size <= _MOST_KEPT:
@@ -82,12 +85,12 @@ class _IncomingBody:
 
 
 class _OutgoingAnswer:
-    """One answer on its way out. `is_lost`: its replica was lost before it said anything, and nothing was
-    sent, since the request may be repeated."""
+    """One answer on its way out. `has_begun`: some of it was sent. It has not where its replica was lost
+    before it said anything: there the proxy sends nothing, or a bare status 500."""
 
-    def __init__(self, send: Send, may_repeat: bool) -> None:
-        self._send, self._may_repeat = send, may_repeat
-        self._replaced = self._streams = self._ended = self.is_lost = False
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._replaced = self._streams = self._ended = self.has_begun = False
 
     async def send(self, message: Message) -> None:
         """Pass a message on, or what replaces it."""
@@ -97,11 +100,10 @@ class _OutgoingAnswer:
             self._streams = kind.startswith("text/event-stream")
             if message["status"] >= 400 and not kind.startswith("application/json"):
                 self._replaced = self._ended = True
-                if message["status"] == 500 and self._may_repeat:
-                    self.is_lost = True
-                else:
+                if message["status"] != 500:
                     await self.send_error(_error_for(message["status"], headers))
                 return
+            self.has_begun = True
         if self._replaced:
             return
         if message["type"] == "http.response.body" and not message.get("more_body", False):
@@ -116,6 +118,7 @@ class _OutgoingAnswer:
 
     async def send_error(self, error: ApiError) -> None:
         """The whole answer is this error."""
+        self.has_begun = True
         body = error.encode()
         headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers()}
         raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
@@ -123,9 +126,9 @@ class _OutgoingAnswer:
         await self._send({"type": "http.response.body", "body": body})
 
 
-def _lost_replica(retry_after_s: float = 5) -> ApiError:
+def _lost_replica() -> ApiError:
     message = "the replica that was answering is gone"
-    return ApiError(503, message, code="replica_lost", retry_after_s=retry_after_s)
+    return ApiError(503, message, code="replica_lost", retry_after_s=_RETRY_AFTER_S)
 
 
 def _error_for(status: int, headers: Headers) -> ApiError:
@@ -133,8 +136,6 @@ def _error_for(status: int, headers: Headers) -> ApiError:
     retry_after_s = float(given) if given.isdigit() else _RETRY_AFTER_S
     if status == 404:  # of the proxy: an endpoint has all addresses, so there is none
         message, code = "the endpoint is not up: it starts or stops", "not_ready"
-    elif status == 500:
-        return _lost_replica(retry_after_s)
     elif status == 503:
         message, code = "the server is busy; try again later", "overloaded"
     else:
