@@ -49,7 +49,8 @@ SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)  # of the first objective
 
 @dataclass(frozen=True)
 class Front:
-    """What is the same at all balances of a front. `guided` without `heads`: guided SFT."""
+    """What is the same at all balances of a front. Without `heads`: SFT, guided where there are candidates,
+    else one point."""
 
     heads: bool
     num_candidates: int = 1
@@ -69,9 +70,16 @@ class Front:
             parts.append(f"temperature {self.temperature:g}")
         return ", ".join(parts)
 
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Shares of the first objective in its balances."""
+        return SHARES if self.heads or self.num_candidates > 1 else (0.5,)
+
     def method(self, balance: Weights, name: str) -> Method:
         """One point of the front."""
         guidance = balance if self.num_candidates > 1 else None
+        if not self.heads and guidance is None:
+            return Method(name, "sft")
         if not self.heads:
             return Method(name, "guided_sft", guidance=guidance, num_candidates=self.num_candidates)
         return Method(
@@ -85,6 +93,10 @@ class Front:
 
 
 FRONTS = (
+    Front(heads=False),
+    Front(heads=False, temperature=0.7),
+    Front(heads=False, temperature=0.5),
+    Front(heads=False, temperature=0.3),
     Front(heads=True),
     Front(heads=False, num_candidates=5),
     Front(heads=True, num_candidates=5),
@@ -115,12 +127,13 @@ def main() -> None:
     parser.add_argument("--students", type=int, default=240)
     parser.add_argument("--optimism", action="store_true", help="what the guide predicts against the outcome")
     parser.add_argument("--table", nargs="+", type=Path, help="result files to compare")
+    parser.add_argument("--unite", nargs="+", action="append", default=[], help="fronts that are one, too")
     parser.add_argument("--over", default="policy", help="front that the others are compared with")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.table:
         results = [result for file in arguments.table for result in read(file)]
-        print(fronts_table(of_all(results), arguments.over))
+        print(fronts_table(of_all(results), arguments.over, arguments.unite))
         return
     config = RunConfig.model_validate(yaml.safe_load(Path(arguments.run, "config.yaml").read_text()))
     player = make_player(config, arguments)
@@ -166,7 +179,7 @@ def play_front(
     title = f"{label} {front.name}".strip()
     plain = player.config
     player.config = at_temperature(plain, front.temperature)
-    for share in SHARES:
+    for share in front.shares:
         name = f"{title} | {share:g}"
         if all(result.name != name for result in results):
             balance = Weights({first: share, second: 1 - share})
@@ -199,21 +212,24 @@ def of_all(results: Sequence[MethodResult]) -> list[MethodResult]:
     ]
 
 
-def fronts_table(results: Sequence[MethodResult], over: str) -> str:
-    """A row per front that has all its points."""
+def fronts_table(results: Sequence[MethodResult], over: str, united: Sequence[Sequence[str]] = ()) -> str:
+    """A row per front that has all its points, and one for each of the united ones."""
     objectives = tuple(results[0].values)
     whole = ComparisonTable(results, objectives)
     indices: dict[str, list[int]] = {}
     for index, result in enumerate(results):
         indices.setdefault(result.name.split(" | ")[0], []).append(index)
+    for names in united:
+        indices[" and ".join(names)] = [index for name in names for index in indices[name]]
     base, base_samples = whole.hypervolumes(indices[over])
     rows = []
-    whole_fronts = {name: own for name, own in indices.items() if len(own) == len(SHARES)}
-    for name, own in whole_fronts.items():
+    for name, own in indices.items():
+        if len(own) < len(SHARES) and results[own[0]].kind != "sft":
+            continue  # has not all its points yet
         volume, samples = whole.hypervolumes(own)
         low, high = percentile_interval(samples, 0.95)
         low_d, high_d = percentile_interval(samples - base_samples, 0.95)
-        points = [whole.points[index] for index in own]
+        shown = [whole.points[index] for index in own] if len(own) <= len(SHARES) else []
         members = [results[index] for index in own]
         kl = [math.nan if m.kl_to_reference is None else m.kl_to_reference for m in members]
         rows.append(
@@ -221,7 +237,8 @@ def fronts_table(results: Sequence[MethodResult], over: str) -> str:
                 name,
                 f"{volume:.3f} [{low:.3f}, {high:.3f}]",
                 "" if name == over else f"{volume - base:+.3f} [{low_d:+.3f}, {high_d:+.3f}]",
-                *(" / ".join(f"{value:.3f}" for value in point) for point in points),
+                *(" / ".join(f"{value:.3f}" for value in point) for point in shown),
+                *[""] * (len(SHARES) - len(shown)),
                 f"{min(kl):.2f} to {max(kl):.2f}",
                 f"{max(m.malformed_rate for m in members):.1%}",
                 f"{np.mean([m.tokens for m in members]) / whole.dialogues:.0f}",
