@@ -14,6 +14,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,16 @@ import torch
 from safetensors.torch import load_file
 from tiny_run import EXAMPLE, TINY, mahalo
 
+from mahalo_ray.cli.common import open_session
 from mahalo_ray.config import load_config
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import CandidateSet, Dialogue, PreferencePair
-from mahalo_ray.pipeline.run import pipeline
+from mahalo_ray.pipeline.portfolio_checks import check_portfolio
+from mahalo_ray.pipeline.portfolios import PortfolioDemand, candidates_of
+from mahalo_ray.pipeline.run import pipeline, sweep_pipeline
 from mahalo_ray.pipeline.stages import Manifest
-from mahalo_ray.sweeps.sweep_table import SweepTable
+from mahalo_ray.sweeps.front_report import fronts_of_run
+from mahalo_ray.sweeps.sweep_table import TRAINING_SWEEP, SweepPoint, SweepTable
 
 pytestmark = pytest.mark.slow
 
@@ -168,6 +174,43 @@ def test_fronts_of_runs_are_one_page_that_asks_no_host(whole_run: Path, tmp_path
     page = (tmp_path / "front.html").read_text()
     assert "http://www.w3.org/2000/svg" in page and len(re.findall("https?://", page)) == 1
     assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_trained_policies_stand_beside_the_sweep_and_a_portfolio_of_both_is_checked(
+    whole_run: Path, tmp_path: Path
+) -> None:
+    """All in one Ray: a policy trained for one objective alone, from the run's own policy; both fronts; and a
+    portfolio, played on problems that it has not met."""
+    run = str(tmp_path / "run")
+    shutil.copytree(whole_run, run, ignore=shutil.ignore_patterns("checkpoints", "tune"))
+    trains = ["sweep={kind: training, weights: [{accuracy: 1}]}", "cluster.train_workers=1"]
+    config = load_config(EXAMPLE, [*TINY, f"output={run}", *trains])
+    with open_session(config):
+        sweep_pipeline(config).run(config, (TRAINING_SWEEP,), session=nullcontext)
+        (point,) = SweepTable.of_run(run, TRAINING_SWEEP).points
+        assert point.started_from == "policy" and point.mean is not None and point.training_seconds
+        assert point.training_steps and point.steps_from_sft and point.model
+        assert point.steps_from_sft > point.training_steps
+        chosen = candidates_of(run, "both").choose(PortfolioDemand(size=2), resamples=20)
+        members = replace(chosen, members=tuple(range(len(chosen.values))))  # whatever answers, it is played
+        check = check_portfolio(run, members, 2, 2, 17, lambda config: nullcontext(), lambda *news: None)
+    folders = ("policy/model", _model_of(point))
+    own, trained = (load_file(f"{run}/{folder}/heads.safetensors") for folder in folders)
+    assert (own["heads.accuracy.weight"] != trained["heads.accuracy.weight"]).any()
+    assert (own["heads.engagement.weight"] == trained["heads.engagement.weight"]).all()  # it had no pairs
+    assert SweepTable.of_run(run).points and (tmp_path / "run" / "report" / "report.html").exists()
+    fronts = [front.name for front in fronts_of_run(run, named=False)]
+    assert "fixed training weights" in fronts and "surf weights" in fronts
+    assert "the policies that the sweep trained" in chosen.best
+    assert [policy["model"] for policy in chosen.policies if "model" in policy] == [_model_of(point)]
+    assert check.problems == 2 and len(check.balances) == 2
+    assert all(one.low <= one.loss <= one.high for one in check.certified)
+    assert json.loads((tmp_path / "run" / "portfolio_check.json").read_text())["problems"] == 2
+
+
+def _model_of(point: SweepPoint) -> str:
+    """The folder of a trained policy, as a path in its run."""
+    return f"{TRAINING_SWEEP}/{point.model}"
 
 
 def test_a_run_in_a_store_equals_the_one_on_disk(whole_run: Path, s3: str) -> None:

@@ -87,11 +87,21 @@ def portfolio(
     weights: Annotated[
         str | None, typer.Option(help="Show the member and certified loss here: accuracy=.6,engagement=.4.")
     ] = None,
+    check: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Play the portfolio on new problems, against the policy at so many random weights."
+        ),
+    ] = 0,
+    dialogues: Annotated[
+        int | None, typer.Option(min=2, help="With --check: new problems. Default: evaluation.dialogues.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="With --check: of the random weights.")] = 17,
     debug: Debug = False,
 ) -> None:
     """A few policies of a finished run of which one is nearly the best at every balance; saved in the run.
 
-    With --weights alone, the saved portfolio is asked.
+    With --weights or --check alone, the saved portfolio is asked.
     """
 
     def work() -> None:
@@ -103,8 +113,24 @@ def portfolio(
         console = wide_enough(out)
         asked = None if weights is None else Weights.parse(weights)
         makes_one = (eps, delta, size) != (None, None, None) or evaluate > 0
-        if asked is not None and not makes_one:
-            portfolios.print_choice(console, Portfolio.of_run(run), asked)
+
+        def checked(chosen: Portfolio) -> None:
+            from mahalo_ray.pipeline.portfolio_checks import check_portfolio, print_check
+
+            with RunProgress(out) as display, display.stage("Play on new problems") as progress:
+                progress.start(0, "methods")
+                found = check_portfolio(run, chosen, check, dialogues, seed, open_session, progress.update)
+            print_check(console, found)
+
+        if dialogues is not None and not check:
+            raise ValueError("--dialogues is for --check: give it a number of random weights")
+        if (asked is not None or check) and not makes_one:
+            saved = Portfolio.of_run(run)
+            if asked is not None:
+                portfolios.print_choice(console, saved, asked)
+            if check:
+                with storage.run_lock(storage.absolute(run)):
+                    checked(saved)
             return
         if (eps, delta, size) == (None, None, None):
             raise ValueError("say how good or how large it has to be: --eps (and --delta), or --size")
@@ -120,6 +146,8 @@ def portfolio(
                 say(f"further policies: {count}")
             chosen = found.choose(demand)
             files = portfolios.save_portfolio(run, found, demand, chosen)
+            if check:
+                checked(chosen)
         portfolios.print_portfolio(console, chosen)
         if asked is not None:
             portfolios.print_choice(console, chosen, asked)

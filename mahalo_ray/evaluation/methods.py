@@ -45,7 +45,8 @@ class Method:
     """What is compared: a row of the table. `weights` None: the SFT model; `guidance` None: no guidance;
     `strength`: of a policy with heads, 0 at the SFT model's head, 1 at the policy's own.
 
-    `model_url` is a baseline's own model, of one head, made for `weights`; None: the run's policy, or SFT.
+    `model_url` is a model of its own, made for `weights` (a baseline's, or one that a sweep trained; of one
+    head, or decoded at `weights`); None: the run's policy, or SFT.
     """
 
     name: str
@@ -143,7 +144,8 @@ class MethodPlayer:
         else:
             policy, _ = load_policy(method.model_url, self.placement)
             heads = policy.model.objectives if isinstance(policy, MultiHeadPolicy) else ()
-            mix = HeadMix(Weights.one(heads[0]) if heads else None, method.strength)
+            single = Weights.one(heads[0]) if heads else None
+            mix = HeadMix(method.weights if len(heads) > 1 else single, method.strength)
         policy.check_mix(mix)
         return policy, mix
 

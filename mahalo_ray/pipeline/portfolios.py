@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -115,7 +115,8 @@ class SweptPolicies:
         samples = None
         if resamples:
             samples = bootstrap_values(np.stack(self.values), resamples, seed) / scale
-        return chosen.described(tuple(self.policies), unit, _BEST[self.kind], samples, self.sweep)
+        named = chosen.described(tuple(self.policies), unit, _BEST[self.kind], samples, self.sweep)
+        return replace(named, scale=tuple(scale.tolist()))
 
 
 def candidates_of(run: str, policies: str | None = None) -> SweptPolicies:
@@ -226,7 +227,16 @@ def split_worst_cells(
         )
     folder = storage.absolute(run)
     config = decoding_config_of(folder)
-    spec = SweepSpec(
+    spec = run_spec(folder, config)
+    before = len(found.vectors)
+    with session(config):
+        play_rounds(spec, [WorstCells(config, found, demand, tolerance, at_most)], config.cluster, progress)
+    return len(found.vectors) - before
+
+
+def run_spec(folder: str, config: RunConfig) -> SweepSpec:
+    """What it takes to play policies of the finished run in this folder as its sweep has done."""
+    return SweepSpec(
         sft_url=run_model(folder, "sft"),
         policy_url=run_model(folder, "policy"),
         reward_url=run_model(folder, "reward"),
@@ -238,10 +248,6 @@ def split_worst_cells(
         domain=domain_for_workers(config.domain),
         objectives=config.objective_names,
     )
-    before = len(found.vectors)
-    with session(config):
-        play_rounds(spec, [WorstCells(config, found, demand, tolerance, at_most)], config.cluster, progress)
-    return len(found.vectors) - before
 
 
 def config_of(run: str) -> RunConfig:

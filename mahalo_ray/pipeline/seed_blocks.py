@@ -43,12 +43,13 @@ def round_seed(config: RunConfig, number: int) -> int:
     return first_seed(config.seed, "pair_rollouts") + (number - 1) * config.pair_rollouts.dialogues
 
 
-def fresh_students(config: RunConfig) -> tuple[int, ...]:
+def fresh_students(config: RunConfig, more: int = 0) -> tuple[int, ...]:
     """Seeds of the students behind the reported table: `evaluation.dialogues` of them, each with a problem
     (by its `problem_key`) that occurs in no dialogue that the run trains on.
 
     Problems are few (in tutoring two or three operations on small numbers), so students drawn without looking
-    would bring many that SFT has seen worked. ConfigError when the block has too few others.
+    would bring many that SFT has seen worked. `more`: so many further ones behind them. ConfigError when the
+    block has too few others.
     """
     domain = load_domain(config.domain)
     trained_on = {
@@ -61,7 +62,7 @@ def fresh_students(config: RunConfig) -> tuple[int, ...]:
         for purpose, dialogues in trained_on.items()
         for number in range(dialogues)
     }
-    first, wanted = first_seed(config.seed, "evaluation"), config.evaluation.dialogues
+    first, wanted = first_seed(config.seed, "evaluation"), config.evaluation.dialogues + more
     candidates = range(first, first + BLOCK_SIZE)
     if isinstance(domain, GivenProblems):
         seeds = tuple(itertools.islice(domain.evaluation_seeds(candidates, seen), wanted))
@@ -75,8 +76,9 @@ def fresh_students(config: RunConfig) -> tuple[int, ...]:
     seeds = tuple(itertools.islice(unseen, wanted))
     if len(seeds) < wanted:
         raise ConfigError(
-            f"'evaluation.dialogues' is {wanted}: only {len(seeds)} of the domain's {BLOCK_SIZE} students "
-            "bring a problem that no training dialogue has; lower it, or 'domain.sft_dialogues'"
+            f"'evaluation.dialogues' is {config.evaluation.dialogues}{f' and {more} more' if more else ''}: "
+            f"only {len(seeds)} of the domain's {BLOCK_SIZE} students bring a problem that no training "
+            "dialogue has; lower it, or 'domain.sft_dialogues'"
         )
     return seeds
 

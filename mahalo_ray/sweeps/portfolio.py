@@ -53,6 +53,7 @@ class Portfolio:
         samples: [resamples, N, objectives] bootstrap means of the values, which make intervals; None where
             the values are exact.
         sweep: fingerprint of the run's sweep that it was made from; "" where it was made from none.
+        scale: what every objective was divided by to make `values`; empty where nobody said.
     """
 
     objectives: tuple[str, ...]
@@ -68,6 +69,7 @@ class Portfolio:
     best: str = "the given policies"
     samples: FloatArray | None = None
     sweep: str = ""
+    scale: tuple[float, ...] = ()
 
     def member(self, weights: Weights) -> int:
         """The member (a row of `values`) that is worth most at these weights."""
@@ -178,6 +180,7 @@ class Portfolio:
                 "unit": self.unit,
                 "best": self.best,
                 "sweep": self.sweep,
+                "scale": list(self.scale),
                 "samples": None if self.samples is None else finite_or_none(self.samples.round(6).tolist()),
             },
         )
@@ -221,6 +224,7 @@ class Portfolio:
                 gap=int(document["gap"]),
                 policies=tuple(dict(policy) for policy in document.get("policies", ())),
                 samples=None if samples is None else np.array(samples, dtype=np.float64),
+                scale=tuple(float(value) for value in document.get("scale", ())),
                 **{name: str(document[name]) for name in later},
             )
         except (KeyError, TypeError, json.JSONDecodeError, ValueError) as error:

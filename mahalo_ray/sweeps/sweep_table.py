@@ -213,7 +213,7 @@ def _type_of(column: str) -> pa.DataType:
 def print_sweep(console: Console, table: SweepTable) -> None:
     """Every point with mean and interval per objective, and what it cost."""
     drawn = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    drawn.add_column("method", max_width=40, overflow="fold")
+    drawn.add_column("method", min_width=18, max_width=40, overflow="fold")
     trains = any(point.training_steps is not None for point in table.points)
     trained = ("trained from", "steps (from SFT)", "training s") if trains else ()
     for title in (*table.objectives, "n", "tokens", "seconds", "round", *trained):
