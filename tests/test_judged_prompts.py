@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
+from tiny_run import SIZES, mahalo
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from mahalo_ray.config import ConfigError, DomainConfig, RunConfig, load_config
 from mahalo_ray.domains.judged_prompts import PromptsDomain
 from mahalo_ray.domains.maths.word_problems import make_word_problem, write_solution
 from mahalo_ray.domains.protocol import load_domain
+from mahalo_ray.domains.sft_text import train_tokenizer
 from mahalo_ray.pipeline.seed_blocks import check_domain, domain_for_workers, fresh_students
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "gsm8k.yaml"
@@ -117,3 +121,29 @@ def test_workers_get_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert placed.prompts is not None and placed.prompts.path == str(tmp_path / "a.jsonl")
     assert placed.prompts.evaluation_path == "hub:openai/gsm8k/main:test"
     assert domain_for_workers(DomainConfig()) == DomainConfig()
+
+
+@pytest.mark.slow
+def test_a_whole_run_of_a_base_model_on_own_prompts(tmp_path: Path) -> None:
+    """From prompts to the report in one document, over a random model of the kind that people have."""
+    prompts = write_prompts(tmp_path / "a.jsonl", 200)
+    texts = [str(value) for line in prompts.read_text().splitlines() for value in json.loads(line).values()]
+    tokenizer = train_tokenizer(texts, 400)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Qwen2Config(vocab_size=len(tokenizer), num_key_value_heads=2, tie_word_embeddings=True, **shape)
+    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    Qwen2ForCausalLM(config).save_pretrained(str(tmp_path / "base"))
+    tokenizer.save_pretrained(str(tmp_path / "base"))
+    settings = [
+        *(setting for setting in SIZES if not setting.startswith("model.scratch")),
+        *(f"model.base={tmp_path / 'base'}", f"domain.prompts.path={prompts}"),
+        *("domain.sft_dialogues=64", "sft.training.learning_rate=0.004"),
+    ]
+    said = mahalo("run", str(EXAMPLE), output=tmp_path / "run", settings=settings)
+    assert "Report: " in said
+    results = json.loads((tmp_path / "run" / "report" / "results.json").read_text())
+    assert {"sft", "guided", "head"} <= {row["kind"] for row in results["rows"]}
+    assert set(results["methods"][0]["values"]) == {"accuracy", "engagement"}
+    assert (tmp_path / "run" / "reward_rollouts" / "traces").is_dir()
+    assert (tmp_path / "run" / "sft_data" / "quarantine.parquet").is_file()
