@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,16 +124,23 @@ def settings_of(pairs: str, base: str, extends: str, **changes: Any) -> PolicySe
     given = {"extends": extends, "head_noise": 0.3, "metrics_every_steps": 1, "training": training}
     policy = PolicyConfig.model_validate({**given, **changes})
     made = world.policy_settings(pairs, base, policy, 0.3, world.MODEL)
-    return PolicySettings(**{**made.__dict__, "objectives": ("engagement",)})
+    return replace(made, objectives=("engagement",))
 
 
 @pytest.mark.usefixtures("one_process")
-def test_loss_and_kl_of_a_head_alone_are_against_the_base(base: str, one_head: str, tmp_path: Path) -> None:
-    pairs = world.save_pairs(tmp_path, world.make_pairs((14,), ("engagement",)))
-    recipe = PolicyRecipe(settings_of(pairs, base, one_head))
+@pytest.mark.parametrize("objective", ["engagement", "accuracy"])
+def test_loss_and_kl_are_against_the_base(objective: str, base: str, one_head: str, tmp_path: Path) -> None:
+    """Of a new head, and where the policy itself is trained on (`start_url`)."""
+    pairs = world.save_pairs(tmp_path, world.make_pairs((14,), (objective,)))
+    settings = settings_of(pairs, base, one_head)
+    if objective == "accuracy":
+        policy = settings.policy.model_copy(update={"extends": None})
+        settings = replace(settings, policy=policy, start_url=one_head, objectives=(objective,))
+    recipe = PolicyRecipe(settings)
     model: Any = recipe.build_model()
-    (group,) = recipe.parameter_groups(model)
-    assert [id(p) for p in group["params"]] == [id(model.head("engagement").weight)]
+    groups = recipe.parameter_groups(model)
+    assert [id(p) for p in groups[-1]["params"]] == [id(model.head(objective).weight)]
+    assert (len(groups) == 1) == (objective == "engagement")
     reference: Any = AutoModelForCausalLM.from_pretrained(base)
 
     def both(row: int, completions: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -142,7 +150,7 @@ def test_loss_and_kl_of_a_head_alone_are_against_the_base(base: str, one_head: s
         with torch.no_grad(), world.ordinary_attention(model):
             states = model.hidden_states(whole)[0, start:-1]
             logits = reference(whole).logits[0, start:-1]
-            return model.head("engagement")(states).log_softmax(-1), logits.log_softmax(-1), ids
+            return model.head(objective)(states).log_softmax(-1), logits.log_softmax(-1), ids
 
     losses = []
     for row in recipe.batches[0]:
@@ -165,8 +173,8 @@ def test_loss_and_kl_of_a_head_alone_are_against_the_base(base: str, one_head: s
         new, old, ids = both(row, recipe._pairs.chosen)
         kl, tokens = kl + float((new.exp() * (new - old)).sum()), tokens + len(ids)
     found = recipe.probe.metrics(infer, model)
-    assert {name for name in found if name.endswith("/kl")} == {"engagement/kl"}
-    assert found["engagement/kl"] == pytest.approx(kl / tokens, rel=1e-4)
+    assert {name for name in found if name.endswith("/kl")} == {f"{objective}/kl"}
+    assert found[f"{objective}/kl"] == pytest.approx(kl / tokens, rel=1e-4)
 
 
 @pytest.mark.usefixtures("one_process")
@@ -195,7 +203,7 @@ def test_what_cannot_be_extended_is_said(base: str, one_head: str, tmp_path: Pat
     narrow = settings_of(pairs, base, one_head)
     model_config = narrow.model.model_copy(update={"dtype": "bfloat16"})
     with pytest.raises(ValueError, match=r"stored in float32, and .* is bfloat16"):
-        PolicyRecipe(PolicySettings(**{**narrow.__dict__, "model": model_config}))
+        PolicyRecipe(replace(narrow, model=model_config))
     rows = [{"prompt": "ab", "chosen": "cd", "rejected": "ef"}]
     extending = PolicyConfig(extends=one_head)
     with pytest.raises(ValueError, match="has a head for each of accuracy already"):
