@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 import numpy as np
 
 CHAT = "/v1/chat/completions"
+# `transformers serve` gives a reason and no `[DONE]`.
+_ENDED = re.compile(rb'data: \[DONE\]|"finish_reason":\s*"(stop|length)"')
 _SOME_TEXT = re.compile(rb'"content":\s*"[^"]')
 
 
@@ -58,7 +60,7 @@ async def ask(address: tuple[str, int], prefix: str, body: bytes, since: float |
     head_bytes, _, answer = bytes(received).partition(b"\r\n\r\n")
     status = int(head_bytes.split(b" ", 2)[1]) if head_bytes else 0
     if status == 200:
-        return Outcome(200, first, whole, text_of(answer), b"data: [DONE]" in answer)
+        return Outcome(200, first, whole, text_of(answer), _ENDED.search(answer) is not None)
     told = re.search(rb"\r\nretry-after: (\d+)", head_bytes.lower())
     is_error = b'"error":' in answer.replace(b'"error" :', b'"error":')
     return Outcome(status, whole, whole, "", is_error, float(told[1]) if told else None)
