@@ -33,16 +33,6 @@ TOPICS: dict[str, tuple[str, ...]] = {
     "bird": ("heron", "magpie", "osprey", "plover", "raven", "siskin", "swift", "wagtail"),
     "craft": ("baskets", "bells", "boats", "candles", "clocks", "lace", "lutes", "saddles"),
     "tree": ("alder", "birch", "cedar", "elm", "hazel", "larch", "rowan", "willow"),
-    "feast": (
-        "apple day",
-        "flag day",
-        "ice fair",
-        "kite week",
-        "lamp night",
-        "moon fair",
-        "seed day",
-        "wool fair",
-    ),
 }
 _SHARES: dict[Knowledge, float] = {"well": 0.5, "little": 0.2, "not": 0.3}
 _ASKED: dict[Knowledge, float] = {"well": 1.0, "little": 0.1, "not": 0.5}  # in the SFT text, relative
