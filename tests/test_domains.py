@@ -12,6 +12,7 @@ from tiny_guided import ASK, memorised, reward, tokenizer
 from tiny_run import EXAMPLE, SIZES, mahalo
 
 from mahalo_ray.config import ConfigError, SamplingConfig, load_config
+from mahalo_ray.data.records import PreferencePair, StepTrace
 from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.decoding.engine import Engine
 from mahalo_ray.decoding.policy import CausalPolicy
@@ -267,34 +268,36 @@ def engine_of(batch: DialogueBatch) -> Engine:
     return batch.tutor.engine
 
 
-# --- whole runs
+# --- runs
 
-SMALL = [
-    *SIZES,
-    "domain.sft_dialogues=300",
-    "guided.num_candidates=2",
-    "cluster={train_workers: 1, rollout_actors: 1}",
-]
+ONE_OF_EACH = "cluster={train_workers: 1, rollout_actors: 1}"
+SMALL = [*SIZES, "domain.sft_dialogues=300", "guided.num_candidates=2", ONE_OF_EACH]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("example", "objectives", "compared"),
-    [
-        ("human_values", ("helpful", "honest", "truthful"), "pairs"),  # whole answers
-        ("brevity", ("complete", "brief"), "traces"),  # steps, in a domain that is not part of the package
-    ],
-)
-def test_a_whole_run(example: str, objectives: tuple[str, ...], compared: str, tmp_path: Path) -> None:
-    one = ", ".join(f"{name}: 1" for name in objectives)
-    settings = [*SMALL, f"sweep={{weights: [{{{one}}}]}}"]
-    file = EXAMPLE.with_name(f"{example}.yaml")
-    said = mahalo("run", str(file), output=tmp_path, settings=settings, modules=EXAMPLE.parent)
-    assert "Report: " in said
-    assert (tmp_path / "reward_rollouts" / compared).is_dir()
+def test_a_run_of_steps_in_a_domain_that_is_not_part_of_the_package(tmp_path: Path) -> None:
+    """All stages but the endpoint."""
+    settings = [*SMALL, "sweep={weights: [{complete: 1, brief: 1}]}"]
+    example = str(EXAMPLE.with_name("brevity.yaml"))
+    mahalo("report", example, output=tmp_path, settings=settings, modules=EXAMPLE.parent)
     results = json.loads((tmp_path / "report" / "results.json").read_text())
     kinds = [row["kind"] for row in results["rows"]]
-    assert sorted(kinds) == sorted(["sft", "guided_sft", "guided", "weights", *["head"] * len(objectives)])
-    assert set(results["methods"][0]["values"]) == set(objectives)
-    answers = json.loads((tmp_path / "serve" / "answers.json").read_text())
-    assert set(answers["answers"][0]["objectives"]) == set(objectives)
+    assert sorted(kinds) == ["guided", "guided_sft", "head", "head", "sft", "weights"]
+    assert all(set(method["values"]) == {"complete", "brief"} for method in results["methods"])
+    traces = StepTrace.load(str(tmp_path / "reward_rollouts" / "traces"))
+    assert {name for trace in traces for name in trace.labels} == {"complete", "brief"}
+    assert {trace.prompt[-1].role for trace in traces} == {"user", "assistant"}  # first steps and later ones
+
+
+@pytest.mark.slow
+def test_a_run_of_whole_answers_learns_its_reward_from_pairs(tmp_path: Path) -> None:
+    """What is different before the pairs of the policy."""
+    example = str(EXAMPLE.with_name("human_values.yaml"))
+    larger = (
+        "reward_rollouts={dialogues: 12, candidates: 3, continuations: 1, sampling: {max_new_tokens: 40}}"
+    )
+    mahalo("reward", example, output=tmp_path, settings=[*SMALL, larger, "domain.sft_dialogues=2000"])
+    pairs = PreferencePair.load(str(tmp_path / "reward_rollouts" / "pairs"))
+    assert {pair.objective for pair in pairs} == {"helpful", "honest", "truthful"}
+    assert all((pair.chosen_score or 0) > (pair.rejected_score or 0) for pair in pairs)
+    assert (tmp_path / "reward" / "manifest.json").exists()
