@@ -296,7 +296,7 @@ def test_a_run_of_whole_answers_learns_its_reward_from_pairs(tmp_path: Path) -> 
     larger = (
         "reward_rollouts={dialogues: 12, candidates: 3, continuations: 1, sampling: {max_new_tokens: 40}}"
     )
-    mahalo("reward", example, output=tmp_path, settings=[*SMALL, larger, "domain.sft_dialogues=2000"])
+    mahalo("reward", example, output=tmp_path, settings=[*SMALL, larger, *learned])
     pairs = PreferencePair.load(str(tmp_path / "reward_rollouts" / "pairs"))
     assert {pair.objective for pair in pairs} == {"helpful", "honest", "truthful"}
     assert all((pair.chosen_score or 0) > (pair.rejected_score or 0) for pair in pairs)
