@@ -293,6 +293,7 @@ def test_a_run_of_steps_in_a_domain_that_is_not_part_of_the_package(tmp_path: Pa
 def test_a_run_of_whole_answers_learns_its_reward_from_pairs(tmp_path: Path) -> None:
     """What is different before the pairs of the policy."""
     example = str(EXAMPLE.with_name("human_values.yaml"))
+    learned = ("domain.sft_dialogues=2000", "reward.held_out_fraction=0")
     larger = (
         "reward_rollouts={dialogues: 12, candidates: 3, continuations: 1, sampling: {max_new_tokens: 40}}"
     )
