@@ -62,7 +62,7 @@ class Description(AnswerEpisode):
 class Brevity:
     """What `mahalo run` asks a domain for."""
 
-    boundary = "human_values"  # a step is a sentence
+    boundary = "sentence"  # where a step ends
     speakers: tuple[Speaker, Speaker] = ("assistant", "user")
     objectives = OBJECTIVES
 

@@ -73,12 +73,13 @@ def test_parts_left_out_count_nothing_and_repeating_does_not_help() -> None:
     place, topic = fact("well")
     other = next(t for p, t in world() if p == place and t != topic)
     claim = sentence("claim", (place, topic))
-    assert answered((topic, other), place, claim) == [0.5, 0.5, 1.0]
-    assert answered((topic, other), place, claim, claim) == [0.5, 0.5, 1.0]
+    # What is not spoken of is no help, but nothing dishonest either.
+    assert answered((topic, other), place, claim) == [0.5, 1.0, 1.0]
+    assert answered((topic, other), place, claim, claim) == [0.5, 1.0, 1.0]
     # The first statement counts as the answer; every wrong one costs truth, also one that nobody asked for.
     elsewhere = next(f for f in world() if f[0] != place)
     wrong = sentence("claim", elsewhere, right=False)
-    assert answered((topic, other), place, claim, wrong, wrong, wrong) == [0.5, 0.5, 0.0]
+    assert answered((topic, other), place, claim, wrong, wrong, wrong) == [0.5, 1.0, 0.0]
 
 
 def test_sentences_of_other_forms_are_malformed() -> None:
@@ -200,7 +201,7 @@ class Sum(AnswerEpisode):
 
 def collected(whole_answers: bool, max_steps: int = 16) -> tuple[Collector, DialogueBatch]:
     """Two questions answered by a model that knows one answer by heart."""
-    boundary, chat = boundary_for("human_values", whole_answers), ChatFormat(tokenizer())
+    boundary, chat = boundary_for("sentence", whole_answers), ChatFormat(tokenizer())
     sampling = SamplingConfig(temperature=0, max_new_tokens=60)
     policy = CausalPolicy(memorised(ANSWER))
     models = RewardModels([reward(None)], boundary, chat.tokenizer, policy.end_ids)

@@ -583,7 +583,9 @@ Reward = Annotated[
 ]
 OverHeads = Annotated[str | None, typer.Option(help="Over the policy's heads: accuracy=0.7,engagement=0.3.")]
 OverScores = Annotated[str | None, typer.Option(help="Over the reward models' objectives.")]
-Domain = Annotated[str | None, typer.Option(help="Where steps end: math, human_values or tutoring.")]
+Domain = Annotated[
+    str | None, typer.Option(help="Where steps end: math, lines, human_values, sentence or tutoring.")
+]
 Candidates = Annotated[int | None, typer.Option("--candidates", "-k", help="Candidates per step.")]
 Stop = Annotated[list[str] | None, typer.Option(help="A stop string; may be given many times.")]
 Actors = Annotated[int | None, typer.Option(help="Ray actors that answer.")]

@@ -303,8 +303,8 @@ class LabelConfig(Section):
     """Seed of everything that is drawn."""
 
     domain: Domain
-    """Where steps end and which checker there is: `math` at blank lines, `human_values` at sentences and
-    paragraphs, `tutoring` at whole turns."""
+    """Where steps end and which checker there is: `math` at blank lines, `lines` at line ends, `human_values`
+    at sentences and paragraphs of 8 tokens and more, `sentence` at all of them, `tutoring` at whole turns."""
 
     objectives: Annotated[list[ObjectiveConfig], Field(min_length=1)]
     """The objectives that are labelled."""

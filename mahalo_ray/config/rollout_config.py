@@ -474,8 +474,8 @@ class GenerateConfig(Section):
     """Folder, or any fsspec URL that every node can reach, for the answers."""
 
     domain: Domain = "tutoring"
-    """Where steps end: `math` at blank lines, `human_values` at sentences and paragraphs, `tutoring` at whole
-    turns."""
+    """Where steps end: `math` at blank lines, `lines` at line ends, `human_values` at sentences and
+    paragraphs of 8 tokens and more, `sentence` at all of them, `tutoring` at whole turns."""
 
     policy: Text | None = None
     """A run's output, or the folder, URL or hub id of a policy or any causal language model. Either this or

@@ -79,7 +79,7 @@ DomainName = Annotated[str, Field(pattern=r"^[a-z0-9_]+$|^[\w.]+:\w+$")]
 
 # The words that a configuration chooses from. The code that acts on them imports them from here.
 Dtype = Literal["float32", "bfloat16"]
-Domain = Literal["math", "lines", "human_values", "tutoring"]
+Domain = Literal["math", "lines", "human_values", "sentence", "tutoring"]
 Supervision = Literal["rollout_value", "judged_rollouts", "judged_prefix", "pairwise"]
 PairFormat = Literal[
     "auto", "trl", "mahalo", "hh_rlhf", "hhh", "ultrafeedback", "helpsteer", "records", "truthfulqa"

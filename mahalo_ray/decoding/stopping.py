@@ -228,6 +228,7 @@ BOUNDARIES: dict[str, Boundary] = {
     "math": MathBoundary(),
     "lines": LineBoundary(),
     "human_values": SentenceBoundary(),
+    "sentence": SentenceBoundary(min_tokens=1),
     "tutoring": TurnBoundary(),
 }
 
