@@ -113,7 +113,7 @@ def play(config: RunConfig, model: str, students: int) -> list[MethodResult]:
     seeds = fresh_students(config.model_copy(update={"evaluation": evaluation}))[own:]
     reward = run_model(config.output, "reward")
     sft = run_model(config.output, "sft")
-    of_domain = (config.domain.name, config.objective_names)
+    of_domain = (config.domain, config.objective_names)
     player = MethodPlayer(sft, model, reward, DeviceConfig(), config.evaluation, seeds, *of_domain)
     vectors = [Weights({first: share, second: 1 - share}) for share in SHARES]
     methods = [Method(f"{w[first]:g}", "weights", weights=w, sweep=True) for w in vectors]

@@ -5,11 +5,11 @@
     python benchmarks/which_dial.py --table OUT/dials.json OUT/ten.json --over "guided SFT, K 5"
     python benchmarks/which_dial.py runs/quickstart OUT/guide.json --optimism
 
-Every front has the same five balances (1, .75, .5, .25 and 0 of the first objective) and the same students,
-whom no stage of the run has met; the domain's program judges. The balance is that of the heads, of the guide,
-or (guided policy) of both. Results are written after every method, and what the file holds is not played
-again. `--table` gives hypervolume over (0, 0), its paired difference to the front `--over`, and the cost:
-tokens through the policy per dialogue (prompts, replies, all candidates).
+Every front has the same balances (`--shares` of the first objective) and the same students, whom no stage of
+the run has met; the domain's program judges. The balance is that of the heads, of the guide, or (guided
+policy) of both. Results are written after every method, and what the file holds is not played again.
+`--table` gives hypervolume over (0, 0), its paired difference to the front `--over`, and the cost: tokens
+through the policy per dialogue (prompts, replies, all candidates).
 
 `--optimism` plays the balance 0.5 / 0.5 alone and compares what the guide predicts of the last tutor turn of
 a dialogue with what the program then finds: the difference is the guide's error on what was chosen by it.
@@ -70,11 +70,6 @@ class Front:
             parts.append(f"temperature {self.temperature:g}")
         return ", ".join(parts)
 
-    @property
-    def shares(self) -> tuple[float, ...]:
-        """Shares of the first objective in its balances."""
-        return SHARES if self.heads or self.num_candidates > 1 else (0.5,)
-
     def method(self, balance: Weights, name: str) -> Method:
         """One point of the front."""
         guidance = balance if self.num_candidates > 1 else None
@@ -124,6 +119,7 @@ def main() -> None:
     parser.add_argument("--policy", help="play this policy instead of the run's")
     parser.add_argument("--label", default="", help="put before the names of this policy's fronts")
     parser.add_argument("--fronts", nargs="+", help=f"default: all of {', '.join(f.name for f in FRONTS)}")
+    parser.add_argument("--shares", nargs="+", type=float, default=SHARES, help="of the first objective")
     parser.add_argument("--students", type=int, default=240)
     parser.add_argument("--optimism", action="store_true", help="what the guide predicts against the outcome")
     parser.add_argument("--table", nargs="+", type=Path, help="result files to compare")
@@ -145,7 +141,10 @@ def main() -> None:
     known = {front.name: front for front in FRONTS}
     results = read(arguments.output) if arguments.output.exists() else []
     for name in arguments.fronts or known:
-        play_front(player, known[name], arguments.label, config.objective_names, results, arguments.output)
+        front, names = known[name], config.objective_names
+        is_one_point = not front.heads and front.num_candidates == 1
+        shares = (0.5,) if is_one_point else arguments.shares
+        play_front(player, front, shares, arguments.label, names, results, arguments.output)
     print(fronts_table(of_all(results), results[0].name.split(" | ")[0]))
 
 
@@ -156,7 +155,7 @@ def make_player(config: RunConfig, arguments: argparse.Namespace) -> MethodPlaye
     seeds = fresh_students(config.model_copy(update={"evaluation": evaluation}))[own:]
     policy = arguments.policy or run_model(arguments.run, "policy")
     sft, reward = run_model(arguments.run, "sft"), run_model(arguments.run, "reward")
-    of_domain = (config.domain.name, config.objective_names)
+    of_domain = (config.domain, config.objective_names)
     return MethodPlayer(sft, policy, reward, DeviceConfig(), config.evaluation, seeds, *of_domain)
 
 
@@ -169,6 +168,7 @@ def at_temperature(config: EvaluationConfig, temperature: float) -> EvaluationCo
 def play_front(
     player: MethodPlayer,
     front: Front,
+    shares: Sequence[float],
     label: str,
     objectives: Sequence[str],
     results: list[MethodResult],
@@ -179,7 +179,7 @@ def play_front(
     title = f"{label} {front.name}".strip()
     plain = player.config
     player.config = at_temperature(plain, front.temperature)
-    for share in front.shares:
+    for share in shares:
         name = f"{title} | {share:g}"
         if all(result.name != name for result in results):
             balance = Weights({first: share, second: 1 - share})
@@ -213,23 +213,25 @@ def of_all(results: Sequence[MethodResult]) -> list[MethodResult]:
 
 
 def fronts_table(results: Sequence[MethodResult], over: str, united: Sequence[Sequence[str]] = ()) -> str:
-    """A row per front that has all its points, and one for each of the united ones."""
+    """A row per front, and one for each of the united ones; of the points, those at `SHARES`."""
     objectives = tuple(results[0].values)
     whole = ComparisonTable(results, objectives)
     indices: dict[str, list[int]] = {}
     for index, result in enumerate(results):
         indices.setdefault(result.name.split(" | ")[0], []).append(index)
-    for names in united:
-        indices[" and ".join(names)] = [index for name in names for index in indices[name]]
+    if unknown := {over, *(name for names in united for name in names)} - set(indices):
+        raise SystemExit(f"no front is called {', '.join(sorted(unknown))}; there are {', '.join(indices)}")
+    united_names = [" and ".join(names) for names in united]
+    for united_name, names in zip(united_names, united, strict=True):
+        indices[united_name] = [index for name in names for index in indices[name]]
     base, base_samples = whole.hypervolumes(indices[over])
     rows = []
     for name, own in indices.items():
-        if len(own) < len(SHARES) and results[own[0]].kind != "sft":
-            continue  # has not all its points yet
         volume, samples = whole.hypervolumes(own)
         low, high = percentile_interval(samples, 0.95)
         low_d, high_d = percentile_interval(samples - base_samples, 0.95)
-        shown = [whole.points[index] for index in own] if len(own) <= len(SHARES) else []
+        at = {results[index].name.split(" | ")[1]: whole.points[index] for index in own}
+        shown = [at.get(f"{share:g}") if name not in united_names else None for share in SHARES]
         members = [results[index] for index in own]
         kl = [math.nan if m.kl_to_reference is None else m.kl_to_reference for m in members]
         rows.append(
@@ -237,14 +239,14 @@ def fronts_table(results: Sequence[MethodResult], over: str, united: Sequence[Se
                 name,
                 f"{volume:.3f} [{low:.3f}, {high:.3f}]",
                 "" if name == over else f"{volume - base:+.3f} [{low_d:+.3f}, {high_d:+.3f}]",
-                *(" / ".join(f"{value:.3f}" for value in point) for point in shown),
-                *[""] * (len(SHARES) - len(shown)),
+                str(len(own)),
+                *("" if point is None else " / ".join(f"{value:.3f}" for value in point) for point in shown),
                 f"{min(kl):.2f} to {max(kl):.2f}",
                 f"{max(m.malformed_rate for m in members):.1%}",
                 f"{np.mean([m.tokens for m in members]) / whole.dialogues:.0f}",
             ]
         )
-    header = ["front", "hypervolume", f"minus {over}", *(f"at {share:g}" for share in SHARES)]
+    header = ["front", "hypervolume", f"minus {over}", "points", *(f"at {share:g}" for share in SHARES)]
     columns = [*header, "KL", "malformed", "tokens per dialogue"]
     return f"{whole.dialogues} students, {', '.join(objectives)}\n" + table(columns, rows)
 
