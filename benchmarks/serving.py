@@ -265,6 +265,7 @@ def compare_with_peer(
     options: argparse.Namespace, config: RunConfig, client: Client, results: dict[str, Any]
 ) -> None:
     """The merged policy, greedy and unguided, here and behind `transformers serve`."""
+    from mahalo_ray.models.backbone import load_tokenizer
     from mahalo_ray.pipeline.artifacts import export
 
     weights = config.guided.point[0]
@@ -278,6 +279,7 @@ def compare_with_peer(
     with tempfile.TemporaryDirectory() as parent:
         folder = str(Path(parent) / "merged")
         export(options.run, folder, weights)
+        end = load_tokenizer(folder).eos_token
         theirs = [body_of(question, number, model=folder, **greedy) for number, question in enumerate(asked)]
         threads = max(1, int(config.serve.cpus_per_replica))
         here = {clients: client(endpoint_client.at_once, ours, clients) for clients in _levels(options)}
@@ -286,9 +288,9 @@ def compare_with_peer(
             peer(endpoint_client.at_once, theirs[:2], 1)  # warm
             for clients, (own, texts) in here.items():
                 other, their_texts = peer(endpoint_client.at_once, theirs, clients)
-                # Its streams may begin with the prompt.
+                # Its streams begin with the prompt and show the end token.
                 pairs = zip(texts, their_texts, strict=True)
-                differ = sum(not theirs.strip().endswith(ours.strip()) for ours, theirs in pairs)
+                differ = sum(not theirs.removesuffix(end).endswith(ours) for ours, theirs in pairs)
                 results["peer"].append({"clients": clients, "ours": own, "peer": other, "differ": differ})
 
 

@@ -93,9 +93,12 @@ def sign_output(output: str) -> None:
 
 
 def check_inputs(config: BaseModel, output: str) -> None:
-    """ConfigError if something that the configuration reads lies in the output folder, which is written."""
+    """ConfigError if something that the configuration reads lies in the output folder, which is written. The
+    endpoint's further models may: it reads finished stages."""
     root = _real(output)
     for key, value in _inputs(config):
+        if key.startswith("serve."):
+            continue
         if posixpath.join(_real(value), "").startswith(posixpath.join(root, "")) and storage.exists(value):
             raise ConfigError(
                 f"'{key}': '{value}' lies in the output folder '{output}', where files are written and "
