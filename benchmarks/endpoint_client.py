@@ -76,7 +76,8 @@ def text_of(answer: bytes) -> str:
     return text
 
 
-def _address(url: str) -> tuple[tuple[str, int], str]:
+def address_of(url: str) -> tuple[tuple[str, int], str]:
+    """Host and port, and the path before every address."""
     parts = urlsplit(url)
     assert parts.hostname is not None and parts.port is not None
     return (parts.hostname, parts.port), parts.path.rstrip("/")
@@ -116,7 +117,7 @@ def at_once(url: str, bodies: Sequence[bytes], clients: int) -> tuple[dict[str, 
     """All bodies once, so many at a time: each client asks again when it has its answer."""
 
     async def measure() -> tuple[list[Outcome], float]:
-        address, prefix = _address(url)
+        address, prefix = address_of(url)
         outcomes: dict[int, Outcome] = {}
         numbers = itertools.count()
 
@@ -140,7 +141,7 @@ def at_rate(
     was due. GET /health is asked meanwhile."""
 
     async def measure() -> tuple[list[Outcome], list[float], float]:
-        address, prefix = _address(url)
+        address, prefix = address_of(url)
         rng = random.Random(0)
         asked: list[asyncio.Task[Outcome]] = []
         health: list[float] = []
@@ -181,7 +182,7 @@ def with_retries(
     """Clients that ask without a pause and come back as Retry-After says when they are refused."""
 
     async def measure() -> tuple[list[Outcome], list[int], float]:
-        address, prefix = _address(url)
+        address, prefix = address_of(url)
         outcomes: list[Outcome] = []
         asked: list[int] = []
         numbers = itertools.count()

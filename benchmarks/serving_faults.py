@@ -1,0 +1,184 @@
+"""An endpoint of two replicas under load while things go wrong: what clients see.
+
+- a replica is killed (SIGKILL) under 16 clients that ask for whole answers, then under 16 that stream;
+- 300 clients send the head of a request and one byte of its body, over and over, beside 8 that ask;
+- 150 clients ask for a stream and never read it, beside 8 that ask.
+
+    python benchmarks/serving_faults.py runs/quickstart --output faults.json     # two minutes
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import endpoint_client
+import psutil
+import yaml
+from endpoint_client import CHAT, Outcome, ask, percentiles
+from measuring import machine, table, write_results
+from serving import body_of, endpoint, questions
+
+from mahalo_ray.config import RunConfig
+
+_REPLICAS = 2
+_REPLACED_WITHIN_S = 120.0
+
+
+def replicas() -> list[psutil.Process]:
+    """The processes that hold the models."""
+    started = psutil.Process().children(recursive=True)
+    return [process for process in started if "ServeReplica" in " ".join(process.cmdline())]
+
+
+async def load(
+    url: str, bodies: Sequence[bytes], clients: int, seconds: float, event: Callable[[], Any] | None = None
+) -> list[tuple[int, Outcome]]:
+    """Clients that ask without a pause and come back when they are told to; `event` after a quarter of the
+    time. The number of the question and what came of it, for every request."""
+    address, prefix = endpoint_client.address_of(url)
+    found: list[tuple[int, Outcome]] = []
+    started = time.perf_counter()
+
+    async def client(number: int) -> None:
+        while time.perf_counter() - started < seconds:
+            outcome = await ask(address, prefix, bodies[number % len(bodies)])
+            found.append((number % len(bodies), outcome))
+            number += clients
+            if outcome.status != 200:
+                await asyncio.sleep(min(2.0, outcome.retry_after_s or 1.0))
+
+    async def strike() -> None:
+        await asyncio.sleep(seconds / 4)
+        if event is not None:
+            event()
+
+    await asyncio.gather(strike(), *(client(number) for number in range(clients)))
+    return found
+
+
+def head_of(prefix: str, size: int) -> bytes:
+    return (
+        f"POST {prefix}{CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {size}\r\n\r\n"
+    ).encode()
+
+
+async def send_slowly(url: str) -> None:
+    """The beginning of a request, and another when the server gives up."""
+    address, prefix = endpoint_client.address_of(url)
+    while True:
+        try:
+            reader, writer = await asyncio.open_connection(*address)
+            writer.write(head_of(prefix, 500) + b"{")
+            await reader.read(100)
+            writer.close()
+        except OSError:
+            await asyncio.sleep(0.1)
+
+
+async def read_nothing(url: str, body: bytes) -> None:
+    """Ask for a stream and leave it where it is."""
+    address, prefix = endpoint_client.address_of(url)
+    _, writer = await asyncio.open_connection(*address, limit=1)
+    writer.write(head_of(prefix, len(body)) + body)
+    await asyncio.sleep(3600)
+
+
+async def besieged(
+    url: str, bodies: Sequence[bytes], crowd: Sequence[Any], seconds: float
+) -> list[tuple[int, Outcome]]:
+    """Eight ordinary clients beside a crowd of others."""
+    tasks = [asyncio.create_task(each) for each in crowd]
+    await asyncio.sleep(3)
+    found = await load(url, bodies, 8, seconds)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    return found
+
+
+def summarise(found: Sequence[tuple[int, Outcome]], right: dict[int, str] | None) -> dict[str, Any]:
+    """`right`: the texts of the questions, None where the answers are not streams."""
+    outcomes = [outcome for _, outcome in found]
+    good = [(number, o) for number, o in found if o.status == 200 and (right is None or o.is_whole)]
+    return {
+        "requests": len(found),
+        "good": len(good),
+        "refused_in_openai_form": sum(o.status != 200 and o.is_whole for o in outcomes),
+        "broken_streams": sum(o.status == 200 and right is not None and not o.is_whole for o in outcomes),
+        "nothing_or_plain_text": sum(o.status != 200 and not o.is_whole for o in outcomes),
+        "wrong": 0 if right is None else sum(right.get(number, o.text) != o.text for number, o in good),
+        "whole_s": percentiles([o.whole_s for _, o in good]),
+    }
+
+
+def kill_one() -> None:
+    """One of the replicas, once all are there."""
+    replicas()[0].kill()
+
+
+def wait_for_all() -> None:
+    """Until a lost replica has been replaced; RuntimeError if it is not."""
+    deadline = time.monotonic() + _REPLACED_WITHIN_S
+    while len(replicas()) < _REPLICAS:
+        if time.monotonic() > deadline:
+            raise RuntimeError("the lost replica was not replaced")
+        time.sleep(0.5)
+    time.sleep(5)  # it loads its models
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", help="output folder of a finished run")
+    parser.add_argument("--seconds", type=float, default=16.0, help="of each part")
+    parser.add_argument("--output", type=Path, default=None, help="results as JSON")
+    options = parser.parse_args()
+    config = RunConfig.model_validate(yaml.safe_load((Path(options.run) / "config.yaml").read_text()))
+    serve = config.serve.model_copy(update={"replicas": _REPLICAS})
+    results: dict[str, Any] = {"machine": machine()}
+    asked = questions(config, 24)
+    streams = [body_of(question, number) for number, question in enumerate(asked)]
+    whole = [body_of(question, number, stream=False) for number, question in enumerate(asked)]
+    with endpoint(options.run, config.model_copy(update={"serve": serve})) as url:
+        calm = asyncio.run(load(url, streams, 8, options.seconds / 2))
+        right = {number: outcome.text for number, outcome in calm if outcome.is_whole}
+        results["calm, streams"] = summarise(calm, right)
+        found = asyncio.run(load(url, whole, 16, options.seconds, kill_one))
+        results["a replica killed, whole answers"] = summarise(found, None)
+        wait_for_all()
+        found = asyncio.run(load(url, streams, 16, options.seconds, kill_one))
+        results["a replica killed, streams"] = summarise(found, right)
+        wait_for_all()
+        slow = [send_slowly(url) for _ in range(300)]
+        results["300 slow bodies"] = summarise(
+            asyncio.run(besieged(url, streams, slow, options.seconds / 2)), right
+        )
+        deaf = [read_nothing(url, streams[number % len(streams)]) for number in range(150)]
+        results["150 that do not read"] = summarise(
+            asyncio.run(besieged(url, streams, deaf, options.seconds / 2)), right
+        )
+    rows = [
+        [
+            name,
+            *(str(value) for key, value in found.items() if key != "whole_s"),
+            str(found["whole_s"]["max"]),
+        ]
+        for name, found in results.items()
+        if name != "machine"
+    ]
+    print(
+        table(["", "requests", "good", "refused", "broken", "plain or nothing", "wrong", "longest s"], rows)
+    )
+    if options.output is not None:
+        write_results(options.output, results)
+
+
+if __name__ == "__main__":
+    main()
