@@ -110,7 +110,9 @@ def endpoint(run: str, config: RunConfig) -> Iterator[str]:
     from mahalo_ray.serving.service import Defaults
 
     weights, guidance = config.guided.point
-    settings = config.serve.model_copy(update={"port": 0, "api_key_env": None, "api_key_file": None})
+    settings = config.serve.model_copy(
+        update={"port": 0, "models": [], "api_key_env": None, "api_key_file": None}
+    )
     defaults = Defaults(weights, guidance, config.guided.num_candidates, config.evaluation.sampling)
     models = (run_model(run, stage) for stage in ("policy", "reward"))
     with (
