@@ -318,7 +318,9 @@ def test_guidellm(url: str, tokenizer_folder: str, tmp_path: Path) -> None:
 # -- the document --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/score", "other"])
+@pytest.mark.parametrize(
+    "path", ["/v1/chat/completions", "/v1/completions", "/v1/score", "/v1/student", "other"]
+)
 def test_schemathesis_finds_no_undocumented_answer(url: str, path: str) -> None:
     """Requests drawn from the document, valid and not: every answer is as the document says, and none a 500.
 
