@@ -287,16 +287,15 @@ def test_a_run_of_steps_in_a_domain_that_is_not_part_of_the_package(tmp_path: Pa
     assert all(set(method["values"]) == {"complete", "brief"} for method in results["methods"])
     traces = StepTrace.load(str(tmp_path / "reward_rollouts" / "traces"))
     assert {name for trace in traces for name in trace.labels} == {"complete", "brief"}
-    assert {trace.prompt[-1].role for trace in traces} == {"user", "assistant"}  # first steps and later ones
 
 
 @pytest.mark.slow
 def test_a_run_of_whole_answers_learns_its_reward_from_pairs(tmp_path: Path) -> None:
-    """What is different before the pairs of the policy."""
+    """What is different here comes before the pairs of the policy."""
     example = str(EXAMPLE.with_name("human_values.yaml"))
     learned = ("domain.sft_dialogues=2000", "reward.held_out_fraction=0")
     larger = (
-        "reward_rollouts={dialogues: 12, candidates: 3, continuations: 1, sampling: {max_new_tokens: 40}}"
+        "reward_rollouts={dialogues: 24, candidates: 3, continuations: 1, sampling: {max_new_tokens: 40}}"
     )
     mahalo("reward", example, output=tmp_path, settings=[*SMALL, larger, *learned])
     pairs = PreferencePair.load(str(tmp_path / "reward_rollouts" / "pairs"))
