@@ -35,7 +35,7 @@ _RESAMPLES = 1000
 @dataclass(frozen=True)
 class CheckedBalance:
     """One random balance. `loss`: what the member that answers lacks against the best rival on the new
-    problems, with its own interval; `bound` and its interval: what was certified (infinite: nothing)."""
+    problems (negative: it is better), with its own interval; `bound` and its interval: what was certified (infinite: nothing)."""
 
     weights: dict[str, float]
     member: str
@@ -172,7 +172,7 @@ def _checked(
         dict(balance),
         member.name,
         worst.name,
-        max(0.0, float(losses[worst].mean())),
+        float(losses[worst].mean()),
         low,
         high,
         bound,
