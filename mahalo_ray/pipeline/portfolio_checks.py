@@ -35,7 +35,8 @@ _RESAMPLES = 1000
 @dataclass(frozen=True)
 class CheckedBalance:
     """One random balance. `loss`: what the member that answers lacks against the best rival on the new
-    problems (negative: it is better), with its own interval; `bound` and its interval: what was certified (infinite: nothing)."""
+    problems (negative: it is better), with its own interval; `bound` and its interval: what was certified
+    (infinite: nothing)."""
 
     weights: dict[str, float]
     member: str
