@@ -63,7 +63,7 @@ def test_problems_are_worked_to_the_end_by_a_solver_that_never_slips() -> None:
     for seed in range(200):
         problem = make_word_problem(random.Random(seed))
         assert 2 <= len(problem.changes) <= 5
-        assert all(1 <= change.operation.result <= 40 for change in problem.changes)
+        assert all(1 <= change.operation.result <= 24 for change in problem.changes)
         for change in problem.changes:
             assert f"{change.event}." in problem.question
         lines = write_solution(problem, random.Random(seed), careful)
@@ -85,7 +85,7 @@ def test_engaging_solvers_need_more_words_than_there_are_and_slip_more() -> None
         right[voice.name] = sum(row[0] for row in solved) / len(solved)
         fitting[voice.name] = sum(row[1] for row in solved) / len(solved)
         engaging[voice.name] = sum(engagement(row[2][:-1]) for row in solved) / len(solved)
-    assert right["terse"] > 0.7 and right["chatty"] < 0.5
+    assert right["terse"] > 0.8 and right["chatty"] < 0.65
     assert fitting["terse"] > 0.95 and fitting["chatty"] < 0.3
     assert engaging["terse"] < 0.2 and engaging["chatty"] > 0.5
 
@@ -96,7 +96,7 @@ def test_an_episode_is_judged_as_worked_by_hand() -> None:
     episode = next(e for e in map(domain.episode, range(50)) if len(e.posed.changes) == 3)
     problem = episode.posed
     lines = write_solution(problem, random.Random(1), Voice("bare", 0.0, 0.0, 0.0, slip=0.0))
-    assert problem.word_limit == 37
+    assert problem.word_limit == 39
     asked = episode.fork(1)
     asked.take_step(f"{lines[0]} What comes next?\n")
     assert asked.judge_prefix() == {"engagement": pytest.approx(0.45)}
@@ -128,7 +128,7 @@ def test_scripted_solutions_are_well_formed_and_half_right() -> None:
     dialogues = [domain.sft_dialogue(seed) for seed in range(300)]
     assert not any(domain.is_malformed(dialogue.turns[1].content) for dialogue in dialogues)
     right = sum((dialogue.outcome or {})["accuracy"] for dialogue in dialogues) / len(dialogues)
-    assert 0.3 < right < 0.6
+    assert 0.4 < right < 0.6
     for text in ("", "So 1 + 2 = 3", "So 1 + 2 = 3. Buy now!", "1 + 2 = 3.", "#### three"):
         assert domain.is_malformed(text)
     assert not domain.is_malformed("Let us look. So 1 + 2 = 3. What comes next?\n")

@@ -14,7 +14,7 @@ from mahalo_ray.domains.maths.explanations import engagement, rate_step
 from mahalo_ray.domains.protocol import AnswerEpisode, DomainObjective, Speaker
 from mahalo_ray.domains.tutoring.problems import OPERATORS, Operation, Operator
 
-LARGEST_RESULT = 40
+LARGEST_RESULT = 24
 FEWEST_STEPS, MOST_STEPS = 2, 5
 
 _PEOPLE = ("Mia", "Ben", "Zoe", "Sam", "Lia", "Tom")
@@ -58,7 +58,7 @@ class WordProblem:
 
 def word_limit(steps: int) -> int:
     """Words for a solution of so many steps. A bare calculation takes 6, a question 3, a reason 6 to 9."""
-    return 10 + 9 * steps
+    return 12 + 9 * steps
 
 
 def make_word_problem(rng: random.Random) -> WordProblem:
@@ -80,7 +80,7 @@ def make_word_problem(rng: random.Random) -> WordProblem:
 def _draw(rng: random.Random, value: int) -> Operation:
     while True:
         operator = rng.choice(OPERATORS)
-        right = rng.randint(2, 3) if operator == "x" else rng.randint(2, 9)
+        right = rng.randint(2, 3) if operator == "x" else rng.randint(2, 7)
         operation = Operation(value, operator, right)
         if 1 <= operation.result <= LARGEST_RESULT:
             return operation
@@ -114,9 +114,9 @@ class Voice:
     repeats: float = 0.2
 
 
-TERSE = Voice("terse", 0.05, 0.05, 0.02, slip=0.08)
-CHATTY = Voice("chatty", 0.65, 0.65, 0.35, slip=0.28)
-MIXED_VOICE = Voice("mixed", 0.35, 0.3, 0.15, slip=0.16)
+TERSE = Voice("terse", 0.05, 0.05, 0.02, slip=0.03)
+CHATTY = Voice("chatty", 0.65, 0.65, 0.35, slip=0.16)
+MIXED_VOICE = Voice("mixed", 0.35, 0.3, 0.15, slip=0.08)
 VOICES = (TERSE, CHATTY, MIXED_VOICE)
 
 
