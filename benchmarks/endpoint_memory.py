@@ -3,8 +3,9 @@
 Runs the endpoint's app over a tiny policy and reward model in this process, without Ray and sockets, and
 sends requests of every kind: guided and not, streamed and whole, refused ones, scores, texts and stop
 strings that never come again. Resident memory is read every so often; the slope is that of a least-squares
-line over the second half. With --trace a second figure counts what Python itself holds (tracemalloc), which
-tells a leak from an allocator that keeps freed pages.
+line over the second half. Two more figures tell a leak from an allocator that keeps freed pages: what the C
+library has handed out and not got back (mallinfo2; glibc only), and how many blocks Python's objects occupy.
+--trace counts the bytes of these too (tracemalloc), several times slower.
 
     python benchmarks/endpoint_memory.py --requests 8000
 """
@@ -13,11 +14,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import ctypes
 import gc
 import json
+import sys
+import time
 import tracemalloc
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import httpx
 import numpy as np
@@ -92,39 +96,81 @@ def requests(count: int) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "/v1/chat/completions", body
 
 
-async def soak(count: int, every: int, trace: bool) -> list[tuple[int, float, float]]:
-    """[(requests answered, resident MiB, MiB held by Python)] every so many requests, 8 at a time."""
+_HEAP_COUNTS = (
+    *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+    *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+)
+
+
+class HeapCounts(ctypes.Structure):
+    """glibc's struct mallinfo2. `uordblks`: bytes in use on the heaps; `hblkhd`: in blocks of their own."""
+
+    _fields_: ClassVar = [(name, ctypes.c_size_t) for name in _HEAP_COUNTS]
+
+
+def bytes_in_use() -> float:
+    """What malloc has handed out, in MiB; Python's small objects are not among it. nan without glibc."""
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "mallinfo2"):
+        return float("nan")
+    library.mallinfo2.restype = HeapCounts
+    counts = library.mallinfo2()
+    return (counts.uordblks + counts.hblkhd) / MIB
+
+
+class Sample(NamedTuple):
+    """Memory after so many answers, in MiB; `blocks`: thousands of Python's."""
+
+    answered: int
+    resident: float
+    in_use: float
+    blocks: float
+    traced: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.answered:>8} requests {self.resident:>8.1f} MiB resident {self.in_use:>8.1f} in use "
+            f"{self.blocks:>8.1f} thousand blocks {self.traced:>8.2f} MiB traced"
+        )
+
+
+async def soak(count: int, every: int, seconds: float, trace: bool) -> list[Sample]:
+    """A sample every so many requests, 8 at a time, until so many are answered or so long has passed."""
+    began = time.monotonic()
     app = create_app(make_service())
-    process, samples = psutil.Process(), []
+    process, samples = psutil.Process(), list[Sample]()
     transport = httpx.ASGITransport(app)
     waiting = requests(count)
     answered = 0
     async with httpx.AsyncClient(transport=transport, base_url="http://soak", timeout=120) as client:
-        while batch := [item for _, item in zip(range(8), waiting, strict=False)]:
+        while time.monotonic() < began + seconds and (
+            batch := [item for _, item in zip(range(8), waiting, strict=False)]
+        ):
             answers = await asyncio.gather(*(client.post(path, json=body) for path, body in batch))
             assert all(answer.status_code in (200, 400) for answer in answers)
             answered += len(batch)
             if answered % every < len(batch):
                 gc.collect()
                 held = tracemalloc.get_traced_memory()[0] / MIB if trace else float("nan")
-                samples.append((answered, process.memory_info().rss / MIB, held))
-                print(
-                    f"{answered:>8} requests {samples[-1][1]:>8.1f} MiB resident {held:>8.2f} MiB in Python"
-                )
+                resident, blocks = process.memory_info().rss / MIB, sys.getallocatedblocks() / 1000
+                samples.append(Sample(answered, resident, bytes_in_use(), blocks, held))
+                print(samples[-1], flush=True)
     app.state.services.first.worker.close()
     return samples
 
 
-def slope(samples: list[tuple[int, float, float]], column: int) -> float:
-    """MiB per 1,000 requests over the second half of the samples."""
+def slope(samples: list[Sample], column: str) -> float:
+    """By how much it grows in 1,000 requests, over the second half of the samples."""
     late = samples[len(samples) // 2 :]
-    return 1000 * float(np.polyfit([s[0] for s in late], [s[column] for s in late], 1)[0])
+    values = [getattr(sample, column) for sample in late]
+    return 1000 * float(np.polyfit([sample.answered for sample in late], values, 1)[0])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--requests", type=int, default=8000)
     parser.add_argument("--every", type=int, default=500)
+    parser.add_argument("--seconds", type=float, default=600.0, help="stop after so long")
     parser.add_argument(
         "--trace", action="store_true", help="count Python's own memory too; several times slower"
     )
@@ -132,11 +178,10 @@ def main() -> None:
     torch.set_num_threads(1)
     if options.trace:
         tracemalloc.start()
-    samples = asyncio.run(soak(options.requests, options.every, options.trace))
-    report = {"requests": options.requests, "resident_mib_per_1000": round(slope(samples, 1), 3)}
-    if options.trace:
-        report["python_mib_per_1000"] = round(slope(samples, 2), 3)
-    print(json.dumps(report))
+    samples = asyncio.run(soak(options.requests, options.every, options.seconds, options.trace))
+    columns = ["resident", "in_use", "blocks", *(["traced"] if options.trace else [])]
+    growth = {name: round(slope(samples, name), 3) for name in columns}
+    print(json.dumps({"requests": samples[-1].answered, "per_1000_requests": growth}))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from mahalo_ray.decoding import sampling
 from mahalo_ray.decoding.engine import Engine
 from mahalo_ray.decoding.sampling import (
     SamplingBatch,
@@ -280,3 +281,17 @@ def test_draws_are_those_of_the_running_sum_over_the_whole_vocabulary(vocab_size
         == torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True)[:, 0].tolist()
     )
     assert torch.isfinite(logps).all()
+
+
+def test_many_branches_over_a_large_vocabulary_are_drawn_a_few_rows_at_a_time(monkeypatch):
+    torch.manual_seed(3)
+    kinds = [SamplingParams(temperature=0), SamplingParams(top_k=5), SamplingParams(top_p=0.7, min_p=0.01)]
+    batch = SamplingBatch.of([kinds[row % 3] for row in range(50)], torch.device("cpu"))
+    logits, uniform = torch.randn(50, 300).mul(3), torch.rand(50, dtype=torch.float64)
+    for with_logps in (True, False):
+        whole = draw(logits, batch, uniform, with_logps)
+        with monkeypatch.context() as limits:
+            limits.setattr(sampling, "_MOST_LOGITS", 7 * 300)
+            parts = draw(logits, batch, uniform, with_logps)
+        assert torch.equal(parts[0], whole[0])
+        assert torch.equal(parts[1], whole[1]) if with_logps else parts[1] is None

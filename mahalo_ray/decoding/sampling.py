@@ -73,11 +73,30 @@ def penalised(logits: Tensor, occurred: Tensor, penalty: Tensor) -> Tensor:
     return torch.where(occurred, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
+_MOST_LOGITS = 1 << 26
+
+
 def draw(
     logits: Tensor, params: SamplingBatch, uniform: Tensor, with_logps: bool
 ) -> tuple[Tensor, Tensor | None]:
     """One token per row: logits [B, V], uniform [B] in [0, 1) -> tokens [B] and, if wanted, the tokens'
     log-probs [B] under the policy itself (temperature 1, nothing cut off)."""
+    # Softmax, sorting and running sums take several times the logits' memory: of many branches over a large
+    # vocabulary, for some rows at a time.
+    rows = max(1, _MOST_LOGITS // logits.shape[1])
+    if len(logits) <= rows:
+        return _draw(logits, params, uniform, with_logps)
+    parts = [
+        _draw(logits[part], replace(params, table=params.table[part]), uniform[part], with_logps)
+        for part in (slice(start, start + rows) for start in range(0, len(logits), rows))
+    ]
+    tokens, logps = zip(*parts, strict=True)
+    return torch.cat(tokens), torch.cat(logps) if with_logps else None
+
+
+def _draw(
+    logits: Tensor, params: SamplingBatch, uniform: Tensor, with_logps: bool
+) -> tuple[Tensor, Tensor | None]:
     logits = logits.float()
     if params.all_greedy:
         tokens = logits.argmax(dim=-1)
