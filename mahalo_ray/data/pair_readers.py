@@ -43,38 +43,20 @@ from mahalo_ray.data.row_fields import (
     split_turns,
     to_finite,
 )
-from mahalo_ray.data.rows import BadRow, Place, ReadReport, RowLeftOut, UniqueIds, use_rows
+from mahalo_ray.data.rows import Place, ReadRecords, RowLeftOut, use_rows
 
 
 @dataclass
-class ReadPairs:
-    """Pairs of one or several sources, and what became of every row in `report`.
+class ReadPairs(ReadRecords[PreferencePair]):
+    """Pairs of one or several sources. `left_out`: rows of objectives that were not asked for, by
+    objective."""
 
-    `left_out`: rows of objectives that were not asked for, by objective. `take`: what is done with a pair,
-    instead of keeping it in `pairs`; a RowError that it raises puts the row into the quarantine.
-    """
-
-    pairs: list[PreferencePair] = field(default_factory=list)
-    report: ReadReport = field(default_factory=ReadReport)
     left_out: dict[str, int] = field(default_factory=dict)
-    take: Callable[[PreferencePair], None] | None = None
-    ids: UniqueIds = field(default_factory=UniqueIds)
 
     @property
-    def bad(self) -> list[BadRow]:
-        """The rows that cannot be used."""
-        return self.report.bad
-
-    @property
-    def rows(self) -> int:
-        """All rows that are there."""
-        return self.report.rows
-
-    def add(self, pair: PreferencePair, place: Place, source: str) -> None:
-        """One pair more; its id is made unique (see `UniqueIds`)."""
-        unique = self.ids.claim(pair.id, place, source)
-        pair = pair if unique == pair.id else pair.model_copy(update={"id": unique})
-        (self.take or self.pairs.append)(pair)
+    def pairs(self) -> list[PreferencePair]:
+        """The pairs that were kept."""
+        return self.kept
 
 
 def read_pairs(

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pyarrow as pa
@@ -29,7 +29,7 @@ from mahalo_ray.data.row_fields import (
     show,
     split_turns,
 )
-from mahalo_ray.data.rows import BadRow, Place, ReadReport, UniqueIds, use_rows
+from mahalo_ray.data.rows import BadRow, Place, ReadRecords, use_rows
 from mahalo_ray.objectives import Weights
 
 _PROMPT_FIELDS = ("prompt", "messages", "question", "problem", "input")
@@ -69,20 +69,13 @@ class PromptRow(Record):
 
 
 @dataclass
-class ReadPrompts:
-    """Prompts of one or several sources, and what became of every row in `report`. `take`: what is done with
-    a prompt, instead of keeping it in `prompts`."""
-
-    prompts: list[PromptRow] = field(default_factory=list)
-    report: ReadReport = field(default_factory=ReadReport)
-    taken: int = 0
-    take: Callable[[PromptRow], None] | None = None
-    ids: UniqueIds = field(default_factory=UniqueIds)
+class ReadPrompts(ReadRecords[PromptRow]):
+    """Prompts of one or several sources."""
 
     @property
-    def bad(self) -> list[BadRow]:
-        """The rows that cannot be used."""
-        return self.report.bad
+    def prompts(self) -> list[PromptRow]:
+        """The prompts that were kept."""
+        return self.kept
 
 
 def read_prompts(

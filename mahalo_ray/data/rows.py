@@ -10,7 +10,7 @@ import itertools
 import posixpath
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
 
 import pyarrow as pa
 
@@ -200,6 +200,52 @@ class UniqueIds:
             unique = f"{posixpath.join(source, place.name)}:{own}#{number}"
         self.taken.add(unique)
         return unique
+
+
+Kept = TypeVar("Kept", bound="Identified")
+
+
+class Identified(Protocol):
+    """A record with an id of its own."""
+
+    @property
+    def id(self) -> str: ...
+
+    def model_copy(self, *, update: Mapping[str, Any]) -> Self:
+        """The same with other fields."""
+        ...
+
+
+@dataclass
+class ReadRecords(Generic[Kept]):
+    """Records that were read from one or several sources, and what became of every row in `report`.
+
+    `take`: what is done with a record, instead of keeping it in `kept`; a RowError that it raises puts the
+    row into the quarantine. `taken`: how many there were.
+    """
+
+    kept: list[Kept] = field(default_factory=list)
+    report: ReadReport = field(default_factory=ReadReport)
+    taken: int = 0
+    take: Callable[[Kept], None] | None = None
+    ids: UniqueIds = field(default_factory=UniqueIds)
+
+    @property
+    def bad(self) -> list[BadRow]:
+        """The rows, and the parts of rows, that cannot be used."""
+        return self.report.bad
+
+    @property
+    def rows(self) -> int:
+        """All rows that are there."""
+        return self.report.rows
+
+    def add(self, record: Kept, place: Place, source: str) -> None:
+        """One record more; its id is made unique (see `UniqueIds`)."""
+        unique = self.ids.claim(record.id, place, source)
+        record = record if unique == record.id else record.model_copy(update={"id": unique})
+        (self.take or self.kept.append)(record)
+        self.taken += 1
 
 
 def use_rows(path: str, use: Callable[[Row, Place], None], report: ReadReport) -> None:

@@ -42,7 +42,7 @@ from mahalo_ray.data.row_fields import (
     show,
     split_turns,
 )
-from mahalo_ray.data.rows import BadRow, Place, ReadReport, UniqueIds, use_rows
+from mahalo_ray.data.rows import BadRow, Place, ReadRecords, use_rows
 from mahalo_ray.objectives import unknown_name
 
 Labels = Mapping[str | None, Sequence[Any]]
@@ -373,40 +373,19 @@ def format_of(row: Row) -> str:
 
 
 @dataclass
-class ReadTraces:
-    """Traces of one or several sources, and what became of every row in `report`.
-
-    A row may hold several traces. `take`: what is done with a trace, instead of keeping it in `traces`; a
-    RowError that it raises makes it an unusable one.
-    """
-
-    traces: list[StepTrace] = field(default_factory=list)
-    report: ReadReport = field(default_factory=ReadReport)
-    taken: int = 0
-    take: Callable[[StepTrace], None] | None = None
-    ids: UniqueIds = field(default_factory=UniqueIds)
+class ReadTraces(ReadRecords[StepTrace]):
+    """Traces of one or several sources. A row may hold several; a RowError raised by `take` makes one
+    unusable."""
 
     @property
-    def bad(self) -> list[BadRow]:
-        """The rows, and the parts of rows, that cannot be used."""
-        return self.report.bad
-
-    @property
-    def rows(self) -> int:
-        """All rows that are there."""
-        return self.report.rows
+    def traces(self) -> list[StepTrace]:
+        """The traces that were kept."""
+        return self.kept
 
     @property
     def seen(self) -> int:
         """Usable and unusable traces together: what a share of bad rows is a share of."""
         return self.taken + len(self.bad)
-
-    def add(self, trace: StepTrace, place: Place, source: str) -> None:
-        """One trace more; its id is made unique (see `UniqueIds`)."""
-        unique = self.ids.claim(trace.id, place, source)
-        trace = trace if unique == trace.id else trace.model_copy(update={"id": unique})
-        (self.take or self.traces.append)(trace)
-        self.taken += 1
 
 
 @dataclass(frozen=True)
