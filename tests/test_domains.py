@@ -12,7 +12,7 @@ from tiny_guided import ASK, memorised, reward, tokenizer
 from tiny_run import EXAMPLE, SIZES, mahalo
 
 from mahalo_ray.config import ConfigError, SamplingConfig, load_config
-from mahalo_ray.data.records import PreferencePair, StepTrace
+from mahalo_ray.data.records import StepTrace
 from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.decoding.engine import Engine
 from mahalo_ray.decoding.policy import CausalPolicy
@@ -269,7 +269,7 @@ def engine_of(batch: DialogueBatch) -> Engine:
     return batch.tutor.engine
 
 
-# --- runs
+# --- a run
 
 ONE_OF_EACH = "cluster={train_workers: 1, rollout_actors: 1}"
 SMALL = [*SIZES, "domain.sft_dialogues=300", "guided.num_candidates=2", ONE_OF_EACH]
@@ -287,18 +287,3 @@ def test_a_run_of_steps_in_a_domain_that_is_not_part_of_the_package(tmp_path: Pa
     assert all(set(method["values"]) == {"complete", "brief"} for method in results["methods"])
     traces = StepTrace.load(str(tmp_path / "reward_rollouts" / "traces"))
     assert {name for trace in traces for name in trace.labels} == {"complete", "brief"}
-
-
-@pytest.mark.slow
-def test_a_run_of_whole_answers_learns_its_reward_from_pairs(tmp_path: Path) -> None:
-    """What is different here comes before the pairs of the policy."""
-    example = str(EXAMPLE.with_name("human_values.yaml"))
-    learned = ("domain.sft_dialogues=2000", "reward.held_out_fraction=0")
-    larger = (
-        "reward_rollouts={dialogues: 24, candidates: 3, continuations: 1, sampling: {max_new_tokens: 40}}"
-    )
-    mahalo("reward", example, output=tmp_path, settings=[*SMALL, larger, *learned])
-    pairs = PreferencePair.load(str(tmp_path / "reward_rollouts" / "pairs"))
-    assert {pair.objective for pair in pairs} == {"helpful", "honest", "truthful"}
-    assert all((pair.chosen_score or 0) > (pair.rejected_score or 0) for pair in pairs)
-    assert (tmp_path / "reward" / "manifest.json").exists()
