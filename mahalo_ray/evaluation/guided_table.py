@@ -67,7 +67,7 @@ def guided_rows(
                     method=name,
                     means=rows[name].means,
                     relative={o: table.relative_change(table.method(name), sft, o) for o in table.objectives},
-                    by_seed=[_means(one.method(name)) for one in seeds or [table]],
+                    by_seed=[one.method(name).means for one in seeds or [table]],
                     kl_to_reference=rows[name].kl_to_reference,
                     malformed_rate=rows[name].malformed_rate,
                     tokens=rows[name].tokens,
@@ -77,10 +77,6 @@ def guided_rows(
         )
         for policy in policies
     ]
-
-
-def _means(result: MethodResult) -> dict[str, float]:
-    return {objective: sum(values) / len(values) for objective, values in result.values.items()}
 
 
 def pooled(results_by_seed: Sequence[Sequence[MethodResult]]) -> list[MethodResult]:

@@ -81,6 +81,11 @@ class MethodResult(BaseModel):
         return self
 
     @property
+    def means(self) -> dict[str, float]:
+        """Mean of each objective over the dialogues."""
+        return {name: sum(values) / len(values) for name, values in self.values.items()}
+
+    @property
     def family(self) -> Family | None:
         """The family that the method is a point of; None for SFT and guided methods."""
         return FAMILY_OF.get(self.kind) if self.guidance is None else None

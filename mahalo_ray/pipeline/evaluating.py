@@ -74,12 +74,8 @@ def play(context: Context[RunConfig], methods: list[Method]) -> StageResult:
     """Every method against the run's fresh students; needs the stages sft, policy and reward."""
     played = play_methods(play_spec(context), methods, context.config.cluster, methods_progress(context))
     storage.write_json(context.path(METHODS), [document_of(one) for one in played])
-    metrics = {one.result.name: _means(one.result) for one in played}
+    metrics = {one.result.name: one.result.means for one in played}
     return StageResult(metrics, {"methods": METHODS})
-
-
-def _means(result: MethodResult) -> dict[str, float]:
-    return {name: sum(values) / len(values) for name, values in result.values.items()}
 
 
 def report(context: Context[RunConfig]) -> StageResult:

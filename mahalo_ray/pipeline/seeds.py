@@ -119,12 +119,10 @@ class _SeedsReport:
             samples=samples(self.configs[0], self.documents[0]),
         )
         write_report(folder, self.table, self.claims, contents, self.fronts)
+        tables = self._tables(self.documents)
         by_seed = {
-            method.name: [
-                {name: sum(values) / len(values) for name, values in table.method(method.name).values.items()}
-                for table in self._tables(self.documents)
-            ]
-            for method in self.table.methods
+            name: [table.method(name).means for table in tables]
+            for name in (method.name for method in self.table.methods)
         }
         storage.write_json(storage.join(folder, "by_seed.json"), {"seeds": names, "methods": by_seed})
         if self.guided:

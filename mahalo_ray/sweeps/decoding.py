@@ -112,7 +112,7 @@ class SweepSpec:
 
     def trial_metrics(self, played: Played) -> dict[str, Any]:
         """What Ray Tune is told about a finished trial."""
-        means = {name: sum(values) / len(values) for name, values in played.result.values.items()}
+        means = played.result.means
         return {**means, "malformed_rate": played.result.malformed_rate, tune.result.DONE: True}
 
 
