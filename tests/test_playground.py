@@ -323,7 +323,7 @@ def test_a_point_of_the_front_sets_the_selected_balance_and_the_portfolio_follow
     complaints: list[str] = []
     page = visit(context, two.url, complaints)
     points = page.get_by_role("radio", name=re.compile("taken as sampled: reached accuracy"))
-    assert points.count() == 7  # the sweep's five and the two heads; the model before has no balance to take
+    expect(points).to_have_count(7)  # the sweep's five and the two heads; the model before has no balance
     slider = page.get_by_role("slider", name="Balance B, from accuracy to engagement")
     slider.focus()  # selects B
     page.get_by_role("radio", name=re.compile(r"^accuracy 75\s%, engagement 25")).click(force=True)
@@ -523,9 +523,9 @@ def test_a_link_carries_settings_and_question_but_no_key(context: BrowserContext
     other = context.new_page()
     other.goto(link)
     expect(other.locator("#message")).to_have_value("Is 'this' \"quoted\"?")
-    assert other.get_by_role("slider", name="Balance A, from accuracy to engagement").input_value() == "35"
-    assert other.input_value("#candidates") == "2"
-    assert other.input_value("#aggregation") == "soft_min"
+    expect(other.get_by_role("slider", name="Balance A, from accuracy to engagement")).to_have_value("35")
+    expect(other.locator("#candidates")).to_have_value("2")
+    expect(other.locator("#aggregation")).to_have_value("soft_min")
     assert other.url == two.url  # a reload keeps what is changed from here on
 
 
@@ -605,8 +605,8 @@ def test_a_reload_keeps_the_conversation_and_the_settings(context: BrowserContex
     page.reload()
     expect(page.locator(".turn")).to_have_count(1)
     assert last_answers(page) == before
-    assert page.input_value("#message") == "half a thou"
-    assert page.get_by_role("slider", name="Balance B, from accuracy to engagement").input_value() == "60"
+    expect(page.locator("#message")).to_have_value("half a thou")
+    expect(page.get_by_role("slider", name="Balance B, from accuracy to engagement")).to_have_value("60")
 
 
 @needs_browser
