@@ -183,7 +183,7 @@ def test_trained_policies_stand_beside_the_sweep_and_a_portfolio_of_both_is_chec
     portfolio, played on problems that it has not met."""
     run = str(tmp_path / "run")
     shutil.copytree(whole_run, run, ignore=shutil.ignore_patterns("checkpoints", "tune"))
-    trains = ["sweep={kind: training, weights: [{accuracy: 1}]}", "cluster.train_workers=1"]
+    trains = ["sweep={kind: training, weights: [{accuracy: 1}]}"]
     config = load_config(EXAMPLE, [*TINY, f"output={run}", *trains])
     with open_session(config):
         sweep_pipeline(config).run(config, (TRAINING_SWEEP,), session=nullcontext)

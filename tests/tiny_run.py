@@ -11,6 +11,7 @@ from pathlib import Path
 EXAMPLE = Path(__file__).parent.parent / "examples" / "quickstart.yaml"
 SIZES = [
     "model.scratch={hidden_size: 32, num_layers: 1, num_attention_heads: 2, intermediate_size: 32}",
+    "cluster.train_workers=1",  # two are for test_training_distributed.py
     "domain.sft_dialogues=64",
     "sft.training.epochs=1",
     "reward_rollouts={dialogues: 4, candidates: 3, continuations: 1, sampling: {max_new_tokens: 8}}",
