@@ -628,6 +628,12 @@ class PolicyConfig(Section):
         """The DPO temperature of one objective's pairs."""
         return self.beta[objective] if isinstance(self.beta, dict) else self.beta
 
+    def unmeasured(self, *without: str) -> dict[str, Any]:
+        """The values of this section for another training beside the run's own: without the figures that are
+        measured while training, unless a KL budget rests on them, and `without` these keys."""
+        measured = ("metrics_every_steps", "metrics_rows", "sampled_turns") if self.max_kl is None else ()
+        return self.model_dump(exclude={"gradient_cosine", *measured, *without})
+
     def trained_objectives(self, names: Sequence[str]) -> tuple[str, ...]:
         """Those of all objectives whose pairs the method trains on."""
         if self.objective is not None:

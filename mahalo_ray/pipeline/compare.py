@@ -122,7 +122,7 @@ def policy_settings(
     objective: str | None = None,
     mixture: Mapping[str, float] | None = None,
 ) -> PolicyConfig:
-    """The run's `policy` section for another method, at an equal budget (see the top of this file).
+    """The run's `policy` section for another method, at an equal budget: every pair is seen as often.
 
     `alpha` and `extends` are MAH-DPO's alone. Figures that are measured while training are left out, unless
     a KL budget, which all methods get, rests on them.
@@ -136,10 +136,7 @@ def policy_settings(
     trained = [name for name in config.objective_names if mixture.get(name, 0.0) > 0]
     trained = trained if objective is None else [objective]
     pairs_per_step = policy.training.batch_size * len(trained) // len(config.objective_names)
-    measured = (
-        {"metrics_every_steps", "metrics_rows", "sampled_turns"} if policy.max_kl is None else set[str]()
-    )
-    shared = policy.model_dump(exclude={"alpha", "gradient_cosine", "extends"} | measured)
+    shared = policy.unmeasured("alpha", "extends")
     return PolicyConfig.model_validate(
         {
             **shared,

@@ -43,10 +43,7 @@ def policy_config_at(
     shares = dict(zip(objectives, weights.over(objectives), strict=True))
     alpha = {name: policy.alpha.get(name, 1.0) * len(objectives) * shares[name] for name in objectives}
     trained = [name for name in objectives if alpha[name] > 0]
-    measured = (
-        {"metrics_every_steps", "metrics_rows", "sampled_turns"} if policy.max_kl is None else set[str]()
-    )
-    section = policy.model_dump(exclude={"gradient_cosine"} | measured)
+    section = policy.unmeasured()
     training = section["training"]
     training["batch_size"] = max(1, training["batch_size"] * len(trained) // len(objectives))
     training["epochs"] *= share
