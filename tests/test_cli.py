@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from processes import command_line
 from typer.testing import CliRunner
 
 from mahalo_ray import __version__
@@ -130,13 +131,14 @@ def killed_at_the_end(process: subprocess.Popen[str]) -> Iterator[None]:
 
 def ray_processes_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     found = psutil.Process(process.pid).children(recursive=True)
-    names = " ".join(" ".join(child.cmdline()) for child in found)
+    names = " ".join(command_line(child) or "" for child in found)
     assert "raylet" in names and "gcs_server" in names
     return found
 
 
 def still_running(processes: list[psutil.Process]) -> list[str]:
-    return [" ".join(p.cmdline()) for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    """The command lines of those that have not ended."""
+    return [line for line in map(command_line, processes) if line is not None]
 
 
 def working(processes: list[psutil.Process]) -> list[str]:
@@ -159,7 +161,12 @@ def test_a_stopped_run_leaves_no_process_and_goes_on(
         children = ray_processes_of(process)
         assert len(children) > 5
         assert 52365 not in ports_of(children)  # a Ray that is started later needs it
-        folders = {Path(a).parents[1] for p in children for a in p.cmdline() if a.endswith("gcs_server.err")}
+        folders = {
+            Path(a).parents[1]
+            for p in children
+            for a in (command_line(p) or "").split()
+            if a.endswith("gcs_server.err")
+        }
         (os.killpg if to_all else os.kill)(process.pid, number)
         text, _ = process.communicate(timeout=60)
         assert process.returncode == code, text

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
 import ray
 import yaml
 from local_endpoint import LocalEndpoint, Received, Scripted, says
+from processes import started_here
 from pydantic import ValidationError
 from rich.console import Console
 from tiny_reward_models import TOKENIZER, base
@@ -165,8 +165,7 @@ def test_killed_actors_and_killed_jobs_change_nothing(
 
     def update_and_kill(self: StageProgress, done: float, total: float | None = None, note: str = "") -> None:
         update(self, done, total, note)
-        workers = psutil.Process().children(recursive=True)
-        found = [worker for worker in workers if "LabelWorker" in " ".join(cmdline(worker))]
+        found = started_here("LabelWorker")
         if found and not victims:
             victims.append(found[0].pid)
             found[0].kill()
@@ -179,12 +178,6 @@ def test_killed_actors_and_killed_jobs_change_nothing(
     }
     for name, written in first.items():
         assert (killed / "labelled" / name).stat().st_mtime_ns == written  # not made again
-
-
-def cmdline(process: psutil.Process) -> list[str]:
-    with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-        return process.cmdline()
-    return []
 
 
 def wait_for(folder: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import os
-import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import ray
 import torch
+from processes import started_here
 from tiny_reward_models import CONFIG, byte_tokenizer
 from tiny_tutor import CHAT, SAMPLING, TOKENIZER, TUTOR, model
 from transformers import (
@@ -373,9 +373,9 @@ def test_the_output_does_not_depend_on_actors_or_deaths(
 
     def kill_once(done: int, total: int, note: str) -> None:
         if 0 < done < total and not victims:
-            found = [p for p in _workers() if b"RolloutWorker" in p[1]]
-            victims.append(found[0][0])
-            os.kill(found[0][0], signal.SIGKILL)
+            found = started_here("RolloutWorker")
+            victims.append(found[0].pid)
+            found[0].kill()
 
     report = run_rollouts(killed, chunks, ClusterConfig(rollout_actors=2), kill_once)
     assert victims and report.actor_deaths == 1
@@ -410,14 +410,3 @@ def test_too_many_deaths_end_the_stage_and_a_missing_model_ends_it_at_once(
     with pytest.raises(ValueError, match="missing") as caught:
         run_rollouts(broken, chunks, few, quiet)
     assert not isinstance(caught.value, RolloutError) and "Traceback" not in str(caught.value)
-
-
-def _workers() -> list[tuple[int, bytes]]:
-    """(pid, command line) of this test's Ray workers."""
-    import psutil
-
-    return [
-        (process.pid, " ".join(process.cmdline()).encode())
-        for process in psutil.Process().children(recursive=True)
-        if process.status() != psutil.STATUS_ZOMBIE
-    ]

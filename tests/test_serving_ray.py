@@ -30,6 +30,7 @@ from openai import (
     NotFoundError,
     OpenAI,
 )
+from processes import started_here
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -357,9 +358,10 @@ def test_a_further_model_is_chosen_by_its_id(client):
 
 def test_the_key_is_in_no_environment_of_what_ray_started(serving):
     started = psutil.Process().children(recursive=True)
-    assert any("ServeReplica" in " ".join(process.cmdline()) for process in started)
+    assert started_here("ServeReplica")
     for process in started:
-        assert KEY not in process.environ().values(), process.cmdline()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            assert KEY not in process.environ().values(), process.cmdline()
 
 
 def test_beyond_the_bound_requests_are_refused_at_once_and_none_hangs(client):
@@ -438,11 +440,7 @@ def test_a_second_endpoint_on_the_cluster_is_refused(serving, folders):
 
 
 def test_a_replica_that_dies_is_replaced_and_clients_get_openais_errors(client, serving):
-    def replicas() -> list[psutil.Process]:
-        started = psutil.Process().children(recursive=True)
-        return [process for process in started if "ServeReplica" in " ".join(process.cmdline())]
-
-    (old,) = replicas()
+    (old,) = started_here("ServeReplica")
     # A whole answer has sent nothing yet: it is asked for again.
     before = ask(client, {"num_candidates": 4}, max_tokens=200)
     whole = ThreadPoolExecutor(1).submit(ask, client, {"num_candidates": 4}, max_tokens=200)
@@ -463,7 +461,7 @@ def test_a_replica_that_dies_is_replaced_and_clients_get_openais_errors(client, 
             assert int(error.response.headers["Retry-After"]) >= 1
             assert time.monotonic() < deadline, "no other replica answers"
             time.sleep(0.2)
-    assert [process.pid for process in replicas()] != [old_pid]
+    assert [process.pid for process in started_here("ServeReplica")] != [old_pid]
     assert whole.result(timeout=60).choices[0].message.content == before.choices[0].message.content
 
 
@@ -604,8 +602,7 @@ def test_a_reward_model_of_its_own_deployment_scores_alike_and_may_die(stopped, 
         check(ask(client, asked, max_tokens=8))
         scored = post(running, "/v1/score", json.dumps({"messages": MESSAGES, "candidates": ["5."]}).encode())
         assert scored[0] == 200 and set(scored[2]["data"][0]["scores"]) == set(OBJECTIVES)
-        started = psutil.Process().children(recursive=True)
-        (reward,) = [p for p in started if "mahalo-reward-1" in " ".join(p.cmdline())]
+        (reward,) = started_here("mahalo-reward-1")
         reward.kill()
         check(ask(client, asked, max_tokens=8))
 

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import ray
 import torch
 import training_world as world
+from processes import started_here
 from safetensors.torch import load_file
 
 from mahalo_ray.config import ClusterConfig, PolicyConfig, RewardConfig, TrainingConfig
@@ -195,9 +195,8 @@ def test_a_killed_worker_changes_nothing(
 
 def end_training() -> None:
     """Without a controller the thread of `fit` ends: Ray may not be shut down while a thread is inside it."""
-    for process in psutil.Process().children(recursive=True):
-        if "TrainController" in " ".join(process.cmdline()):
-            process.kill()
+    for process in started_here("TrainController"):
+        process.kill()
     for thread in threading.enumerate():
         if thread.name == "ray-train-fit":
             thread.join(120)
