@@ -34,7 +34,8 @@ from mahalo_ray.config import EndpointConfig
 
 @dataclass(frozen=True, kw_only=True)
 class _Call(ABC):
-    """Fields of both APIs. `extra` is added to the request's body as it is: a server's own options."""
+    """Fields of both APIs. `extra` is added to the request's body as it is: a server's own options. `model`:
+    another one of the server than the endpoint's."""
 
     max_tokens: int = 512
     temperature: float = 1.0
@@ -42,14 +43,17 @@ class _Call(ABC):
     seed: int | None = None
     stop: tuple[str, ...] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    model: str | None = None
 
     @abstractmethod
     def body(self) -> dict[str, Any]:
-        """The request's JSON body, without the model's name."""
+        """The request's JSON body, without the endpoint's model."""
 
     def _common(self) -> dict[str, Any]:
         given: dict[str, Any] = {"max_tokens": self.max_tokens, "temperature": self.temperature}
         given["n"] = self.n
+        if self.model is not None:
+            given["model"] = self.model
         if self.seed is not None:
             given["seed"] = self.seed
         if self.stop is not None:
@@ -209,7 +213,19 @@ class Endpoint:
 
     def complete(self, requests: Iterable[CompletionCall]) -> Iterator[Answer]:
         """The same for /completions."""
-        return self._run(requests, lambda body: self._client.completions.create(**body), completion_text)
+        return self._run(requests, self._create_completion, completion_text)
+
+    def send_completion(self, call: CompletionCall) -> Future[EndpointReply | Failure]:
+        """One call of /completions now: it counts for the rate limit, and whoever sends bounds how many are
+        open. Cancelling the future leaves it."""
+        return self._start(call, self._create_completion, completion_text)
+
+    async def _create_completion(self, body: dict[str, Any]) -> Any:
+        return await self._client.completions.create(**body)
+
+    def _start(self, call: _Call, create: Create, text_of: TextOf) -> Future[EndpointReply | Failure]:
+        body = {"model": self.config.model, **call.body()}
+        return asyncio.run_coroutine_threadsafe(self._send(body, create, text_of), self._loop)
 
     def close(self) -> None:
         """End the thread. The endpoint cannot be used any more."""
@@ -238,8 +254,7 @@ class Endpoint:
                     number, request = next(numbered, (0, None))
                     if request is None:
                         break
-                    body = {"model": self.config.model, **request.body()}
-                    sent = asyncio.run_coroutine_threadsafe(self._send(body, create, text_of), self._loop)
+                    sent = self._start(request, create, text_of)
                     running[number] = sent
                     sent.add_done_callback(lambda done, number=number: finished.put((number, done)))  # type: ignore[misc]
                 if not running:

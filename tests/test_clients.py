@@ -8,10 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-import socket
 import subprocess
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,10 +17,10 @@ import httpx
 import openai
 import pytest
 import tiny_guided
-import uvicorn
 import yaml
 from hypothesis import HealthCheck, given, settings
 from openai import AsyncOpenAI, OpenAI
+from served_app import served
 from test_serving_app import make_app
 
 pytestmark = pytest.mark.slow
@@ -35,17 +32,8 @@ KEY = "not-checked"
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     """The endpoint's address, without `/v1`."""
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        app = make_app(max_request_bytes=100_000, max_new_tokens=64)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        while not server.started:
-            time.sleep(0.02)
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        server.should_exit = True
-        thread.join()
+    with served(make_app(max_request_bytes=100_000, max_new_tokens=64)) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")

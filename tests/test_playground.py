@@ -259,6 +259,22 @@ def test_a_slider_between_two_objectives_sets_words_and_choice_together(
 
 
 @needs_browser
+def test_of_merged_weights_the_nearest_write_and_the_balance_chooses(scripts: Page) -> None:
+    body = scripts.evaluate(
+        """async () => {
+          const set = await import("/playground/settings.js");
+          const entry = {
+            id: "m", objectives: ["a", "b"], guidance_objectives: ["a", "b"], limits: {max_strength: 1},
+            merged_weights: [{a: 0.5, b: 0.5}, {a: 1}], defaults: {num_candidates: 2},
+          };
+          const model = set.servedModel(entry);
+          return set.requestBody(model, set.defaultSettings(model), [0.9, 0.1], [], 1);
+        }"""
+    )
+    assert body["objectives"] == {"a": 1} and body["guidance"] == {"a": 0.9, "b": 0.1}
+
+
+@needs_browser
 def test_three_objectives_are_a_triangle_with_sliders_for_the_keyboard(
     context: BrowserContext, three: Served
 ) -> None:

@@ -23,6 +23,7 @@ from mahalo_ray.config.section import (
     SamplingParams,
     Section,
     Seed,
+    ServerSource,
     Standardisation,
     Strategy,
     Strength,
@@ -367,20 +368,6 @@ class RewardSource(Section):
         if not text.strip() or (equals and not folder.strip()):
             raise ValueError(f"'{text}' names no reward model: write FOLDER, or objective=FOLDER")
         return cls(model=folder, objective=name) if equals and name.isidentifier() else cls(model=text)
-
-
-class ServerSource(Section):
-    """A completion server in the policy's place: `tokenizer` is the folder of the server's tokenizer,
-    `weights` what was merged into its model."""
-
-    endpoint: EndpointConfig
-    """The completion server."""
-
-    tokenizer: Text
-    """Folder or hub id of the server's tokenizer."""
-
-    weights: WeightVector | None = None
-    """The weights that were merged into the server's model, for the record. Null: not known."""
 
 
 _GUIDED = ("argmax", "sample", "beam", "dvts", "best_of_n")

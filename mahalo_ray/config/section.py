@@ -314,3 +314,47 @@ class EndpointConfig(Section):
         if (self.input_price is None) != (self.output_price is None):
             raise ValueError("give both 'input_price' and 'output_price' (per million tokens), or neither")
         return self
+
+
+class MergedModel(Section):
+    """A model of a completion server, and the weights that were merged into it."""
+
+    model: Text
+    """Name of the model, or of the adapter, as the server knows it."""
+
+    weights: WeightVector
+    """The weights that were merged into it."""
+
+
+class ServerSource(Section):
+    """A completion server in the policy's place."""
+
+    endpoint: EndpointConfig
+    """The completion server."""
+
+    tokenizer: Text
+    """Folder or hub id of the server's tokenizer."""
+
+    weights: WeightVector | None = None
+    """The weights that were merged into the endpoint's model. Requests may ask for these, and for those of
+    `further_models`. Null: a model without weights."""
+
+    further_models: list[MergedModel] = []
+    """Other models of the same server, which answer requests for their weights: merges at other weights, or
+    adapters of one model."""
+
+    @model_validator(mode="after")
+    def _weights_differ(self) -> Self:
+        if self.further_models and self.weights is None:
+            raise ValueError("'further_models' need 'weights', those of the endpoint's own model")
+        each = [self.weights, *(further.weights for further in self.further_models)]
+        for weights in each:
+            if weights is not None and each.count(weights) > 1:
+                raise ValueError(f"two models have the weights {weights.label()}: keep one of them")
+        return self
+
+    @property
+    def models_by_weights(self) -> dict[Weights, str]:
+        """The names of all models whose weights are known."""
+        own = {} if self.weights is None else {self.weights: self.endpoint.model}
+        return {**own, **{further.weights: further.model for further in self.further_models}}

@@ -14,6 +14,7 @@ from mahalo_ray.config.section import (
     PositiveFloat,
     PositiveInt,
     Section,
+    ServerSource,
     Strength,
     Text,
 )
@@ -60,16 +61,26 @@ class RewardDeploymentConfig(Section):
 
 
 class FurtherModel(Section):
-    """A further model behind the endpoint's address, which clients ask for by its id."""
+    """A further model behind the endpoint's address, which clients ask for by its id. Either `policy` or
+    `server`."""
 
     id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
     """What clients send as `model`, also with weights behind it: `ID@accuracy=0.8,engagement=0.2`."""
 
-    policy: Text
+    policy: Text | None = None
     """Output folder of a finished run, or folder or URL of a policy."""
+
+    server: ServerSource | None = None
+    """A completion server (vLLM, SGLang) that samples in a policy's place."""
 
     reward: Text | None = None
     """Output folder of a finished run, or folder or URL of a reward model. Null: answers are not guided."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.policy is None) == (self.server is None):
+            raise ValueError(f"the model '{self.id}' needs either a policy or a completion server")
+        return self
 
 
 class ServeConfig(Section):
@@ -92,6 +103,10 @@ class ServeConfig(Section):
 
     cpus_per_replica: PositiveFloat = 1
     """CPU cores reserved for each copy."""
+
+    server: ServerSource | None = None
+    """A completion server (vLLM, SGLang) that samples in the place of the run's own policy. Null: every
+    replica holds the policy."""
 
     reward_deployment: RewardDeploymentConfig | None = None
     """Reward models as deployments of their own. Null: every replica holds its reward models beside the

@@ -8,7 +8,10 @@ reward models run here, ours over their kept caches, so a candidate's tokens are
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mahalo_ray.decoding.guidance import GuidedRequest, GuidedResult, Prompt, StepCandidate
 from mahalo_ray.decoding.sampling import SamplingParams, draw_keys
-from mahalo_ray.decoding.scorers import RewardModels, ScorerGroup
+from mahalo_ray.decoding.scorers import RewardModels
 from mahalo_ray.decoding.session import RequestState, decide_steps
 from mahalo_ray.decoding.stopping import AnswerOnly, Boundary, StopReason, StopRule
 from mahalo_ray.endpoints import CompletionCall, Endpoint, EndpointReply, Failure
@@ -27,6 +30,7 @@ from mahalo_ray.objectives import Weights
 # Where servers say which stop string ended a completion: vLLM, SGLang. None or a number: the end token.
 _STOP_FIELDS = ("stop_reason", "matched_stop")
 _COUNTED = 64  # tokens
+_MOMENT_S = 0.02  # that the caller waits before others may join
 
 
 class CompletionServerError(StageError):
@@ -37,8 +41,9 @@ class CompletionDecoder:
     """`GuidedDecoder` with a completion server in the policy's place; same requests, same results.
 
     `tokenizer` must be the server's: prompts are sent as token ids, so that special tokens in what users
-    write stay plain text. A server's model is one model: per-request weights are only possible as far as
-    `served_weights` says what was merged into it (`mahalo export --weights ...`). Beam search and DVTS need
+    write stay plain text. A model of a server has its heads merged, so a request can have the weights that
+    were merged and no others: `served_weights` those of the endpoint's model (`mahalo export --weights ...`),
+    `further_models` the names of other models of the same server by theirs. Beam search and DVTS need
     an engine of our own. Whether the same seed gives the same answer is up to the server. Cache bytes are
     those of the reward models.
     """
@@ -50,13 +55,21 @@ class CompletionDecoder:
         boundary: Boundary | str,
         tokenizer: PreTrainedTokenizerBase | None = None,
         served_weights: Weights | None = None,
+        further_models: Mapping[Weights, str] | None = None,
     ) -> None:
         self.endpoint, self.served_weights = endpoint, served_weights
-        self._models = RewardModels(reward_model, boundary, tokenizer)
-        self.reward_models, self.scale = self._models.models, self._models.scale
-        self.boundary, self.format = self._models.boundary, self._models.format
+        own = {} if served_weights is None else {served_weights: endpoint.config.model}
+        self.models_by_weights = {**own, **(further_models or {})}
+        self.models = RewardModels(reward_model, boundary, tokenizer)
+        self.reward_models, self.scale = self.models.models, self.models.scale
+        self.boundary, self.format = self.models.boundary, self.models.format
+        self.vocabulary = self.models.vocabulary
         # Turned off by a server that does not say what stopped a completion: steps are then cut here.
-        self._reports_stops = True
+        self.reports_stops = True
+
+    def session(self) -> CompletionSession:
+        """An empty batch that requests can join at any time."""
+        return CompletionSession(self)
 
     def generate(self, messages: Sequence[Any], **options: Any) -> GuidedResult:
         """Answer one conversation; options are the fields of `GuidedRequest`."""
@@ -66,29 +79,80 @@ class CompletionDecoder:
         return result
 
     def generate_each(self, requests: Sequence[GuidedRequest]) -> list[GuidedResult | ValueError]:
-        """Answer many conversations, step by step together; one that cannot be answered is its error.
+        """Answer many conversations; one that cannot be answered is its error.
 
         CompletionServerError when the server gives up on a request that it could have answered.
         """
-        scorers = self._models.follow()
-        results: dict[int, GuidedResult | ValueError] = {}
-        running: dict[int, RequestState] = {}
-        for number, request in enumerate(requests):
+        session = self.session()
+        states: list[RequestState | ValueError] = []
+        for request in requests:
             try:
-                running[number] = RequestState(request, self._prompt(request, scorers), seed=request.seed)
+                states.append(session.submit(request))
             except ValueError as error:
-                results[number] = error
-        guided = [state for state in running.values() if state.request.is_guided]
-        for state, row in zip(guided, scorers.open([state.prompt for state in guided]), strict=True):
-            state.scorer_row = row
-        for state in running.values():
-            state.policy_tokens = len(state.prompt_ids)
-        while running:
-            self._step(running, results, scorers)
-        return [results[number] for number in range(len(requests))]
+                states.append(error)
+        try:
+            while session.is_busy:
+                session.advance()
+                for state in states:
+                    if isinstance(state, RequestState) and isinstance(state.error, StageError):
+                        raise state.error
+        finally:
+            session.close()
+        return [_result(state) for state in states]
 
-    def _prompt(self, request: GuidedRequest, scorers: ScorerGroup) -> Prompt:
-        """The request's prompt; ValueError for what a server cannot do."""
+
+def _result(state: RequestState | ValueError) -> GuidedResult | ValueError:
+    if isinstance(state, ValueError):
+        return state
+    return state.error if isinstance(state.error, ValueError) else state.result()
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A step that the server is at. `with_stops`: it was told where steps end."""
+
+    state: RequestState
+    with_stops: bool
+
+
+class CompletionSession:
+    """Requests in play over a completion server. None waits for another: each asks for its next step when its
+    last one is decided, as far as the endpoint's `concurrency` goes, and steps that have come are scored
+    together."""
+
+    def __init__(self, decoder: CompletionDecoder) -> None:
+        self._decoder = decoder
+        self.scorers = decoder.models.follow()
+        self._waiting: deque[RequestState] = deque()  # for a step
+        self._asked: dict[Future[EndpointReply | Failure], _Asked] = {}
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether any request is unfinished."""
+        return bool(self._waiting or self._asked)
+
+    @property
+    def num_branches(self) -> int:
+        """Candidates that the server is at."""
+        return sum(asked.state.request.candidates_per_step for asked in self._asked.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the policy's keys and values here: none, they are the server's."""
+        return 0
+
+    @property
+    def max_context(self) -> int:
+        """Tokens that the reward models read; the server knows its own limit."""
+        return sys.maxsize if self.scorers.max_context is None else self.scorers.max_context
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids that the tokenizer knows."""
+        return len(self._decoder.format.tokenizer)
+
+    def check(self, request: GuidedRequest) -> Prompt:
+        """The request's prompt, encoded; ValueError for what a server cannot do."""
         if request.strategy in ("beam", "dvts"):
             raise ValueError(f"strategy '{request.strategy}' is not possible over a completion server")
         if request.strength != 1:
@@ -96,67 +160,110 @@ class CompletionDecoder:
                 f"strength {request.strength:g} is not possible over a completion server, whose model has "
                 "its heads merged: serve a merge at this strength (`mahalo export --strength`) instead"
             )
-        if request.weights is not None and request.weights != self.served_weights:
-            served = "none" if self.served_weights is None else self.served_weights.label()
+        known = self._decoder.models_by_weights
+        if request.weights is not None and request.weights not in known:
+            served = ", ".join(f"({weights.label()})" for weights in known) or "(none)"
             raise ValueError(
-                f"weights {request.weights.label()} are not what {self.endpoint.config.base_url} was "
-                f"declared to serve ({served}): a server's model has its weights merged in. "
-                "Serve a merge at these weights (`mahalo export --weights`), or decode with our own engine"
+                f"weights {request.weights.label()} are not what the completion server was declared to serve "
+                f"{served}: a server's model has its weights merged in. Serve a merge at these weights "
+                "(`mahalo export --weights`), or decode with our own engine"
             )
-        return self._models.check(request, scorers, _max_context(scorers), "reward model reads")
+        return self._decoder.models.check(request, self.scorers, self.max_context, "reward model reads")
 
-    def _step(
-        self,
-        running: dict[int, RequestState],
-        results: dict[int, GuidedResult | ValueError],
-        scorers: ScorerGroup,
-    ) -> None:
-        """One step of all requests in play; those that end leave `running` for `results`."""
-        candidates = self._candidates(running, scorers)
-        numbers = [number for number in running if number in candidates]
-        states = [running[number] for number in numbers]
-        steps = decide_steps(states, [candidates[n] for n in numbers], scorers, self.scale)
-        for state, step in zip(states, steps, strict=True):
-            if step is None:
-                continue
-            state.extend(step, step.text)
-            if state.stop_reason is None and _room(state, scorers) < 1:
-                state.stop_reason = StopReason.CONTEXT
-            if not state.is_over and state.request.is_guided:
-                scorers.accept([state.scorer_row], [step.accepted])
-        for number, state in [*running.items()]:
+    def submit(
+        self, request: GuidedRequest, token_by_token: bool = False, prompt: Prompt | None = None
+    ) -> RequestState:
+        """Queue a request; `prompt`: what `check` gave for it. `token_by_token` has no effect: a step
+        comes whole. ValueError for a request that can never run."""
+        prompt = self.check(request) if prompt is None else prompt
+        state = RequestState(request, prompt, seed=request.seed, policy_tokens=len(prompt.token_ids))
+        if request.is_guided:
+            (state.scorer_row,) = self.scorers.open([prompt])
+        self._waiting.append(state)
+        return state
+
+    def cancel(self, state: RequestState) -> None:
+        """Take a request out, whether it waits or runs."""
+        asked = [future for future, asked in self._asked.items() if asked.state is state]
+        if not asked and state not in self._waiting:
+            return
+        if state in self._waiting:
+            self._waiting.remove(state)
+        for future in asked:
+            future.cancel()
+            del self._asked[future]
+        self._forget(state)
+
+    def close(self) -> None:
+        """Leave what the server is still at."""
+        for state in [*self._waiting, *(asked.state for asked in self._asked.values())]:
+            self.cancel(state)
+
+    def advance(self) -> None:
+        """Ask for the next steps, wait a moment for the server, and decide the steps that have come."""
+        while self._waiting and len(self._asked) < self._decoder.endpoint.config.concurrency:
+            state, with_stops = self._waiting.popleft(), self._decoder.reports_stops
+            future = self._decoder.endpoint.send_completion(self._call(state, with_stops))
+            self._asked[future] = _Asked(state, with_stops)
+        done, _ = wait(self._asked, _MOMENT_S, FIRST_COMPLETED)
+        # In the order in which they were asked for, so that equal work is done alike.
+        come = [(self._asked.pop(future), future.result()) for future in list(self._asked) if future in done]
+        read = [(asked.state, self._read(asked, reply)) for asked, reply in come]
+        self._decide([(state, candidates) for state, candidates in read if candidates])
+
+    def _read(self, asked: _Asked, reply: EndpointReply | Failure) -> list[StepCandidate]:
+        """The candidates in a reply; none where the request is over with an error, or asks again."""
+        state, decoder = asked.state, self._decoder
+        if isinstance(reply, Failure):
+            self._end(state, self._refusal(reply))
+            return []
+        count = state.request.candidates_per_step
+        if len(reply.texts) != count:
+            message = (
+                f"{decoder.endpoint.config.base_url} sent {len(reply.texts)} completions where {count} were "
+                "asked for: it does not support 'n'"
+            )
+            self._end(state, CompletionServerError(message))
+            return []
+        if asked.with_stops and self._stops(state) and any(_stops_silently(reply, k) for k in range(count)):
+            decoder.reports_stops = False
+            self._waiting.appendleft(state)
+            return []
+        return self._candidates(state, reply)
+
+    def _decide(self, come: Sequence[tuple[RequestState, list[StepCandidate]]]) -> None:
+        """The next step of every request whose candidates have come."""
+        if not come:
+            return
+        states = [state for state, _ in come]
+        sampled = [candidates for _, candidates in come]
+        for state, step in zip(
+            states, decide_steps(states, sampled, self.scorers, self._decoder.scale), strict=True
+        ):
+            if step is not None:
+                state.extend(step, step.text)
+                if state.stop_reason is None and self._room(state) < 1:
+                    state.stop_reason = StopReason.CONTEXT
             if state.is_over:
-                state.cache_bytes = scorers.peak_bytes
-                results[number] = state.result() if state.error is None else state.error
-                if state.request.is_guided:
-                    scorers.drop([state.scorer_row])
-                del running[number]
-
-    def _candidates(
-        self, running: dict[int, RequestState], scorers: ScorerGroup
-    ) -> dict[int, list[StepCandidate]]:
-        """Candidates of every request's next step; requests that the server will not answer get their
-        error."""
-        had_stops, numbers = self._reports_stops, list(running)
-        candidates: dict[int, list[StepCandidate]] = {}
-        for at, answer in self.endpoint.complete(self._request(running[n], scorers) for n in numbers):
-            state = running[numbers[at]]
-            if isinstance(answer, Failure):
-                state.error = self._refusal(answer)
+                state.cache_bytes = self.scorers.peak_bytes
+                self._forget(state)
                 continue
-            if len(answer.texts) != state.request.candidates_per_step:
-                raise CompletionServerError(
-                    f"{self.endpoint.config.base_url} sent {len(answer.texts)} completions where "
-                    f"{state.request.candidates_per_step} were asked for: it does not support 'n'"
-                )
-            unclear = any(_stops_silently(answer, k) for k in range(len(answer.texts)))
-            if had_stops and unclear and self._stops(state):
-                self._reports_stops = False
-                return self._candidates(running, scorers)
-            state.error, candidates[numbers[at]] = None, self._read(state, answer)
-        return candidates
+            if step is not None and state.request.is_guided:
+                self.scorers.accept([state.scorer_row], [step.accepted])
+            self._waiting.append(state)
 
-    def _request(self, state: RequestState, scorers: ScorerGroup) -> CompletionCall:
+    def _end(self, state: RequestState, error: ValueError | StageError) -> None:
+        state.error = error
+        self._forget(state)
+
+    def _forget(self, state: RequestState) -> None:
+        if state.request.is_guided:
+            self.scorers.drop([state.scorer_row])
+
+    def _room(self, state: RequestState) -> int:
+        return self.max_context - len(state.prompt_ids) - len(state.token_ids)
+
+    def _call(self, state: RequestState, with_stops: bool) -> CompletionCall:
         request, sampling = state.request, state.request.sampling
         extra: dict[str, Any] = {}
         for name in ("top_p", "top_k", "min_p"):
@@ -167,26 +274,27 @@ class CompletionDecoder:
             extra["min_tokens"] = limits.min_tokens
         if limits.repetition_penalty != 1:
             extra["repetition_penalty"] = limits.repetition_penalty
-        stops = self._stops(state) if self._reports_stops else ()
+        stops = self._stops(state) if with_stops else ()
         # Every step draws anew; the API's seeds have 31 bits with some servers.
         seed = int(draw_keys([request.seed], len(state.steps) + 1, torch.device("cpu"))[0, -1]) & 0x7FFFFFFF
         return CompletionCall(
             state.prompt_ids + state.token_ids,
             n=request.candidates_per_step,
-            max_tokens=min(state.step_limit, _room(state, scorers)),
+            max_tokens=min(state.step_limit, self._room(state)),
             temperature=sampling.temperature,
             seed=seed,
             stop=stops or None,
             extra=extra,
+            model=None if request.weights is None else self._decoder.models_by_weights[request.weights],
         )
 
     def _stops(self, state: RequestState) -> tuple[str, ...]:
         whole = state.request.takes_whole_answers
-        return (*(() if whole else self.boundary.stop_strings), *state.request.stop)
+        return (*(() if whole else self._decoder.boundary.stop_strings), *state.request.stop)
 
-    def _read(self, state: RequestState, reply: EndpointReply) -> list[StepCandidate]:
-        whole = state.request.takes_whole_answers
-        boundary = AnswerOnly(self.boundary) if whole else self.boundary
+    def _candidates(self, state: RequestState, reply: EndpointReply) -> list[StepCandidate]:
+        whole, chat = state.request.takes_whole_answers, self._decoder.format
+        boundary = AnswerOnly(self._decoder.boundary) if whole else self._decoder.boundary
         rule = StopRule(boundary, state.request.stop, state.text)
         candidates = []
         for k, text in enumerate(reply.texts):
@@ -198,7 +306,7 @@ class CompletionDecoder:
                 # A completion of nothing but special tokens would be asked for again and again.
                 cut = reply.finish_reasons[k] == "length" and text
                 reason = StopReason.LENGTH if cut else StopReason.TOKEN
-            encode = self.format.encode_reply if reason is StopReason.TOKEN else self.format.encode_text
+            encode = chat.encode_reply if reason is StopReason.TOKEN else chat.encode_text
             candidates.append(StepCandidate(text, encode(text), reason, {}, None))
         return candidates
 
@@ -209,34 +317,26 @@ class CompletionDecoder:
             if not rule.is_trigger(text[end - 1]):
                 continue
             if tokens < _COUNTED:  # boundaries have a least length; beyond that, nobody asks
-                tokens = len(self.format.encode_text(text[:end]))
+                tokens = len(self._decoder.format.encode_text(text[:end]))
             verdict = rule.verdict(text[:end], tokens)
             if verdict is not None:
                 return text[:end], verdict
         return text, None
 
-    def _refusal(self, failure: Failure) -> ValueError:
+    def _refusal(self, failure: Failure) -> ValueError | CompletionServerError:
         """An error of this request alone: the server finds it wrong, or fails at it every time. Otherwise (no
         server, a wrong key) nothing will work."""
-        url = self.endpoint.config.base_url
-        if failure.kind.startswith("http_5"):
+        if failure.kind.startswith("http_5") and failure.kind not in ("http_502", "http_503"):
             return ValueError(
-                f"{url} failed at the prompt {failure.attempts} times ({failure.kind}): {failure.message}"
+                f"the completion server failed at the prompt {failure.attempts} times ({failure.kind}): "
+                f"{failure.message}"
             )
         if failure.kind in ("http_400", "http_413", "http_422"):
-            return ValueError(f"{url} refused the prompt: {failure.message}")
-        raise CompletionServerError(
-            f"{url} gave up after {failure.attempts} attempts ({failure.kind}): {failure.message}"
+            return ValueError(f"the completion server refused the prompt: {failure.message}")
+        return CompletionServerError(
+            f"{self._decoder.endpoint.config.base_url} gave up after {failure.attempts} attempts "
+            f"({failure.kind}): {failure.message}"
         )
-
-
-def _max_context(scorers: ScorerGroup) -> int:
-    """Tokens that the reward models read; the server knows its own limit."""
-    return sys.maxsize if scorers.max_context is None else scorers.max_context
-
-
-def _room(state: RequestState, scorers: ScorerGroup) -> int:
-    return _max_context(scorers) - len(state.prompt_ids) - len(state.token_ids)
 
 
 def _stopped_by(reply: EndpointReply, k: int) -> object:

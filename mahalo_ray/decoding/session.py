@@ -26,13 +26,15 @@ from mahalo_ray.decoding.sampling import DrawLimits
 from mahalo_ray.decoding.scorers import RewardModels, ScorerGroup
 from mahalo_ray.decoding.stopping import INCOMPLETE, AnswerOnly, StopReason, StopRule, TextStop, TextTail
 from mahalo_ray.decoding.token_loop import Candidates
+from mahalo_ray.errors import StageError
 
 _STEP_GOES_ON = (StopReason.STEP, StopReason.LENGTH)
 
 
 @dataclass(eq=False)  # two requests that are equal are still two
 class RequestState:
-    """A request in play. It ends with a `stop_reason` or, for what is wrong with it alone, an `error`."""
+    """A request in play. It ends with a `stop_reason` or an `error`: a ValueError for what is wrong with it
+    alone, a StageError where a server that it needs does not answer."""
 
     request: GuidedRequest
     prompt: Prompt
@@ -46,7 +48,7 @@ class RequestState:
     open_step: list[int] = field(default_factory=list)  # tokens of a step handed out token by token
     steps: list[Step] = field(default_factory=list)
     stop_reason: StopReason | None = None
-    error: ValueError | None = None
+    error: ValueError | StageError | None = None
     policy_tokens: int = 0
     reward_tokens: int = 0
     cache_bytes: int = 0
@@ -229,6 +231,21 @@ class GuidedSession:
     def num_branches(self) -> int:
         """Candidates that are being decoded."""
         return sum(state.request.candidates_per_step for state in self._active)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the policy's keys and values now."""
+        return self.engine.nbytes
+
+    @property
+    def max_context(self) -> int:
+        """Most tokens of a prompt and its answer."""
+        return self.engine.max_context
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids that the policy knows."""
+        return self.engine.policy.vocab_size
 
     @property
     def peak_bytes(self) -> int:

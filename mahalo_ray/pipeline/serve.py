@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from ray import serve
 from rich.console import Console
 
-from mahalo_ray.config import SERVED_MODEL_ID, RunConfig, ServeConfig
+from mahalo_ray.config import SERVED_MODEL_ID, RunConfig, ServeConfig, ServerSource
 from mahalo_ray.data import storage
 from mahalo_ray.decoding.policy import DeviceConfig
 from mahalo_ray.domains.protocol import WHOLE_TURNS, load_domain
@@ -45,7 +45,8 @@ def try_serving(context: Context[RunConfig]) -> StageResult:
     """Start the endpoint on a free port, ask it through the OpenAI client, stop it."""
     config = context.config
     context.progress.start(2, "steps", "starting")
-    any_port = config.serve.model_copy(update={"port": 0, "models": [], "reward_deployment": None})
+    own: dict[str, object] = {"models": [], "server": None, "reward_deployment": None}
+    any_port = config.serve.model_copy(update={"port": 0, **own})
     weightings = [config.guided.point[0], *config.sweep.decoding_weights]
     question = _opening(config, first_seed(config.seed, "evaluation"))
     # A trial needs no key of the user's: it has one of its own where the endpoint will have one.
@@ -100,16 +101,26 @@ def serve_in_foreground(
 def with_model_folders(config: ServeConfig) -> ServeConfig:
     """The settings with the folders of further models in place of the runs that made them; ValueError for
     one that is not there."""
-    found = [
+
+    def found(url: str | None, stage: str) -> str | None:
+        return None if url is None else find_model(url, stage)
+
+    def reachable(server: ServerSource | None) -> ServerSource | None:
+        if server is None:
+            return None
+        return server.model_copy(update={"tokenizer": storage.absolute(server.tokenizer)})
+
+    models = [
         model.model_copy(
             update={
-                "policy": find_model(model.policy, "policy"),
-                "reward": None if model.reward is None else find_model(model.reward, "reward"),
+                "policy": found(model.policy, "policy"),
+                "server": reachable(model.server),
+                "reward": found(model.reward, "reward"),
             }
         )
         for model in config.models
     ]
-    return config.model_copy(update={"models": found})
+    return config.model_copy(update={"models": models, "server": reachable(config.server)})
 
 
 def with_log_folder(config: ServeConfig, output: str) -> ServeConfig:
@@ -173,7 +184,7 @@ def _application(args: Mapping[str, str]) -> serve.Application:
             simulated_students(config),
         ),
         launch.ModelSource(
-            policy,
+            policy if settings.server is None else settings.server,
             reward,
             boundary_name(config),
             DeviceConfig(config.cluster.device, config.model.dtype),

@@ -232,7 +232,7 @@ class GenerateWorker:
                 rewards,
                 config.domain,
                 load_tokenizer(storage.local_copy(server.tokenizer)),
-                server.weights,
+                further_models=server.models_by_weights,
             )
         else:
             assert config.policy is not None

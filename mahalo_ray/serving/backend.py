@@ -10,7 +10,8 @@ from dataclasses import replace
 
 from jinja2 import TemplateError
 
-from mahalo_ray.config import Standardisation
+from mahalo_ray.config import ServerSource, Standardisation
+from mahalo_ray.data import storage
 from mahalo_ray.data.records import Message
 from mahalo_ray.decoding.guidance import GuidedResult, Prompt, PromptTooLong
 from mahalo_ray.decoding.guided import GuidedDecoder
@@ -24,8 +25,12 @@ from mahalo_ray.decoding.policy import (
     load_policy,
     load_step_scorer,
 )
+from mahalo_ray.decoding.remote import CompletionDecoder, CompletionSession
 from mahalo_ray.decoding.session import GuidedSession, RequestState
 from mahalo_ray.decoding.stopping import INCOMPLETE, StopReason, TokenTexts, TurnBoundary
+from mahalo_ray.endpoints import Endpoint
+from mahalo_ray.errors import StageError
+from mahalo_ray.models.backbone import load_tokenizer
 from mahalo_ray.models.scoring import StepScorer
 from mahalo_ray.objectives import Weights
 from mahalo_ray.serving.answer_job import Answer, AnswerPart, AnswersWanted, ModelLoad, RawPrompt, TokenReport
@@ -37,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 _LOOKED_UP_AT_ONCE = 4096  # tokens whose log-probabilities are asked for, where no answer is decoded
 _LOOKED_UP_BETWEEN = 512  # and between the tokens of answers
+_SERVER_BACK_S = 5  # after which a client may ask again where a completion server did not answer
 _SCORED_AT_ONCE = 8  # candidates of POST /v1/score, where no answer waits for its next tokens
 
 
@@ -183,11 +189,11 @@ class _Scoring:
         self._left = list(request.candidates)
         self._scored: list[ScoredCandidate] = []
 
-    def advance(self, decoder: GuidedDecoder, num_candidates: int) -> None:
+    def advance(self, reward_models: Sequence[StepScorer], num_candidates: int) -> None:
         """Rate the next candidates as the next turn after the messages; finish the job after the last."""
         texts, self._left = self._left[:num_candidates], self._left[num_candidates:]
         scores: list[dict[str, float]] = [{} for _ in texts]
-        for model in decoder.reward_models:
+        for model in reward_models:
             rated = model.score_batch([(self._messages, [text]) for text in texts])
             for all_scores, steps in zip(scores, rated, strict=True):
                 all_scores.update({name: values[0] for name, values in steps.items()})
@@ -198,7 +204,8 @@ class _Scoring:
 
 
 class GuidedBackend:
-    """A policy and, unless None, a reward model, driven by the model's thread (a `Backend` for it).
+    """A policy, or a completion server in its place, and, unless None, a reward model, driven by the model's
+    thread (a `Backend` for it).
 
     A job for `AnswersWanted` gets `step(AnswerPart)` for every accepted step (every token where there is
     nothing to choose from), then `finish(list[Answer])`. A `ScoreRequest` gets
@@ -206,11 +213,18 @@ class GuidedBackend:
     the tokens of the answers.
     """
 
-    def __init__(self, decoder: GuidedDecoder) -> None:
+    def __init__(self, decoder: GuidedDecoder | CompletionDecoder) -> None:
         self._decoder = decoder
-        policy = decoder.policy
+        # None: of a model on a server nothing but samples can be had.
+        self._policy = decoder.policy if isinstance(decoder, GuidedDecoder) else None
+        policy = self._policy
+        self.served_weights: tuple[Weights, ...] = ()
         self.objectives = policy.model.objectives if isinstance(policy, MultiHeadPolicy) else ()
+        if isinstance(decoder, CompletionDecoder):
+            self.served_weights = tuple(decoder.models_by_weights)
+            self.objectives = tuple(dict.fromkeys(name for each in self.served_weights for name in each))
         self.has_strength = isinstance(policy, MultiHeadPolicy) and policy.model.base_head is not None
+        self.has_logprobs = policy is not None
         self.guidance_objectives = decoder.scale.objectives
         self.steps_are_turns = isinstance(decoder.boundary, TurnBoundary)
         # As in evaluation, where the reward models know the usual spread of their scores.
@@ -222,34 +236,45 @@ class GuidedBackend:
     @classmethod
     def load(
         cls,
-        policy_url: str,
+        policy: str | ServerSource,
         reward: str | StepScorer | None,
         domain: str,
         placement: DeviceConfig,
         max_branches: int,
     ) -> GuidedBackend:
-        """Read the model folders, place the models and see that they answer. `reward`: a folder, or a reward
-        model that is somewhere else."""
-        policy, chat = load_policy(policy_url, placement)
+        """Read the model folders, place the models and see that they answer. `policy`: a folder, or the
+        completion server that samples; `reward`: a folder, or a reward model that is somewhere else."""
         scorer = load_step_scorer(reward, placement) if isinstance(reward, str) else reward
         reward_models = [] if scorer is None else [scorer]
-        backend = cls(GuidedDecoder(policy, reward_models, domain, chat.tokenizer, max_branches))
+        decoder: GuidedDecoder | CompletionDecoder
+        if isinstance(policy, ServerSource):
+            tokenizer = load_tokenizer(storage.local_copy(policy.tokenizer))
+            served = policy.models_by_weights
+            endpoint = Endpoint(policy.endpoint)
+            decoder = CompletionDecoder(endpoint, reward_models, domain, tokenizer, None, served)
+        else:
+            loaded, chat = load_policy(policy, placement)
+            decoder = GuidedDecoder(loaded, reward_models, domain, chat.tokenizer, max_branches)
+        backend = cls(decoder)
         backend.probe()
         return backend
 
     def reset(self) -> None:
         """An empty batch."""
-        self._session: GuidedSession = self._decoder.session()
+        self._session: GuidedSession | CompletionSession = self._decoder.session()
         self._answers: list[_AnswersInPlay] = []
         self._scorings: list[_Scoring] = []
         self._likelihoods: list[_Likelihoods] = []
 
     def probe(self) -> None:
         """Answer a small request, guided where there is a reward model; whatever it raises says why not."""
-        guided = bool(self._decoder.reward_models) and self._decoder.max_branches > 1
+        guided = bool(self._decoder.reward_models)
+        if isinstance(self._decoder, GuidedDecoder):
+            guided = guided and self._decoder.max_branches > 1
+        weights = Weights.balanced(self.objectives) if self.objectives else None
         self._decoder.generate(
             [Message(role="user", content="1 + 1 = ?")],
-            weights=Weights.balanced(self.objectives) if self.objectives else None,
+            weights=self.served_weights[0] if self.served_weights else weights,
             num_candidates=2 if guided else 1,
             strategy="argmax" if guided else "none",
             max_new_tokens=2,
@@ -305,16 +330,16 @@ class GuidedBackend:
 
     def _raw_prompt(self, raw: RawPrompt, wanted: AnswersWanted) -> Prompt:
         """A prompt without a template, as tokens; ApiError or PromptTooLong for one that cannot be read."""
-        tokenizer, engine = self._decoder.format.tokenizer, self._session.engine
+        tokenizer, session = self._decoder.format.tokenizer, self._session
         ids = list(tokenizer.encode(raw.value) if isinstance(raw.value, str) else raw.value)
         if not ids and tokenizer.bos_token_id is not None:
             ids = [tokenizer.bos_token_id]
         if not ids:
             raise ApiError(400, "the prompt is empty, and this model has no token to begin with", "prompt")
-        if max(ids) >= engine.policy.vocab_size:
-            message = f"token id {max(ids)} is not one of the model's {engine.policy.vocab_size}"
+        if max(ids) >= session.vocab_size:
+            message = f"token id {max(ids)} is not one of the model's {session.vocab_size}"
             raise ApiError(400, message, "prompt", "invalid_value")
-        limit = engine.max_context - wanted.generates
+        limit = session.max_context - wanted.generates
         if len(ids) > limit:
             message = f"the prompt has {len(ids)} tokens, and the context holds {limit} of them"
             raise ApiError(400, message, "prompt", "context_length_exceeded")
@@ -337,15 +362,14 @@ class GuidedBackend:
             elif answers.is_complete:
                 self._complete(answers)
         self._answers = [a for a in self._answers if not a.job.finished and not a.is_complete]
-        if self._likelihoods:
+        if self._likelihoods and self._policy is not None:
             budget = _LOOKED_UP_BETWEEN if self._answers else _LOOKED_UP_AT_ONCE
-            policy, vocabulary = self._session.engine.policy, self._decoder.vocabulary
-            self._likelihoods[0].advance(policy, vocabulary, budget)
+            self._likelihoods[0].advance(self._policy, self._decoder.vocabulary, budget)
         if self._scorings:
             self._advance_scoring(self._scorings[0])
         self._scorings = [scoring for scoring in self._scorings if not scoring.job.finished]
         self._likelihoods = [one for one in self._likelihoods if not one.job.finished]
-        self.usage = ModelLoad(self._session.num_branches, self._session.engine.nbytes)
+        self.usage = ModelLoad(self._session.num_branches, self._session.nbytes)
 
     def _complete(self, answers: _AnswersInPlay) -> None:
         if answers.wanted.top_logprobs is None:
@@ -359,7 +383,7 @@ class GuidedBackend:
 
     def _advance_scoring(self, scoring: _Scoring) -> None:
         try:
-            scoring.advance(self._decoder, 1 if self._answers else _SCORED_AT_ONCE)
+            scoring.advance(self._decoder.reward_models, 1 if self._answers else _SCORED_AT_ONCE)
         except (ValueError, TemplateError) as error:
             scoring.job.fail(refusal_of(error))
 
@@ -381,5 +405,12 @@ def _own_errors(job: Job) -> Iterator[None]:
 
 def refusal_of(error: Exception) -> ApiError:
     """Why the models cannot take a request, as an answer to its client."""
+    if isinstance(error, StageError):  # what is wrong with the server is for the log
+        reference = secrets.token_hex(4)
+        logger.error("error %s: %s", reference, error)
+        message = (
+            f"the completion server behind this model does not answer; the log has it under '{reference}'"
+        )
+        return ApiError(503, message, code="server_unavailable", retry_after_s=_SERVER_BACK_S)
     code = "context_length_exceeded" if isinstance(error, PromptTooLong) else "invalid_value"
     return ApiError(400, str(error), "messages", code)

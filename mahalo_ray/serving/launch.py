@@ -29,7 +29,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from mahalo_ray.config import SERVED_MODEL_ID, RewardDeploymentConfig, ServeConfig
+from mahalo_ray.config import SERVED_MODEL_ID, RewardDeploymentConfig, ServeConfig, ServerSource
 from mahalo_ray.data import storage
 from mahalo_ray.decoding.policy import DeviceConfig
 from mahalo_ray.serving.api_key import KeyDigests
@@ -66,10 +66,11 @@ class ModelSource:
     """The folders (paths or fsspec URLs) a replica loads, where it puts them, and the domain whose steps it
     decodes; `run`: the files of what the models' run has measured.
 
-    reward_url None: no guidance, strategy "none" only.
+    `policy`: a folder, or the completion server that samples; reward_url None: no guidance, strategy "none"
+    only.
     """
 
-    policy_url: str
+    policy: str | ServerSource
     reward_url: str | None
     domain: str
     placement: DeviceConfig
@@ -133,15 +134,17 @@ def start(
     students: SimulatedStudents | None = None,
 ) -> Serving:
     """Start the endpoint and wait until it answers. The API key is `key`, else that of `serve.api_key_env`.
-    `descriptions`: what objectives mean, for people; `run`: the files of what the models' run has measured;
-    `examples`: questions to begin with; `students`: who can answer in the place of a person.
+    `policy_url` is not read where `serve.server` samples. `descriptions`: what objectives mean, for people;
+    `run`: the files of what the models' run has measured; `examples`: questions to begin with; `students`:
+    who can answer in the place of a person.
 
     Raises ServeError if the port is taken, Ray Serve already runs on this cluster, a folder is missing or a
     replica cannot load its models; ValueError if the API key's variable is empty.
     """
     key = key or KeyDigests.configured(config)
     further = [url for model in config.models for url in (model.policy, model.reward)]
-    for url in filter(None, (policy_url, reward_url, *further)):
+    own = policy_url if config.server is None else None
+    for url in filter(None, (own, reward_url, *further)):
         if not storage.exists(url):
             raise ServeError(f"there is no model at '{url}': train it first, or correct the path")
     _refuse_running_serve()
@@ -155,7 +158,8 @@ def start(
     )
     reward = None if reward_url is None else storage.absolute(reward_url)
     placement = DeviceConfig("cuda" if use_gpu else "cpu", dtype)
-    source = ModelSource(storage.absolute(policy_url), reward, domain, placement, run)
+    policy = storage.absolute(policy_url) if config.server is None else config.server
+    source = ModelSource(policy, reward, domain, placement, run)
     started = False
     # Serve tells at length what it does; its warnings are enough.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -272,9 +276,11 @@ def _each_model(
     defaults = replace(settings.defaults, objectives=None, guidance=None)
     for model in settings.config.models:
         reward = None if model.reward is None else storage.absolute(model.reward)
+        policy = model.server if model.policy is None else storage.absolute(model.policy)
+        assert policy is not None, "a configuration names one of the two"
         yield (
             replace(settings, model_name=model.id, defaults=defaults),
-            replace(source, policy_url=storage.absolute(model.policy), reward_url=reward, run=None),
+            replace(source, policy=policy, reward_url=reward, run=None),
         )
 
 
@@ -350,7 +356,7 @@ def _load_services(settings: ServiceSettings, source: ModelSource) -> list[ChatS
     services = []
     for its_settings, its_source in _each_model(settings, source):
         reward = scorers.get(its_source.reward_url, its_source.reward_url)
-        backend = GuidedBackend.load(its_source.policy_url, reward, source.domain, source.placement, branches)
+        backend = GuidedBackend.load(its_source.policy, reward, source.domain, source.placement, branches)
         measured = None if its_source.run is None else its_source.run.read()
         services.append(ChatService(backend, its_settings, measured))
     return services

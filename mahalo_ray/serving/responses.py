@@ -241,6 +241,9 @@ class ServedModel(BaseModel):
     descriptions: list[ObjectiveReport]
     examples: list[str] = Field(description="questions to begin with; empty where the run knows none")
     students: list[str] = Field(description="what simulated students begin with: POST /v1/student plays them")
+    merged_weights: list[dict[str, float]] = Field(
+        description="the only weights there are, of a model on a completion server; empty: any weights"
+    )
     limits: ServedLimits
     defaults: ServedDefaults
 

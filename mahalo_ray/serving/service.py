@@ -86,7 +86,9 @@ class Backend(JobRunner, Protocol):
 
     objectives: tuple[str, ...]  # empty: an ordinary model with a single head
     guidance_objectives: tuple[str, ...]  # empty: no reward model
+    served_weights: tuple[Weights, ...]  # the only ones there are; empty: any weights over the objectives
     has_strength: bool  # whether the policy can be decoded at other strengths than 1
+    has_logprobs: bool  # whether the log-probabilities of tokens can be had
     standardisation: Standardisation  # of the reward model's scores
     usage: ModelLoad  # now
     steps_are_turns: bool  # a step is a whole turn, which no limit of its own may cut in two
@@ -103,7 +105,11 @@ class ChatService:
         measured = measured or Measurements()
         self._measured = measured
         self._front = measured.front(settings.descriptions)
-        self._members = measured.members(settings.model_name)
+        self._members = {
+            name: member
+            for name, member in measured.members(settings.model_name).items()
+            if self._can_answer_as(member)
+        }
         config, defaults = settings.config, settings.defaults
         self.limits = RequestLimits(
             config.max_candidates,
@@ -114,7 +120,7 @@ class ChatService:
         )
         self.weights: Weights | None = None
         if backend.objectives:
-            self.weights = defaults.objectives or Weights.balanced(backend.objectives)
+            self.weights = self._default_weights()
             self.weights.over(backend.objectives)
         elif defaults.objectives is not None:
             raise ValueError("decoding weights are configured, but the policy has a single head")
@@ -139,6 +145,39 @@ class ChatService:
             self.worker, lambda: backend.usage, backend.guidance_objectives, settings.model_name
         )
 
+    def _default_weights(self) -> Weights:
+        """Those of the configuration, else balanced ones; of a completion server the first it has. ValueError
+        for configured ones that it has not."""
+        configured, served = self.settings.defaults.objectives, self.backend.served_weights
+        if not served:
+            return configured or Weights.balanced(self.backend.objectives)
+        if configured is None:
+            return served[0]
+        merged = self._merged(configured)
+        if merged is None:
+            raise ValueError(
+                f"the default weights are {configured.label()}, and the completion server has models of "
+                f"{self._served()}: add one to 'further_models', or change the defaults"
+            )
+        return merged
+
+    def _can_answer_as(self, member: PortfolioMember) -> bool:
+        """Whether the policy here can be decoded as this member was: on a completion server, only at weights
+        that were merged."""
+        if not self.backend.served_weights:
+            return True
+        named = member.objectives
+        return member.strength == 1 and (named is None or self._merged(Weights(named)) is not None)
+
+    def _merged(self, weights: Weights) -> Weights | None:
+        """These weights as the completion server's model has them; None if it has not."""
+        names = self.backend.objectives
+        each = self.backend.served_weights
+        return next((served for served in each if served.over(names) == weights.over(names)), None)
+
+    def _served(self) -> str:
+        return "; ".join(weights.label() for weights in self.backend.served_weights)
+
     def chat(self, body: ChatCompletionRequest) -> tuple[Job, ChatWriter]:
         """Queue answers. ApiError if the request asks for what this server does not have or allow."""
         asked = self._as_model_says(body)
@@ -161,7 +200,7 @@ class ChatService:
             score_temperature=1.0 if body.score_temperature is None else body.score_temperature,
             aggregation=self._aggregation(asked, strategy),
         )
-        top = (body.top_logprobs or 0) if body.logprobs else None
+        top = self._checked_logprobs((body.top_logprobs or 0) if body.logprobs else None)
         wanted = AnswersWanted(requests, (None,) * len(requests), top)
         return self._submit(wanted, body.stream), ChatWriter(body.model, wanted)
 
@@ -183,7 +222,8 @@ class ChatService:
             strategy="none",
         )
         prompts = tuple(prompt for prompt in raw for _ in range(body.n))
-        wanted = AnswersWanted(requests, prompts, body.logprobs, body.echo, generates=body.max_tokens > 0)
+        top = self._checked_logprobs(body.logprobs)
+        wanted = AnswersWanted(requests, prompts, top, body.echo, generates=body.max_tokens > 0)
         return self._submit(wanted, body.stream), TextWriter(body.model, wanted)
 
     def _requests(
@@ -264,6 +304,7 @@ class ChatService:
                 max_strength=self.limits.max_strength if self.backend.has_strength else 1,
                 max_choices=self.limits.max_choices,
             ),
+            merged_weights=[dict(merged) for merged in self.backend.served_weights],
             defaults=ServedDefaults(
                 objectives=dict(weights or {}),
                 guidance=None if guidance is None else dict(guidance),
@@ -310,12 +351,29 @@ class ChatService:
             if body.objectives is not None:
                 raise ApiError(400, "the model here has a single head: leave 'objectives' out", "objectives")
             return None
-        return weights_of(body.objectives, self.backend.objectives, self.weights, "objectives")
+        weights = weights_of(body.objectives, self.backend.objectives, self.weights, "objectives")
+        if not self.backend.served_weights:
+            return weights
+        if (merged := self._merged(weights)) is not None:
+            return merged
+        message = (
+            f"the model is on a completion server, where weights are merged in: {self._served()} can be had, "
+            f"and not {weights.label()}"
+        )
+        raise ApiError(400, message, "objectives", "invalid_value")
+
+    def _checked_logprobs(self, count: int | None) -> int | None:
+        if count is None or self.backend.has_logprobs:
+            return count
+        message = "the model here is on a completion server, which is not asked for log-probabilities"
+        raise ApiError(400, f"{message}: leave 'logprobs' out", "logprobs")
 
     def _strength(self, body: SamplingFields) -> float:
         if body.strength in (None, 1) or self.backend.has_strength:
             return 1.0 if body.strength is None else body.strength
         lacking = "its base head was not saved with it" if self.backend.objectives else "it has a single head"
+        if not self.backend.has_logprobs:
+            lacking = "it is on a completion server"
         message = f"the model here has no strength other than 1, since {lacking}: leave 'strength' out"
         raise ApiError(400, message, "strength")
 

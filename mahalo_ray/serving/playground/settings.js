@@ -1,6 +1,6 @@
 // What the page is set to: reading, checking and keeping it, links that carry it, and the requests it leads to.
 
-import {fromWeights, normalised, only, toWeights} from "./shares.js";
+import {distance, fromWeights, normalised, only, toWeights} from "./shares.js";
 
 export const LETTERS = ["A", "B", "C"];
 export const MODES = ["compare", "one", "prefer"];
@@ -27,7 +27,7 @@ export function servedModel(entry) {
   return {
     id: entry.id, names, described, heads: entry.objectives, scored: entry.guidance_objectives,
     limits: entry.limits, defaults: entry.defaults, examples: entry.examples ?? [],
-    students: entry.students ?? [],
+    students: entry.students ?? [], merged: entry.merged_weights ?? [],
   };
 }
 
@@ -66,11 +66,17 @@ export function candidatesProblem(text, limit) {
 /** The seed to use now: one at random for an empty field. */
 export const drawSeed = (text) => (text === "" ? crypto.getRandomValues(new Uint32Array(1))[0] : Number(text));
 
+/** A model on a completion server writes at a few balances only: the nearest of them. */
+function nearestMerged(model, shares) {
+  const far = model.merged.map((weights) => distance(fromWeights(model.names, weights), shares));
+  return model.merged[far.indexOf(Math.min(...far))];
+}
+
 /** The body of a request for an answer at this balance. */
 export function requestBody(model, settings, shares, messages, seed) {
   const body = {model: model.id, messages, seed};
   if (model.heads.length) {
-    body.objectives = toWeights(model.names, shares, model.heads);
+    body.objectives = model.merged.length ? nearestMerged(model, shares) : toWeights(model.names, shares, model.heads);
     if (settings.strength !== null) body.strength = Number(settings.strength);
   }
   if (!model.scored.length || settings.strategy === "none") return {...body, strategy: "none"};

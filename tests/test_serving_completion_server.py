@@ -1,0 +1,169 @@
+"""A policy on a completion server behind the endpoint: our own endpoint is the server, over a real socket."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import tiny_guided
+from fastapi.testclient import TestClient
+from served_app import served
+from test_serving_app import CHAT, MESSAGES, body, error_of, events, make_app, text_of
+
+from mahalo_ray.config import (
+    EndpointConfig,
+    FurtherModel,
+    MergedModel,
+    SamplingConfig,
+    ServeConfig,
+    ServerSource,
+)
+from mahalo_ray.decoding.policy import DeviceConfig
+from mahalo_ray.objectives import Weights
+from mahalo_ray.serving.app import create_app
+from mahalo_ray.serving.backend import GuidedBackend
+from mahalo_ray.serving.service import ChatService, Defaults, ServiceSettings
+
+BALANCED = Weights.parse("accuracy=1,engagement=1")
+GREEDY = {"temperature": 0, "num_candidates": 2}
+
+
+@pytest.fixture(scope="module")
+def direct() -> Iterator[TestClient]:
+    """The endpoint that samples, asked directly."""
+    with TestClient(make_app(max_new_tokens=64, max_ongoing_requests=8)) as asked:
+        yield asked
+
+
+@pytest.fixture(scope="module")
+def address(direct: TestClient) -> Iterator[str]:
+    """The same, as a completion server."""
+    with served(direct.app) as url:  # type: ignore[arg-type]
+        yield url
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("tokenizer"))
+    tiny_guided.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def source(address: str, tokenizer: str, **options: Any) -> ServerSource:
+    endpoint = EndpointConfig(base_url=f"{address}/v1", model="mahalo", max_retries=0)
+    further = [MergedModel(model="mahalo@accuracy=1", weights=Weights.one("accuracy"))]
+    return ServerSource(
+        endpoint=endpoint, tokenizer=tokenizer, weights=BALANCED, further_models=further, **options
+    )
+
+
+def over(server: ServerSource, **defaults: Any) -> TestClient:
+    """An endpoint whose policy is on this server; the reward model is the direct endpoint's."""
+    reward = copy.deepcopy(tiny_guided.reward())
+    backend = GuidedBackend.load(server, reward, "tutoring", DeviceConfig("cpu", "float32"), 64)
+    config = ServeConfig(max_ongoing_requests=4, max_new_tokens=32, max_candidates=4)
+    settings = Defaults(num_candidates=2, sampling=SamplingConfig(max_new_tokens=8), **defaults)
+    app = create_app(ChatService(backend, ServiceSettings(config, "mahalo", settings)))
+    return TestClient(app, raise_server_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def client(address: str, tokenizer: str) -> Iterator[TestClient]:
+    with over(source(address, tokenizer)) as asked:
+        yield asked
+
+
+def text(answer: Any) -> str:
+    return str(answer.json()["choices"][0]["message"]["content"])
+
+
+@pytest.mark.parametrize("weights", [None, {"accuracy": 1}, {"accuracy": 2, "engagement": 2}])
+def test_greedy_answers_are_those_of_the_server_at_each_of_its_weights(
+    client: TestClient, direct: TestClient, weights: dict[str, float] | None
+) -> None:
+    fields = body(**GREEDY, **({} if weights is None else {"objectives": weights}))
+    answer = client.post(CHAT, json=fields)
+    assert answer.status_code == 200, answer.text
+    assert text(answer) == text(direct.post(CHAT, json=fields))
+    chunks = events(client.post(CHAT, json={**fields, "stream": True}).text)
+    assert text_of(chunks) == text(answer)
+
+
+def test_the_best_of_what_the_server_samples_is_taken(client: TestClient, direct: TestClient) -> None:
+    answer = client.post(CHAT, json=body(num_candidates=4, guidance={"accuracy": 1})).json()
+    (step,) = answer["mahalo"]["steps"]
+    texts = [candidate["text"] for candidate in step["candidates"]]
+    totals = [candidate["total"] for candidate in step["candidates"]]
+    assert len(set(texts)) > 1 and totals[step["chosen"]] == max(totals)
+    scored = direct.post("/v1/score", json={"messages": MESSAGES, "candidates": texts}).json()["data"]
+    for candidate, rated in zip(step["candidates"], scored, strict=True):
+        assert candidate["scores"] == pytest.approx(rated["scores"], abs=1e-4)
+    again = client.post(CHAT, json=body(num_candidates=4, guidance={"accuracy": 1})).json()
+    assert again["choices"] == answer["choices"]
+
+
+def test_a_text_is_continued_and_candidates_are_scored(client: TestClient, direct: TestClient) -> None:
+    asked = {"model": "mahalo", "prompt": "So we add 2 and", "max_tokens": 6, "temperature": 0, "echo": True}
+    ours, theirs = (each.post("/v1/completions", json=asked).json() for each in (client, direct))
+    assert ours["choices"] == theirs["choices"]
+    rated = {"messages": MESSAGES, "candidates": ["5.", "6."]}
+    assert client.post("/v1/score", json=rated).json()["data"][0]["scores"] == pytest.approx(
+        direct.post("/v1/score", json=rated).json()["data"][0]["scores"], abs=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "says"),
+    [
+        (
+            {"objectives": {"engagement": 1}},
+            "objectives",
+            "accuracy=0.5,engagement=0.5; accuracy=1 can be had",
+        ),
+        ({"strength": 2}, "strength", "on a completion server"),
+        ({"logprobs": True}, "logprobs", "leave 'logprobs' out"),
+    ],
+)
+def test_what_a_server_cannot_give_is_refused_by_name(
+    client: TestClient, fields: dict[str, Any], param: str, says: str
+) -> None:
+    answer = client.post(CHAT, json=body(**fields))
+    assert answer.status_code == 400
+    error = error_of(answer)
+    assert error["param"] == param and says in error["message"]
+
+
+def test_the_model_says_which_weights_it_has(client: TestClient) -> None:
+    (model,) = client.get("/v1/models").json()["data"]
+    assert model["merged_weights"] == [{"accuracy": 0.5, "engagement": 0.5}, {"accuracy": 1}]
+    assert model["defaults"]["objectives"] == {"accuracy": 0.5, "engagement": 0.5}
+    assert model["limits"]["max_strength"] == 1
+
+
+def test_a_server_that_is_gone_costs_a_503_and_not_the_replica(tokenizer: str) -> None:
+    with served(make_app(max_new_tokens=64)) as url:
+        asked = over(source(url, tokenizer))
+        asked.__enter__()
+    answer = asked.post(CHAT, json=body(**GREEDY))
+    assert (answer.status_code, error_of(answer)["code"]) == (503, "server_unavailable")
+    assert url not in answer.text and answer.headers["Retry-After"]
+    assert asked.get("/health").status_code == 200
+    asked.__exit__()
+    with pytest.raises(RuntimeError, match="gave up after 1 attempts"):
+        over(source(url, tokenizer))
+
+
+def test_defaults_have_to_be_weights_that_the_server_has(address: str, tokenizer: str) -> None:
+    with pytest.raises(ValueError, match="add one to 'further_models'"):
+        over(source(address, tokenizer), objectives=Weights.one("engagement"))
+    with pytest.raises(ValueError, match="two models have the weights"):
+        ServerSource(
+            endpoint=EndpointConfig(base_url=address, model="a"),
+            tokenizer=tokenizer,
+            weights=BALANCED,
+            further_models=[MergedModel(model="b", weights=BALANCED)],
+        )
+    with pytest.raises(ValueError, match="'both' needs either a policy or a completion server"):
+        FurtherModel(id="both", policy="a", server=source(address, tokenizer))
