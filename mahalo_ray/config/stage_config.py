@@ -428,8 +428,9 @@ class PairsConfig(Section):
     """Preference pairs per objective, of candidates of one prompt, by reward-model score."""
 
     selection: PairSelection = "best_worst"
-    """Which candidates of a prompt make pairs: the best against the worst (`best_worst`), or `all` two whose
-    gap is wide enough. `all` gives several times the pairs, and as many more training steps per epoch."""
+    """Which candidates of a prompt make pairs: the best against the worst (`best_worst`), `all` two whose gap
+    is wide enough, or each candidate with one other, drawn by chance (`disjoint`). `all` gives several times
+    the pairs, and as many more training steps per epoch."""
 
     min_gap_std: NonNegativeFloat = 1.0
     """Smallest gap of reward-model scores between chosen and rejected, in mean standard deviations of the
@@ -498,6 +499,11 @@ class PolicyConfig(Section):
     loss: PreferenceLoss = "sigmoid"
     """`sigmoid` is DPO's loss, `ipo` the squared one of IPO. `regression` (REBEL) makes the policy's
     differences equal to the pairs' margins over `beta`, so pairs need margins: `pairs.gap_margin`."""
+
+    balance: Annotated[Literal["own", "sampled"], Field(json_schema_extra=SHAPING_WHERE_SET)] = "own"
+    """Under which mixture of the heads a pair is trained: the head of its `own` objective, or a mixture that
+    is `sampled` for it, by the weighted difference of both answers' scores at that mixture. `sampled` needs
+    `mah_dpo`, `loss: regression` and pairs of scored candidates; `pairs.selection: disjoint` fits it."""
 
     beta: PerObjective = 0.1
     """How closely the policy is held to the reference: larger is closer. One number for all objectives, or
@@ -584,6 +590,8 @@ class PolicyConfig(Section):
             raise ValueError("give either 'adapters' (per objective) or 'lora' (one for all), not both")
         if self.extends is not None:
             self._check_extends()
+        if self.balance == "sampled":
+            self._check_sampled()
         if self.method == "modpo" and self.loss != "sigmoid":
             raise ValueError("'method: modpo' is defined for 'loss: sigmoid' only")
         mixture: Mapping[str, float] = self.mixture or {}
@@ -592,6 +600,27 @@ class PolicyConfig(Section):
                 f"'method: modpo' divides by the weight of '{self.objective}': give it one in 'mixture'"
             )
         return self
+
+    def _check_sampled(self) -> None:
+        """ValueError for what has no meaning where pairs belong to no objective."""
+        if self.method != "mah_dpo" or self.loss != "regression":
+            raise ValueError(
+                "'balance: sampled' regresses mixtures of heads on scores: it needs 'method: mah_dpo' and "
+                "'loss: regression'"
+            )
+        unused = {
+            "alpha": bool(self.alpha),
+            "extends": self.extends is not None,
+            "chosen_anchor": self.chosen_anchor > 0,
+            "chosen_penalty": self.chosen_penalty > 0,
+            "gradient_cosine": self.gradient_cosine,
+        }
+        for option, given in unused.items():
+            if given:
+                raise ValueError(
+                    f"'{option}' is for pairs that belong to one objective, and with 'balance: sampled' they "
+                    "are trained at any balance, where either answer may be the better one: leave it out"
+                )
 
     def _check_extends(self) -> None:
         """ValueError for options of what is frozen beside a head that is trained alone."""

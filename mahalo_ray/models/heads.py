@@ -65,14 +65,18 @@ class Head(nn.Module, ABC):
 
     def forward(
         self,
-        hidden: Tensor,
+        hidden: Tensor | None,
         labels: Tensor | None = None,
         chunk_size: int = DEFAULT_CHUNK_SIZE,
         transformed: bool = True,
     ) -> Tensor:
         """hidden [..., D] -> logits [..., V]; with labels [N] and hidden [N, D] -> token log-probs [N],
         chunked. `transformed` False: logits before scale and soft cap, to be mixed with those of other heads.
+        Without hidden states: a copy of the head as one matrix [V, D], or [V, D + 1] with its bias.
         """
+        if hidden is None:
+            bias = () if self.head_bias is None else (self.head_bias[:, None],)
+            return torch.cat([self.weight, *bias], dim=1)
         if labels is None:
             projected = self.project(hidden)
             return self.transform(projected) if transformed else projected
@@ -265,6 +269,23 @@ def weighted_projection(heads: Sequence[Head], hidden: Tensor, columns: Sequence
     outer = torch.cat([head.factor_a for head, _ in low_rank], -1)
     total, first = sum(columns[1:], columns[0]), low_rank[0][0]
     return total * F.linear(hidden, first.base_weight, first.base_bias) + F.linear(inner, outer)
+
+
+def mixture_token_logps(
+    heads: Sequence[Head], hidden: Tensor, labels: Tensor, weights: Tensor, chunk_size: int
+) -> Tensor:
+    """log p(label) [N] of hidden [N, D], where token n has a mixture `weights[n]` [N, H] of the heads."""
+    # sum_i w_i (W_i h + b_i) = [W_1 b_1 .. W_H b_H] [w_1 h, w_1, .. w_H h, w_H]: with the weights in the
+    # states, every token reads one matrix, and the chunks of `token_logps` serve mixtures too. The matrix is
+    # made of copies: under ZeRO-3 the parameters themselves are there only while their head is called.
+    matrix = torch.cat([head(None) for head in heads], dim=1)
+    if heads[0].head_bias is not None:
+        hidden = torch.cat([hidden, hidden.new_ones(len(hidden), 1)], dim=1)
+    states = (weights.to(hidden.dtype)[:, :, None] * hidden[:, None, :]).flatten(1)
+    transform = heads[0].transform
+    return token_logps(
+        states, matrix, labels, chunk_size, logit_softcap=transform.softcap, logit_scale=transform.scale
+    )
 
 
 @torch.no_grad()

@@ -43,6 +43,7 @@ from mahalo_ray.models.heads import (
     initialise_full,
     initialise_heads,
     merge_heads,
+    mixture_token_logps,
     weighted_projection,
 )
 from mahalo_ray.models.pair_attention import sequence_numbers
@@ -442,6 +443,27 @@ class MultiHeadCausalLM(BackboneModel):
             logps = head(states.hidden[routed], states.labels[routed], chunk_size)
             totals = totals + sum_rows(logps, states.sequences[routed], states.completions, average)
         return totals
+
+    def mixture_logps(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor,
+        weights: Tensor,
+        chunk_size: int = DEFAULT_CHUNK_SIZE,
+        average: bool = False,
+        pair_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """`completion_logps` where every row has a mixture of all heads of its own: weights [B, H] in the
+        order of `objectives` (with packed pairs [2 R, H], chosen answers first)."""
+        tokens = None  # mixing weights [B, T, H]
+        if self.adapters is not None:
+            tokens = weights[sequence_numbers(labels, pair_lengths)]
+        read = partial(self.hidden_states, weights=tokens)
+        states = completion_states(read, input_ids, attention_mask, labels, pair_lengths)
+        of_tokens = weights[states.sequences]
+        logps = mixture_token_logps(self._heads(), states.hidden, states.labels, of_tokens, chunk_size)
+        return sum_rows(logps, states.sequences, states.completions, average)
 
     def logits(self, hidden: Tensor, weights: Weights | Tensor, strength: float | Tensor = 1.0) -> Tensor:
         """Weighted logits [..., V] of hidden [..., D].

@@ -127,8 +127,8 @@ class CandidateShards:
 def build_pairs(
     sets: Iterable[CandidateSet], objective: str, config: PairsConfig
 ) -> tuple[Iterator[PreferencePair], PairReport]:
-    """Pairs of distinct candidates of one prompt by reward-model score: the best against the worst, or with
-    `selection: all` every two of them.
+    """Pairs of distinct candidates of one prompt by reward-model score: the best against the worst, with
+    `selection: all` every two of them, with `disjoint` each with one other, drawn by chance.
 
     A pair is kept if its gap reaches `min_gap_std` mean within-prompt standard deviations; the largest gaps
     are kept when `max_pairs_per_objective` is reached. With `balance_length`, as many pairs have the longer
@@ -155,11 +155,17 @@ def build_pairs(
     return _pairs(sets, objective, config, selected, margin), report
 
 
-def _possible_pairs(values: np.ndarray, selection: PairSelection) -> list[tuple[int, int]]:
-    """(chosen, rejected) of a prompt's candidates by their scores [K]; equal scores in the order given."""
+def _possible_pairs(values: np.ndarray, selection: PairSelection, draw_key: str) -> list[tuple[int, int]]:
+    """(chosen, rejected) of a prompt's candidates by their scores [K]; equal scores in the order given.
+    `draw_key` decides what is drawn."""
     if selection == "best_worst":
         return [(int(values.argmax()), int(values.argmin()))]
-    return [(i, j) if values[i] >= values[j] else (j, i) for i, j in combinations(range(len(values)), 2)]
+    if selection == "all":
+        pairs: Iterable[tuple[int, int]] = combinations(range(len(values)), 2)
+    else:
+        order = np.random.default_rng(_hash(draw_key, signed=False)).permutation(len(values)).tolist()
+        pairs = zip(order[::2], order[1::2], strict=False)  # of an odd number, one is left over
+    return [(i, j) if values[i] >= values[j] else (j, i) for i, j in pairs]
 
 
 class _Survey:
@@ -176,7 +182,7 @@ class _Survey:
             if not self.prompts:
                 self.others = tuple(name for name in candidates[0].scores or {} if name != objective)
             self.prompts += 1
-            for i, j in _possible_pairs(values, selection):
+            for i, j in _possible_pairs(values, selection, f"{candidate_set.id}/{objective}"):
                 chosen, rejected = candidates[i], candidates[j]
                 gaps.append(float(values[i] - values[j]))
                 lengths.extend((_length(chosen), _length(rejected)))
@@ -254,11 +260,11 @@ def _pairs(
     wanted = iter(selected)
     for candidate_set in sets:
         candidates, values = _distinct_scored(candidate_set, objective)
-        for i, j in _possible_pairs(values, config.selection):
+        for i, j in _possible_pairs(values, config.selection, f"{candidate_set.id}/{objective}"):
             if next(wanted):
                 pair = _pair(candidate_set, objective, candidates[i], candidates[j], config.split_by)
                 update: dict[str, Any] = {}
-                if config.selection == "all":
+                if config.selection != "best_worst":
                     update["id"] = f"{pair.id}/{i}-{j}"
                 if margin_per_gap:
                     update["margin"] = margin_per_gap * float(values[i] - values[j])
@@ -307,8 +313,11 @@ def _distinct_scored(candidate_set: CandidateSet, objective: str) -> tuple[list[
 
 def _pair_hash(candidate_set: CandidateSet, chosen: Candidate, rejected: Candidate) -> int:
     said = [(message.role, message.content) for message in candidate_set.prompt]
-    text = repr((said, chosen.content, rejected.content))
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
+    return _hash(repr((said, chosen.content, rejected.content)), signed=True)
+
+
+def _hash(text: str, signed: bool) -> int:
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big", signed=signed)
 
 
 def _score(candidate: Candidate, objective: str) -> float:

@@ -98,40 +98,50 @@ def modpo_margins(policy: PolicyConfig, pairs: Iterable[PreferencePair]) -> npt.
     weights = {name: value for name, value in (policy.mixture or {}).items() if value > 0}
     names = list(weights)
     trained = names.index(policy.objective or "")
-    chosen, rejected = array("d"), array("d")
-    for pair in pairs:
-        chosen.extend(_rewards(pair, pair.chosen_scores, names, trained))
-        rejected.extend(_rewards(pair, pair.rejected_scores, names, trained))
-    if not chosen:
-        return np.zeros(0)
-    scores = torch.tensor([chosen, rejected], dtype=torch.float64).reshape(2, -1, len(names))
-    scores /= _within_prompt_spread(scores, names, trained)
+    scores = standardised_rewards(pairs, names, policy.objective)
     return modpo_margin(scores[0], scores[1], list(weights.values()), trained).numpy()
 
 
-def _within_prompt_spread(scores: Tensor, names: Sequence[str], trained: int) -> Tensor:
+def standardised_rewards(
+    pairs: Iterable[PreferencePair], names: Sequence[str], unused: str | None = None
+) -> Tensor:
+    """Rewards [2, N, H] of the chosen and rejected answers of N pairs for these objectives, each in standard
+    deviations within a prompt. `unused`: an objective whose rewards are not needed (NaN without them).
+
+    Raises ValueError naming a pair without the rewards, or an objective whose rewards never differ.
+    """
+    chosen, rejected = array("d"), array("d")
+    for pair in pairs:
+        chosen.extend(_rewards(pair, pair.chosen_scores, names, unused))
+        rejected.extend(_rewards(pair, pair.rejected_scores, names, unused))
+    scores = torch.tensor([chosen, rejected], dtype=torch.float64).reshape(2, -1, len(names))
+    return scores / _within_prompt_spread(scores, names, unused) if len(chosen) else scores
+
+
+def _within_prompt_spread(scores: Tensor, names: Sequence[str], unused: str | None) -> Tensor:
     """Standard deviation [H] of the rewards [2, N, H] of one prompt, from two completions of each: half the
-    mean squared difference is their variance. 1 for the pairs' own objective, whose reward is not used."""
+    mean squared difference is their variance. 1 for the objective that is not used."""
     spread = ((scores[0] - scores[1]) ** 2).mean(dim=0).div(2).sqrt()
-    spread[trained] = 1.0
-    for name, value in zip(names, spread.tolist(), strict=True):
-        if value == 0:
+    for number, name in enumerate(names):
+        if name == unused:
+            spread[number] = 1.0
+        elif spread[number] == 0:
             raise ValueError(
-                f"the '{name}' rewards of chosen and rejected are the same in all pairs of "
-                f"'{names[trained]}': MODPO's margin cannot be made of them"
+                f"the '{name}' rewards of chosen and rejected are the same in all pairs: no margin can be "
+                "made of them"
             )
     return spread
 
 
 def _rewards(
-    pair: PreferencePair, scores: dict[str, float] | None, names: Sequence[str], trained: int
+    pair: PreferencePair, scores: dict[str, float] | None, names: Sequence[str], unused: str | None
 ) -> list[float]:
-    """Rewards [H] of one completion; that of the pair's own objective is not needed."""
+    """Rewards [H] of one completion."""
     known = scores or {}
-    for number, name in enumerate(names):
-        if number != trained and name not in known:
+    for name in names:
+        if name != unused and name not in known:
             raise ValueError(
                 f"pair '{pair.id}' has no '{name}' reward of its completions ('chosen_scores', "
-                "'rejected_scores'), which MODPO's margin is made of: build the pairs from scored candidates"
+                "'rejected_scores'), which the margin is made of: build the pairs from scored candidates"
             )
     return [known.get(name, float("nan")) for name in names]

@@ -58,7 +58,7 @@ from mahalo_ray.training.pairs import (
     pair_logps,
     split_key,
 )
-from mahalo_ray.training.policy_methods import modpo_margins, plan_method
+from mahalo_ray.training.policy_methods import modpo_margins, plan_method, standardised_rewards
 from mahalo_ray.training.policy_metrics import GradientConflict, HeldOutKl, PolicyProbe, SampledTurns
 from mahalo_ray.training.recipe import PAD_ID, Inference, LossOutput, PreparationProgress, Probe, Tensors
 from mahalo_ray.training.reference_logps import (
@@ -108,6 +108,9 @@ class PolicyRecipe:
         self._inputs = PackedPairs(self._pairs) if self.packed else PaddedPairs(self._pairs, PAD_ID)
         self.row_groups = self._inputs.row_groups
         self._held_out, self._trained = np.flatnonzero(aside), ~aside
+        self._balances: Tensor | None = None
+        if self._policy.balance == "sampled":
+            self._balances, self._gaps = self._sampled_balances()
         self.batches = self._balanced(
             self._training.batch_size, self._training.epochs, self._training.max_steps
         )
@@ -147,16 +150,31 @@ class PolicyRecipe:
             encoder.add(pair)
             aside.append(split_key(pair) in held_out)
         pairs = encoder.pairs()
-        margins = pairs.margins
+        margins, is_own = pairs.margins, self._policy.balance == "own"
         if self._policy.method == "modpo":
             margins = margins + modpo_margins(self._policy, self._records(unused))
-        if self._policy.loss == "regression" and not margins.any():
+        if not is_own and margins.any():
+            raise ValueError(
+                "'policy.balance: sampled' makes the margin of every pair from its scores, and pairs have "
+                "margins of their own: set 'pairs.gap_margin' to 0"
+            )
+        if self._policy.loss == "regression" and is_own and not margins.any():
             raise ValueError(
                 "'policy.loss: regression' regresses on the pairs' margins, and all of them are 0: set "
                 "'pairs.gap_margin' (1 asks for 1 / beta nats per standard deviation of the scores), or give "
                 "the pairs margins"
             )
         return pairs, margins, np.array(aside, dtype=bool)
+
+    def _sampled_balances(self) -> tuple[Tensor, Tensor]:
+        """Balances [N, H] that the pairs are trained at, and by how many standard deviations the chosen
+        answer scores higher for each objective [N, H]. A held-out pair is read under its own head."""
+        shape = len(self._pairs), len(self._objectives)
+        # Dirichlet(1/2): half of the draws lie near an end, where a single head must hold.
+        drawn = np.random.default_rng([self._seed, 2]).dirichlet([0.5] * shape[1], size=shape[0])
+        drawn[self._held_out] = np.eye(shape[1])[self._pairs.objective[self._held_out]]
+        scores = standardised_rewards(self._records(set()), self._objectives)
+        return torch.from_numpy(drawn).float(), (scores[0] - scores[1]).float()
 
     def _records(self, unused: set[str]) -> Iterator[PreferencePair]:
         records = PreferencePair.stream(self._settings.pairs_url)
@@ -367,13 +385,19 @@ class PolicyRecipe:
         objective = torch.from_numpy(self._pairs.objective[groups])
         weight = torch.from_numpy(self._pairs.weights[groups]).float()
         present = torch.full((len(groups),), float(counted))
+        if self._balances is None:
+            head = self._first_head + self._plan.head_of[objective]
+            margin = torch.from_numpy(self._margins[groups]).float()
+            under = {"head": head, "beta": self._plan.beta[objective], "margin": margin}
+        else:
+            balance = self._balances[groups]
+            margin = (balance * self._gaps[groups]).sum(1)
+            under = {"balance": balance, "beta": balance @ self._plan.beta, "margin": margin}
         return {
             **self._inputs.tensors(groups),
+            **under,
             "reference": self._reference[groups],
             "objective": objective,
-            "head": self._first_head + self._plan.head_of[objective],
-            "beta": self._plan.beta[objective],
-            "margin": torch.from_numpy(self._margins[groups]).float(),
             "weight": weight,
             "chosen_tokens": self._chosen_tokens[groups],
             "loss_weight": (self._plan.alpha / sums)[objective] * weight * present,
@@ -385,14 +409,19 @@ class PolicyRecipe:
         return (losses * tensors["loss_weight"]).sum(), losses.detach(), sums.flatten()
 
     def _losses(self, model: nn.Module, **tensors: Tensor) -> tuple[Tensor, Tensor]:
-        """DPO loss [R] of every pair under its own head, and sums [H, metrics] over counted pairs."""
+        """DPO loss [R] of every pair under its own head (or mixture of heads), and sums [H, metrics] over
+        counted pairs."""
         objective, reference = tensors["objective"], tensors["reference"]
-        logps = cast(MultiHeadCausalLM, model).completion_logps(
-            **pair_inputs(tensors),
-            head_index=tensors["head"].repeat(2),
-            chunk_size=self._training.logit_chunk_size,
-            average=self._policy.average_log_probs,
-        )
+        policy, chunk_size = cast(MultiHeadCausalLM, model), self._training.logit_chunk_size
+        inputs, average = pair_inputs(tensors), self._policy.average_log_probs
+        if "balance" in tensors:
+            weights = tensors["balance"].repeat(2, 1)
+            logps = policy.mixture_logps(**inputs, weights=weights, chunk_size=chunk_size, average=average)
+        else:
+            heads = tensors["head"].repeat(2)
+            logps = policy.completion_logps(
+                **inputs, head_index=heads, chunk_size=chunk_size, average=average
+            )
         chosen, rejected = pair_logps(logps)
         beta, weight = tensors["beta"], tensors["weight"]
         losses = dpo_loss(
