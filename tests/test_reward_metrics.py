@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mahalo_ray.data.records import ScoredPair, ScoredTrace
-from mahalo_ray.evaluation.reward_metrics import choose_threshold, objective_metrics
+from mahalo_ray.evaluation.reward_metrics import choose_threshold, expected_best, objective_metrics
 from mahalo_ray.evaluation.statistics import Bootstrap, bootstrap_by_group
 
 HOW = Bootstrap(resamples=200)
@@ -99,6 +99,21 @@ def test_candidates_of_one_prompt_and_best_of_n() -> None:
     assert found["best_of_n_lift"].value == pytest.approx((1 / 2 - 1 / 3) / 2)
     assert found["outcome_auc"].value == pytest.approx((1 + 3 / 4 + 0 + 1 / 4) / 4, abs=0.2)
     assert "accuracy" not in found and "brier" not in found  # values are no probabilities
+
+
+def test_the_gain_of_choosing_is_what_a_choice_gains() -> None:
+    random = np.random.default_rng(7)
+    scores = random.normal(2.0, 0.4, size=(2000, 5))
+    labels = 0.3 * scores + random.normal(size=scores.shape)  # noise as of labels from few continuations
+    traces = [
+        trace(f"{prompt}/{k}", [scores[prompt, k]], [labels[prompt, k]], f"p{prompt}")
+        for prompt in range(len(scores))
+        for k in range(5)
+    ]
+    gain = objective_metrics(traces, [], "x", "value", Bootstrap(20)).metrics["choice_gain"]
+    assert gain.n == 2000 and gain.value == pytest.approx(0.3 * 0.4, abs=0.03)
+    chosen = labels[np.arange(len(scores)), scores.argmax(axis=1)].mean() - labels.mean()
+    assert gain.value * expected_best(5) == pytest.approx(chosen, abs=0.03)
 
 
 def test_turns_of_a_dialogue_and_three_outcomes() -> None:

@@ -6,11 +6,13 @@ problems, not steps or solutions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from scipy.stats import norm
 
 from mahalo_ray.data.records import ScoredPair, ScoredTrace
 from mahalo_ray.evaluation.statistics import Bootstrap, BootstrapEstimate, bootstrap_by_group
@@ -172,6 +174,7 @@ def _add_within_prompt_metrics(steps: _Steps, bootstrap: Bootstrap, metrics: Met
     by_candidate: dict[str, tuple[Callable[..., float], list[FloatArray]]] = {
         "rank_correlation": (within_group_rank_correlation, truth),
         "best_against_worst": (best_against_worst_accuracy, truth),
+        "choice_gain": (_choice_gain, truth),
         "length_correlation_score": (lambda *columns: length_correlation(*columns)[0], lengths),
         "length_correlation_truth": (lambda *columns: length_correlation(*columns)[1], lengths),
     }
@@ -241,6 +244,28 @@ def _f1(right: FloatArray, actual: FloatArray) -> float:
 def _lift(score: FloatArray, outcome: FloatArray, groups: Sequence[str]) -> float:
     """Outcome of the best-scored sample (ties averaged) minus the group's mean outcome."""
     return float(outcome[score == score.max()].mean() - outcome.mean())
+
+
+def _choice_gain(score: FloatArray, label: FloatArray, groups: Sequence[str]) -> float:
+    """How much the label rises with one standard deviation of the score: their covariance over the latter.
+    Noise in labels (of few continuations) does not bias it; noise in scores lowers it, as it should."""
+    covariance = np.cov(score, label)
+    spread, count = math.sqrt(covariance[0, 0]), len(score)
+    # The standard deviation of a few numbers is too small on average, by this factor where they are normal.
+    factor = math.sqrt(2 / (count - 1)) * math.exp(math.lgamma(count / 2) - math.lgamma((count - 1) / 2))
+    return float(covariance[0, 1]) / spread / factor if spread else 0.0
+
+
+def expected_best(count: int) -> float:
+    """Mean of the largest of `count` independent standard normal numbers: how many standard deviations of
+    the score the best-scored of so many candidates is ahead of one.
+
+    >>> [round(expected_best(count), 2) for count in (1, 2, 5, 16)]
+    [0.0, 0.56, 1.16, 1.77]
+    """
+    x = np.linspace(-8.0, 8.0, 4001)
+    density = count * norm.pdf(x) * norm.cdf(x) ** (count - 1)
+    return float(np.sum(x * density) * (x[1] - x[0]))
 
 
 def _share_won(difference: FloatArray) -> float:

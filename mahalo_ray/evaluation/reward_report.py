@@ -39,6 +39,7 @@ from mahalo_ray.evaluation.plots import INK, SURFACE
 from mahalo_ray.evaluation.reward_metrics import (
     ObjectiveMetrics,
     choose_threshold,
+    expected_best,
     objective_metrics,
 )
 from mahalo_ray.evaluation.statistics import Bootstrap, finite_or_none
@@ -286,6 +287,8 @@ def _scored_pairs(
 
 RESULTS, PICTURE = "reward.json", "reward.png"
 
+CANDIDATES = (2, 3, 5, 9, 17)  # each doubles what K adds to the one candidate of an unguided answer
+
 # The name of every metric in tables, in the order they are shown.
 MEANINGS = {
     "auc": "AUC of steps",
@@ -297,6 +300,7 @@ MEANINGS = {
     "correct_against_wrong": "correct above wrong, same prompt",
     "rank_correlation": "rank correlation, same prompt and step",
     "best_against_worst": "best above worst, same prompt and step",
+    "choice_gain": "label gained per std of score, same prompt and step",
     "length_correlation_score": "correlation of score and length",
     "length_correlation_truth": "correlation of truth and length",
     "outcome_auc": "AUC of outcomes (last step)",
@@ -424,6 +428,10 @@ def print_report(console: Console, folder: str) -> None:
         if result["auc_by_step"]:
             steps = [f"{step}: {cell(estimate)}" for step, estimate in result["auc_by_step"].items()]
             console.print("AUC by step or turn: " + "; ".join(steps), highlight=False)
+        if "choice_gain" in result["figures"]:
+            gained = result["figures"]["choice_gain"]["value"]
+            gains = [f"{count}: {gained * expected_best(count):+.3f}" for count in CANDIDATES]
+            console.print("Expected gain of the best-scored of K: " + "; ".join(gains), highlight=False)
 
 
 def _metric_table(objective: str, metrics: Mapping[str, Any], compared_with: Mapping[str, Any]) -> Table:
