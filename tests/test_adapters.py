@@ -82,7 +82,10 @@ def test_every_row_goes_through_its_own_adapters(depth: int | str) -> None:
         packed.enable_pair_packing()
         sums = packed.completion_logps(ids, None, labels, torch.tensor([0, 1, 0, 1]), pair_lengths=pairs)
         swapped = packed.completion_logps(ids, None, labels, torch.tensor([0, 2, 0, 2]), pair_lengths=pairs)
+        ends = torch.eye(3)[[0, 1, 0, 1]]
+        mixed = packed.mixture_logps(ids, None, labels, ends, pair_lengths=pairs)
     assert torch.equal(sums[[0, 2]], swapped[[0, 2]]) and not torch.isclose(sums[1], swapped[1])
+    torch.testing.assert_close(mixed, sums)
 
 
 def test_at_full_depth_a_mixture_is_the_soup_of_the_objectives_models(tmp_path: Path) -> None:

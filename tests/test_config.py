@@ -115,6 +115,12 @@ def test_the_resolved_document_loads_to_the_same_config(file: Path, tmp_path: Pa
         ("policy.beta=fast", "policy.beta", "got 'fast'"),
         ("policy.loss=hinge", "policy.loss", "'sigmoid', 'ipo' or 'regression'"),
         ("policy.loss=regression", "'pairs.gap_margin' is 0", "1 / beta nats"),
+        ("policy.balance=sampled", "'balance: sampled'", "'loss: regression'"),
+        (
+            "policy={loss: regression, balance: sampled, chosen_anchor: 1}",
+            "'chosen_anchor'",
+            "at any balance",
+        ),
         ("policy.training.zero_stage=4", "policy.training.zero_stage", "0, 1, 2 or 3"),
         ("seed=-1", "seed", "greater than or equal to 0"),
         ("objectives=[]", "objectives", "at least 1 item"),

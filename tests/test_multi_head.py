@@ -44,6 +44,11 @@ def test_every_family_routes_merges_saves_and_loads(family: str, kind: Any, tmp_
         weighted = weighted if cap is None else cap * torch.tanh(weighted / cap)
         torch.testing.assert_close(model.logits(hidden, WEIGHTS), weighted)
         torch.testing.assert_close(model.merged_head(WEIGHTS)(hidden), weighted)
+        shares = torch.tensor([[1.0, 0, 0], [0.2, 0.3, 0.5], [0, 0.6, 0.4], [0.25, 0.75, 0]])
+        mixed = model.logits(hidden, shares).log_softmax(-1)
+        labels = data["labels"]
+        logps = mixed.gather(2, labels.clamp(min=0)[..., None])[..., 0] * (labels != -100)
+        torch.testing.assert_close(model.mixture_logps(**data, weights=shares, chunk_size=3), logps.sum(1))
         merged = model.merge(WEIGHTS)
         assert isinstance(merged, type(tiny(family)))
         torch.testing.assert_close(
@@ -125,6 +130,25 @@ def test_routing_equals_the_all_heads_computation_with_gradients(
             for parameter in grads[0][1]:
                 if parameter.startswith(f"heads.{objective}."):
                     assert not grads[0][1][parameter].any()
+
+
+@pytest.mark.parametrize("kind", ["full", "low_rank"])
+def test_gradients_of_mixtures_equal_those_of_whole_logits(kind: Any) -> None:
+    data, upstream = batch(), torch.tensor([1.0, -2.0, 0.5, 1.0])
+    shares = torch.tensor([[1.0, 0, 0], [0.2, 0.3, 0.5], [0, 0.6, 0.4], [0.25, 0.75, 0]])
+    grads = []
+    for in_chunks in (True, False):
+        model = policy(head_kind=kind, rank=2)
+        if in_chunks:
+            logps = model.mixture_logps(**data, weights=shares, chunk_size=3)
+        else:
+            hidden = model.hidden_states(data["input_ids"], data["attention_mask"])
+            mixed, labels = model.logits(hidden, shares).log_softmax(-1), data["labels"]
+            logps = (mixed.gather(2, labels.clamp(min=0)[..., None])[..., 0] * (labels != -100)).sum(1)
+        (logps * upstream).sum().backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    for name, expected in grads[1].items():
+        torch.testing.assert_close(grads[0][name], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_backbone_gradient_is_the_weighted_sum_over_objectives() -> None:

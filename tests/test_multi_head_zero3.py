@@ -40,8 +40,11 @@ def rows() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.roll(ids, -1, 1)}
 
 
-def loss_of(model: MultiHeadCausalLM, **tensors: torch.Tensor) -> Any:
-    return -model.completion_logps(**tensors, chunk_size=3).mean()
+def loss_of(model: MultiHeadCausalLM, head_index: torch.Tensor, **tensors: torch.Tensor) -> Any:
+    """Of the rows under their own heads, and under mixtures of all heads."""
+    own = model.completion_logps(**tensors, head_index=head_index, chunk_size=3)
+    shares = torch.eye(3)[head_index] * 0.4 + 0.2
+    return -(own + model.mixture_logps(**tensors, weights=shares, chunk_size=3)).mean()
 
 
 def logits_of(model: MultiHeadCausalLM, input_ids: torch.Tensor) -> torch.Tensor:

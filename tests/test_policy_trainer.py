@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import training_world as world
@@ -19,8 +20,10 @@ from transformers import AutoTokenizer
 
 from mahalo_ray.config import PolicyConfig, TrainingConfig
 from mahalo_ray.data.records import PreferencePair
+from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.models import MultiHeadCausalLM
 from mahalo_ray.training.loop import train
+from mahalo_ray.training.pairs import PaddedPairs, encode_pairs, pair_inputs, pair_logps
 from mahalo_ray.training.policy_recipe import PolicyRecipe
 from mahalo_ray.training.settings import PolicySettings
 from mahalo_ray.training.trainer import LocalSession, PolicyTrainer, one_process
@@ -241,6 +244,46 @@ def test_a_kl_budget_ends_training_with_the_weights_within_it(base: str, tmp_pat
         with pytest.raises(ValueError, match=r"first measurement, after step 2, found a KL .* above 1e-09"):
             run("none", 9, 1e-9)
         assert "stopped_at_step" not in run("ample", 9, 2 * largest[-1] + 1)["metrics"]
+
+
+def test_at_sampled_balances_mixtures_are_regressed_on_the_weighted_scores(base: str) -> None:
+    """Two answers, one better for each objective, apart by sqrt(2) standard deviations: at the balance w of
+    accuracy the first gains (w - (1 - w)) sqrt(2) / beta nats on the second, against the reference."""
+    answers = [("yes", {"accuracy": 1.0, "engagement": 0.0}), ("no", {"accuracy": 0.0, "engagement": 2.0})]
+    pairs = []
+    for number in range(6):
+        for objective, ordered in zip(world.OBJECTIVES, (answers, answers[::-1]), strict=True):
+            (chosen, chosen_scores), (rejected, rejected_scores) = ordered
+            pair = {
+                "id": f"{number}-{objective}",
+                "source": "by hand",
+                "objective": objective,
+                "prompt": [{"role": "user", "content": f"{number} + 1 ="}],
+                "chosen": chosen,
+                "rejected": rejected,
+                "chosen_scores": chosen_scores,
+                "rejected_scores": rejected_scores,
+            }
+            pairs.append(PreferencePair.model_validate(pair))
+    policy = PolicyConfig(
+        loss="regression",
+        balance="sampled",
+        beta=0.5,
+        head_learning_rate=1e-2,
+        training=TrainingConfig(**{**TRAINING, "batch_size": 12, "max_steps": 80, "zero_stage": 0}),
+    )
+    trainer = make(base, pairs, policy, held_out_fraction=0.0)
+    trainer.train()
+    encoded = encode_pairs(pairs[::2], world.OBJECTIVES, ChatFormat(AutoTokenizer.from_pretrained(base)), 64)
+    inputs = pair_inputs(PaddedPairs(encoded, 0).tensors(np.arange(6)))
+    with torch.no_grad():
+        reference = MultiHeadCausalLM.from_base(base, ["any"], noise=0.0).eval()
+        chosen, rejected = pair_logps(reference.mixture_logps(**inputs, weights=torch.ones(12, 1)))
+        for share in (1.0, 0.75, 0.5, 0.25, 0.0):
+            weights = torch.tensor([[share, 1 - share]]).expand(12, -1)
+            for_it, against = pair_logps(trainer.model.eval().mixture_logps(**inputs, weights=weights))
+            lead = (for_it - against) - (chosen - rejected)
+            assert lead.tolist() == pytest.approx([(2 * share - 1) * 2**0.5 / 0.5] * 6, abs=0.5)
 
 
 @pytest.mark.parametrize("stage", [2, 3])

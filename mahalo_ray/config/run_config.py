@@ -546,7 +546,13 @@ class RunConfig(Section):
             for key, value in given.items():
                 if not value:
                     raise ValueError(f"'{key}' is missing: only a run on own data ('data') goes without it")
-            if self.policy.loss == "regression" and self.pairs.gap_margin == 0:
+            is_own = self.policy.balance == "own"
+            if not is_own and self.pairs.gap_margin > 0:
+                raise ValueError(
+                    "'pairs.gap_margin' gives pairs a margin of their own, and 'policy.balance: sampled' makes it "
+                    "at each pair's balance: leave it out"
+                )
+            if self.policy.loss == "regression" and is_own and self.pairs.gap_margin == 0:
                 raise ValueError(
                     "'policy.loss' is 'regression', which regresses on the gaps of the scores, and "
                     "'pairs.gap_margin' is 0: set it (1 asks for 1 / beta nats per standard deviation)"
