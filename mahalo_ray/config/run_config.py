@@ -549,8 +549,8 @@ class RunConfig(Section):
             is_own = self.policy.balance == "own"
             if not is_own and self.pairs.gap_margin > 0:
                 raise ValueError(
-                    "'pairs.gap_margin' gives pairs a margin of their own, and 'policy.balance: sampled' makes it "
-                    "at each pair's balance: leave it out"
+                    "'pairs.gap_margin' gives pairs a margin of their own, and 'policy.balance: sampled' "
+                    "makes it at each pair's balance: leave it out"
                 )
             if self.policy.loss == "regression" and is_own and self.pairs.gap_margin == 0:
                 raise ValueError(
