@@ -128,6 +128,11 @@ def policy_settings(
     a KL budget, which all methods get, rests on them.
     """
     policy, mixture = config.policy, dict(mixture or {})
+    if policy.balance != "own":
+        raise ValueError(
+            "'policy.balance' is 'sampled', and baselines train a pair under its own objective's head: "
+            "compare a run with 'balance: own', and set both runs side by side with `mahalo front RUN RUN`"
+        )
     if method == "modpo" and policy.loss != "sigmoid":
         raise ValueError(
             f"'policy.loss' is '{policy.loss}', and MODPO is defined for 'sigmoid' only: leave it out of "
