@@ -41,10 +41,11 @@ def rows() -> dict[str, torch.Tensor]:
 
 
 def loss_of(model: MultiHeadCausalLM, head_index: torch.Tensor, **tensors: torch.Tensor) -> Any:
-    """Of the rows under their own heads, and under mixtures of all heads."""
+    """Nats per token of the rows under their own heads, and under mixtures of all heads."""
     own = model.completion_logps(**tensors, head_index=head_index, chunk_size=3)
     shares = torch.eye(3)[head_index] * 0.4 + 0.2
-    return -(own + model.mixture_logps(**tensors, weights=shares, chunk_size=3)).mean()
+    mixed = model.mixture_logps(**tensors, weights=shares, chunk_size=3)
+    return -(own + mixed).mean() / tensors["labels"].shape[1]
 
 
 def logits_of(model: MultiHeadCausalLM, input_ids: torch.Tensor) -> torch.Tensor:
