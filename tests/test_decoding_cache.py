@@ -23,9 +23,10 @@ from transformers import (
 )
 
 from mahalo_ray.decoding import kv_cache
+from mahalo_ray.decoding.cached_backbone import CachedBackbone
 from mahalo_ray.decoding.engine import Engine
 from mahalo_ray.decoding.kv_cache import Branches, BranchRef, RaggedCache
-from mahalo_ray.decoding.policy import CachedBackbone, CausalPolicy, MultiHeadPolicy
+from mahalo_ray.decoding.policy import CausalPolicy, MultiHeadPolicy
 from mahalo_ray.decoding.sampling import SamplingParams
 from mahalo_ray.decoding.token_loop import smallest_grid
 from mahalo_ray.models.multi_head import MultiHeadCausalLM

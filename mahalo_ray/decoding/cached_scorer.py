@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mahalo_ray.data.records import Message
 from mahalo_ray.data.templating import ChatFormat
+from mahalo_ray.decoding.cached_backbone import CachedBackbone, memory_errors_alike
 from mahalo_ray.decoding.cpu_matmul import OneDNNHead
 from mahalo_ray.decoding.guidance import Choice, ChoiceScores, Prompt, StepCandidate, TextOutgrown
 from mahalo_ray.decoding.kv_cache import (
@@ -27,7 +28,6 @@ from mahalo_ray.decoding.kv_cache import (
     pad_right,
     split_by_size,
 )
-from mahalo_ray.decoding.policy import CachedBackbone, memory_errors_alike
 from mahalo_ray.decoding.stopping import Boundary, TokenTexts, step_starts
 from mahalo_ray.models import lora
 from mahalo_ray.models.reward import ProcessRewardModel

@@ -83,8 +83,7 @@ class PackedWeights:
         """`F.linear` by the kernel that the module's docstring names. No gradients."""
         if self.takes(x, weight):
             packed = self._packed(weight)
-            result: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-            return result
+            return _multiply(x, packed, bias)
         return F.linear(x, weight, bias)
 
     def takes(self, x: Tensor, weight: Tensor) -> bool:
@@ -113,8 +112,8 @@ def packed_weight(weight: Tensor) -> Tensor:
     return cast(Tensor, torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS))
 
 
-class _SideBySide:
-    """Layers that read one input, as one product: the first that is called makes it for all of them."""
+class SideBySide:
+    """Linear layers that read one input, as one product over their packed weights together."""
 
     def __init__(self, store: PackedWeights, layers: Sequence[nn.Linear]) -> None:
         self._store, self._layers = store, layers
@@ -123,6 +122,38 @@ class _SideBySide:
         self._versions: list[int] = []
         self._packed: Tensor | None = None
         self._bias: Tensor | None = None
+
+    def parts(self, x: Tensor) -> Sequence[Tensor]:
+        """The output of every layer."""
+        out = self.product(x)
+        if out is None:
+            return [self._store.linear(x, layer.weight, layer.bias) for layer in self._layers]
+        return out.split(self._widths, dim=-1)
+
+    def product(self, x: Tensor) -> Tensor | None:
+        """The outputs of all layers behind each other, [..., their widths together]; None where they cannot
+        be multiplied together (yet)."""
+        if not self._store.packs or not self._store.takes(x, self._parameters[0]):
+            return None
+        if any(parameter.is_inference() for parameter in self._parameters):
+            return None
+        versions = [parameter._version for parameter in self._parameters]
+        if versions != self._versions:  # packed at the second use, as single weights are
+            self._versions, self._packed = versions, None
+            return None
+        if self._packed is None:
+            weights = [layer.weight.detach() for layer in self._layers]
+            biases = [layer.bias.detach() for layer in self._layers if layer.bias is not None]
+            self._packed = packed_weight(torch.cat(weights))
+            self._bias = torch.cat(biases) if biases else None
+        return _multiply(x, self._packed, self._bias)
+
+
+class _Shared:
+    """The same behind the layers' own `forward`: the first that is called makes the product for all."""
+
+    def __init__(self, together: SideBySide, store: PackedWeights, layers: Sequence[nn.Linear]) -> None:
+        self._together, self._store, self._layers = together, store, layers
         self._input: Tensor | None = None  # of the last product, until the last layer has asked for its part
         self._parts: Sequence[Tensor] = ()
 
@@ -130,7 +161,7 @@ class _SideBySide:
         """The output of the layer of this number. One that is called with another input than the first layer
         multiplies by itself."""
         if number == 0:
-            self._input, self._parts = x, self._products(x)
+            self._input, self._parts = x, self._together.parts(x)
         if self._input is not x or not self._parts:
             layer = self._layers[number]
             return self._store.linear(x, layer.weight, layer.bias)
@@ -138,24 +169,6 @@ class _SideBySide:
         if number == len(self._layers) - 1:
             self._input, self._parts = None, ()
         return part
-
-    def _products(self, x: Tensor) -> Sequence[Tensor]:
-        """The outputs of all layers; nothing where they cannot be multiplied together (yet)."""
-        if not self._store.packs or not self._store.takes(x, self._parameters[0]):
-            return ()
-        if any(parameter.is_inference() for parameter in self._parameters):
-            return ()
-        versions = [parameter._version for parameter in self._parameters]
-        if versions != self._versions:  # packed at the second use, as single weights are
-            self._versions, self._packed = versions, None
-            return ()
-        if self._packed is None:
-            weights = [layer.weight.detach() for layer in self._layers]
-            biases = [layer.bias.detach() for layer in self._layers if layer.bias is not None]
-            self._packed = packed_weight(torch.cat(weights))
-            self._bias = torch.cat(biases) if biases else None
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
-        return out.split(self._widths, dim=-1)
 
 
 class OneDNNLinears:
@@ -166,30 +179,32 @@ class OneDNNLinears:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        groups = [
-            layers
-            for layers in _side_by_side(module)
-            if sum(layer.weight.numel() for layer in layers) >= _SMALLEST_WEIGHT and _is_packable(layers[0])
-        ]
+        groups = [layers for layers in _side_by_side(module) if _is_worthwhile(layers)]
         grouped = {layer for layers in groups for layer in layers}
         single = [
             layer
             for layer in module.modules()
-            if type(layer) is nn.Linear
-            and layer not in grouped
-            and layer.weight.numel() >= _SMALLEST_WEIGHT
-            and _is_packable(layer)
+            if type(layer) is nn.Linear and layer not in grouped and _is_worthwhile([layer])
         ]
-        store = PackedWeights(sum(layer.weight.nbytes for layer in [*grouped, *single]))
+        self._store = PackedWeights(sum(layer.weight.nbytes for layer in [*grouped, *single]))
         self._swaps: list[tuple[dict[str, Any], Callable[[Tensor], Tensor]]] = [
-            (layer.__dict__, functools.partial(_forward, store, layer)) for layer in single
+            (layer.__dict__, functools.partial(_forward, self._store, layer)) for layer in single
         ]
         for layers in groups:
-            together = _SideBySide(store, layers)
+            shared = _Shared(SideBySide(self._store, layers), self._store, layers)
             self._swaps += [
-                (layer.__dict__, functools.partial(together.forward, number))
+                (layer.__dict__, functools.partial(shared.forward, number))
                 for number, layer in enumerate(layers)
             ]
+
+    def together(self, layers: Sequence[nn.Module]) -> SideBySide | None:
+        """One product for these layers of the module, which read one input; None where their own are as
+        good, or where they are no plain linear layers."""
+        linears = [layer for layer in layers if type(layer) is nn.Linear]
+        kinds = {(layer.in_features, layer.bias is None, layer.weight.dtype) for layer in linears}
+        if len(linears) < len(layers) or len(kinds) > 1 or not _is_worthwhile(linears):
+            return None
+        return SideBySide(self._store, linears)
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
@@ -202,8 +217,12 @@ class OneDNNLinears:
                 del attributes["forward"]
 
 
-def _is_packable(layer: nn.Linear) -> bool:
-    return layer.weight.device.type == "cpu" and packing_is_faster()
+def _is_worthwhile(layers: Sequence[nn.Linear]) -> bool:
+    return (
+        sum(layer.weight.numel() for layer in layers) >= _SMALLEST_WEIGHT
+        and layers[0].weight.device.type == "cpu"
+        and packing_is_faster()
+    )
 
 
 def _side_by_side(module: nn.Module) -> Iterator[list[nn.Linear]]:
@@ -215,6 +234,11 @@ def _side_by_side(module: nn.Module) -> Iterator[list[nn.Linear]]:
             kinds = {(layer.in_features, layer.bias is None, layer.weight.dtype) for layer in layers}
             if len(layers) == len(names) and len(kinds) == 1:
                 yield layers
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
 
 
 def _forward(store: PackedWeights, layer: nn.Linear, x: Tensor) -> Tensor:

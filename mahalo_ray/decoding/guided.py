@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mahalo_ray.decoding.cached_backbone import memory_errors_alike
 from mahalo_ray.decoding.guidance import GuidedRequest, GuidedResult, Step, StepCandidate, TextOutgrown
-from mahalo_ray.decoding.policy import Policy, as_policy, check_vocabulary, memory_errors_alike
+from mahalo_ray.decoding.policy import Policy, as_policy, check_vocabulary
 from mahalo_ray.decoding.sampling import draw_keys
 from mahalo_ray.decoding.scorers import RewardModels
 from mahalo_ray.decoding.session import GuidedSession, RequestState, score_steps

@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Protocol
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     GenerationConfig,
-    PretrainedConfig,
     PreTrainedModel,
 )
 
 from mahalo_ray.data import storage
 from mahalo_ray.data.templating import ChatFormat
-from mahalo_ray.decoding.cpu_matmul import OneDNNHead, OneDNNLinears
-from mahalo_ray.decoding.kv_cache import Branches, RaggedCache, cached_attention
+from mahalo_ray.decoding.cached_backbone import CachedBackbone
+from mahalo_ray.decoding.cpu_matmul import OneDNNHead
 from mahalo_ray.models.attention import View
 from mahalo_ray.models.backbone import (
     load_causal_lm,
     load_tokenizer,
-    row_independent_context,
     split_causal_lm,
 )
 from mahalo_ray.models.classifiers import load_scorer
@@ -84,139 +79,6 @@ class Policy(Protocol):
     def head(self, mixes: Sequence[HeadMix]) -> LogitFunction:
         """The logits of requests with these mixes; built once per batch, called once per token."""
         ...
-
-
-@contextmanager
-def memory_errors_alike() -> Iterator[None]:
-    """OutOfMemoryError in the block where the CPU has no memory, as on a GPU: PyTorch has a RuntimeError."""
-    try:
-        yield
-    except RuntimeError as error:  # OutOfMemoryError is one
-        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" not in str(error):
-            raise
-        raise torch.OutOfMemoryError(str(error)) from error
-
-
-class CachedBackbone:
-    """A transformers base model (no head) run over the decoding cache. Architectures for which the cache
-    would give other hidden states than the model itself are refused at load, by name (ValueError)."""
-
-    def __init__(
-        self, backbone: nn.Module, around: Callable[[], AbstractContextManager[object]] = nullcontext
-    ) -> None:
-        """`around` gives a context for every forward (an adapter switched off)."""
-        # Models that also see keep their language model's settings one level down.
-        config = cast(PretrainedConfig, backbone.config).get_text_config()
-        self.model, self.config, self._around = backbone, config, around
-        self._onednn = OneDNNLinears(backbone)
-        self.name = type(backbone).__name__
-        values = config.to_dict()
-        unsupported = sorted(set(values.get("layer_types") or ()) - {"full_attention", "sliding_attention"})
-        if unsupported:
-            raise self._refusal(
-                f"it has {', '.join(unsupported)} layers, and the decoding cache keeps keys and values only"
-            )
-        self.device = next(backbone.parameters()).device
-        self._check()
-        if not hasattr(config, "max_position_embeddings"):
-            raise self._refusal("its config does not say how long a context may be")
-        self.max_context = min(
-            config.max_position_embeddings, _window(values), row_independent_context(config)
-        )
-
-    def __call__(self, input_ids: Tensor, position_ids: Tensor, kv_cache: View) -> Tensor:
-        """[B, T] -> [B, T, D], no gradients."""
-        with torch.no_grad(), cached_attention(self.config), self._around(), self._onednn():
-            out = self.model(
-                input_ids=input_ids,
-                position_ids=position_ids,
-                use_cache=False,
-                kv_cache=kv_cache,
-            )
-        return out.last_hidden_state
-
-    def _check(self) -> None:
-        """Decode a few tokens over the cache and compare every state with one whole forward.
-
-        Two prompts of different lengths are read together, then each is continued by two branches, token by
-        token: a family may be right in a prefill and wrong in what follows (a state of its own that the cache
-        does not keep), for one row and wrong for its neighbours, or crash at the first single token.
-        ValueError, naming the family and what to do, for one that differs or cannot be called this way.
-        """
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with memory_errors_alike():
-                decoded, expected, cached = self._probe()
-        except torch.OutOfMemoryError:
-            raise
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            # What the families' own code does when it meets a cache that it does not know.
-            raise self._refusal(f"{type(error).__name__}: {error}") from error
-        finally:
-            self.model.train(was_training)
-        if cached != self.config.num_hidden_layers:
-            layers = self.config.num_hidden_layers
-            raise self._refusal(f"{cached} of its {layers} layers use transformers' attention interface")
-        if not same_states(decoded, expected):
-            raise self._refusal("its states differ from those of one forward over the whole text")
-
-    def _probe(self) -> tuple[Tensor, Tensor, int]:
-        """States [N, D] of the same tokens over the cache and by whole forwards, and the layers cached."""
-        vocabulary, device = self.config.vocab_size, self.device
-        prompts = torch.tensor([[0, 1], [2, 0]], device=device) % vocabulary
-        lengths, width = np.array([2, 1]), 2  # the second row is padded
-        # Two steps of 2 rows x 2 branches.
-        steps = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]], device=device) % vocabulary
-        cache = RaggedCache(initial_capacity=2)
-        slots = cache.add(2)
-        view = cache.append(slots, lengths, width)
-        states = self(prompts, view.positions(width, device), view)
-        view.commit()
-        decoded = [states[0, :2], states[1, :1]]
-        branches = Branches(cache, slots, columns=2)
-        following = []
-        for tokens in steps:
-            following.append(self(tokens[:, None], branches.positions(1, device), branches)[:, 0])
-            branches.advance(1)
-        expected: list[Tensor] = []
-        whole_states = []
-        for row, length in enumerate(lengths.tolist()):
-            for branch in range(2):
-                ids = torch.cat([prompts[row, :length], steps[:, 2 * row + branch]])[None]
-                with torch.no_grad(), self._around():
-                    whole_states.append(self.model(input_ids=ids, use_cache=False).last_hidden_state[0])
-            expected.append(whole_states[2 * row][:length])
-        decoded += following
-        expected += [torch.stack([states[number - 2] for states in whole_states]) for number in range(2)]
-        return torch.cat(decoded), torch.cat(expected), len(cache.keys)
-
-    def _refusal(self, reason: str) -> ValueError:
-        return ValueError(
-            f"{self.name} cannot be decoded over the shared cache: {reason}. Choose a Llama-like, Qwen, "
-            "Gemma or GPT-2 model, or let a completion server decode this one (`CompletionDecoder`)"
-        )
-
-
-def _window(config: dict[str, Any]) -> int:
-    """The sliding window of the layers that have one, else no limit: the cache keeps whole contexts, so a
-    model with windows is decoded as far as its window reaches.
-    """
-    kinds, window = config.get("layer_types"), config.get("sliding_window")
-    used = config.get("use_sliding_window", True) if kinds is None else "sliding_attention" in kinds
-    return int(window) if used and window else sys.maxsize
-
-
-def same_states(decoded: Tensor, expected: Tensor) -> bool:
-    """Whether states [N, D] are equal up to rounding, relative to the largest value.
-
-    In half precision a quarter of the tokens may differ: where a router chooses among experts, rounding alone
-    can send a token to another one.
-    """
-    exact = expected.dtype == torch.float32
-    tolerance = (1e-4 if exact else 0.05) * max(float(expected.abs().max()), 1e-6)
-    different = ((decoded - expected).abs().amax(dim=-1) > tolerance).float().mean()
-    return bool(different <= (0.0 if exact else 0.25)) and bool(decoded.isfinite().all())
 
 
 class CausalPolicy:

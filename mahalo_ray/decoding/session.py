@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from mahalo_ray.decoding.cached_backbone import memory_errors_alike
 from mahalo_ray.decoding.engine import Engine
 from mahalo_ray.decoding.guidance import (
     Choice,
@@ -21,7 +22,7 @@ from mahalo_ray.decoding.guidance import (
     choice_uniforms,
     with_scores,
 )
-from mahalo_ray.decoding.policy import HeadMix, Policy, memory_errors_alike
+from mahalo_ray.decoding.policy import HeadMix, Policy
 from mahalo_ray.decoding.sampling import DrawLimits
 from mahalo_ray.decoding.scorers import RewardModels, ScorerGroup
 from mahalo_ray.decoding.stopping import INCOMPLETE, AnswerOnly, StopReason, StopRule, TextStop, TextTail
