@@ -26,7 +26,7 @@ serve: setup
 
 # Two processes share the tests, file by file in the order of tests/conftest.py: much of their time is spent waiting
 # for Ray to start and stop. One that crashes ends the suite: with a new one in its place the other would wait for ever.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+PYTEST := OMP_NUM_THREADS=1 MAHALO_GC_THRESHOLD=10000 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 test: lint
 	$(PYTEST)

@@ -5,7 +5,8 @@
         for number, answer in endpoint.chat(calls):
             ...  # EndpointReply or Failure, in the order they finish; `number` is the call's position
 
-A call that fails for good is returned as a `Failure`: one bad reply never ends a job.
+A call that fails for good is returned as a `Failure`: one bad reply never ends a job. The client library
+takes a second to import: functions import it, so that only processes that call a server wait for it.
 """
 
 from __future__ import annotations
@@ -26,8 +27,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, Self
-
-import openai
 
 from mahalo_ray.config import EndpointConfig
 
@@ -129,7 +128,7 @@ class Garbage(Exception):
 
 
 # The client lets the errors of a body that is not JSON through as they are.
-TROUBLE = (TimeoutError, openai.OpenAIError, Garbage, json.JSONDecodeError, UnicodeDecodeError)
+NOT_JSON = (json.JSONDecodeError, UnicodeDecodeError)
 
 
 def chat_text(choice: Any) -> str | None:
@@ -159,6 +158,8 @@ def reply_of(answer: Any, text_of: TextOf) -> EndpointReply:
 
 def kind_of(error: Exception) -> tuple[str, bool]:
     """What went wrong, and whether another try may mend it."""
+    import openai
+
     if isinstance(error, TimeoutError | openai.APITimeoutError):
         return "timeout", True
     if isinstance(error, openai.APIStatusError):
@@ -170,6 +171,8 @@ def kind_of(error: Exception) -> tuple[str, bool]:
 
 def retry_after(error: Exception) -> float | None:
     """Seconds the server asked to wait, given as a number or as a date (RFC 9110, 10.2.3)."""
+    import openai
+
     if not isinstance(error, openai.APIStatusError):
         return None
     header = error.response.headers.get("retry-after", "")
@@ -195,6 +198,8 @@ class Endpoint:
     """
 
     def __init__(self, config: EndpointConfig) -> None:
+        import openai
+
         self.config = config
         self.usage = Usage(cost=None if config.input_price is None else 0.0)
         self._key = _key(config)
@@ -268,6 +273,8 @@ class Endpoint:
 
     async def _send(self, body: dict[str, Any], create: Create, text_of: TextOf) -> EndpointReply | Failure:
         """Send until there is a reply, an error that another try cannot mend, or no try left."""
+        from openai import OpenAIError
+
         attempt = 0
         while True:
             attempt += 1
@@ -275,7 +282,7 @@ class Endpoint:
             try:
                 async with asyncio.timeout(self.config.timeout_s):
                     reply = reply_of(await create(body), text_of)
-            except TROUBLE as error:
+            except (TimeoutError, OpenAIError, Garbage, *NOT_JSON) as error:
                 kind, retry = kind_of(error)
                 if not retry or attempt > self.config.max_retries:
                     self.usage.requests += 1

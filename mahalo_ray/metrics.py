@@ -3,6 +3,8 @@
 Overall metrics flatter: they reward knowing which prompts are easy. Guidance and pairs compare candidates of
 one prompt, so the within-group metrics are the ones to watch. A metric that the data leave undefined (one
 class only, no group with two different truths) is NaN.
+
+`scipy.stats` takes half a second to import: the functions that rank do it, and workers go without.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 FloatArray = NDArray[np.float64]
 Groups = Sequence[int] | Sequence[str]
@@ -40,6 +41,8 @@ class CalibrationPoint(NamedTuple):
 
 def auc(scores: ArrayLike, labels: ArrayLike) -> float:
     """Probability that a random positive scores above a random negative, ties half (Mann-Whitney U)."""
+    from scipy import stats
+
     score, label = _pair(scores, labels)
     positive = _binary(label)
     n_positive, n_negative = int(positive.sum()), int((~positive).sum())
@@ -90,6 +93,8 @@ def within_group_rank_correlation(
 
     Groups whose truth does not vary say nothing and are left out; one whose scores are all equal counts 0.
     """
+    from scipy import stats
+
     rank = stats.spearmanr if kind == "spearman" else stats.kendalltau
 
     def correlation(score: FloatArray, true: FloatArray) -> float:

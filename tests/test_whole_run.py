@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import EXAMPLE, TINY, mahalo
+from tiny_run import EXAMPLE, TINY, command, mahalo
 
 from mahalo_ray.cli.common import open_session
 from mahalo_ray.config import load_config
@@ -119,10 +119,10 @@ def document_of(file: Path) -> Any:
 
 def kill_when(file: Path | str, arguments: tuple[str, ...], output: Path | str) -> None:
     """Start the command and kill it, with all that it started, as soon as the file is there."""
-    command = [sys.executable, "-c", "from mahalo_ray.cli import main; main()", *arguments]
+    program = [sys.executable, "-c", "from mahalo_ray.cli import main; main()", *arguments]
     overrides = [part for setting in [*TINY, f"output={output}"] for part in ("--set", setting)]
     with subprocess.Popen(
-        [*command, *overrides],
+        [*program, *overrides],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -162,9 +162,8 @@ def test_a_sweep_killed_in_the_middle_ends_in_the_same_table(whole_run: Path, tm
 
 
 def test_fronts_of_runs_are_one_page_that_asks_no_host(whole_run: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "from mahalo_ray.cli import main; main()", "front", str(whole_run)]
-    done = subprocess.run([*command, "--output", str(tmp_path)], capture_output=True, text=True, check=True)
-    said = " ".join(done.stdout.split())  # lines are wrapped at the terminal's width
+    printed = command(["front", str(whole_run), "--output", str(tmp_path)])
+    said = " ".join(printed.split())  # lines are wrapped at the terminal's width
     assert "surf weights" in said and "Reference point: accuracy 0, engagement 0." in said
     document = json.loads((tmp_path / "front.json").read_text())
     series = {front["name"]: front for front in document["series"]}

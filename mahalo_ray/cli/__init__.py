@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from typing import Annotated, NoReturn
 
@@ -27,6 +28,7 @@ register_sweep_verbs(app)
 def main() -> NoReturn:
     """Entry point of the command. Exit codes: 0 done, 2 wrong input, 130 Ctrl-C, 143 SIGTERM, 1 a stage
     that failed for good, or a defect."""
+    gc.set_threshold(10_000)  # as in the workers: see the package's `__init__`
     provide_home()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     app()

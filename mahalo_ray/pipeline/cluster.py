@@ -51,6 +51,7 @@ WORKER_ENV = {
     # says where a process crashed.
     "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",
     "PYTHONFAULTHANDLER": "1",
+    "MAHALO_GC_THRESHOLD": "10000",  # read where the package is imported: workers start a second earlier
 }
 PRIVATE_ENV = {"RAY_USAGE_STATS_ENABLED": "0"}
 
@@ -144,7 +145,7 @@ def _private(needs: Needs) -> Iterator[None]:
     missing = {key: value for key, value in (WORKER_ENV | PRIVATE_ENV).items() if key not in os.environ}
     with _environment({**missing, "PATH": path}):
         try:
-            with _any_agent_port():
+            with _fewer_processes():
                 _init_private(needs, folder)
             _check_size(needs)
             yield
@@ -166,14 +167,17 @@ def _init_private(needs: Needs, folder: str) -> None:
 
 
 @contextlib.contextmanager
-def _any_agent_port() -> Iterator[None]:
-    """Ray's agent on a free port, for which `ray.init` has no argument.
+def _fewer_processes() -> Iterator[None]:
+    """What `ray.init` has no arguments for: no autoscaler, no reader of logs, and the agent on a free port.
 
-    Its fixed port, 52365, would be taken from a Ray that is started on this machine later: that one could not
-    take jobs.
+    A private Ray has one node and shows no logs, and each of those processes costs a second of CPU and 80 MB.
+    The agent's fixed port, 52365, would be taken from a Ray that is started on this machine later: that one
+    could not take jobs.
     """
     usual = ray._private.parameter.RayParams
-    ray._private.parameter.RayParams = functools.partial(usual, dashboard_agent_listen_port=0)
+    ray._private.parameter.RayParams = functools.partial(
+        usual, dashboard_agent_listen_port=0, no_monitor=True, include_log_monitor=False
+    )
     try:
         yield
     finally:

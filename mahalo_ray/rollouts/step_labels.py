@@ -11,7 +11,6 @@ from typing import Any
 
 import pyarrow as pa
 from pydantic import Field
-from scipy.stats import beta
 
 from mahalo_ray.config import (
     ROLLOUT_SUPERVISION,
@@ -58,6 +57,8 @@ def majority_target(verdicts: Sequence[float]) -> float:
 def is_decided(verdicts: Sequence[float], settings: AdaptiveConfig) -> bool:
     """Whether more verdicts (0 or 1 each) are worth drawing, by the Beta(1, 1) prior's posterior of their
     mean."""
+    from scipy.stats import beta  # takes a second: only adaptive labelling needs it
+
     positives = sum(verdicts)
     posterior = beta(1 + positives, 1 + len(verdicts) - positives)
     if settings.threshold is not None:

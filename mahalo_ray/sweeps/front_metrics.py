@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import moocore
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 from scipy.spatial import cKDTree
 
 from mahalo_ray.evaluation.statistics import hypervolume, non_dominated
@@ -106,6 +105,8 @@ def rank_agreement(
 ) -> dict[str, float]:
     """Kendall's tau-b of each objective's asked weight and its reached value: 1 if more weight always brought
     more of it (controllability). NaN where the weight or the value never changes."""
+    from scipy import stats
+
     points = _points(values)
     asked = np.array([vector.over(objectives) for vector in weights])
     if asked.shape != points.shape:

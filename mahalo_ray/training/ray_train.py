@@ -21,6 +21,7 @@ import ray.exceptions
 import ray.train
 import ray.train.torch
 from ray.train import Checkpoint, UserCallback
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 
 from mahalo_ray.config import ClusterConfig
 from mahalo_ray.data import storage
@@ -207,12 +208,30 @@ def run_stage(
 _UNUSED_CALLBACKS = ("DatasetsCallback", "PlacementGroupCleanerCallback")
 
 
+class SteadyWorkers(FixedScalingPolicy):
+    """As many workers as asked for, from first to last, without the actor that tells an autoscaler of them: a
+    placement group that waits for its nodes is demand enough."""
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Nobody to tell."""
+
+    def _maybe_send_resource_request(self) -> None:
+        """Nobody to tell."""
+
+    def _cancel_resource_request(self) -> None:
+        """Nothing to take back."""
+
+
 class QuickTrainer(ray.train.torch.TorchTrainer):
     """A TorchTrainer without the parts that are not used here."""
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()
         return [callback for callback in callbacks if type(callback).__name__ not in _UNUSED_CALLBACKS]
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> ray.train.Result:
+        steady = SteadyWorkers(self.scaling_config)
+        return super()._initialize_and_run_controller(**{**arguments, "scaling_policy": steady})
 
 
 def make_trainer(
