@@ -54,26 +54,18 @@ def judged_pairs(sets: Iterable[CandidateSet], objective: str) -> Iterator[Prefe
     supervised by `pairwise` learns from."""
     for candidate_set in sets:
         distinct = list({candidate.content: candidate for candidate in candidate_set.candidates}.values())
-        for i, j in combinations(range(len(distinct)), 2):
-            labels = [(candidate.labels or {})[objective] for candidate in (distinct[i], distinct[j])]
-            if labels[0] == labels[1]:
-                continue
-            first, second = (i, j) if labels[0] > labels[1] else (j, i)
-            chosen, rejected = distinct[first], distinct[second]
-            yield PreferencePair(
-                id=f"{candidate_set.id}/{objective}/{i}-{j}",
-                objective=objective,
-                prompt=candidate_set.prompt,
-                chosen=chosen.content,
-                rejected=rejected.content,
-                chosen_score=max(labels),
-                rejected_score=min(labels),
-                source=ROLLOUTS,
-                dialogue=candidate_set.dialogue.partition(BRANCH)[0],
-                prompt_ids=candidate_set.prompt_ids or None,
-                chosen_ids=chosen.token_ids or None,
-                rejected_ids=rejected.token_ids or None,
-            )
+        values = np.array([(candidate.labels or {})[objective] for candidate in distinct])
+        place = f"{candidate_set.id}/{objective}"
+        for better, worse in _possible_pairs(values, "all", place):
+            if values[better] > values[worse]:
+                yield _pair(
+                    candidate_set,
+                    objective,
+                    (distinct[better], distinct[worse]),
+                    (float(values[better]), float(values[worse])),
+                    id=f"{place}/{min(better, worse)}-{max(better, worse)}",
+                    dialogue=candidate_set.dialogue.partition(BRANCH)[0],
+                )
 
 
 @dataclass(frozen=True)
@@ -260,39 +252,51 @@ def _pairs(
     wanted = iter(selected)
     for candidate_set in sets:
         candidates, values = _distinct_scored(candidate_set, objective)
-        for i, j in _possible_pairs(values, config.selection, f"{candidate_set.id}/{objective}"):
+        place = f"{candidate_set.id}/{objective}"
+        for i, j in _possible_pairs(values, config.selection, place):
             if next(wanted):
-                pair = _pair(candidate_set, objective, candidates[i], candidates[j], config.split_by)
-                update: dict[str, Any] = {}
-                if config.selection != "best_worst":
-                    update["id"] = f"{pair.id}/{i}-{j}"
-                if margin_per_gap:
-                    update["margin"] = margin_per_gap * float(values[i] - values[j])
-                yield pair.model_copy(update=update) if update else pair
+                yield _pair(
+                    candidate_set,
+                    objective,
+                    (candidates[i], candidates[j]),
+                    (float(values[i]), float(values[j])),
+                    id=place if config.selection == "best_worst" else f"{place}/{i}-{j}",
+                    dialogue=candidate_set.dialogue,
+                    split=_split(candidate_set, config.split_by),
+                    chosen_scores=candidates[i].scores,
+                    rejected_scores=candidates[j].scores,
+                    margin=margin_per_gap * float(values[i] - values[j]) if margin_per_gap else 0.0,
+                )
+
+
+def _split(candidate_set: CandidateSet, split_by: str) -> str | None:
+    """What decides on which side of a split a pair falls, where its dialogue does not: branches share the
+    turns before them and stay on the side of their origin."""
+    root = candidate_set.dialogue.partition(BRANCH)[0]
+    return candidate_set.topic if split_by == "topic" else None if root == candidate_set.dialogue else root
 
 
 def _pair(
-    candidate_set: CandidateSet, objective: str, chosen: Candidate, rejected: Candidate, split_by: str
+    candidate_set: CandidateSet,
+    objective: str,
+    turns: tuple[Candidate, Candidate],
+    values: tuple[float, float],
+    **fields: Any,
 ) -> PreferencePair:
-    root = candidate_set.dialogue.partition(BRANCH)[0]
-    # Branches share the turns before them: they stay on one side of a split, like their origin.
-    split = candidate_set.topic if split_by == "topic" else None if root == candidate_set.dialogue else root
+    """The pair of a chosen and a rejected turn with their values for the objective."""
+    chosen, rejected = turns
     return PreferencePair(
-        id=f"{candidate_set.id}/{objective}",
         objective=objective,
         prompt=candidate_set.prompt,
         chosen=chosen.content,
         rejected=rejected.content,
-        chosen_score=_score(chosen, objective),
-        rejected_score=_score(rejected, objective),
+        chosen_score=values[0],
+        rejected_score=values[1],
         source=ROLLOUTS,
-        dialogue=candidate_set.dialogue,
-        split=split,
         prompt_ids=candidate_set.prompt_ids or None,
         chosen_ids=chosen.token_ids or None,
         rejected_ids=rejected.token_ids or None,
-        chosen_scores=chosen.scores,
-        rejected_scores=rejected.scores,
+        **fields,
     )
 
 
