@@ -18,13 +18,21 @@ from mahalo_ray.domains.judged_prompts import PromptsDomain
 from mahalo_ray.domains.maths.word_problems import make_word_problem, write_solution
 from mahalo_ray.domains.protocol import load_domain
 from mahalo_ray.domains.sft_text import train_tokenizer
-from mahalo_ray.pipeline.seed_blocks import check_domain, domain_for_workers, fresh_students
+from mahalo_ray.pipeline.run import pipeline
+from mahalo_ray.pipeline.seed_blocks import (
+    check_domain,
+    domain_contents,
+    domain_for_workers,
+    fresh_students,
+)
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "gsm8k.yaml"
 JUDGES = {
     "accuracy": "checker",
     "engagement": "mahalo_ray.domains.maths.explanations:judge_engagement",
 }
+
+SFT_DATA_OF_QUICKSTART = "6e085fa39b916f764f8acbbbcc19ea8ef1892aa0bdac68ea58f303bf92312670"
 
 
 def write_prompts(path: Path, count: int, first: int = 0) -> Path:
@@ -121,6 +129,41 @@ def test_workers_get_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert placed.prompts is not None and placed.prompts.path == str(tmp_path / "a.jsonl")
     assert placed.prompts.evaluation_path == "hub:openai/gsm8k/main:test"
     assert domain_for_workers(DomainConfig()) == DomainConfig()
+
+
+def test_other_prompts_and_other_code_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    path, judge = write_prompts(tmp_path / "a.jsonl", 3), tmp_path / "judges_of_a_user.py"
+    judge.write_text("def praise(prompt, steps, answer):\n    return 1\n")
+    override = "domain.prompts.judges={accuracy: checker, engagement: 'judges_of_a_user:praise'}"
+
+    def fingerprints() -> dict[str, str]:
+        config = run_config(path, override)
+        return pipeline(config).fingerprints(config)
+
+    first, again = fingerprints(), fingerprints()
+    judge.write_text("def praise(prompt, steps, answer):\n    return 0\n")
+    of_code = fingerprints()
+    write_prompts(path, 4)
+    of_both = fingerprints()
+    assert first == again
+    for name in first:
+        assert len({first[name], of_code[name], of_both[name]}) == 3
+
+
+def test_code_counts_in_a_domain_of_ones_own_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    source = EXAMPLE.with_name("brevity.py").read_text()
+    module = tmp_path / "brevity_of_a_user.py"
+    module.write_text(source)
+    own = DomainConfig(name="brevity_of_a_user:DOMAIN")
+    before = domain_contents(own)
+    module.write_text(source + "\n")
+    assert before != domain_contents(own) != {}
+    assert domain_contents(DomainConfig()) == domain_contents(DomainConfig(name="maths_miniature")) == {}
+    # Known since runs have fingerprints: a run finished by an earlier version is not begun again.
+    config = load_config(EXAMPLE.with_name("quickstart.yaml"))
+    assert pipeline(config).fingerprints(config)["sft_data"] == SFT_DATA_OF_QUICKSTART
 
 
 @pytest.mark.slow

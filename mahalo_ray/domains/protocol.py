@@ -6,12 +6,15 @@ example.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 from mahalo_ray.config import DomainConfig, PromptsConfig, Supervision
@@ -202,6 +205,13 @@ def import_named(name: str, kind: str) -> Any:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"there is no {kind} '{name}': {error}") from error
+
+
+def source_digest(name: str, kind: str) -> str:
+    """sha256 of the source file of the module that `package.module:NAME` names; "" for one without a file."""
+    import_named(name, kind)
+    file = sys.modules[name.partition(":")[0]].__file__
+    return "" if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def load_domain(domain: DomainConfig | str) -> Domain:

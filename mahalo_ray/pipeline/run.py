@@ -38,7 +38,12 @@ from mahalo_ray.models.backbone import load_tokenizer
 from mahalo_ray.pipeline.artifacts import find_model, place_model
 from mahalo_ray.pipeline.evaluating import evaluate, report
 from mahalo_ray.pipeline.rounds import all_rounds, last_stage, round_stage
-from mahalo_ray.pipeline.seed_blocks import domain_for_workers, first_seed, round_seed
+from mahalo_ray.pipeline.seed_blocks import (
+    domain_contents,
+    domain_for_workers,
+    first_seed,
+    round_seed,
+)
 from mahalo_ray.pipeline.serve import try_serving
 from mahalo_ray.pipeline.stages import Context, Pipeline, Stage, StageResult
 from mahalo_ray.pipeline.sweeping import (
@@ -476,7 +481,10 @@ _BEFORE_ROUNDS: list[Stage[RunConfig]] = [
         "sft_data",
         "Make training text and tokenizer",
         make_sft_data,
-        sections("domain", "sft.loss_on", "model"),
+        lambda config: {
+            **sections("domain", "sft.loss_on", "model")(config),
+            **domain_contents(config.domain),
+        },
         uses_ray=False,
     ),
     Stage(

@@ -4,10 +4,12 @@ run meet the same ones. And what a run asks of its domain."""
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 from mahalo_ray.config import ConfigError, DomainConfig, RunConfig
 from mahalo_ray.data import storage
-from mahalo_ray.domains.protocol import GivenProblems, load_domain
+from mahalo_ray.data.row_files import data_files
+from mahalo_ray.domains.protocol import GivenProblems, load_domain, source_digest
 from mahalo_ray.objectives import unknown_name
 
 # Seeds of one run are config.seed * SEEDS_PER_RUN + block + number; SFT's dialogues come first.
@@ -31,6 +33,25 @@ def domain_for_workers(domain: DomainConfig) -> DomainConfig:
         key: path if path.startswith("hub:") else storage.absolute(path) for key, path in given.items()
     }
     return domain.model_copy(update={"prompts": domain.prompts.model_copy(update=absolute)})
+
+
+def domain_contents(domain: DomainConfig) -> dict[str, Any]:
+    """What the fingerprint of a run's first stage is made of besides the names in `domain`: what the files of
+    prompts hold, and the source of the modules that are named (not of what those import). The package's own
+    code does not count: its stages have versions."""
+    if domain.prompts is None:
+        return {"code": source_digest(domain.name, "domain")} if _is_foreign(domain.name) else {}
+    paths = (domain.prompts.path, domain.prompts.evaluation_path)
+    judges = {name: judge for name, judge in domain.prompts.judges.items() if _is_foreign(judge)}
+    return {
+        "files": [[storage.fingerprint(file) for file in data_files(path)] for path in paths if path],
+        "code": {name: source_digest(judge, "function") for name, judge in judges.items()},
+    }
+
+
+def _is_foreign(name: str) -> bool:
+    """Whether it names code (`package.module:NAME`) that is not the package's own."""
+    return ":" in name and not name.startswith("mahalo_ray.")
 
 
 def first_seed(seed: int, purpose: str) -> int:
