@@ -110,9 +110,10 @@ def endpoint(run: str, config: RunConfig) -> Iterator[str]:
     from mahalo_ray.serving.service import Defaults
 
     weights, guidance = config.guided.point
-    settings = config.serve.model_copy(
-        update={"port": 0, "models": [], "api_key_env": None, "api_key_file": None}
-    )
+    any_client = {"port": 0, "models": [], "api_key_env": None, "api_key_file": None}
+    # An older run has written down another default.
+    window = {"batch_window_s": type(config.serve)().batch_window_s}
+    settings = config.serve.model_copy(update={**any_client, **window})
     defaults = Defaults(weights, guidance, config.guided.num_candidates, config.evaluation.sampling)
     models = (run_model(run, stage) for stage in ("policy", "reward"))
     with (

@@ -21,8 +21,11 @@ from mahalo_ray.serving.launch import ServeError, free_port
 from mahalo_ray.serving.model_thread import MAX_FAILURES_IN_A_ROW, Job, ModelThread
 from mahalo_ray.serving.proxy import OpenAIErrors
 from mahalo_ray.serving.schema import (
+    FULL_REPLICA_HEADER,
     ApiError,
     ChatCompletionRequest,
+    FullReplica,
+    Overloaded,
     RequestLimits,
     ScoreRequest,
     parse,
@@ -37,7 +40,7 @@ def chat_request(**fields: object) -> ChatCompletionRequest:
     return parse(ChatCompletionRequest, json.dumps({**MINIMAL, **fields}).encode(), LIMITS)
 
 
-def proxied(app, body: bytes = b"{}", parts: int = 2) -> list[dict]:
+def proxied(app, body: bytes = b"{}", parts: int = 2, proxy: OpenAIErrors | None = None) -> list[dict]:
     """What comes out of the proxy in front of an app."""
     sent: list[dict] = []
     incoming = [
@@ -50,8 +53,8 @@ def proxied(app, body: bytes = b"{}", parts: int = 2) -> list[dict]:
     async def send(message: dict) -> None:
         sent.append(message)
 
-    scope = {"type": "http", "path": "/v1/models", "headers": []}
-    asyncio.run(OpenAIErrors(app)(scope, receive, send))
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+    asyncio.run((proxy or OpenAIErrors(app))(scope, receive, send))
     return sent
 
 
@@ -95,6 +98,48 @@ def test_a_request_whose_replica_sent_nothing_is_given_to_another(monkeypatch, l
         assert json.loads(answer["body"])["error"]["code"] == "replica_lost"
     else:
         assert (start["status"], answer["body"]) == (200, b"{}")
+
+
+def test_while_all_replicas_are_full_the_proxy_refuses_and_spreads_the_clients(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr("mahalo_ray.serving.proxy.time.monotonic", lambda: clock[0])
+    asked = []
+
+    async def app(scope, receive, send):
+        error = Overloaded("the server is busy", retry_after_s=2.5, pace_s=0.5)
+        error.full = FullReplica(f"replica-{len(asked) % 2}", error.pace_s, 2)
+        asked.append(scope)
+        headers = {"content-type": "application/json", **error.headers()}
+        raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": 503, "headers": raw})
+        await send({"type": "http.response.body", "body": error.encode()})
+
+    proxy = OpenAIErrors(app)
+    waits = []
+    for _ in range(9):
+        start, answer = proxied(app, proxy=proxy)
+        headers = dict(start["headers"])
+        assert FULL_REPLICA_HEADER.encode() not in headers
+        assert (start["status"], json.loads(answer["body"])["error"]["code"]) == (503, "overloaded")
+        waits.append(int(headers[b"retry-after"]))
+    assert len(asked) == 2  # of two replicas each has said so
+    assert waits == [
+        3,
+        4,
+        4,
+        4,
+        4,
+        5,
+        5,
+        5,
+        5,
+    ]  # a quarter more each: four places a second
+    clock[0] += 0.3  # a place may have become free
+    proxied(app, proxy=proxy)
+    assert len(asked) == 3
+    for _ in range(200):
+        last = dict(proxied(app, proxy=proxy)[0]["headers"])
+    assert int(last[b"retry-after"]) == 20
 
 
 # -- requests ------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 import torch
 from openai import (
     APIError,
@@ -49,7 +50,7 @@ from mahalo_ray.models.scoring import StepEncoder, TraceReader
 from mahalo_ray.objectives import Weights
 from mahalo_ray.pipeline.serve import SmokeError, smoke
 from mahalo_ray.serving.api_key import KeyDigests
-from mahalo_ray.serving.launch import ServeError, Serving, serve_forever, start
+from mahalo_ray.serving.launch import APP_NAME, ServeError, Serving, serve_forever, start
 from mahalo_ray.serving.service import Defaults
 
 pytestmark = pytest.mark.slow
@@ -463,6 +464,39 @@ def test_a_replica_that_dies_is_replaced_and_clients_get_openais_errors(client, 
             time.sleep(0.2)
     assert [process.pid for process in started_here("ServeReplica")] != [old_pid]
     assert whole.result(timeout=60).choices[0].message.content == before.choices[0].message.content
+
+
+def test_a_replica_whose_model_is_broken_is_replaced(client, serving):
+    """Its weights are cut off: every forward raises, its own probe's too."""
+
+    def break_models(_replica) -> int:
+        import gc
+
+        gc.unfreeze()  # Serve freezes what a replica holds when it is ready
+        found = [module for module in gc.get_objects() if isinstance(module, torch.nn.Embedding)]
+        for module in found:
+            module.weight.data = module.weight.data[:0]
+        return len(found)
+
+    (old,) = started_here("ServeReplica")
+    before = ask(client, max_tokens=8)
+    (actor,) = [
+        ray.get_actor(named["name"], named["namespace"])
+        for named in ray.util.list_named_actors(all_namespaces=True)
+        if named["name"].startswith(f"SERVE_REPLICA::{APP_NAME}#{APP_NAME}#")
+    ]
+    assert ray.get(actor.__ray_call__.remote(break_models)) >= 2
+    deadline = time.monotonic() + 90
+    while True:
+        try:
+            after = ask(client, max_tokens=8)
+            break
+        except InternalServerError as error:
+            assert error.status_code == 503 and error.code in ("replica_lost", "overloaded", "not_ready")
+            assert time.monotonic() < deadline, "no other replica answers"
+            time.sleep(0.2)
+    assert after.choices[0].message.content == before.choices[0].message.content
+    assert old.pid not in [process.pid for process in started_here("ServeReplica")]
 
 
 # Keep these last: they need the cluster without the endpoint above.

@@ -87,8 +87,7 @@ class ServeConfig(Section):
     """The OpenAI-compatible endpoint. Binds to loopback unless told otherwise; port 0 takes a free one.
 
     Per replica, up to `max_ongoing_requests` are decoded together and `max_queued_requests` more may wait;
-    beyond that the answer is 503 with Retry-After. Requests that arrive within `batch_window_s` seconds
-    share a batch.
+    beyond that the answer is 503 with Retry-After.
     """
 
     host: Text = "127.0.0.1"
@@ -121,8 +120,9 @@ class ServeConfig(Section):
     max_queued_requests: NonNegativeInt = 64
     """Most requests per replica that wait beyond these; the next one gets 503 with Retry-After."""
 
-    batch_window_s: Annotated[float, Field(ge=0, le=10), NOT_BOOL] = 0.01
-    """Seconds within which requests that arrive at an idle replica share a batch."""
+    batch_window_s: Annotated[float, Field(ge=0, le=10), NOT_BOOL] = 0
+    """Seconds that a request waits at an idle replica for others to start with it. 0: it starts at once, and
+    others join after a few tokens."""
 
     max_candidates: PositiveInt = 16
     """Most candidates that a request may ask for."""

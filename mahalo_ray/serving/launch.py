@@ -213,10 +213,11 @@ class ChatIngress:
         """`rewards`: handles of the reward models' deployments, so that Serve deploys them with this one."""
 
     def check_health(self) -> None:
-        """Serve replaces a replica that cannot answer any more."""
+        """Serve replaces a replica that has ended. One that only said that it is not well would be asked
+        twice more, and meanwhile get the most requests, since it refuses them so fast."""
         trouble = self.app.state.services.trouble
         if trouble is not None:
-            raise RuntimeError(trouble)
+            _leave(trouble)
 
     def drain(self) -> int:
         """Take no more requests."""
@@ -358,8 +359,14 @@ def _load_services(settings: ServiceSettings, source: ModelSource) -> list[ChatS
         reward = scorers.get(its_source.reward_url, its_source.reward_url)
         backend = GuidedBackend.load(its_source.policy, reward, source.domain, source.placement, branches)
         measured = None if its_source.run is None else its_source.run.read()
-        services.append(ChatService(backend, its_settings, measured))
+        services.append(ChatService(backend, its_settings, measured, _leave))
     return services
+
+
+def _leave(reason: str = "its models cannot answer any more") -> None:
+    """End this replica's process at once: the proxy gives its requests to another replica."""
+    logger.error("the replica %d ends: %s", os.getpid(), reason)
+    os._exit(1)
 
 
 def error_log_folder(config: ServeConfig) -> str:

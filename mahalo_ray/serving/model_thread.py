@@ -17,12 +17,12 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from mahalo_ray.serving.schema import ApiError, internal_error
+from mahalo_ray.serving.schema import ApiError, Overloaded, internal_error
 
 logger = logging.getLogger(__name__)
 
@@ -164,11 +164,19 @@ class ModelThread:
 
     Beside `max_active` jobs that run, `max_waiting` may wait; a request that is being parsed holds a waiting
     place too. When nothing runs, `window_s` seconds pass between the arrival of a job and its
-    start, so that requests sent at once start together.
+    start, so that requests sent at once start together. `give_up` is called once the engine can answer
+    nothing any more, before anybody is told: a replica that ends there has its requests answered by another.
     """
 
-    def __init__(self, engine: JobRunner, max_active: int, max_waiting: int, window_s: float) -> None:
-        self._engine = engine
+    def __init__(
+        self,
+        engine: JobRunner,
+        max_active: int,
+        max_waiting: int,
+        window_s: float,
+        give_up: Callable[[], None] | None = None,
+    ) -> None:
+        self._engine, self._give_up = engine, give_up
         self._max_active, self._max_waiting, self._window_s = max_active, max_waiting, window_s
         self._waiting: deque[Job] = deque()
         self._active: list[Job] = []
@@ -284,11 +292,10 @@ class ModelThread:
         held = self._count_held()
         if held >= self._max_active + self._max_waiting:
             rounds = 1 + (held - len(self._active)) / self._max_active
-            raise ApiError(
-                503,
+            raise Overloaded(
                 f"the server is busy: {held} requests run or wait; try again later",
-                code="overloaded",
                 retry_after_s=rounds * self._job_seconds,
+                pace_s=self._job_seconds / self._max_active,
             )
 
     def _run(self) -> None:
@@ -308,9 +315,8 @@ class ModelThread:
     def _recover(self, reference: str) -> None:
         """After an exception out of the engine: who is answered again, and who gets the error."""
         unfinished = [job for job in self._active if not job.finished and job.wanted]
-        if len(unfinished) == 1:
-            unfinished[0].fail(internal_error(reference))
-            self._failures += 1
+        is_alone = len(unfinished) == 1
+        self._failures += is_alone
         try:
             self._engine.reset()
             self._engine.probe()
@@ -320,6 +326,10 @@ class ModelThread:
         if self._failures >= MAX_FAILURES_IN_A_ROW:
             logger.error("error %s: %d requests failed, and none was answered", reference, self._failures)
             self._broken = True
+        if self._broken and self._give_up is not None:
+            self._give_up()
+        if is_alone:
+            unfinished[0].fail(internal_error(reference))
         with self._changed:
             if self._broken:
                 unfinished += [*self._suspects, *self._waiting]

@@ -90,6 +90,42 @@ class ApiError(Exception):
         return headers
 
 
+FULL_REPLICA_HEADER = "mahalo-full-replica"  # from a replica to the proxy in front of it
+
+
+@dataclass(frozen=True)
+class FullReplica:
+    """What a replica without room tells the proxy: a name of its own, the seconds between places that become
+    free there, and how many replicas there are."""
+
+    name: str
+    pace_s: float
+    num_replicas: int
+
+    @classmethod
+    def parse(cls, text: str) -> FullReplica:
+        """From the header's value."""
+        name, pace_s, num_replicas = text.split(" ")
+        return cls(name, float(pace_s), int(num_replicas))
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.pace_s:.4f} {self.num_replicas}"
+
+
+class Overloaded(ApiError):
+    """503 of a server without room. `pace_s`: seconds between places that become free. `full`: no model of
+    the replica has room, so that the proxy may refuse others itself for a moment."""
+
+    def __init__(self, message: str, retry_after_s: float, pace_s: float = 1.0) -> None:
+        super().__init__(503, message, code="overloaded", retry_after_s=retry_after_s)
+        self.pace_s = pace_s
+        self.full: FullReplica | None = None
+
+    def headers(self) -> dict[str, str]:
+        told = {} if self.full is None else {FULL_REPLICA_HEADER: str(self.full)}
+        return super().headers() | told
+
+
 def internal_error(reference: str) -> ApiError:
     """500 without details: the server's log has them under this reference."""
     message = f"something went wrong in the server; its log has the details under 'error {reference}'"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -37,6 +37,8 @@ from mahalo_ray.serving.schema import (
     ApiError,
     ChatCompletionRequest,
     CompletionRequest,
+    FullReplica,
+    Overloaded,
     RequestLimits,
     SamplingFields,
     ScoreRequest,
@@ -96,10 +98,14 @@ class Backend(JobRunner, Protocol):
 
 class ChatService:
     """One replica's service of one policy. Constructed once its models are loaded. `measured`: what the run
-    of these models has measured."""
+    of these models has measured; `give_up`: as of `ModelThread`."""
 
     def __init__(
-        self, backend: Backend, settings: ServiceSettings, measured: Measurements | None = None
+        self,
+        backend: Backend,
+        settings: ServiceSettings,
+        measured: Measurements | None = None,
+        give_up: Callable[[], None] | None = None,
     ) -> None:
         self.backend, self.settings = backend, settings
         measured = measured or Measurements()
@@ -139,6 +145,7 @@ class ChatService:
             config.max_ongoing_requests,
             config.max_queued_requests,
             config.batch_window_s,
+            give_up,
         )
         self.rate = RateLimiter(config.requests_per_minute)
         self.metrics = ReplicaMetrics(
@@ -236,7 +243,9 @@ class ChatService:
         """`n` requests for each of the conversations, `max_tokens` capped."""
         max_new_tokens = min(max_tokens, self.limits.max_new_tokens)
         seed = secrets.randbits(31) if body.seed is None else body.seed
-        seeds = [seed, *(derived & MAX_DERIVED_SEED for derived in derived_seeds(seed, body.n)[1:])]
+        seeds = [seed]
+        if body.n > 1:  # deriving is work for torch, which no ordinary request needs here
+            seeds += (derived & MAX_DERIVED_SEED for derived in derived_seeds(seed, body.n)[1:])
         try:
             return tuple(
                 GuidedRequest(
@@ -493,6 +502,7 @@ class ReplicaServices:
         self.each = tuple(services)
         self.first = self.each[0]
         self._by_name = {service.settings.model_name: service for service in services}
+        self._name = secrets.token_hex(4)
 
     def of(self, model_id: str | None) -> ChatService:
         """The service of a model id, with or without weights behind it; ApiError 404 for an unknown one."""
@@ -511,8 +521,12 @@ class ReplicaServices:
         return min(self.each, key=lambda service: service.worker.num_held).worker.reserve()
 
     def check_room(self) -> None:
-        """ApiError 503 when no service would take a request now."""
-        min(self.each, key=lambda service: service.worker.num_held).worker.check_room()
+        """ApiError 503 when no service would take a request now: then the proxy is told that all are full."""
+        try:
+            min(self.each, key=lambda service: service.worker.num_held).worker.check_room()
+        except Overloaded as error:
+            error.full = FullReplica(self._name, error.pace_s, self.first.settings.config.replicas)
+            raise
 
     @property
     def trouble(self) -> str | None:
