@@ -74,11 +74,12 @@ def report(results: dict[str, Any]) -> str:
     lines = [
         f"{sizes['steps']} steps of {sizes['step_tokens']} tokens, temperature {sizes['temperature']}, "
         f"{sizes['dtype']} on {sizes['device']}, {sizes['clock']} time",
-        f"{about['processor']}, {about['threads']} threads, load at the start "
+        f"{about['processor']}, {about['instructions']['torch']}, {about['threads']} threads, "
+        f"{about['memory_gb_per_second']} GB/s from memory, load at the start "
         f"{about['load_average_at_start']}",
     ]
     for one in results["cells"]:
-        lines += ["", _cell_report(one)]
+        lines += ["", _cell_report(one, about["memory_gb_per_second"])]
     for one in results.get("at_once", []):
         lines += [
             "",
@@ -91,7 +92,7 @@ def report(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _cell_report(one: dict[str, Any]) -> str:
+def _cell_report(one: dict[str, Any], bandwidth: float) -> str:
     header = ["way", "s", "ms/token", "policy tokens", "PRM tokens", "policy cache", "PRM cache", "copied"]
     rows = [
         [
@@ -115,6 +116,12 @@ def _cell_report(one: dict[str, Any]) -> str:
         held = one["ways"]["ours"]["policy_cache_bytes"] / one["cache_bytes_per_token"]
         needed = one["prompt_tokens"] + (one["steps"] + one["candidates"]) * one["step_tokens"]
         lines.append(f"ours: policy cache {held:.0f} tokens; prompt + answer + K steps are {needed}")
+    limit = one["weight_bytes"] / (1e9 * bandwidth)
+    lines += [
+        f"{name}: {way['seconds_per_output_token'] / limit:.2f} times the {1000 * limit:.2g} ms in which the "
+        "weights are read once"
+        for name, way in one["ways"].items()
+    ]
     lines += [f"{label}: {value:.2f}" for label, value in one["ratios"].items()]
     for name, found in one["agreement"].items():
         same = "the same answer" if found["same_tokens"] else "ANOTHER ANSWER"

@@ -72,7 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         size = SIZES[name]
         models = Models.build(size.shape, device, dtype)
         models.clock = CLOCKS[options.clock]
-        about = {"model": name, "parameters": sum(p.numel() for p in models.policy.parameters())}
+        about = {
+            "model": name,
+            "parameters": sum(p.numel() for p in models.policy.parameters()),
+            "weight_bytes": sum(p.nbytes for p in models.policy.parameters()),
+        }
         _warm_up(models, options)
         for prompt_tokens in options.prompts:
             for candidates in options.candidates:

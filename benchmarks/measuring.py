@@ -11,6 +11,7 @@ import os
 import platform
 import resource
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ def machine() -> dict[str, Any]:
     described = {
         "processor": _processor(),
         "instructions": _instructions(),
+        "memory_gb_per_second": round(memory_bandwidth() / 1e9, 1),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
@@ -49,9 +51,28 @@ def installed(package: str) -> str | None:
         return None
 
 
-def _instructions() -> dict[str, bool | str]:
+def memory_bandwidth(size: int = 1 << 28, repeats: int = 5) -> float:
+    """Bytes per second that torch's threads read from memory at best, now: products of few rows, as in
+    decoding, can go no faster than their weights arrive."""
+    buffer = torch.ones(size // 4)
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        buffer.sum()
+        seconds.append(time.perf_counter() - started)
+    return size / min(seconds)
+
+
+_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+_HELD_TO = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")  # a processor that is held to fewer instructions
+
+
+def _instructions() -> dict[str, bool | str | list[str] | dict[str, str]]:
     """What the products of matrices are made with (`mahalo_ray.decoding.cpu_matmul` chooses by it)."""
+    flags = set(_cpu_info("flags").split())
     return {
+        "processor": [feature for feature in _FEATURES if feature in flags],
+        "held_to": {name: os.environ[name] for name in _HELD_TO if name in os.environ},
         "torch": torch.backends.cpu.get_cpu_capability(),
         "packed_fp32": cpu_matmul.packing_is_faster(),
         "onednn_unpacked_fp32": cpu_matmul.onednn_is_faster(),
@@ -60,12 +81,14 @@ def _instructions() -> dict[str, bool | str]:
 
 
 def _processor() -> str:
+    return _cpu_info("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_info(name: str) -> str:
+    """What Linux says of the first processor; nothing elsewhere."""
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
 
 
 def synchronise(device: torch.device) -> None:
