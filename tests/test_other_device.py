@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_guided
 import torch
@@ -16,11 +17,13 @@ from mahalo_ray import GuidedDecoder, MultiHeadCausalLM, ProcessRewardModel, Wei
 from mahalo_ray.config import LoraConfig
 from mahalo_ray.decoding.engine import Engine
 from mahalo_ray.decoding.guidance import GuidedRequest
+from mahalo_ray.decoding.likelihood import token_logps
 from mahalo_ray.decoding.policy import CausalPolicy, HeadMix, MultiHeadPolicy
-from mahalo_ray.decoding.sampling import SamplingBatch, SamplingParams, draw
+from mahalo_ray.decoding.sampling import DrawLimits, SamplingBatch, SamplingParams, draw
 from mahalo_ray.decoding.stopping import StopRule, TokenTexts, boundary_for
 from mahalo_ray.evaluation.methods import _divergence
 from mahalo_ray.losses import dpo_loss
+from mahalo_ray.training.pairs import PackedPairs, TokenPairs, TokenRows, pair_inputs
 
 BOTH = Weights.parse("accuracy=0.7,engagement=0.3")
 
@@ -59,6 +62,7 @@ REQUESTS: list[dict[str, Any]] = [
     {"strategy": "best_of_n"},
     {"strategy": "beam", "num_candidates": 4, "beam_width": 2},
     {"strategy": "none"},
+    {"min_tokens": 6, "repetition_penalty": 1.3},
 ]
 
 
@@ -97,12 +101,13 @@ def test_the_token_loop_waits_for_the_card_once_per_token() -> None:
     with pretended_card():
         model = moved(two_headed())
         texts = TokenTexts(tiny_guided.tokenizer())
+        limits = [DrawLimits(8, 1.2)] * 2
         for weights, known, most in ((BOTH, None, 1), ([BOTH, Weights.one("accuracy")], texts, 2)):
             engine = Engine(model, stop_ids=[], texts=known)  # type: ignore[arg-type]
             rows = engine.add(2, weights)
             engine.append(rows, [[1, 2, 3], [4, 5]])
             rules = [None if known is None else StopRule(boundary_for("math"))] * 2
-            engine.start(rows, [2, 2], [SamplingParams()] * 2, [0, 1], [9, 6], rules)
+            engine.start(rows, [2, 2], [SamplingParams()] * 2, [0, 1], [9, 6], rules, limits)
             engine.step()
             for _ in range(4):
                 traffic.clear()
@@ -112,16 +117,25 @@ def test_the_token_loop_waits_for_the_card_once_per_token() -> None:
             assert engine.step() == [rows[1]] and traffic["wait"] <= most + 1
 
 
-@pytest.mark.parametrize("kind", ["full", "low_rank", "lora"])
+@pytest.mark.parametrize("kind", ["full", "low_rank", "lora", "packed"])
 def test_a_training_step_has_the_gradients_of_the_cpu(kind: str) -> None:
     data, index = batch(rows=4), torch.tensor([0, 1, 0, 1])
+    if kind == "packed":
+        texts = ([[3, 4, 5], [6]], [[7, 8], [9]], [[1], [2, 3]])  # prompts, chosen and rejected answers
+        columns = [TokenRows(rows) for rows in texts]
+        preferences = TokenPairs(["a", "b"], np.array([0, 1]), *columns, np.ones(2), np.ones(2), 0)
+        packed = pair_inputs(PackedPairs(preferences).tensors(np.arange(2)))
+        data = {name: value for name, value in packed.items() if isinstance(value, Tensor)}
+        data["attention_mask"] = None
 
     def step(on_card: bool) -> dict[str, Tensor]:
         torch.manual_seed(0)
         model = policy(head_kind="low_rank" if kind == "low_rank" else "full", rank=2)
         if kind == "lora":
             model.add_lora(LoraConfig(rank=2))
-        given = {name: value.to(CARD) if on_card else value for name, value in data.items()}
+        if kind == "packed":
+            model.enable_pair_packing()
+        given = {n: value.to(CARD) if on_card and value is not None else value for n, value in data.items()}
         heads = index.to(CARD) if on_card else index
         if on_card:
             moved(model)
@@ -151,15 +165,19 @@ def test_scores_and_divergences_are_the_cpus() -> None:
     mix = HeadMix(BOTH, 1.5)
     plain = copy.deepcopy(tiny_guided.model())
     told = _divergence(MultiHeadPolicy(two_headed()), mix, CausalPolicy(plain), sequences, spoken)
+    read = token_logps(MultiHeadPolicy(two_headed()), sequences, [mix, HeadMix(BOTH)], top=2)
     with pretended_card():
         found = moved(reward()).score_batch(traces)  # type: ignore[operator]
         ours = MultiHeadPolicy(moved(two_headed()))  # type: ignore[arg-type]
         theirs = CausalPolicy(moved(copy.deepcopy(plain)))  # type: ignore[arg-type]
         measured = _divergence(ours, mix, theirs, sequences, spoken)
+        likely = token_logps(ours, sequences, [mix, HeadMix(BOTH)], top=2)
     for own, other in zip(found, expected, strict=True):
         for name, scores in other.items():
             assert own[name] == pytest.approx(scores, abs=1e-5)
     assert measured == pytest.approx(told, rel=1e-4)
+    for card, host in zip(likely, read, strict=True):
+        assert card.logps[1:] == pytest.approx(host.logps[1:], abs=1e-4)
 
 
 @torch.no_grad()

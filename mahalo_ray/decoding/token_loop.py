@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mahalo_ray.decoding.kv_cache import (
@@ -529,10 +530,12 @@ class BranchDecoder:
         """The logits [branches, V] as the requests' `DrawLimits` leave them."""
         table = self._requests
         if table.penalties is not None and table.occurred is not None:
-            occurred, counts = table.occurred[self._row], self._count
-            drawn = self._buffers.tokens[self._live, : max(int(counts.max()), 1)]
-            branch, place = (torch.arange(drawn.shape[1], device=self.device) < counts[:, None]).nonzero().T
-            occurred[branch, drawn[branch, place]] = True
+            longest = max(int(self.grid.lengths.max()), 1)  # known to the host: nothing waits for the device
+            drawn = self._buffers.tokens[self._live, :longest]
+            places = torch.arange(drawn.shape[1], device=self.device)
+            # What was not drawn yet is marked in a column of its own, which is cut off.
+            marked = drawn.masked_fill(places >= self._count[:, None], logits.shape[1])
+            occurred = F.pad(table.occurred[self._row], (0, 1)).scatter_(1, marked, True)[:, :-1]
             logits = penalised(logits.float(), occurred, table.penalties[self._row][:, None])
         if table.min_tokens is not None:
             early = self._count < table.min_tokens[self._row]
