@@ -12,6 +12,10 @@ One endpoint, one part after the other:
 - soak: as many requests at a time as run together, for `--soak` seconds; the replica's memory meanwhile.
 - peer: the merged policy, greedy and unguided, behind this endpoint and behind `transformers serve`.
 
+At the end stands what should be reached (16 at once at least 4 times one at a time; good answers at 320
+retrying clients within a tenth of the best throughput, and refusals within 100 ms; Serve's own cost at most
+5 %) and whether it was: worth something only on a machine that does nothing else.
+
 The whole takes five to six minutes on two quiet cores with the quickstart's model; `--short` takes one and
 measures little. `RUN` is the output folder of a finished run.
 
@@ -210,7 +214,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=None, help="results as JSON")
     options = parser.parse_args()
     if options.short:
-        options.levels, options.requests, options.seconds, options.soak = "1,4", 8, 3.0, 5.0
+        options.levels, options.requests, options.seconds, options.soak = "1,16", 8, 3.0, 5.0
         options.peer_requests = 8
     config = RunConfig.model_validate(yaml.safe_load((Path(options.run) / "config.yaml").read_text()))
     results: dict[str, Any] = {"machine": machine()}
@@ -386,6 +390,50 @@ def show(results: dict[str, Any]) -> None:
             for level in results["peer"]
         ]
         print("\nUnguided and greedy, against `transformers serve`\n" + table(header, rows))
+    print("\nGoals\n" + table(["", "found", "goal", ""], goals(results)))
+
+
+def goals(results: dict[str, Any]) -> list[list[str]]:
+    """What the endpoint should reach, and whether it did in this run: name, figure, goal, verdict."""
+    rows = []
+
+    def judge(name: str, value: float | None, limit: float, at_least: bool = False, unit: str = "") -> None:
+        if value is None:
+            return
+        reached = value >= limit if at_least else value <= limit
+        sign = "at least" if at_least else "at most"
+        rows.append(
+            [name, f"{value:.3g}{unit}", f"{sign} {limit:g}{unit}", "reached" if reached else "missed"]
+        )
+
+    levels = {level["clients"]: level for level in results["levels"]}
+    best = max(level["answers_per_s"] for level in levels.values())
+    if 1 in levels:
+        one = levels[1]
+        if 16 in levels:
+            ratio = levels[16]["answers_per_s"] / one["answers_per_s"]
+            judge("16 at once / one at a time", ratio, 4, at_least=True)
+        cost = 1 - one["answers_per_s"] / one["in_process_per_s"]
+        judge("Serve's own cost, one at a time", 100 * cost, 5, unit=" %")
+    for name, shown in (("retries", f"{RETRYING_CLIENTS} retrying clients"), ("overload", "overload")):
+        if name not in results:
+            continue
+        found = results[name]
+        judge(f"{shown}: good answers / best throughput", found["answers_per_s"] / best, 0.9, at_least=True)
+        for percentile in ("p99", "max"):
+            judge(f"{shown}: refusals, {percentile}", found["refusal_s"].get(percentile), 0.1, unit=" s")
+    measured = [
+        results[name] for name in ("half", "four_fifths", "overload", "retries", "soak") if name in results
+    ]
+    different = sum(level["different_from_in_process"] for level in levels.values())
+    judge(
+        "answers that are not those of the decoder", different + sum(found["wrong"] for found in measured), 0
+    )
+    judge("answers and refusals that are not whole", sum(found["not_whole"] for found in measured), 0)
+    if "soak" in results:
+        memory = results["soak"]["memory_mib"]
+        judge("memory over the soak", memory["last_quarter"] - memory["first_quarter"], 2, unit=" MiB")
+    return rows
 
 
 if __name__ == "__main__":

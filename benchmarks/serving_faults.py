@@ -1,16 +1,20 @@
 """An endpoint of two replicas under load while things go wrong: what clients see.
 
 - a replica is killed (SIGKILL) under 16 clients that ask for whole answers, then under 16 that stream;
+- the models of a replica are broken under 16 clients (the weights of its embeddings are cut off, so every
+  forward raises), then the thread that drives them ends: how long until another replica is there;
 - 300 clients send the head of a request and one byte of its body, over and over, beside 8 that ask;
 - 150 clients ask for a stream and never read it, beside 8 that ask.
 
-    python benchmarks/serving_faults.py runs/quickstart --output faults.json     # two minutes
+    python benchmarks/serving_faults.py runs/quickstart --output faults.json     # three minutes
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,12 +22,14 @@ from typing import Any
 
 import endpoint_client
 import psutil
+import ray
 import yaml
 from endpoint_client import CHAT, Outcome, ask, percentiles
 from measuring import machine, table, write_results
 from serving import body_of, endpoint, questions
 
 from mahalo_ray.config import RunConfig
+from mahalo_ray.serving.launch import APP_NAME
 
 _REPLICAS = 2
 _REPLACED_WITHIN_S = 120.0
@@ -122,14 +128,80 @@ def kill_one() -> None:
     replicas()[0].kill()
 
 
-def wait_for_all() -> None:
-    """Until a lost replica has been replaced; RuntimeError if it is not."""
-    deadline = time.monotonic() + _REPLACED_WITHIN_S
-    while len(replicas()) < _REPLICAS:
-        if time.monotonic() > deadline:
+def in_one_replica(work: Callable[[Any], Any]) -> None:
+    """Do this in the process of one replica."""
+    named = next(
+        found
+        for found in ray.util.list_named_actors(all_namespaces=True)
+        if found["name"].startswith(f"SERVE_REPLICA::{APP_NAME}#{APP_NAME}#")
+    )
+    ray.get_actor(named["name"], named["namespace"]).__ray_call__.remote(work)
+
+
+def break_models() -> None:
+    """Every forward of one replica raises from now on."""
+
+    def work(_replica: Any) -> None:
+        import gc
+
+        import torch
+
+        gc.unfreeze()  # Serve freezes what a replica holds when it is ready
+        for module in gc.get_objects():
+            if isinstance(module, torch.nn.Embedding):
+                module.weight.data = module.weight.data[:0]
+
+    in_one_replica(work)
+
+
+def end_thread() -> None:
+    """The thread that drives the models of one replica ends at its next instruction."""
+
+    def work(_replica: Any) -> None:
+        import ctypes
+        import threading
+
+        (thread,) = (each for each in threading.enumerate() if each.name == "mahalo-model")
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
+
+    in_one_replica(work)
+
+
+class Replacement:
+    """Watches the replicas' processes: how long after the event one was gone, and its successor there."""
+
+    def __init__(self) -> None:
+        self.before = {process.pid for process in replicas()}
+        self.struck_at = 0.0
+        self.gone_s: float | None = None
+        self.there_s: float | None = None
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+        self._thread.start()
+
+    def strike(self, event: Callable[[], Any]) -> None:
+        """The event happens now."""
+        self.struck_at = time.monotonic()
+        event()
+
+    def _look(self) -> None:
+        while not self._over.wait(0.1):
+            if not self.struck_at:
+                continue
+            now, since = {process.pid for process in replicas()}, time.monotonic() - self.struck_at
+            if self.gone_s is None and not self.before <= now:
+                self.gone_s = round(since, 1)
+            if self.gone_s is not None and len(now) >= _REPLICAS:
+                self.there_s = round(since, 1)
+                return
+
+    def wait(self) -> None:
+        """Until the lost replica has been replaced; RuntimeError if it is not."""
+        self._thread.join(_REPLACED_WITHIN_S)
+        self._over.set()
+        if self.there_s is None:
             raise RuntimeError("the lost replica was not replaced")
-        time.sleep(0.5)
-    time.sleep(5)  # it loads its models
+        time.sleep(5)  # its successor loads its models
 
 
 def main() -> None:
@@ -150,12 +222,19 @@ def main() -> None:
         calm = asyncio.run(load(url, streams, 8, options.seconds / 2))
         right = {number: outcome.text for number, outcome in calm if outcome.is_whole}
         results["calm, streams"] = summarise(calm, right)
-        found = asyncio.run(load(url, whole, 16, options.seconds, kill_one))
-        results["a replica killed, whole answers"] = summarise(found, None)
-        wait_for_all()
-        found = asyncio.run(load(url, streams, 16, options.seconds, kill_one))
-        results["a replica killed, streams"] = summarise(found, right)
-        wait_for_all()
+        for name, event, bodies in (
+            ("a replica killed, whole answers", kill_one, whole),
+            ("a replica killed, streams", kill_one, streams),
+            ("its models broken, whole answers", break_models, whole),
+            ("its models broken, streams", break_models, streams),
+            ("its thread ended, whole answers", end_thread, whole),
+        ):
+            watch = Replacement()
+            strike = functools.partial(watch.strike, event)
+            found = asyncio.run(load(url, bodies, 16, options.seconds, strike))
+            watch.wait()
+            results[name] = summarise(found, right if bodies is streams else None)
+            results[name] |= {"gone_s": watch.gone_s, "replaced_s": watch.there_s}
         slow = [send_slowly(url) for _ in range(300)]
         results["300 slow bodies"] = summarise(
             asyncio.run(besieged(url, streams, slow, options.seconds / 2)), right
@@ -167,15 +246,15 @@ def main() -> None:
     rows = [
         [
             name,
-            *(str(value) for key, value in found.items() if key != "whole_s"),
-            str(found["whole_s"]["max"]),
+            *(str(value) for key, value in found.items() if isinstance(value, int)),
+            str(found["whole_s"].get("max")),
+            *(str(found.get(key, "")) for key in ("gone_s", "replaced_s")),
         ]
         for name, found in results.items()
         if name != "machine"
     ]
-    print(
-        table(["", "requests", "good", "refused", "broken", "plain or nothing", "wrong", "longest s"], rows)
-    )
+    counts = ["requests", "good", "refused", "broken", "plain or nothing", "wrong"]
+    print(table(["", *counts, "longest s", "gone after s", "successor after s"], rows))
     if options.output is not None:
         write_results(options.output, results)
 

@@ -284,7 +284,7 @@ function comparison(context, turn, found) {
       leads.push(`${done[values.indexOf(top)].letter} ${leads.length ? "" : `does ${better} `}on ${name} ` +
         `(${decimals(top, 2)} ${against} ${decimals(low, 2)})`);
     }
-    if (leads.length) parts.push(` By the reward model, ${listed(leads)}.`);
+    if (leads.length) parts.push(` By the scores, ${listed(leads)}.`);
   }
   return parts.length ? html("p", {class: "comparison"}, parts) : null;
 }

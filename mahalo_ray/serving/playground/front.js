@@ -168,8 +168,11 @@ export class FrontPicture {
   legend() {
     const shapes = [...new Set(this.points.map(shapeOf))];
     const words = {circle: "taken as sampled", diamond: "best of candidates", square: "before alignment"};
-    return html("p", {class: "legend", "aria-hidden": "true"}, shapes.map((shape) => html("span", {},
-      svg("svg", {viewBox: "-9 -9 18 18", width: 14, height: 14}, svg("g", {class: "point best " + shape}, SHAPES[shape]())), words[shape])));
+    const entry = (shape, kind, word) => html("span", {},
+      svg("svg", {viewBox: "-9 -9 18 18", width: 14, height: 14}, svg("g", {class: `point ${kind} ${shape}`}, SHAPES[shape]())), word);
+    const beaten = this.points.find((point) => !point.on_front);
+    return html("p", {class: "legend", "aria-hidden": "true"}, shapes.map((shape) => entry(shape, "best", words[shape])),
+      beaten && entry(shapeOf(beaten), "", "hollow: another of its kind is better at every goal"));
   }
 
   /** Where a balance lies: on a line between measured points of two objectives, else at the nearest one. */

@@ -1,6 +1,6 @@
 // The settings as they are drawn: how to answer, presets, meanings, the advanced part, and where to begin.
 
-import {$, decimals, html, refill} from "./dom.js";
+import {$, decimals, html, listed, refill} from "./dom.js";
 import * as set from "./settings.js";
 import {presets} from "./shares.js";
 
@@ -80,9 +80,9 @@ function drawStart(state, actions) {
   refill($("start"),
     html("h2", {id: "start-title"}, several ? "Ask once, and see the trade-off" : "Ask the model something"),
     html("p", {}, several
-      ? `This model was trained for ${model.names.length} goals at once: ${model.names.join(", ")}. They pull its answers in ` +
+      ? `This model was trained for ${model.names.length} goals at once: ${listed(model.names)}. They pull its answers in ` +
         "different directions. Ask something, and read the same model at different balances, side by side."
-      : "Its answer appears here, with what the reward model thought of each candidate."),
+      : "Its answer appears here" + (model.scored.length ? ", with the candidates it was chosen from and their scores." : ".")),
     model.examples.length > 0 && [html("h3", {}, "Begin with one of these"),
       html("div", {class: "examples"}, model.examples.map((example) => html("button", {
         type: "button", onclick: () => actions.submit(example),
