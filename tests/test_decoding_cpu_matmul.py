@@ -14,8 +14,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from mahalo_ray.decoding import cpu_matmul
 from mahalo_ray.decoding.cpu_matmul import OneDNNHead, OneDNNLinears, PackedWeights
 from mahalo_ray.decoding.engine import Engine
+from mahalo_ray.decoding.policy import HeadMix, MultiHeadPolicy
 from mahalo_ray.decoding.sampling import SamplingParams
+from mahalo_ray.models import MultiHeadCausalLM
 from mahalo_ray.models.heads import FullHead, LogitTransform
+from mahalo_ray.objectives import Weights
 
 
 @pytest.fixture
@@ -78,6 +81,42 @@ def test_log_probs_that_are_only_read_use_the_head_s_products(
         read = head(hidden, labels, 3)
     assert products_made == [(3, 256), (3, 256), (1, 256)]
     torch.testing.assert_close(read, learnt, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["full", "low_rank"])
+def test_conversations_with_weights_of_their_own_use_the_heads_packed(
+    wanted: None, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=256, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
+    )
+    base = AutoModelForCausalLM.from_config(config)
+    options = {"rank": 4} if kind == "low_rank" else {}
+    model = MultiHeadCausalLM.from_base(
+        base, ["a", "b"], noise=0.5, keep_base_head=True, head_kind=kind, **options
+    ).eval()
+    policy, packed = MultiHeadPolicy(model), []
+    multiply = torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(
+        torch.ops.mkldnn,
+        "_linear_pointwise",
+        lambda x, weight, *rest: (packed.append(weight.layout is torch._mkldnn), multiply(x, weight, *rest))[
+            1
+        ],
+    )
+    shares, strengths = torch.tensor([[0.2, 0.8], [1.0, 0.0]]), torch.tensor([1.5, 0.5])
+    mixes = [
+        HeadMix(Weights({"a": a, "b": b}), strength)
+        for (a, b), strength in zip(shares.tolist(), strengths.tolist(), strict=True)
+    ]
+    hidden, rows = torch.randn(3, 256), torch.tensor([0, 1, 1])
+    with torch.no_grad():
+        expected = model.logits(hidden, shares[rows], strengths[rows])
+    for _ in range(3):  # packed from the second use on
+        packed.clear()
+        torch.testing.assert_close(policy.head(mixes)(hidden, rows), expected, atol=1e-4, rtol=1e-4)
+    assert any(packed)
 
 
 @pytest.mark.parametrize("size", [0, 1 << 40])

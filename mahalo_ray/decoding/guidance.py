@@ -46,6 +46,10 @@ class GuidedRequest:
     within-prompt spread stored with the reward model. No end token is drawn among the answer's first
     `min_tokens`; `repetition_penalty` above 1 makes tokens that occurred less likely (`DrawLimits`).
 
+    Equal seeds draw equal numbers, whatever is decoded beside the request. The logits that they draw from
+    are rounded otherwise in a larger batch: with fp32 weights that hardly ever changes an answer, with
+    bfloat16 weights often.
+
     >>> request = GuidedRequest([{"role": "user", "content": "What is 2 + 3?"}], num_candidates=4, seed=1)
     >>> request.strategy
     'argmax'

@@ -136,6 +136,8 @@ class MultiHeadPolicy:
         self.vocab_size: int = text.vocab_size
         self.end_ids = _end_ids(model.generation_config)
         self._onednn_head = OneDNNHead(text.hidden_size, self.vocab_size)
+        # A batch of different mixes asks every head, and the base's for a strength.
+        self._onednn_heads = OneDNNHead(text.hidden_size, self.vocab_size * (len(model.objectives) + 1))
         self._merged: OrderedDict[HeadMix, FullHead] = OrderedDict()
         self._merged_heads_kept = merged_heads_kept
 
@@ -183,9 +185,9 @@ class MultiHeadPolicy:
         weights = [mix.weights.over(self.model.objectives) for mix in mixes if mix.weights is not None]
         table = torch.tensor(weights, device=self.device)
         if all(mix.strength == 1 for mix in mixes):
-            return lambda hidden, rows: self.model.logits(hidden, table[rows])
+            return lambda hidden, rows: self._mixture(hidden, table[rows], 1.0)
         strengths = torch.tensor([mix.strength for mix in mixes], device=self.device)
-        return lambda hidden, rows: self.model.logits(hidden, table[rows], strengths[rows])
+        return lambda hidden, rows: self._mixture(hidden, table[rows], strengths[rows])
 
     def _merged_head(self, mix: HeadMix) -> FullHead:
         """The merged heads of the most recently used mixes."""
@@ -195,6 +197,11 @@ class MultiHeadPolicy:
         if len(self._merged) > self._merged_heads_kept:
             self._merged.popitem(last=False)
         return head
+
+    @torch.no_grad()
+    def _mixture(self, hidden: Tensor, weights: Tensor, strength: float | Tensor) -> Tensor:
+        with self._onednn_heads():
+            return self.model.logits(hidden, weights, strength)
 
     @torch.no_grad()
     def _logits(self, head: FullHead, hidden: Tensor) -> Tensor:
