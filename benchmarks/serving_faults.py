@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import functools
 import threading
 import time
@@ -37,8 +38,12 @@ _REPLACED_WITHIN_S = 120.0
 
 def replicas() -> list[psutil.Process]:
     """The processes that hold the models."""
-    started = psutil.Process().children(recursive=True)
-    return [process for process in started if "ServeReplica" in " ".join(process.cmdline())]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if "ServeReplica" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 async def load(

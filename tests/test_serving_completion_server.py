@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,10 +17,12 @@ from mahalo_ray.config import (
     EndpointConfig,
     FurtherModel,
     MergedModel,
+    RewardServer,
     SamplingConfig,
     ServeConfig,
     ServerSource,
 )
+from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.decoding.policy import DeviceConfig
 from mahalo_ray.objectives import Weights
 from mahalo_ray.serving.app import create_app
@@ -59,9 +62,10 @@ def source(address: str, tokenizer: str, **options: Any) -> ServerSource:
     )
 
 
-def over(server: ServerSource, **defaults: Any) -> TestClient:
-    """An endpoint whose policy is on this server; the reward model is the direct endpoint's."""
-    reward = copy.deepcopy(tiny_guided.reward())
+def over(server: ServerSource, judge: RewardServer | None = None, **defaults: Any) -> TestClient:
+    """An endpoint whose policy is on this server; the reward model is the direct endpoint's, unless a model
+    judges."""
+    reward = copy.deepcopy(tiny_guided.reward()) if judge is None else judge
     backend = GuidedBackend.load(server, reward, "tutoring", DeviceConfig("cpu", "float32"), 64)
     config = ServeConfig(max_ongoing_requests=4, max_new_tokens=32, max_candidates=4)
     settings = Defaults(num_candidates=2, sampling=SamplingConfig(max_new_tokens=8), **defaults)
@@ -140,6 +144,68 @@ def test_the_model_says_which_weights_it_has(client: TestClient) -> None:
     assert model["merged_weights"] == [{"accuracy": 0.5, "engagement": 0.5}, {"accuracy": 1}]
     assert model["defaults"]["objectives"] == {"accuracy": 0.5, "engagement": 0.5}
     assert model["limits"]["max_strength"] == 1
+
+
+@pytest.fixture(scope="module")
+def judged(address: str, tokenizer: str, direct: TestClient) -> Iterator[TestClient]:
+    """Policy and judge both on the server. The tiny model speaks no English: what counts as yes and no are
+    two of the likeliest tokens after any question."""
+    chat = ChatFormat(tiny_guided.tokenizer())
+    ids = chat.prompt_ids([tiny_guided.message({"role": "user", "content": "So? Answer with Yes or No."})])
+    asked = {"model": "mahalo", "prompt": ids, "max_tokens": 1, "temperature": 0, "logprobs": 20}
+    (top,) = direct.post("/v1/completions", json=asked).json()["choices"][0]["logprobs"]["top_logprobs"]
+    yes, no = list(dict.fromkeys(token.strip().lower() for token in top if token.strip()))[:2]
+    questions = {"accuracy": "Is the last reply right?", "engagement": "Is it kind?"}
+    endpoint = EndpointConfig(base_url=f"{address}/v1", model="mahalo", max_retries=0)
+    judge = RewardServer(
+        endpoint=endpoint, tokenizer=tokenizer, questions=questions, yes=yes, no=no, max_length=250
+    )
+    with over(source(address, tokenizer), judge) as client:
+        yield client
+
+
+def test_a_judge_on_a_server_scores_by_how_likely_it_says_yes(judged: TestClient, direct: TestClient) -> None:
+    answer = judged.post(CHAT, json=body(num_candidates=4, guidance={"accuracy": 1})).json()
+    (step,) = answer["mahalo"]["steps"]
+    totals = [candidate["total"] for candidate in step["candidates"]]
+    assert totals[step["chosen"]] == max(totals) > min(totals)
+    texts = [candidate["text"] for candidate in step["candidates"]]
+    rated = judged.post("/v1/score", json={"messages": MESSAGES, "candidates": texts}).json()["data"]
+    for candidate, score in zip(step["candidates"], rated, strict=True):
+        assert candidate["scores"] == pytest.approx(score["scores"], abs=1e-6)
+        assert all(0 < value < 1 for value in score["scores"].values())
+    judge = judged.app.state.services.first.backend._decoder.reward_models[0]  # type: ignore[attr-defined]
+    prompt = [tiny_guided.message(message) for message in MESSAGES]
+    ids = judge._ids(prompt, texts[0], "accuracy")
+    assert "Is the last reply right?" in tiny_guided.tokenizer().decode(ids)
+    asked = {"model": "mahalo", "prompt": ids, "max_tokens": 1, "temperature": 0, "logprobs": 20}
+    (top,) = direct.post("/v1/completions", json=asked).json()["choices"][0]["logprobs"]["top_logprobs"]
+    shares = [
+        sum(math.exp(logp) for token, logp in top.items() if token.strip().lower() == word)
+        for word in judge._words
+    ]
+    assert rated[0]["scores"]["accuracy"] == pytest.approx(shares[0] / sum(shares), abs=1e-6)
+
+
+def test_a_judge_that_says_something_else_or_nothing_is_named(
+    judged: TestClient, address: str, tokenizer: str
+) -> None:
+    long = {"messages": [{"role": "user", "content": "2 + 3 " * 60}], "candidates": ["5."]}
+    refused = judged.post("/v1/score", json=long)
+    assert refused.status_code == 400 and "the model reads 250" in error_of(refused)["message"]
+    endpoint = EndpointConfig(base_url=f"{address}/v1", model="mahalo", max_retries=0)
+    silent = RewardServer(
+        endpoint=endpoint, tokenizer=tokenizer, questions={"a": "?"}, yes="\u2713", no="\u2717"
+    )
+    with pytest.raises(ValueError, match="neither \u2713 nor \u2717 is among its likeliest words"):
+        over(source(address, tokenizer), silent)
+    gone = RewardServer(
+        endpoint=EndpointConfig(base_url="http://127.0.0.1:9/v1", model="m", max_retries=0),
+        tokenizer=tokenizer,
+        questions={"a": "So?"},
+    )
+    with pytest.raises(ValueError, match="gave up after 1 attempts"):
+        over(source(address, tokenizer), gone)
 
 
 def test_a_server_that_is_gone_costs_a_503_and_not_the_replica(tokenizer: str) -> None:

@@ -358,3 +358,26 @@ class ServerSource(Section):
         """The names of all models whose weights are known."""
         own = {} if self.weights is None else {self.weights: self.endpoint.model}
         return {**own, **{further.weights: further.model for further in self.further_models}}
+
+
+class RewardServer(Section):
+    """A language model on a completion server in a reward model's place: it is asked whether, and how likely
+    it says yes is the score."""
+
+    endpoint: EndpointConfig
+    """The completion server. It has to give log-probabilities."""
+
+    tokenizer: Text
+    """Folder or hub id of the server's tokenizer."""
+
+    questions: Annotated[dict[Text, Text], Field(min_length=1)]
+    """The question of every objective about the conversation; `Is the last reply right?`, for example."""
+
+    yes: Text = "Yes"
+    """What the model says where the objective is met. One token."""
+
+    no: Text = "No"
+    """What it says where it is not. One token."""
+
+    max_length: PositiveInt = 4096
+    """Most tokens that the server reads."""

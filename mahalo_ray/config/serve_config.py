@@ -13,6 +13,7 @@ from mahalo_ray.config.section import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    RewardServer,
     Section,
     ServerSource,
     Strength,
@@ -74,12 +75,18 @@ class FurtherModel(Section):
     """A completion server (vLLM, SGLang) that samples in a policy's place."""
 
     reward: Text | None = None
-    """Output folder of a finished run, or folder or URL of a reward model. Null: answers are not guided."""
+    """Output folder of a finished run, or folder or URL of a reward model. Null, and no `reward_server`:
+    answers are not guided."""
+
+    reward_server: RewardServer | None = None
+    """A language model on a completion server that judges in a reward model's place."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if (self.policy is None) == (self.server is None):
             raise ValueError(f"the model '{self.id}' needs either a policy or a completion server")
+        if self.reward is not None and self.reward_server is not None:
+            raise ValueError(f"the model '{self.id}' has 'reward' and 'reward_server': leave one out")
         return self
 
 
@@ -106,6 +113,9 @@ class ServeConfig(Section):
     server: ServerSource | None = None
     """A completion server (vLLM, SGLang) that samples in the place of the run's own policy. Null: every
     replica holds the policy."""
+
+    reward_server: RewardServer | None = None
+    """A language model on a completion server that judges in the place of the run's own reward model."""
 
     reward_deployment: RewardDeploymentConfig | None = None
     """Reward models as deployments of their own. Null: every replica holds its reward models beside the

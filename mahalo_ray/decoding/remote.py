@@ -7,6 +7,7 @@ reward models run here, ours over their kept caches, so a candidate's tokens are
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from mahalo_ray.data.records import Message
+from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.decoding.guidance import GuidedRequest, GuidedResult, Prompt, StepCandidate
 from mahalo_ray.decoding.sampling import SamplingParams, draw_keys
 from mahalo_ray.decoding.scorers import RewardModels
@@ -24,17 +27,22 @@ from mahalo_ray.decoding.session import RequestState, decide_steps
 from mahalo_ray.decoding.stopping import AnswerOnly, Boundary, StopReason, StopRule
 from mahalo_ray.endpoints import CompletionCall, Endpoint, EndpointReply, Failure
 from mahalo_ray.errors import StageError
-from mahalo_ray.models.scoring import StepScorer
+from mahalo_ray.models.scoring import AnswerScorer, Messages, StepScorer, check_steps
 from mahalo_ray.objectives import Weights
 
 # Where servers say which stop string ended a completion: vLLM, SGLang. None or a number: the end token.
 _STOP_FIELDS = ("stop_reason", "matched_stop")
 _COUNTED = 64  # tokens
+_TOP_WORDS = 20  # likeliest next words that a judging server tells: vLLM's limit
 _MOMENT_S = 0.02  # that the caller waits before others may join
 
 
 class CompletionServerError(StageError):
     """The server did not answer, or not as the API promises, however often it was asked."""
+
+
+class ScoringServerError(ValueError):
+    """The same of a server that judges candidates: it ends the request whose candidates these are."""
 
 
 class CompletionDecoder:
@@ -215,7 +223,7 @@ class CompletionSession:
         """The candidates in a reply; none where the request is over with an error, or asks again."""
         state, decoder = asked.state, self._decoder
         if isinstance(reply, Failure):
-            self._end(state, self._refusal(reply))
+            self._end(state, _refusal(decoder.endpoint, reply))
             return []
         count = state.request.candidates_per_step
         if len(reply.texts) != count:
@@ -323,20 +331,21 @@ class CompletionSession:
                 return text[:end], verdict
         return text, None
 
-    def _refusal(self, failure: Failure) -> ValueError | CompletionServerError:
-        """An error of this request alone: the server finds it wrong, or fails at it every time. Otherwise (no
-        server, a wrong key) nothing will work."""
-        if failure.kind.startswith("http_5") and failure.kind not in ("http_502", "http_503"):
-            return ValueError(
-                f"the completion server failed at the prompt {failure.attempts} times ({failure.kind}): "
-                f"{failure.message}"
-            )
-        if failure.kind in ("http_400", "http_413", "http_422"):
-            return ValueError(f"the completion server refused the prompt: {failure.message}")
-        return CompletionServerError(
-            f"{self._decoder.endpoint.config.base_url} gave up after {failure.attempts} attempts "
-            f"({failure.kind}): {failure.message}"
+
+def _refusal(endpoint: Endpoint, failure: Failure) -> ValueError | CompletionServerError:
+    """An error of this request alone: the server finds it wrong, or fails at it every time. Otherwise (no
+    server, a wrong key) nothing will work."""
+    if failure.kind.startswith("http_5") and failure.kind not in ("http_502", "http_503"):
+        return ValueError(
+            f"the completion server failed at the prompt {failure.attempts} times ({failure.kind}): "
+            f"{failure.message}"
         )
+    if failure.kind in ("http_400", "http_413", "http_422"):
+        return ValueError(f"the completion server refused the prompt: {failure.message}")
+    return CompletionServerError(
+        f"{endpoint.config.base_url} gave up after {failure.attempts} attempts ({failure.kind}): "
+        f"{failure.message}"
+    )
 
 
 def _stopped_by(reply: EndpointReply, k: int) -> object:
@@ -346,3 +355,98 @@ def _stopped_by(reply: EndpointReply, k: int) -> object:
 def _stops_silently(reply: EndpointReply, k: int) -> bool:
     """Whether completion k stopped without the server saying at what."""
     return reply.finish_reasons[k] == "stop" and not any(key in reply.choices[k] for key in _STOP_FIELDS)
+
+
+class VerdictScorer(AnswerScorer):
+    """A language model on a completion server as a reward model: how likely it says yes.
+
+    For every objective it is asked a question about the conversation with the answer in it. The score is
+    p(yes) / (p(yes) + p(no)) of its next token: Zhang et al., "Generative verifiers: reward modeling as
+    next-token prediction", 2024, arXiv 2408.15240. `questions` by objective, as "Is the last reply correct?";
+    `words`: what it may say, in any case and with blanks around; `max_length`: tokens that the server reads.
+    """
+
+    step_separator = "\n\n"
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        questions: Mapping[str, str],
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        words: tuple[str, str] = ("Yes", "No"),
+    ) -> None:
+        self.objectives = tuple(questions)
+        self.output_kinds = dict.fromkeys(questions, "probability")
+        self.calibration = {}
+        self._endpoint, self._questions, self._words = endpoint, dict(questions), words
+        self._format, self._max_length = ChatFormat(tokenizer), max_length
+
+    @property
+    def max_length(self) -> int:
+        return self._max_length
+
+    def length(self, prompt: Sequence[Message], answer: str) -> int:
+        return max(len(self._ids(prompt, answer, objective)) for objective in self.objectives)
+
+    def check_length(self, prompt: Messages, steps: Sequence[str]) -> None:
+        messages = [Message.model_validate(message) for message in prompt]
+        self._check_tokens(self.length(messages, self.step_separator.join(steps)))
+
+    def _check_tokens(self, tokens: int) -> None:
+        if tokens > self._max_length:
+            raise ValueError(f"a conversation has {tokens} tokens, the model reads {self._max_length}")
+
+    def score_batch(
+        self, traces: Sequence[tuple[Messages, Sequence[str]]], batch_size: int = 16
+    ) -> list[dict[str, list[float]]]:
+        """`batch_size` is the server's business. ScoringServerError when it gives up."""
+        calls = []
+        for prompt, steps in traces:
+            check_steps(steps)
+            messages = [Message.model_validate(message) for message in prompt]
+            for count in range(1, len(steps) + 1):
+                answer = self.step_separator.join(steps[:count])
+                calls += [self._call(messages, answer, objective) for objective in self.objectives]
+        found = {number: self._share(reply) for number, reply in self._endpoint.complete(calls)}
+        values = iter(found[number] for number in range(len(calls)))
+        scored: list[dict[str, list[float]]] = []
+        for _, steps in traces:
+            scored.append({name: [] for name in self.objectives})
+            for _step in steps:
+                for name in self.objectives:
+                    scored[-1][name].append(next(values))
+        return scored
+
+    def _call(self, messages: Sequence[Message], answer: str, objective: str) -> CompletionCall:
+        ids = self._ids(messages, answer, objective)
+        self._check_tokens(len(ids))
+        return CompletionCall(ids, max_tokens=1, temperature=0.0, logprobs=_TOP_WORDS)
+
+    def _ids(self, messages: Sequence[Message], answer: str, objective: str) -> list[int]:
+        """The question as a user's message. What people wrote in it stays plain text."""
+        turns = [*messages, Message(role="assistant", content=answer)]
+        said = "\n\n".join(f"{turn.role.capitalize()}: {turn.content}" for turn in turns)
+        yes, no = self._words
+        asked = f"{said}\n\n{self._questions[objective]} Answer with {yes} or {no}."
+        return self._format.prompt_ids([Message(role="user", content=asked)])
+
+    def _share(self, reply: EndpointReply | Failure) -> float:
+        """The probability of yes against no."""
+        if isinstance(reply, Failure):
+            error = _refusal(self._endpoint, reply)
+            raise ScoringServerError(str(error)) if isinstance(error, CompletionServerError) else error
+        logprobs = reply.choices[0].get("logprobs") or {}
+        likeliest = (logprobs.get("top_logprobs") or [None])[0]
+        if likeliest is None:
+            raise ScoringServerError(f"{self._endpoint.config.base_url} gives no 'logprobs': it cannot judge")
+        yes, no = (
+            sum(math.exp(logp) for token, logp in likeliest.items() if token.strip().lower() == word.lower())
+            for word in self._words
+        )
+        if yes + no == 0:
+            raise ValueError(
+                f"the judging model wants to say {next(iter(likeliest))!r}, and neither {self._words[0]} nor "
+                f"{self._words[1]} is among its likeliest words"
+            )
+        return yes / (yes + no)

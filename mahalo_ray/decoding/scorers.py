@@ -35,9 +35,8 @@ from mahalo_ray.decoding.guidance import (
     TextOutgrown,
 )
 from mahalo_ray.decoding.stopping import Boundary, StopReason, TokenTexts, boundary_for, step_starts
-from mahalo_ray.models.classifiers import SequenceClassifierScorer
 from mahalo_ray.models.reward import ProcessRewardModel
-from mahalo_ray.models.scoring import StepEncoder, StepScorer, TokenTrace, TraceReader
+from mahalo_ray.models.scoring import AnswerScorer, StepEncoder, StepScorer, TokenTrace, TraceReader
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +122,7 @@ class TextScorer:
 
     def __init__(
         self,
-        scorer: SequenceClassifierScorer | TraceReader,
+        scorer: AnswerScorer | TraceReader,
         boundary: Boundary | None,
         vocabulary: TokenTexts | None,
         around: Callable[[], AbstractContextManager[object]] = nullcontext,
@@ -213,7 +212,7 @@ class TextScorer:
     def _as_read(self, answer: _FollowedAnswer, choice: Choice, k: int) -> _Reading | None:
         """Steps with words, or the whole answer for a sequence classifier; None if nothing is said."""
         candidate = choice.candidates[k]
-        if isinstance(self._scorer, SequenceClassifierScorer):
+        if isinstance(self._scorer, AnswerScorer):
             whole = "".join([*answer.steps, candidate.text])
             return _Reading((whole,), True) if whole.strip() else None
         pieces = [candidate.text]
@@ -231,8 +230,8 @@ class TextScorer:
         return _Reading(said, is_closed) if said else None
 
     def _length(self, messages: Sequence[Message], reading: _Reading) -> int:
-        if isinstance(self._scorer, SequenceClassifierScorer):
-            return len(self._scorer.encode(messages, reading.steps[0])["input_ids"])
+        if isinstance(self._scorer, AnswerScorer):
+            return self._scorer.length(messages, reading.steps[0])
         return len(self._trace(messages, reading).input_ids)
 
     def _trace(self, messages: Sequence[Message], reading: _Reading) -> TokenTrace:
@@ -384,7 +383,7 @@ class RewardModels:
 
     def _opener(self, model: StepScorer) -> Callable[[], StepFollower]:
         """How this model follows answers; what can be prepared for all of them is prepared here."""
-        if not isinstance(model, SequenceClassifierScorer | TraceReader):
+        if not isinstance(model, AnswerScorer | TraceReader):
             raise ValueError(f"{type(model).__name__} cannot guide decoding")
         if not isinstance(model, ProcessRewardModel):
             return lambda: TextScorer(model, self.boundary, self.vocabulary)
@@ -442,7 +441,7 @@ def follow_texts(models: Sequence[StepScorer]) -> ScorerGroup:
     """Scorers of answers that come as text alone, each of one step: those of an endpoint, for example."""
     followers = []
     for model in models:
-        if not isinstance(model, SequenceClassifierScorer | TraceReader):
+        if not isinstance(model, AnswerScorer | TraceReader):
             raise ValueError(f"{type(model).__name__} cannot score candidates")
         faster = OneDNNRewardModel(model) if isinstance(model, ProcessRewardModel) else nullcontext
         followers.append(TextScorer(model, None, None, faster))

@@ -31,6 +31,7 @@ from mahalo_ray.models.folder import (
 from mahalo_ray.models.reward import ProcessRewardModel
 from mahalo_ray.models.reward_heads import OutputKind
 from mahalo_ray.models.scoring import (
+    AnswerScorer,
     Messages,
     ObjectiveCalibration,
     StepScorer,
@@ -65,7 +66,7 @@ class _Classifier(nn.Module):
         return int(self.model.config.get_text_config().max_position_embeddings)
 
 
-class SequenceClassifierScorer(_Classifier, StepScorer):
+class SequenceClassifierScorer(_Classifier, AnswerScorer):
     """A transformers sequence classifier: one label is a Bradley-Terry score, two are a probability.
 
     The score of step t is what the classifier says of the prompt answered by steps 1..t, joined by
@@ -106,11 +107,14 @@ class SequenceClassifierScorer(_Classifier, StepScorer):
 
     def check_length(self, prompt: Messages, steps: Sequence[str]) -> None:
         messages = [Message.model_validate(message) for message in prompt]
-        self._check_tokens(len(self.encode(messages, self.step_separator.join(steps))["input_ids"]))
+        self._check_tokens(self.length(messages, self.step_separator.join(steps)))
 
     def _check_tokens(self, tokens: int) -> None:
         if tokens > self.max_length:
             raise ValueError(f"a conversation has {tokens} tokens, the model reads {self.max_length}")
+
+    def length(self, prompt: Sequence[Message], answer: str) -> int:
+        return len(self.encode(prompt, answer)["input_ids"])
 
     def encode(self, prompt: Sequence[Message], answer: str) -> Mapping[str, Any]:
         """The tokenizer's encoding of prompt and answer, however long."""

@@ -225,6 +225,21 @@ class StepScorer(ABC):
         return standardised(scores, self.objectives, self.calibration, spread)
 
 
+class AnswerScorer(StepScorer):
+    """A scorer that reads an answer as one text: the score of a step is that of the answer up to it."""
+
+    step_separator: str
+
+    @property
+    @abstractmethod
+    def max_length(self) -> int:
+        """The longest text the model reads, in its tokens."""
+
+    @abstractmethod
+    def length(self, prompt: Sequence[Message], answer: str) -> int:
+        """Tokens that it reads of this answer, its prompt included."""
+
+
 class TraceEncoder(Protocol):
     """Turns messages and steps into token ids with step positions."""
 

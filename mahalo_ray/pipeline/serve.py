@@ -6,7 +6,7 @@ import logging
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import click
 import yaml
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from ray import serve
 from rich.console import Console
 
-from mahalo_ray.config import SERVED_MODEL_ID, RunConfig, ServeConfig, ServerSource
+from mahalo_ray.config import SERVED_MODEL_ID, RewardServer, RunConfig, ServeConfig, ServerSource
 from mahalo_ray.data import storage
 from mahalo_ray.decoding.policy import DeviceConfig
 from mahalo_ray.domains.protocol import WHOLE_TURNS, load_domain
@@ -38,6 +38,8 @@ from mahalo_ray.sweeps.portfolio import FILE_IN_RUN, Portfolio, is_made_of
 SMOKE_SEED = 7
 EXAMPLES = 4
 
+Server = TypeVar("Server", ServerSource, RewardServer)
+
 logger = logging.getLogger(__name__)
 
 
@@ -45,7 +47,7 @@ def try_serving(context: Context[RunConfig]) -> StageResult:
     """Start the endpoint on a free port, ask it through the OpenAI client, stop it."""
     config = context.config
     context.progress.start(2, "steps", "starting")
-    own: dict[str, object] = {"models": [], "server": None, "reward_deployment": None}
+    own: dict[str, object] = {"models": [], "server": None, "reward_server": None, "reward_deployment": None}
     any_port = config.serve.model_copy(update={"port": 0, **own})
     weightings = [config.guided.point[0], *config.sweep.decoding_weights]
     question = _opening(config, first_seed(config.seed, "evaluation"))
@@ -105,7 +107,7 @@ def with_model_folders(config: ServeConfig) -> ServeConfig:
     def found(url: str | None, stage: str) -> str | None:
         return None if url is None else find_model(url, stage)
 
-    def reachable(server: ServerSource | None) -> ServerSource | None:
+    def reachable(server: Server | None) -> Server | None:
         if server is None:
             return None
         return server.model_copy(update={"tokenizer": storage.absolute(server.tokenizer)})
@@ -116,11 +118,13 @@ def with_model_folders(config: ServeConfig) -> ServeConfig:
                 "policy": found(model.policy, "policy"),
                 "server": reachable(model.server),
                 "reward": found(model.reward, "reward"),
+                "reward_server": reachable(model.reward_server),
             }
         )
         for model in config.models
     ]
-    return config.model_copy(update={"models": models, "server": reachable(config.server)})
+    servers = {"server": reachable(config.server), "reward_server": reachable(config.reward_server)}
+    return config.model_copy(update={"models": models, **servers})
 
 
 def with_log_folder(config: ServeConfig, output: str) -> ServeConfig:
@@ -185,10 +189,11 @@ def _application(args: Mapping[str, str]) -> serve.Application:
         ),
         launch.ModelSource(
             policy if settings.server is None else settings.server,
-            reward,
+            reward if settings.reward_server is None else None,
             boundary_name(config),
             DeviceConfig(config.cluster.device, config.model.dtype),
             run_files(config, storage.absolute(deployed.run)),
+            settings.reward_server,
         ),
         config.cluster.use_gpu,
     )

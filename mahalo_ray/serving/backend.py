@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from jinja2 import TemplateError
 
-from mahalo_ray.config import ServerSource, Standardisation
+from mahalo_ray.config import RewardServer, ServerSource, Standardisation
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import Message
 from mahalo_ray.decoding.guidance import GuidedResult, Prompt, PromptTooLong
@@ -25,7 +25,7 @@ from mahalo_ray.decoding.policy import (
     load_policy,
     load_step_scorer,
 )
-from mahalo_ray.decoding.remote import CompletionDecoder, CompletionSession
+from mahalo_ray.decoding.remote import CompletionDecoder, CompletionSession, ScoringServerError, VerdictScorer
 from mahalo_ray.decoding.session import GuidedSession, RequestState
 from mahalo_ray.decoding.stopping import INCOMPLETE, StopReason, TokenTexts, TurnBoundary
 from mahalo_ray.endpoints import Endpoint
@@ -237,14 +237,25 @@ class GuidedBackend:
     def load(
         cls,
         policy: str | ServerSource,
-        reward: str | StepScorer | None,
+        reward: str | RewardServer | StepScorer | None,
         domain: str,
         placement: DeviceConfig,
         max_branches: int,
     ) -> GuidedBackend:
         """Read the model folders, place the models and see that they answer. `policy`: a folder, or the
-        completion server that samples; `reward`: a folder, or a reward model that is somewhere else."""
-        scorer = load_step_scorer(reward, placement) if isinstance(reward, str) else reward
+        completion server that samples; `reward`: a folder, the server of a model that judges, or a reward
+        model that is somewhere else."""
+        scorer: StepScorer | None
+        if isinstance(reward, str):
+            scorer = load_step_scorer(reward, placement)
+        elif isinstance(reward, RewardServer):
+            words = reward.yes, reward.no
+            judging = load_tokenizer(storage.local_copy(reward.tokenizer))
+            scorer = VerdictScorer(
+                Endpoint(reward.endpoint), reward.questions, judging, reward.max_length, words
+            )
+        else:
+            scorer = reward
         reward_models = [] if scorer is None else [scorer]
         decoder: GuidedDecoder | CompletionDecoder
         if isinstance(policy, ServerSource):
@@ -405,7 +416,7 @@ def _own_errors(job: Job) -> Iterator[None]:
 
 def refusal_of(error: Exception) -> ApiError:
     """Why the models cannot take a request, as an answer to its client."""
-    if isinstance(error, StageError):  # what is wrong with the server is for the log
+    if isinstance(error, StageError | ScoringServerError):  # what is wrong with the server is for the log
         reference = secrets.token_hex(4)
         logger.error("error %s: %s", reference, error)
         message = (

@@ -29,7 +29,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from mahalo_ray.config import SERVED_MODEL_ID, RewardDeploymentConfig, ServeConfig, ServerSource
+from mahalo_ray.config import SERVED_MODEL_ID, RewardDeploymentConfig, RewardServer, ServeConfig, ServerSource
 from mahalo_ray.data import storage
 from mahalo_ray.decoding.policy import DeviceConfig
 from mahalo_ray.serving.api_key import KeyDigests
@@ -67,7 +67,7 @@ class ModelSource:
     decodes; `run`: the files of what the models' run has measured.
 
     `policy`: a folder, or the completion server that samples; reward_url None: no guidance, strategy "none"
-    only.
+    only, unless `reward_server` judges.
     """
 
     policy: str | ServerSource
@@ -75,6 +75,7 @@ class ModelSource:
     domain: str
     placement: DeviceConfig
     run: RunFiles | None = None
+    reward_server: RewardServer | None = None
 
 
 class Serving:
@@ -144,6 +145,7 @@ def start(
     key = key or KeyDigests.configured(config)
     further = [url for model in config.models for url in (model.policy, model.reward)]
     own = policy_url if config.server is None else None
+    reward_url = reward_url if config.reward_server is None else None
     for url in filter(None, (own, reward_url, *further)):
         if not storage.exists(url):
             raise ServeError(f"there is no model at '{url}': train it first, or correct the path")
@@ -159,7 +161,7 @@ def start(
     reward = None if reward_url is None else storage.absolute(reward_url)
     placement = DeviceConfig("cuda" if use_gpu else "cpu", dtype)
     policy = storage.absolute(policy_url) if config.server is None else config.server
-    source = ModelSource(policy, reward, domain, placement, run)
+    source = ModelSource(policy, reward, domain, placement, run, config.reward_server)
     started = False
     # Serve tells at length what it does; its warnings are enough.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -281,7 +283,7 @@ def _each_model(
         assert policy is not None, "a configuration names one of the two"
         yield (
             replace(settings, model_name=model.id, defaults=defaults),
-            replace(source, policy=policy, reward_url=reward, run=None),
+            replace(source, policy=policy, reward_url=reward, run=None, reward_server=model.reward_server),
         )
 
 
@@ -356,7 +358,8 @@ def _load_services(settings: ServiceSettings, source: ModelSource) -> list[ChatS
     branches = config.max_ongoing_requests * config.max_candidates
     services = []
     for its_settings, its_source in _each_model(settings, source):
-        reward = scorers.get(its_source.reward_url, its_source.reward_url)
+        reward_url = its_source.reward_url
+        reward = its_source.reward_server or scorers.get(reward_url) or reward_url
         backend = GuidedBackend.load(its_source.policy, reward, source.domain, source.placement, branches)
         measured = None if its_source.run is None else its_source.run.read()
         services.append(ChatService(backend, its_settings, measured, _leave))
