@@ -59,15 +59,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", help="output folder of a finished run")
-    parser.add_argument("--seconds", type=float, default=40.0, help="of the load")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of the load")
     parser.add_argument("--quiet", type=float, default=40.0, help="seconds without load after it")
+    parser.add_argument("--target", type=float, default=0.1, help="requests that run or wait, per replica")
     parser.add_argument("--most", type=int, default=3, help="replicas of the reward model")
     parser.add_argument("--output", type=Path, default=None, help="results as JSON")
     options = parser.parse_args()
     config = RunConfig.model_validate(yaml.safe_load((Path(options.run) / "config.yaml").read_text()))
     apart = RewardDeploymentConfig(
         max_replicas=options.most,
-        target_requests=0.5,
+        target_requests=options.target,
         upscale_delay_s=3,
         downscale_delay_s=10,
         cpus_per_replica=0.1,
@@ -78,6 +79,7 @@ def main() -> None:
     with endpoint(options.run, config.model_copy(update={"serve": settings})) as url:
         calm = asyncio.run(load(url, bodies, 1, options.seconds / 4))
         right = {number: outcome.text for number, outcome in calm if outcome.is_whole}
+        # One policy replica waits for its scores: it has one or two calls open at a time, hence the target.
         with Counted() as counted:
             results["load"] = summarise(asyncio.run(load(url, bodies, 16, options.seconds)), right)
             time.sleep(options.quiet)
