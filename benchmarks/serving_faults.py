@@ -27,6 +27,7 @@ import ray
 import yaml
 from endpoint_client import CHAT, Outcome, ask, percentiles
 from measuring import machine, table, write_results
+from ray import serve
 from ray.exceptions import RayActorError
 from serving import body_of, endpoint, questions
 
@@ -174,8 +175,14 @@ def end_thread() -> None:
     in_one_replica(work)
 
 
+def count_running() -> int:
+    """Replicas that Serve counts as ready: their models are loaded."""
+    deployment = serve.status().applications[APP_NAME].deployments[APP_NAME]
+    return int(deployment.replica_states.get("RUNNING", 0))
+
+
 class Replacement:
-    """Watches the replicas' processes: how long after the event one was gone, and its successor there."""
+    """Watches the replicas: how long after the event a process was gone, and its successor ready."""
 
     def __init__(self) -> None:
         self.before = {process.pid for process in replicas()}
@@ -198,7 +205,7 @@ class Replacement:
             now, since = {process.pid for process in replicas()}, time.monotonic() - self.struck_at
             if self.gone_s is None and not self.before <= now:
                 self.gone_s = round(since, 1)
-            if self.gone_s is not None and len(now) >= _REPLICAS:
+            if self.gone_s is not None and len(now) >= _REPLICAS and count_running() >= _REPLICAS:
                 self.there_s = round(since, 1)
                 return
 
@@ -208,7 +215,6 @@ class Replacement:
         self._over.set()
         if self.there_s is None:
             raise RuntimeError("the lost replica was not replaced")
-        time.sleep(5)  # its successor loads its models
 
 
 def main() -> None:
@@ -220,12 +226,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=None, help="results as JSON")
     options = parser.parse_args()
     config = RunConfig.model_validate(yaml.safe_load((Path(options.run) / "config.yaml").read_text()))
-    serve = config.serve.model_copy(update={"replicas": _REPLICAS})
+    settings = config.serve.model_copy(update={"replicas": _REPLICAS})
     results: dict[str, Any] = {"machine": machine()}
     asked = questions(config, 24)
     streams = [body_of(question, number) for number, question in enumerate(asked)]
     whole = [body_of(question, number, stream=False) for number, question in enumerate(asked)]
-    with endpoint(options.run, config.model_copy(update={"serve": serve})) as url:
+    with endpoint(options.run, config.model_copy(update={"serve": settings})) as url:
         calm = asyncio.run(load(url, streams, 8, options.seconds / 2))
         right = {number: outcome.text for number, outcome in calm if outcome.is_whole}
         results["calm, streams"] = summarise(calm, right)
