@@ -12,7 +12,7 @@ from tiny_guided import ASK, memorised, reward, tokenizer
 from tiny_run import EXAMPLE, SIZES, mahalo
 
 from mahalo_ray.config import ConfigError, SamplingConfig, load_config
-from mahalo_ray.data.records import StepTrace
+from mahalo_ray.data.records import PreferencePair
 from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.decoding.engine import Engine
 from mahalo_ray.decoding.policy import CausalPolicy
@@ -276,14 +276,17 @@ SMALL = [*SIZES, "domain.sft_dialogues=300", "guided.num_candidates=2", ONE_OF_E
 
 
 @pytest.mark.slow
-def test_a_run_of_steps_in_a_domain_that_is_not_part_of_the_package(tmp_path: Path) -> None:
-    """All stages but the endpoint."""
-    settings = [*SMALL, "sweep={weights: [{complete: 1, brief: 1}]}"]
+def test_a_run_on_whole_answers_in_a_domain_that_is_not_part_of_the_package(tmp_path: Path) -> None:
+    """All stages but the endpoint; the reward model learns from pairs. (On steps: test_judged_prompts.py.)"""
+    pairwise = [f"objectives.{number}.supervision=pairwise" for number in range(2)]
+    settings = [*SMALL, *pairwise, "sweep={weights: [{complete: 1, brief: 1}]}"]
     example = str(EXAMPLE.with_name("brevity.yaml"))
     mahalo("report", example, output=tmp_path, settings=settings, modules=EXAMPLE.parent)
     results = json.loads((tmp_path / "report" / "results.json").read_text())
     kinds = [row["kind"] for row in results["rows"]]
     assert sorted(kinds) == ["guided", "guided_sft", "head", "head", "sft", "weights"]
     assert all(set(method["values"]) == {"complete", "brief"} for method in results["methods"])
-    traces = StepTrace.load(str(tmp_path / "reward_rollouts" / "traces"))
-    assert {name for trace in traces for name in trace.labels} == {"complete", "brief"}
+    pairs = PreferencePair.load(str(tmp_path / "reward_rollouts" / "pairs"))
+    assert {pair.objective for pair in pairs} == {"complete", "brief"}
+    assert all((pair.chosen_score or 0) > (pair.rejected_score or 0) for pair in pairs)
+    assert results["reward_metrics"].keys() == {"complete", "brief"}

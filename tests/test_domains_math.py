@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -59,9 +58,7 @@ def test_an_empty_reference_is_said() -> None:
 
 def test_a_comparison_that_takes_too_long_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(math, "TIMEOUT_S", 1)
-    start = time.monotonic()
-    assert is_correct("\\boxed{9^{9^{9^{9}}}}", "3") is False
-    assert time.monotonic() - start < 5
+    assert is_correct("\\boxed{9^{9^{9^{9}}}}", "3") is False  # without a limit it would not end
 
 
 def test_verdicts_from_a_thread() -> None:

@@ -188,7 +188,7 @@ def test_a_share_of_failures_above_the_limit_stops_with_the_reason(
 
 
 def test_an_endpoint_in_every_kind_of_trouble(base: Path, tmp_path: Path) -> None:
-    """Each request meets trouble once before it is answered."""
+    """Each request meets trouble before it is answered (on a slow machine a timeout besides)."""
     troubles = [fails(429, retry_after="0.05"), fails(500), GARBAGE, HANGS]
     seen: Counter[str] = Counter()
 
@@ -203,18 +203,20 @@ def test_an_endpoint_in_every_kind_of_trouble(base: Path, tmp_path: Path) -> Non
         summaries = [worker.play(chunk) for chunk in CHUNKS]
     retries = sum((Counter(summary.retries) for summary in summaries), Counter())
     assert set(retries) == {"http_429", "http_500", "garbage", "timeout"}
-    assert sum(retries.values()) == len(seen) == 18 * 2
+    assert len(seen) == 18 * 2 and min(seen.values()) >= 2
+    assert sum(retries.values()) == sum(seen.values()) - len(seen)
     assert not any(summary.failures for summary in summaries)
     assert shards(tmp_path / "out") == shards(base / "quiet")
 
 
 def test_the_driver_killed_and_started_again(base: Path, tmp_path: Path) -> None:
-    def slow(received: Received) -> Scripted:
-        time.sleep(0.05)  # one after the other: the server answers under a lock
-        return answer(received)
+    """Killed when one chunk is there: until then no student of the next one answers."""
+    output, dead = tmp_path / "out", threading.Event()
 
-    with LocalEndpoint(slow) as server:
-        output = tmp_path / "out"
+    def held_after_a_chunk(received: Received) -> Scripted:
+        return replace(answer(received), after=dead) if chunks_in(output) else answer(received)
+
+    with LocalEndpoint(held_after_a_chunk) as server:
         document = {
             "name": "test",
             "output": str(output),
@@ -232,21 +234,25 @@ def test_the_driver_killed_and_started_again(base: Path, tmp_path: Path) -> None
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(document))
         with _dialogues(tmp_path) as first:
             deadline = time.monotonic() + 120
-            while not list(output.glob("chunks/*.json")):
+            while not chunks_in(output):
                 assert first.poll() is None and time.monotonic() < deadline
                 time.sleep(0.02)
             first.send_signal(signal.SIGKILL)
-        finished = len(list(output.glob("chunks/*.json")))
-        assert finished < len(CHUNKS) and not (output / "manifest.json").exists()
+        assert chunks_in(output) == 1 and not (output / "manifest.json").exists()
+        dead.set()
         with _dialogues(tmp_path) as second:
             said, _ = second.communicate(timeout=120)
         assert second.returncode == 0, said
     metrics: dict[str, Any] = json.loads((output / "manifest.json").read_text())["metrics"]
     # The dead driver's actor may finish what it had in flight before it notices.
-    assert metrics["dialogues"] == 18 and finished <= metrics["resumed"] <= finished + IN_FLIGHT_PER_ACTOR
+    assert metrics["dialogues"] == 18 and 1 <= metrics["resumed"] <= 1 + IN_FLIGHT_PER_ACTOR
     assert shards(output) == shards(base / "quiet")
     page = (output / "dialogues.html").read_text()
     assert "18 dialogues" in page and "knowledge: solid" in page
+
+
+def chunks_in(output: Path) -> int:
+    return len(list(output.glob("chunks/*.json")))
 
 
 def _dialogues(folder: Path) -> subprocess.Popen[str]:

@@ -42,6 +42,7 @@ AFTER_POLICY = {"policy", "sweep", "evaluate", "serve", "report"}
         ("model.scratch.hidden_size=64", ALL),
         ("sft.training.epochs=0.5", ALL - {"sft_data"}),
         ("reward_rollouts.continuations=9", AFTER_REWARD | {"reward_rollouts"}),
+        ("objectives.0.supervision=judged_rollouts", AFTER_REWARD | {"reward_rollouts"}),
         ("reward.ranking_weight=0.5", AFTER_REWARD),
         ("pair_rollouts.dialogues=77", AFTER_REWARD - {"reward"}),
         ("pairs.min_gap_std=0.25", AFTER_POLICY | {"pairs"}),

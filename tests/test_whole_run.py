@@ -23,11 +23,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_run import EXAMPLE, TINY, command, mahalo
+from transformers import AutoTokenizer
 
 from mahalo_ray.cli.common import open_session
 from mahalo_ray.config import load_config
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import CandidateSet, Dialogue, PreferencePair
+from mahalo_ray.models import MultiHeadCausalLM
 from mahalo_ray.pipeline.portfolio_checks import check_portfolio
 from mahalo_ray.pipeline.portfolios import PortfolioDemand, candidates_of
 from mahalo_ray.pipeline.run import pipeline, sweep_pipeline
@@ -178,8 +180,8 @@ def test_fronts_of_runs_are_one_page_that_asks_no_host(whole_run: Path, tmp_path
 def test_trained_policies_stand_beside_the_sweep_and_a_portfolio_of_both_is_checked(
     whole_run: Path, tmp_path: Path
 ) -> None:
-    """All in one Ray: a policy trained for one objective alone, from the run's own policy; both fronts; and a
-    portfolio, played on problems that it has not met."""
+    """All in one Ray: a policy trained for one objective alone, from the run's own policy; both fronts; a
+    portfolio, played on problems that it has not met; and a policy to which a run adds an objective."""
     run = str(tmp_path / "run")
     shutil.copytree(whole_run, run, ignore=shutil.ignore_patterns("checkpoints", "tune"))
     trains = ["sweep={kind: training, weights: [{accuracy: 1}]}"]
@@ -193,6 +195,7 @@ def test_trained_policies_stand_beside_the_sweep_and_a_portfolio_of_both_is_chec
         chosen = candidates_of(run, "both").choose(PortfolioDemand(size=2), resamples=20)
         members = replace(chosen, members=tuple(range(len(chosen.values))))  # whatever answers, it is played
         check = check_portfolio(run, members, 2, 2, 17, lambda config: nullcontext(), lambda *news: None)
+        check_one_more_head(whole_run, tmp_path / "more")
     folders = ("policy/model", _model_of(point))
     own, trained = (load_file(f"{run}/{folder}/heads.safetensors") for folder in folders)
     assert (own["heads.accuracy.weight"] != trained["heads.accuracy.weight"]).any()
@@ -205,6 +208,27 @@ def test_trained_policies_stand_beside_the_sweep_and_a_portfolio_of_both_is_chec
     assert check.problems == 2 and len(check.balances) == 2
     assert all(one.low <= one.loss <= one.high for one in check.certified)
     assert json.loads((tmp_path / "run" / "portfolio_check.json").read_text())["problems"] == 2
+
+
+def check_one_more_head(whole_run: Path, folder: Path) -> None:
+    """`policy.extends` in a run that plays: pairs of the new objective alone, and a head trained on them."""
+    for stage in ("sft_data", "sft", "reward_rollouts", "reward", "pair_rollouts"):
+        shutil.copytree(whole_run / stage, folder / "run" / stage)
+    sft = str(whole_run / "sft" / "model")
+    extended = MultiHeadCausalLM.from_base(sft, ["engagement"], noise=0.3, keep_base_head=True)
+    extended.save_pretrained(folder / "engaging", AutoTokenizer.from_pretrained(sft))
+    overrides = [f"output={folder / 'run'}", f"policy.extends={folder / 'engaging'}"]
+    config = load_config(EXAMPLE, [*TINY, *overrides])
+    done = pipeline(config).run(config, ("policy",), session=nullcontext)
+    assert done["sft"].seconds == Manifest.read(str(whole_run / "sft")).seconds  # of the copy
+    pairs = PreferencePair.load(str(folder / "run" / "pairs" / "pairs"))
+    assert {pair.objective for pair in pairs} == {"accuracy"}
+    policy = MultiHeadCausalLM.from_pretrained(folder / "run" / "policy" / "model")
+    assert set(policy.objectives) == {"accuracy", "engagement"}
+    state = policy.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in extended.state_dict().items())
+    start = MultiHeadCausalLM.from_base(sft, ["accuracy"], seed=config.seed).head("accuracy").weight
+    assert not torch.equal(policy.head("accuracy").weight, start)
 
 
 def _model_of(point: SweepPoint) -> str:

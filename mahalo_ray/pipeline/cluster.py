@@ -51,9 +51,13 @@ WORKER_ENV = {
     # says where a process crashed.
     "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",
     "PYTHONFAULTHANDLER": "1",
-    "MAHALO_GC_THRESHOLD": "10000",  # read where the package is imported: workers start a second earlier
+    # Workers start a second earlier; read where the package is imported.
+    "MAHALO_GC_THRESHOLD": "10000",
 }
-PRIVATE_ENV = {"RAY_USAGE_STATS_ENABLED": "0"}
+PRIVATE_ENV = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_preload_python_modules": "mahalo_ray",  # MAHALO_GC_THRESHOLD counts in Ray's own actors too
+}
 
 
 class Needs(NamedTuple):

@@ -393,6 +393,19 @@ def _play(
     return run_rollouts(spec, chunks, config.cluster, context.progress.update).model_dump(mode="json")
 
 
+def _reward_rollouts_settings(config: RunConfig) -> dict[str, Any]:
+    """An objective's supervision counts where it is not its domain's usual one: rollouts made before it
+    counted stay valid."""
+    offered = load_domain(config.domain).objectives
+    unusual = {
+        objective.name: objective.supervision
+        for objective in config.objectives
+        if objective.supervision != offered[objective.name].supervision[0]
+    }
+    settings = sections("reward_rollouts", "objective_names", "model.dtype")(config)
+    return {**settings, **({"supervision": unusual} if unusual else {})}
+
+
 def _pairs_settings(config: RunConfig) -> dict[str, Any]:
     """Options that came later count where they are set: pairs made before them stay valid."""
     later = config.pairs.model_dump(
@@ -499,7 +512,7 @@ _BEFORE_ROUNDS: list[Stage[RunConfig]] = [
         "reward_rollouts",
         "Play and label dialogues",
         reward_rollouts,
-        sections("reward_rollouts", "objective_names", "model.dtype"),
+        _reward_rollouts_settings,
         needs=("sft",),
         resumes=True,
     ),

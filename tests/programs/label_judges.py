@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import time
+from pathlib import Path
 from typing import Any
 
 
 def coin(prompt: list[dict[str, Any]], steps: list[str], answer: str | None) -> bool:
-    """A verdict that every character of the response has a say in."""
+    """A verdict that every character of the response has a say in. While the file that LABEL_JUDGE_HOLD names
+    is there, only the first two prompts ("0+3?" and "1+3?") get one."""
+    hold = Path(os.environ.get("LABEL_JUDGE_HOLD", "nowhere"))
+    while prompt[-1]["content"][0] not in "01" and hold.exists():
+        time.sleep(0.02)
     return hashlib.sha256("".join(steps).encode()).digest()[0] % 2 == 0
 
 
