@@ -279,7 +279,11 @@ SMALL = [*SIZES, "domain.sft_dialogues=300", "guided.num_candidates=2", ONE_OF_E
 def test_a_run_on_whole_answers_in_a_domain_that_is_not_part_of_the_package(tmp_path: Path) -> None:
     """All stages but the endpoint; the reward model learns from pairs. (On steps: test_judged_prompts.py.)"""
     pairwise = [f"objectives.{number}.supervision=pairwise" for number in range(2)]
-    settings = [*SMALL, *pairwise, "sweep={weights: [{complete: 1, brief: 1}]}"]
+    # Long enough, and enough of them, that some answers of a model as tiny are better than others.
+    played = (
+        "reward_rollouts={dialogues: 12, candidates: 3, continuations: 1, sampling: {max_new_tokens: 24}}"
+    )
+    settings = [*SMALL, *pairwise, played, "sweep={weights: [{complete: 1, brief: 1}]}"]
     example = str(EXAMPLE.with_name("brevity.yaml"))
     mahalo("report", example, output=tmp_path, settings=settings, modules=EXAMPLE.parent)
     results = json.loads((tmp_path / "report" / "results.json").read_text())

@@ -18,7 +18,7 @@ from mahalo_ray import __version__
 from mahalo_ray.data import storage
 from mahalo_ray.evaluation import plots
 from mahalo_ray.evaluation.claims import Claim, headline, in_words
-from mahalo_ray.evaluation.results import ComparisonTable, FamilyFront
+from mahalo_ray.evaluation.results import ComparisonTable, FamilyFront, compact_count
 from mahalo_ray.evaluation.statistics import Estimate, finite_or_none
 
 CURVE_WIDTH, CURVE_HEIGHT = 240, 72  # of the plotting area, in SVG units
@@ -168,13 +168,6 @@ def _table(table: ComparisonTable, objectives: Sequence[str]) -> Table:
 def _interval(estimate: Estimate, signed: bool = False) -> Text:
     form = "+.3f" if signed else ".3f"
     return Text(f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]")
-
-
-def compact_count(count: int) -> str:
-    """31400 -> `31k`, 2500000 -> `2.5M`."""
-    if count < 1000:
-        return str(count)
-    return f"{count / 1000:.0f}k" if count < 999_500 else f"{count / 1e6:.1f}M"
 
 
 def render_page(template: str, **values: Any) -> str:

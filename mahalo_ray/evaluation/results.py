@@ -37,6 +37,13 @@ FAMILY_OF: dict[MethodKind, Family] = {
 BASELINES = tuple(kind for kind, family in FAMILY_OF.items() if family != "mah_dpo")
 
 
+def compact_count(count: int) -> str:
+    """31400 -> `31k`, 2500000 -> `2.5M`."""
+    if count < 1000:
+        return str(count)
+    return f"{count / 1000:.0f}k" if count < 999_500 else f"{count / 1e6:.1f}M"
+
+
 class MethodResult(BaseModel):
     """One method's outcome: one value per objective and dialogue, and what it cost."""
 

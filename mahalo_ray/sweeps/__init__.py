@@ -4,17 +4,19 @@ policies."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mahalo_ray.objectives import unknown_name
 from mahalo_ray.sweeps.curve_walks import ArcLengthSampler, RootFindingSampler
 from mahalo_ray.sweeps.front_metrics import FrontMeasures, measure_front
 from mahalo_ray.sweeps.portfolio import Portfolio, portfolio
 from mahalo_ray.sweeps.sampler import Sampler
-from mahalo_ray.sweeps.searcher import SamplerSearcher
 from mahalo_ray.sweeps.simplex import DirichletSampler, LatticeSampler, SobolSampler
 from mahalo_ray.sweeps.surf import SurfSampler
 from mahalo_ray.sweeps.surface import SurfaceSampler
+
+if TYPE_CHECKING:
+    from mahalo_ray.sweeps.searcher import SamplerSearcher as SamplerSearcher
 
 __all__ = [
     "SAMPLERS",
@@ -59,3 +61,12 @@ def make_sampler(name: str, objectives: Sequence[str], n: int, **options: Any) -
         return SAMPLERS[name](objectives, n, **options)
     except TypeError as error:
         raise ValueError(f"sampler '{name}': {error}") from error
+
+
+def __getattr__(name: str) -> Any:
+    """`SamplerSearcher` when it is asked for: it imports Ray Tune, and endpoints read portfolios without."""
+    if name != "SamplerSearcher":
+        raise AttributeError(f"module 'mahalo_ray.sweeps' has no attribute '{name}'")
+    from mahalo_ray.sweeps.searcher import SamplerSearcher
+
+    return SamplerSearcher

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import qmc
 
 from mahalo_ray.metrics import FloatArray
 from mahalo_ray.objectives import Weights
@@ -105,6 +104,8 @@ class SobolSampler(_ChosenBeforehand):
         count = len(check_objectives(objectives))
         if n < 1:
             raise ValueError(f"n is {n}: at least 1 point is needed")
+        from scipy.stats import qmc  # takes half a second: not for all that read a portfolio
+
         sequence = qmc.Sobol(count - 1, rng=np.random.default_rng(seed))
         cube = sequence.random_base2(max(0, math.ceil(math.log2(n))))[:n]
         parts = 1 - (1 - cube) ** (1 / np.arange(count - 1, 0, -1))

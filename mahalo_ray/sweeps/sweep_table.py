@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mahalo_ray.data import storage
-from mahalo_ray.evaluation.report import compact_count
+from mahalo_ray.evaluation.results import compact_count
 from mahalo_ray.metrics import FloatArray
 from mahalo_ray.objectives import Weights
 
