@@ -6,8 +6,10 @@
     python -m benchmarks.policy_variants --table OUT/base.json OUT/all.json
 
 The policy is trained in this process (no Ray) and played unguided at seven weight vectors against students
-that no stage of the run has met. `--table` compares files over the same students: hypervolume over (0, 0)
-with its interval and the paired difference to the first file.
+that no stage of the run has met, or with `--students-of-report` against those of the run's own table. With
+`"extends"` in `--policy` only the objectives that the extended policy lacks are trained. `--table` compares
+files over the same students: hypervolume over (0, 0) with its interval and the paired difference to the
+first file.
 """
 
 from __future__ import annotations
@@ -30,8 +32,10 @@ from mahalo_ray.evaluation.results import ComparisonTable, MethodResult
 from mahalo_ray.evaluation.statistics import percentile_interval
 from mahalo_ray.objectives import Weights
 from mahalo_ray.pipeline.artifacts import run_model
+from mahalo_ray.pipeline.run import extended_policy
 from mahalo_ray.pipeline.seed_blocks import fresh_students
 from mahalo_ray.rollouts.pair_building import CandidateShards, build_pairs
+from mahalo_ray.training.policy_methods import new_objectives
 from mahalo_ray.training.trainer import PolicyTrainer
 
 SHARES = (1.0, 0.9, 0.7, 0.5, 0.3, 0.1, 0.0)
@@ -47,6 +51,7 @@ def main() -> None:
     parser.add_argument("--candidates", nargs="*", help="folders of candidate sets; default: the run's")
     parser.add_argument("--keep", help="folder for the trained policy")
     parser.add_argument("--students", type=int, default=240)
+    parser.add_argument("--students-of-report", action="store_true", help="play those of the run's own table")
     parser.add_argument("--table", nargs="+", help="result files to compare")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -68,23 +73,30 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         model = arguments.keep or tempfile.mkdtemp(prefix="policy-variant-")
         result |= train(config, arguments, model)
     result["train_s"] = time.monotonic() - began
-    result["methods"] = [m.model_dump(mode="json") for m in play(config, model, arguments.students)]
+    own = config.evaluation.dialogues
+    students = slice(own) if arguments.students_of_report else slice(own, own + arguments.students)
+    result["methods"] = [m.model_dump(mode="json") for m in play(config, model, students)]
     return result
 
 
 def train(config: RunConfig, arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
     """The policy of this variant, in `folder`; returns what its pairs and its training were like."""
     settings = PairsConfig.model_validate(config.pairs.model_dump() | json.loads(arguments.pairs))
+    given = json.loads(arguments.policy)
+    if "extends" in given:
+        given["extends"] = extended_policy(given["extends"])
+        trained = new_objectives(given["extends"], config.objective_names)
+    else:
+        trained = config.objective_names
     folders = arguments.candidates or [f"{arguments.run}/pair_rollouts/candidates"]
     pairs: list[PreferencePair] = []
     figures = {}
     for number, candidates in enumerate(folders):
-        for objective in config.objective_names:
+        for objective in trained:
             made, report = build_pairs(CandidateShards(candidates), objective, settings)
             pairs += [pair.model_copy(update={"id": f"{number}/{pair.id}"}) for pair in made]
             figures[f"{number}/{objective}"] = report.describe()
             print(report.describe(), flush=True)
-    given = json.loads(arguments.policy)
     policy = config.policy.model_dump() | given
     policy["training"] = {
         **config.policy.training.model_dump(),
@@ -105,12 +117,10 @@ def train(config: RunConfig, arguments: argparse.Namespace, folder: str) -> dict
     return {"pairs": figures, "metrics": metrics, "history": trainer.history}
 
 
-def play(config: RunConfig, model: str, students: int) -> list[MethodResult]:
-    """The policy at seven weight vectors against students beyond those of the run's own report."""
+def play(config: RunConfig, model: str, students: slice) -> list[MethodResult]:
+    """The policy at seven weight vectors against these of the run's students, its table's first."""
     first, second = config.objective_names
-    own = config.evaluation.dialogues
-    evaluation = config.evaluation.model_copy(update={"dialogues": own + students})
-    seeds = fresh_students(config.model_copy(update={"evaluation": evaluation}))[own:]
+    seeds = fresh_students(config, more=students.stop - config.evaluation.dialogues)[students]
     reward = run_model(config.output, "reward")
     sft = run_model(config.output, "sft")
     of_domain = (config.domain, config.objective_names)
