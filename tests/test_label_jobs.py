@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -151,7 +150,7 @@ def test_killed_actors_and_killed_jobs_change_nothing(
     # The job is killed outright once a chunk is there (judges are held at the next one); the same command in
     # another process goes on.
     killed = tmp_path / "killed"
-    cluster.touch()
+    cluster.write_text(str(killed / "labelled"))
     config = tmp_path / "label.yaml"
     address = ray.get_runtime_context().gcs_address
     cluster_section = {"address": address, "rollout_actors": 1}
@@ -159,8 +158,10 @@ def test_killed_actors_and_killed_jobs_change_nothing(
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([PROGRAMS, os.getcwd()])}
     command = [sys.executable, "jobs/run.py", "label", str(config)]
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
-        wait_for(killed / "labelled")
-        process.send_signal(signal.SIGKILL)
+        try:
+            wait_for(killed / "labelled")
+        finally:
+            process.kill()
     first = {file.name: file.stat().st_mtime_ns for file in (killed / "labelled").glob("*.parquet")}
     assert len(first) == 1 and not (killed / "manifest.json").exists()
     cluster.unlink()
@@ -187,7 +188,7 @@ def test_killed_actors_and_killed_jobs_change_nothing(
 
 
 def wait_for(folder: Path) -> None:
-    for _ in range(1200):
+    for _ in range(6000):
         if folder.is_dir() and any(folder.glob("*.parquet")):
             return
         time.sleep(0.05)

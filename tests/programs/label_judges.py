@@ -10,10 +10,10 @@ from typing import Any
 
 
 def coin(prompt: list[dict[str, Any]], steps: list[str], answer: str | None) -> bool:
-    """A verdict that every character of the response has a say in. While the file that LABEL_JUDGE_HOLD names
-    is there, only the first two prompts ("0+3?" and "1+3?") get one."""
+    """A verdict that every character of the response has a say in. It is held while the file that
+    LABEL_JUDGE_HOLD names is there and the folder that this file names has a chunk."""
     hold = Path(os.environ.get("LABEL_JUDGE_HOLD", "nowhere"))
-    while prompt[-1]["content"][0] not in "01" and hold.exists():
+    while hold.exists() and any(Path(hold.read_text()).glob("*.parquet")):
         time.sleep(0.02)
     return hashlib.sha256("".join(steps).encode()).digest()[0] % 2 == 0
 
