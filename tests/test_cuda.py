@@ -1,0 +1,75 @@
+"""On a CUDA card, where there is one: guided answers, scores and training steps against the CPU's."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import tiny_guided
+import torch
+from tiny_policies import batch, policy
+from torch import Tensor
+
+from mahalo_ray import GuidedDecoder, MultiHeadCausalLM, Weights
+from mahalo_ray.config import LoraConfig
+from mahalo_ray.decoding.guidance import GuidedRequest
+from mahalo_ray.decoding.sampling import SamplingParams
+from mahalo_ray.losses import dpo_loss
+
+DEVICE = torch.device("cuda")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card")
+
+
+def guided(device: torch.device, dtype: torch.dtype, requests: list[GuidedRequest]) -> list[list[int]]:
+    base = copy.deepcopy(tiny_guided.model())
+    model = MultiHeadCausalLM.from_base(base, ["accuracy", "engagement"], noise=0.5).eval()
+    reward = copy.deepcopy(tiny_guided.reward()).to(device, dtype)
+    decoder = GuidedDecoder(model.to(device, dtype), reward, "math")
+    return [result.token_ids for result in decoder.generate_batch(requests)]
+
+
+def requests(**options: Any) -> list[GuidedRequest]:
+    weights = Weights.parse("accuracy=0.7,engagement=0.3")
+    shared = {"weights": weights, "num_candidates": 3, "max_new_tokens": 12, "max_step_tokens": 4, **options}
+    strategies = ["argmax", "sample", "best_of_n", "none"]
+    return [
+        GuidedRequest(tiny_guided.ASK, seed=seed, strategy=name, **shared)
+        for seed, name in enumerate(strategies)
+    ]
+
+
+def test_guided_answers_are_the_cpus() -> None:
+    for sampling in (SamplingParams(temperature=0.0), SamplingParams(top_p=0.9)):
+        asked = requests(sampling=sampling)
+        on_cpu = guided(torch.device("cpu"), torch.float32, asked)
+        assert guided(DEVICE, torch.float32, asked) == on_cpu
+
+
+def test_the_same_batch_gives_the_same_answers_in_bfloat16() -> None:
+    first, second = (guided(DEVICE, torch.bfloat16, requests()) for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_training_step_has_the_loss_and_gradients_of_the_cpu(lora: bool) -> None:
+    def step(device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+        torch.manual_seed(0)
+        model = policy()
+        if lora:
+            model.add_lora(LoraConfig(rank=2))
+        model.to(device)
+        given = {name: value.to(device) for name, value in batch(rows=4).items()}
+        logps = model.completion_logps(**given, head_index=torch.tensor([0, 1, 0, 1], device=device))
+        chosen, rejected = logps.chunk(2)
+        loss = dpo_loss(chosen, rejected, chosen.detach() - 1, rejected.detach(), 0.1).sum()
+        loss.backward()
+        gradients = {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None}
+        return loss.detach().cpu(), gradients
+
+    loss, gradients = step(DEVICE)
+    expected_loss, expected = step(torch.device("cpu"))
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-4, atol=1e-5)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-3, atol=1e-5)
