@@ -32,8 +32,7 @@ __version__ = "0.1.0"
 # Python's collector walks the young objects at every 700th new one. While torch, transformers and Ray are
 # imported all objects stay, and the walks are a fifth of the time: the processes of a run do them less often.
 # `pipeline.cluster` sets the variable for them; a process that only imports this package is left alone.
-if collect_every := os.environ.get("MAHALO_GC_THRESHOLD"):
-    gc.set_threshold(int(collect_every))
+gc.set_threshold(int(os.environ.get("MAHALO_GC_THRESHOLD", gc.get_threshold()[0])))
 
 # Where each public name is defined; a test compares this with the imports above, which type checkers read.
 _MODULES = {
