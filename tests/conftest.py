@@ -11,6 +11,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+import tiny_guided
 import torch.distributed as dist
 from hypothesis import settings
 from moto.server import ThreadedMotoServer
@@ -51,6 +52,14 @@ def deepspeed_alone(one_process: None) -> Iterator[None]:
         for name, value in {**variables, "MASTER_PORT": probe.getsockname()[1]}.items():
             patch.setenv(name, str(value))
         yield
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tokenizer of the tiny guided models, saved: what clients and completion servers are told."""
+    folder = str(tmp_path_factory.mktemp("tokenizer"))
+    tiny_guided.tokenizer().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -36,13 +36,6 @@ def url() -> Iterator[str]:
         yield address
 
 
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = str(tmp_path_factory.mktemp("tokenizer"))
-    tiny_guided.tokenizer().save_pretrained(folder)
-    return folder
-
-
 # -- OpenAI's own --------------------------------------------------------------------------------------------
 
 

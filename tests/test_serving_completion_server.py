@@ -47,18 +47,11 @@ def address(direct: TestClient) -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = str(tmp_path_factory.mktemp("tokenizer"))
-    tiny_guided.tokenizer().save_pretrained(folder)
-    return folder
-
-
-def source(address: str, tokenizer: str, **options: Any) -> ServerSource:
+def source(address: str, tokenizer_folder: str, **options: Any) -> ServerSource:
     endpoint = EndpointConfig(base_url=f"{address}/v1", model="mahalo", max_retries=0)
     further = [MergedModel(model="mahalo@accuracy=1", weights=Weights.one("accuracy"))]
     return ServerSource(
-        endpoint=endpoint, tokenizer=tokenizer, weights=BALANCED, further_models=further, **options
+        endpoint=endpoint, tokenizer=tokenizer_folder, weights=BALANCED, further_models=further, **options
     )
 
 
@@ -74,8 +67,8 @@ def over(server: ServerSource, judge: RewardServer | None = None, **defaults: An
 
 
 @pytest.fixture(scope="module")
-def client(address: str, tokenizer: str) -> Iterator[TestClient]:
-    with over(source(address, tokenizer)) as asked:
+def client(address: str, tokenizer_folder: str) -> Iterator[TestClient]:
+    with over(source(address, tokenizer_folder)) as asked:
         yield asked
 
 
@@ -147,7 +140,7 @@ def test_the_model_says_which_weights_it_has(client: TestClient) -> None:
 
 
 @pytest.fixture(scope="module")
-def judged(address: str, tokenizer: str, direct: TestClient) -> Iterator[TestClient]:
+def judged(address: str, tokenizer_folder: str, direct: TestClient) -> Iterator[TestClient]:
     """Policy and judge both on the server. The tiny model speaks no English: what counts as yes and no are
     two of the likeliest tokens after any question."""
     chat = ChatFormat(tiny_guided.tokenizer())
@@ -158,9 +151,9 @@ def judged(address: str, tokenizer: str, direct: TestClient) -> Iterator[TestCli
     questions = {"accuracy": "Is the last reply right?", "engagement": "Is it kind?"}
     endpoint = EndpointConfig(base_url=f"{address}/v1", model="mahalo", max_retries=0)
     judge = RewardServer(
-        endpoint=endpoint, tokenizer=tokenizer, questions=questions, yes=yes, no=no, max_length=250
+        endpoint=endpoint, tokenizer=tokenizer_folder, questions=questions, yes=yes, no=no, max_length=250
     )
-    with over(source(address, tokenizer), judge) as client:
+    with over(source(address, tokenizer_folder), judge) as client:
         yield client
 
 
@@ -188,29 +181,29 @@ def test_a_judge_on_a_server_scores_by_how_likely_it_says_yes(judged: TestClient
 
 
 def test_a_judge_that_says_something_else_or_nothing_is_named(
-    judged: TestClient, address: str, tokenizer: str
+    judged: TestClient, address: str, tokenizer_folder: str
 ) -> None:
     long = {"messages": [{"role": "user", "content": "2 + 3 " * 60}], "candidates": ["5."]}
     refused = judged.post("/v1/score", json=long)
     assert refused.status_code == 400 and "the model reads 250" in error_of(refused)["message"]
     endpoint = EndpointConfig(base_url=f"{address}/v1", model="mahalo", max_retries=0)
     silent = RewardServer(
-        endpoint=endpoint, tokenizer=tokenizer, questions={"a": "?"}, yes="\u2713", no="\u2717"
+        endpoint=endpoint, tokenizer=tokenizer_folder, questions={"a": "?"}, yes="\u2713", no="\u2717"
     )
     with pytest.raises(ValueError, match="neither \u2713 nor \u2717 is among its likeliest words"):
-        over(source(address, tokenizer), silent)
+        over(source(address, tokenizer_folder), silent)
     gone = RewardServer(
         endpoint=EndpointConfig(base_url="http://127.0.0.1:9/v1", model="m", max_retries=0),
-        tokenizer=tokenizer,
+        tokenizer=tokenizer_folder,
         questions={"a": "So?"},
     )
     with pytest.raises(ValueError, match="gave up after 1 attempts"):
-        over(source(address, tokenizer), gone)
+        over(source(address, tokenizer_folder), gone)
 
 
-def test_a_server_that_is_gone_costs_a_503_and_not_the_replica(tokenizer: str) -> None:
+def test_a_server_that_is_gone_costs_a_503_and_not_the_replica(tokenizer_folder: str) -> None:
     with served(make_app(max_new_tokens=64)) as url:
-        asked = over(source(url, tokenizer))
+        asked = over(source(url, tokenizer_folder))
         asked.__enter__()
     answer = asked.post(CHAT, json=body(**GREEDY))
     assert (answer.status_code, error_of(answer)["code"]) == (503, "server_unavailable")
@@ -218,18 +211,18 @@ def test_a_server_that_is_gone_costs_a_503_and_not_the_replica(tokenizer: str) -
     assert asked.get("/health").status_code == 200
     asked.__exit__()
     with pytest.raises(RuntimeError, match="gave up after 1 attempts"):
-        over(source(url, tokenizer))
+        over(source(url, tokenizer_folder))
 
 
-def test_defaults_have_to_be_weights_that_the_server_has(address: str, tokenizer: str) -> None:
+def test_defaults_have_to_be_weights_that_the_server_has(address: str, tokenizer_folder: str) -> None:
     with pytest.raises(ValueError, match="add one to 'further_models'"):
-        over(source(address, tokenizer), objectives=Weights.one("engagement"))
+        over(source(address, tokenizer_folder), objectives=Weights.one("engagement"))
     with pytest.raises(ValueError, match="two models have the weights"):
         ServerSource(
             endpoint=EndpointConfig(base_url=address, model="a"),
-            tokenizer=tokenizer,
+            tokenizer=tokenizer_folder,
             weights=BALANCED,
             further_models=[MergedModel(model="b", weights=BALANCED)],
         )
     with pytest.raises(ValueError, match="'both' needs either a policy or a completion server"):
-        FurtherModel(id="both", policy="a", server=source(address, tokenizer))
+        FurtherModel(id="both", policy="a", server=source(address, tokenizer_folder))

@@ -193,9 +193,3 @@ def upper_blocks(backbone: nn.Module, settings: AdaptersConfig) -> dict[str, nn.
     if depth > count:
         raise ValueError(f"'adapters.depth' is {depth}, and the backbone has {count} blocks: lower it")
     return {f"{name}.{number}": blocks[number] for number in range(count - depth, count)}
-
-
-def token_coefficients(head_index: Tensor, sequences: Tensor, objectives: int) -> Tensor:
-    """One-hot mixing weights [B, T, H] of tokens in training: all the weight on the objective of the token's
-    sequence. head_index [sequences]; `sequences` [B, T] numbers each token's."""
-    return F.one_hot(head_index[sequences], objectives).float()

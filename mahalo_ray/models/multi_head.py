@@ -24,9 +24,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from mahalo_ray.config import AdaptersConfig, HeadKind, LoraConfig
 from mahalo_ray.logprobs import DEFAULT_CHUNK_SIZE, IGNORE_INDEX, sum_rows
 from mahalo_ray.models import lora
-from mahalo_ray.models.adapters import ObjectiveAdapters, token_coefficients
+from mahalo_ray.models.adapters import ObjectiveAdapters
 from mahalo_ray.models.backbone import (
     BackboneModel,
+    CompletionStates,
     SavedModel,
     assemble_causal_lm,
     completion_states,
@@ -429,12 +430,8 @@ class MultiHeadCausalLM(BackboneModel):
             raise ValueError(
                 f"head_index {head_index.tolist()} names a head outside 0..{len(self.objectives) - 1}"
             )
-        tokens = None  # mixing weights [B, T, H]
-        if self.adapters is not None:
-            sequences = sequence_numbers(labels, pair_lengths)
-            tokens = token_coefficients(head_index, sequences, len(self.objectives))
-        read = partial(self.hidden_states, weights=tokens)
-        states = completion_states(read, input_ids, attention_mask, labels, pair_lengths)
+        own = F.one_hot(head_index, len(self.objectives)).float()
+        states = self._completion_states(input_ids, attention_mask, labels, pair_lengths, own)
         totals = torch.zeros(states.completions, dtype=torch.float32, device=labels.device)
         # Every head is called, in one order, even without rows: under ZeRO-3 a call gathers the head's shards
         # from all ranks, and a rank that skipped it would leave the others waiting.
@@ -456,14 +453,26 @@ class MultiHeadCausalLM(BackboneModel):
     ) -> Tensor:
         """`completion_logps` where every row has a mixture of all heads of its own: weights [B, H] in the
         order of `objectives` (with packed pairs [2 R, H], chosen answers first)."""
+        states = self._completion_states(input_ids, attention_mask, labels, pair_lengths, weights)
+        of_tokens = weights[states.sequences]
+        logps = mixture_token_logps(self._heads(), states.hidden, states.labels, of_tokens, chunk_size)
+        return sum_rows(logps, states.sequences, states.completions, average)
+
+    def _completion_states(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor,
+        pair_lengths: Tensor | None,
+        weights: Tensor,
+    ) -> CompletionStates:
+        """The states that predict the completions' tokens, with every row's adapters mixed by weights
+        [B, H]."""
         tokens = None  # mixing weights [B, T, H]
         if self.adapters is not None:
             tokens = weights[sequence_numbers(labels, pair_lengths)]
         read = partial(self.hidden_states, weights=tokens)
-        states = completion_states(read, input_ids, attention_mask, labels, pair_lengths)
-        of_tokens = weights[states.sequences]
-        logps = mixture_token_logps(self._heads(), states.hidden, states.labels, of_tokens, chunk_size)
-        return sum_rows(logps, states.sequences, states.completions, average)
+        return completion_states(read, input_ids, attention_mask, labels, pair_lengths)
 
     def logits(self, hidden: Tensor, weights: Weights | Tensor, strength: float | Tensor = 1.0) -> Tensor:
         """Weighted logits [..., V] of hidden [..., D].
