@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import time
@@ -259,27 +261,37 @@ def test_a_killed_driver_of_tune_ends_with_the_table_of_an_unbroken_run(tmp_path
     context = ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         command = [sys.executable, str(program), context.address_info["gcs_address"], str(tmp_path)]
-        environment = {**os.environ, "TUNE_GLOBAL_CHECKPOINT_S": "0"}
+        environment = {**os.environ, "TUNE_GLOBAL_CHECKPOINT_S": "2"}
         driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
         try:
-            while not (found := told(tmp_path)):
+            while not told(tmp_path) or not at_rest(driver, tmp_path / "search"):
                 assert driver.poll() is None, "the driver ended by itself"
                 time.sleep(0.1)
-            assert len(found) >= 4, "the first round has 4 results"
+            assert len(told(tmp_path)) >= 4, "the first round has 4 results"
         finally:
             driver.kill()
             driver.wait()
         (tmp_path / "go").touch()
-        subprocess.run(command, env=environment, check=True, timeout=180, stdout=subprocess.DEVNULL)
+        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
     finally:
         ray.shutdown()
     unbroken = SamplerSearcher(make_sampler("surf", ["a", "b"], 4, max_rounds=3))
     play(unbroken)
-    assert told(tmp_path) == unbroken.table()
+    expected = {str(row["weights"]): row["values"] for row in unbroken.table()}
+    assert json.loads((tmp_path / "results.json").read_text()) == expected
     evaluated = (tmp_path / "evaluated").read_text().splitlines()
     # The first round was not played again; of the second, what was running at the kill.
     assert len(set(evaluated[:4])) == 4
     assert not set(evaluated[:4]) & set(evaluated[4:])
+
+
+def at_rest(driver: subprocess.Popen[bytes], folder: Path) -> bool:
+    """Stop the driver; whether it was not copying its state, in which case it stays stopped."""
+    driver.send_signal(signal.SIGSTOP)
+    if time.time() - max(path.stat().st_mtime for path in folder.iterdir()) > 0.5:
+        return True
+    driver.send_signal(signal.SIGCONT)
+    return False
 
 
 def told(folder: Path) -> list[dict[str, Any]]:

@@ -1,11 +1,13 @@
 """A search of Ray Tune over weights, for the test that kills its driver.
 
 Arguments: address of a running Ray, folder. It continues what it finds in the folder. Every evaluation is a
-line in `evaluated`; from the sixth on they wait for the file `go`.
+line in `evaluated`; from the sixth on they wait for the file `go`. What the search found is written to
+`results.json`, by weights.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -62,7 +64,11 @@ def main(address: str, folder: Path) -> None:
             ),
             run_config=tune.RunConfig(name=NAME, storage_path=str(folder), verbose=0),
         )
-    tuner.fit()
+    found = {}
+    for result in tuner.fit():
+        weights = result.config["weights"]  # type: ignore[index]
+        found[str(weights)] = [result.metrics[name] for name in weights]  # type: ignore[index]
+    (folder / "results.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
