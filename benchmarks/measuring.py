@@ -6,6 +6,7 @@ import argparse
 import ctypes
 import gc
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -20,6 +21,7 @@ import psutil
 import torch
 
 from mahalo_ray.decoding import cpu_matmul
+from mahalo_ray.objectives import Weights
 
 _PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "numpy")
 
@@ -89,6 +91,20 @@ def _cpu_info(name: str) -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
+
+
+def balances(objectives: Sequence[str], shares: Sequence[float]) -> dict[str, Weights]:
+    """The points of a front by their names. Two objectives: at these shares of the first. More: each alone,
+    every two of them half and half, and all alike."""
+    if len(objectives) == 2:
+        first, second = objectives
+        return {f"{share:g}": Weights({first: share, second: 1 - share}) for share in shares}
+    pairs = itertools.combinations(objectives, 2)
+    return {
+        **{name: Weights.one(name) for name in objectives},
+        **{" + ".join(pair): Weights.balanced(pair) for pair in pairs},
+        "all": Weights.balanced(objectives),
+    }
 
 
 def synchronise(device: torch.device) -> None:

@@ -1,11 +1,11 @@
 """One way to make pairs and train the policy against others, on a finished run's rollouts and students.
 
-    python -m benchmarks.policy_variants RUN OUT/base.json
-    python -m benchmarks.policy_variants RUN OUT/all.json --pairs '{"selection": "all"}' \
+    python benchmarks/policy_variants.py RUN OUT/base.json
+    python benchmarks/policy_variants.py RUN OUT/all.json --pairs '{"selection": "all"}' \
         --policy '{"beta": 0.5, "training": {"learning_rate": 3e-5}}'
-    python -m benchmarks.policy_variants --table OUT/base.json OUT/all.json
+    python benchmarks/policy_variants.py --table OUT/base.json OUT/all.json
 
-The policy is trained in this process (no Ray) and played unguided at seven weight vectors against students
+The policy is trained in this process (no Ray) and played unguided at seven balances against students
 that no stage of the run has met, or with `--students-of-report` against those of the run's own table. With
 `"extends"` in `--policy` only the objectives that the extended policy lacks are trained. `--table` compares
 files over the same students: hypervolume over (0, 0) with its interval and the paired difference to the
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import yaml
+from measuring import balances
 
 from mahalo_ray.config import PairsConfig, PolicyConfig, RunConfig
 from mahalo_ray.data.records import PreferencePair
@@ -30,7 +31,6 @@ from mahalo_ray.decoding.policy import DeviceConfig
 from mahalo_ray.evaluation.methods import Method, MethodPlayer
 from mahalo_ray.evaluation.results import ComparisonTable, MethodResult
 from mahalo_ray.evaluation.statistics import percentile_interval
-from mahalo_ray.objectives import Weights
 from mahalo_ray.pipeline.artifacts import run_model
 from mahalo_ray.pipeline.run import extended_policy
 from mahalo_ray.pipeline.seed_blocks import fresh_students
@@ -43,7 +43,7 @@ SHARES = (1.0, 0.9, 0.7, 0.5, 0.3, 0.1, 0.0)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("run", nargs="?", help="a finished run of the miniature, which is only read")
+    parser.add_argument("run", nargs="?", help="a finished run of a miniature, which is only read")
     parser.add_argument("output", nargs="?", help="JSON file for the result")
     parser.add_argument("--pairs", default="{}", help="JSON over the run's `pairs`")
     parser.add_argument("--policy", default="{}", help="JSON over the run's `policy`")
@@ -118,15 +118,14 @@ def train(config: RunConfig, arguments: argparse.Namespace, folder: str) -> dict
 
 
 def play(config: RunConfig, model: str, students: slice) -> list[MethodResult]:
-    """The policy at seven weight vectors against these of the run's students, its table's first."""
-    first, second = config.objective_names
+    """The policy at seven balances against these of the run's students, its table's first."""
     seeds = fresh_students(config, more=students.stop - config.evaluation.dialogues)[students]
     reward = run_model(config.output, "reward")
     sft = run_model(config.output, "sft")
     of_domain = (config.domain, config.objective_names)
     player = MethodPlayer(sft, model, reward, DeviceConfig(), config.evaluation, seeds, *of_domain)
-    vectors = [Weights({first: share, second: 1 - share}) for share in SHARES]
-    methods = [Method(f"{w[first]:g}", "weights", weights=w, sweep=True) for w in vectors]
+    points = balances(config.objective_names, SHARES).items()
+    methods = [Method(name, "weights", weights=weights, sweep=True) for name, weights in points]
     return [player.run(method).result for method in methods]
 
 
@@ -139,7 +138,7 @@ def print_table(files: list[str]) -> None:
             methods.append(MethodResult.model_validate({**method, "name": f"{number}/{method['name']}"}))
     names = list(methods[0].values)
     table = ComparisonTable(methods, names)
-    size = len(SHARES)
+    size = len(documents[0]["methods"])
     base, base_samples = table.hypervolumes(range(size))
     print(
         "| variant | HV | minus the first | ends | KL | malformed | training |\n|---|---|---|---|---|---|---|"
@@ -154,7 +153,7 @@ def print_table(files: list[str]) -> None:
         malformed = [m.malformed_rate for m in own]
         print(
             f"| {Path(file).stem} | {volume:.4f} [{low:.3f}, {high:.3f}] "
-            f"| {volume - base:+.4f} [{low_d:+.3f}, {high_d:+.3f}] | {ends[0]:.3f} / {ends[1]:.3f} "
+            f"| {volume - base:+.4f} [{low_d:+.3f}, {high_d:+.3f}] | {' / '.join(f'{end:.3f}' for end in ends)} "
             f"| {min(kl):.2f} to {max(kl):.2f} | {min(malformed):.3f} to {max(malformed):.3f} "
             f"| {document['train_s']:.0f} s |",
             flush=True,

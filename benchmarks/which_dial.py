@@ -5,9 +5,10 @@
     python benchmarks/which_dial.py --table OUT/dials.json OUT/ten.json --over "guided SFT, K 5"
     python benchmarks/which_dial.py runs/quickstart OUT/guide.json --optimism
 
-Every front has the same balances (`--shares` of the first objective) and the same students, whom no stage of
-the run has met; the domain's program judges. The balance is that of the heads, of the guide, or (guided
-policy) of both. Results are written after every method, and what the file holds is not played again.
+Every front has the same balances (of two objectives `--shares` of the first; of more each alone, every two
+and all) and the same students (in other domains: problems), whom no stage of the run has met; the domain's
+program judges. The balance is that of the heads, of the guide, or (guided policy) of both. Results are
+written after every method, and what the file holds is not played again.
 `--table` gives hypervolume over (0, 0), its paired difference to the front `--over`, and the cost: tokens
 through the policy per dialogue (prompts, replies, all candidates).
 
@@ -20,7 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from measuring import machine, table, write_results
+from measuring import balances, machine, table, write_results
 
 from mahalo_ray.config import EvaluationConfig, RunConfig
 from mahalo_ray.decoding.engine import Engine
@@ -114,12 +115,12 @@ FRONTS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("run", nargs="?", help="a finished run with two objectives, which is only read")
+    parser.add_argument("run", nargs="?", help="a finished run, which is only read")
     parser.add_argument("output", nargs="?", type=Path, help="JSON file for the results")
     parser.add_argument("--policy", help="play this policy instead of the run's")
     parser.add_argument("--label", default="", help="put before the names of this policy's fronts")
     parser.add_argument("--fronts", nargs="+", help=f"default: all of {', '.join(f.name for f in FRONTS)}")
-    parser.add_argument("--shares", nargs="+", type=float, default=SHARES, help="of the first objective")
+    parser.add_argument("--shares", nargs="+", type=float, default=SHARES, help="of the first of two")
     parser.add_argument("--students", type=int, default=240)
     parser.add_argument("--optimism", action="store_true", help="what the guide predicts against the outcome")
     parser.add_argument("--table", nargs="+", type=Path, help="result files to compare")
@@ -142,9 +143,10 @@ def main() -> None:
     results = read(arguments.output) if arguments.output.exists() else []
     for name in arguments.fronts or known:
         front, names = known[name], config.objective_names
-        is_one_point = not front.heads and front.num_candidates == 1
-        shares = (0.5,) if is_one_point else arguments.shares
-        play_front(player, front, shares, arguments.label, names, results, arguments.output)
+        points = balances(names, arguments.shares)
+        if not front.heads and front.num_candidates == 1:  # one point
+            points = {"0.5" if len(names) == 2 else "all": Weights.balanced(names)}
+        play_front(player, front, points, arguments.label, results, arguments.output)
     print(fronts_table(of_all(results), results[0].name.split(" | ")[0]))
 
 
@@ -168,21 +170,18 @@ def at_temperature(config: EvaluationConfig, temperature: float) -> EvaluationCo
 def play_front(
     player: MethodPlayer,
     front: Front,
-    shares: Sequence[float],
+    points: Mapping[str, Weights],
     label: str,
-    objectives: Sequence[str],
     results: list[MethodResult],
     output: Path,
 ) -> None:
     """Add the points of one front that `results` does not hold yet, and write all results."""
-    first, second = objectives
     title = f"{label} {front.name}".strip()
     plain = player.config
     player.config = at_temperature(plain, front.temperature)
-    for share in shares:
-        name = f"{title} | {share:g}"
+    for point, balance in points.items():
+        name = f"{title} | {point}"
         if all(result.name != name for result in results):
-            balance = Weights({first: share, second: 1 - share})
             results.append(player.run(front.method(balance, name)).result)
             listed = [result.model_dump(mode="json") for result in results]
             write_results(output, {"machine": machine(), "results": listed})
@@ -213,7 +212,7 @@ def of_all(results: Sequence[MethodResult]) -> list[MethodResult]:
 
 
 def fronts_table(results: Sequence[MethodResult], over: str, united: Sequence[Sequence[str]] = ()) -> str:
-    """A row per front, and one for each of the united ones; of the points, those at `SHARES`."""
+    """A row per front, and one for each of the united ones; of two objectives' points, those at `SHARES`."""
     objectives = tuple(results[0].values)
     whole = ComparisonTable(results, objectives)
     indices: dict[str, list[int]] = {}
@@ -225,13 +224,14 @@ def fronts_table(results: Sequence[MethodResult], over: str, united: Sequence[Se
     for united_name, names in zip(united_names, united, strict=True):
         indices[united_name] = [index for name in names for index in indices[name]]
     base, base_samples = whole.hypervolumes(indices[over])
+    columns = balances(objectives, SHARES)
     rows = []
     for name, own in indices.items():
         volume, samples = whole.hypervolumes(own)
         low, high = percentile_interval(samples, 0.95)
         low_d, high_d = percentile_interval(samples - base_samples, 0.95)
         at = {results[index].name.split(" | ")[1]: whole.points[index] for index in own}
-        shown = [at.get(f"{share:g}") if name not in united_names else None for share in SHARES]
+        shown = [at.get(point) if name not in united_names else None for point in columns]
         members = [results[index] for index in own]
         kl = [math.nan if m.kl_to_reference is None else m.kl_to_reference for m in members]
         rows.append(
@@ -246,9 +246,9 @@ def fronts_table(results: Sequence[MethodResult], over: str, united: Sequence[Se
                 f"{np.mean([m.tokens for m in members]) / whole.dialogues:.0f}",
             ]
         )
-    header = ["front", "hypervolume", f"minus {over}", "points", *(f"at {share:g}" for share in SHARES)]
-    columns = [*header, "KL", "malformed", "tokens per dialogue"]
-    return f"{whole.dialogues} students, {', '.join(objectives)}\n" + table(columns, rows)
+    header = ["front", "hypervolume", f"minus {over}", "points", *(f"at {point}" for point in columns)]
+    header += ["KL", "malformed", "tokens per dialogue"]
+    return f"{whole.dialogues} students, {', '.join(objectives)}\n" + table(header, rows)
 
 
 class Predicted:
