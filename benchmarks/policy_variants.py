@@ -148,12 +148,13 @@ def print_table(files: list[str]) -> None:
         volume, samples = table.hypervolumes(range(number * size, (number + 1) * size))
         low, high = percentile_interval(samples, 0.95)
         low_d, high_d = percentile_interval(samples - base_samples, 0.95)
-        ends = [max(sum(m.values[name]) / len(m.values[name]) for m in own) for name in names]
+        highest = [max(sum(m.values[name]) / len(m.values[name]) for m in own) for name in names]
+        ends = " / ".join(f"{value:.3f}" for value in highest)
         kl = [m.kl_to_reference or 0.0 for m in own]
         malformed = [m.malformed_rate for m in own]
         print(
             f"| {Path(file).stem} | {volume:.4f} [{low:.3f}, {high:.3f}] "
-            f"| {volume - base:+.4f} [{low_d:+.3f}, {high_d:+.3f}] | {' / '.join(f'{end:.3f}' for end in ends)} "
+            f"| {volume - base:+.4f} [{low_d:+.3f}, {high_d:+.3f}] | {ends} "
             f"| {min(kl):.2f} to {max(kl):.2f} | {min(malformed):.3f} to {max(malformed):.3f} "
             f"| {document['train_s']:.0f} s |",
             flush=True,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file
 from tiny_run import SIZES, mahalo
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -44,6 +46,19 @@ def write_prompts(path: Path, count: int, first: int = 0) -> Path:
         rows.append({"question": problem.question, "answer": answer.replace("= ", "= <<1+1=2>>")})
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
+
+
+def tiny_base(prompts: Path, folder: Path) -> Path:
+    """A random model of the kind that people have, with a tokenizer for these prompts."""
+    texts = [str(value) for line in prompts.read_text().splitlines() for value in json.loads(line).values()]
+    tokenizer = train_tokenizer(texts, 400)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Qwen2Config(vocab_size=len(tokenizer), num_key_value_heads=2, tie_word_embeddings=True, **shape)
+    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    Qwen2ForCausalLM(config).save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
+    return folder
 
 
 def domain_of(path: Path, **settings: Any) -> DomainConfig:
@@ -151,6 +166,24 @@ def test_other_prompts_and_other_code_run_again(tmp_path: Path, monkeypatch: pyt
         assert len({first[name], of_code[name], of_both[name]}) == 3
 
 
+def test_without_sft_the_base_takes_its_place(tmp_path: Path) -> None:
+    prompts = write_prompts(tmp_path / "a.jsonl", 60)
+    base = tiny_base(prompts, tmp_path / "base")
+    none = ("domain.sft_dialogues=0", f"output={tmp_path / 'run'}", f"model.base={base}")
+    with pytest.raises(ConfigError, match="there is no SFT: leave one out"):
+        run_config(prompts, *none)
+    config = run_config(prompts, *none, "sft={}")
+    pipeline(config).run(config, ["sft"], session=nullcontext)  # needs no Ray
+    made = load_file(tmp_path / "run" / "sft" / "model" / "model.safetensors")
+    assert made.keys() == load_file(base / "model.safetensors").keys()
+    assert all(
+        torch.equal(made[name], value) for name, value in load_file(base / "model.safetensors").items()
+    )
+    scratch = "model={scratch: {hidden_size: 32}}"
+    with pytest.raises(ConfigError, match="made from scratch can say nothing before SFT"):
+        run_config(prompts, *none, "sft={}", scratch)
+
+
 def test_code_counts_in_a_domain_of_ones_own_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     source = EXAMPLE.with_name("brevity.py").read_text()
@@ -170,17 +203,10 @@ def test_code_counts_in_a_domain_of_ones_own_alone(tmp_path: Path, monkeypatch: 
 def test_a_whole_run_of_a_base_model_on_own_prompts(tmp_path: Path) -> None:
     """From prompts to the report in one document, over a random model of the kind that people have."""
     prompts = write_prompts(tmp_path / "a.jsonl", 200)
-    texts = [str(value) for line in prompts.read_text().splitlines() for value in json.loads(line).values()]
-    tokenizer = train_tokenizer(texts, 400)
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = Qwen2Config(vocab_size=len(tokenizer), num_key_value_heads=2, tie_word_embeddings=True, **shape)
-    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    Qwen2ForCausalLM(config).save_pretrained(str(tmp_path / "base"))
-    tokenizer.save_pretrained(str(tmp_path / "base"))
+    base = tiny_base(prompts, tmp_path / "base")
     settings = [
         *(setting for setting in SIZES if not setting.startswith("model.scratch")),
-        *(f"model.base={tmp_path / 'base'}", f"domain.prompts.path={prompts}"),
+        *(f"model.base={base}", f"domain.prompts.path={prompts}"),
         *("domain.sft_dialogues=64", "sft.training.learning_rate=0.004"),
     ]
     said = mahalo("run", str(EXAMPLE), output=tmp_path / "run", settings=settings)

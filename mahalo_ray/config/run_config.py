@@ -15,6 +15,7 @@ from mahalo_ray.config.section import (
     DomainName,
     Fraction,
     LabelRange,
+    NonNegativeInt,
     OpenFraction,
     OptionalWeights,
     OutcomeLabels,
@@ -228,9 +229,9 @@ class DomainConfig(Section):
     prompts: Annotated[PromptsConfig | None, Field(json_schema_extra=SHAPING_WHERE_SET)] = None
     """Prompts of your own and their judges. With `name: prompts`, and only with it."""
 
-    sft_dialogues: PositiveInt = 12000
+    sft_dialogues: NonNegativeInt = 12000
     """Dialogues that the SFT model learns from: generated ones, or of `prompts` with their reference
-    answers."""
+    answers. 0: no SFT, `model.base` takes the SFT model's place."""
 
     @model_validator(mode="after")
     def _prompts_go_together(self) -> Self:
@@ -559,6 +560,7 @@ class RunConfig(Section):
                 )
             if self.reward.dedicated:
                 raise ValueError("'reward.dedicated' is for runs on own data ('data')")
+            self._check_sft()
             return self
         if self.seeds:
             raise ValueError("'seeds' reports on played dialogues: a run on own data ('data') has none")
@@ -576,6 +578,17 @@ class RunConfig(Section):
                 raise ValueError(f"'cluster.{name}' is set, but a run on own data ('data') has no rollouts")
         self._check_sources(self.data)
         return self
+
+    def _check_sft(self) -> None:
+        if self.domain.sft_dialogues > 0:
+            return
+        if self.model.base is None:
+            raise ValueError(
+                "'domain.sft_dialogues' is 0, and a model made from scratch can say nothing before SFT: give "
+                "'model.base', or dialogues"
+            )
+        if self._is_set("sft"):
+            raise ValueError("'sft' is set, but with 'domain.sft_dialogues' 0 there is no SFT: leave one out")
 
     def _is_set(self, section: str) -> bool:
         default = type(self).model_fields[section].default

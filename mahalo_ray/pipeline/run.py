@@ -75,6 +75,9 @@ def make_sft_data(context: Context[RunConfig]) -> StageResult:
     domain, count = load_domain(config.domain), config.domain.sft_dialogues
     first = first_seed(config.seed, "sft")
     metrics, outputs = _left_out(context, domain)
+    if not count:
+        _start_model(context, [])
+        return StageResult(metrics, outputs)
     context.progress.start(2 * count, "dialogues")
     made = (domain.sft_dialogue(first + number) for number in range(count))
     dialogues = list(_counted(context, made, "made"))
@@ -245,10 +248,14 @@ def train_in_folder(context: Context[RunConfig], settings: StageSettings, folder
 
 
 def sft(context: Context[RunConfig]) -> StageResult:
-    """Supervised fine-tuning on the tutors' turns."""
+    """Supervised fine-tuning on the tutors' turns; without dialogues a copy of the base."""
     config = context.config
+    base_url = start_model_url(config, context.upstream["sft_data"][0])
+    if not config.domain.sft_dialogues:
+        storage.upload_folder(storage.local_copy(base_url), context.path("model"))
+        return leave_model(context, TrainingResult({}, []))
     settings = SftSettings(
-        model_url=start_model_url(config, context.upstream["sft_data"][0]),
+        model_url=base_url,
         output_url=context.path("model"),
         model=config.model,
         seed=config.seed,
