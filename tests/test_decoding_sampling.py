@@ -291,7 +291,7 @@ def test_many_branches_over_a_large_vocabulary_are_drawn_a_few_rows_at_a_time(mo
     for with_logps in (True, False):
         whole = draw(logits, batch, uniform, with_logps)
         with monkeypatch.context() as limits:
-            limits.setattr(sampling, "_MOST_LOGITS", 7 * 300)
+            limits.setattr(sampling, "_MOST_LOGITS_ON_CPU", 7 * 300)
             parts = draw(logits, batch, uniform, with_logps)
         assert torch.equal(parts[0], whole[0])
         assert torch.equal(parts[1], whole[1]) if with_logps else parts[1] is None

@@ -74,6 +74,7 @@ def penalised(logits: Tensor, occurred: Tensor, penalty: Tensor) -> Tensor:
 
 
 _MOST_LOGITS = 1 << 26
+_MOST_LOGITS_ON_CPU = 1 << 19
 
 
 def draw(
@@ -82,8 +83,10 @@ def draw(
     """One token per row: logits [B, V], uniform [B] in [0, 1) -> tokens [B] and, if wanted, the tokens'
     log-probs [B] under the policy itself (temperature 1, nothing cut off)."""
     # Softmax, sorting and running sums take several times the logits' memory: of many branches over a large
-    # vocabulary, for some rows at a time.
-    rows = max(1, _MOST_LOGITS // logits.shape[1])
+    # vocabulary, for some rows at a time. On a CPU few enough to stay in its cache: what is larger is fresh
+    # memory at every token, and asking for its pages takes longer than the arithmetic.
+    most = _MOST_LOGITS_ON_CPU if logits.device.type == "cpu" else _MOST_LOGITS
+    rows = max(1, most // logits.shape[1])
     if len(logits) <= rows:
         return _draw(logits, params, uniform, with_logps)
     parts = [
