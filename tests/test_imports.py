@@ -48,6 +48,7 @@ APART = {
     "serving/app.py": "runs in a replica: keeps FastAPI out of the launcher",
     "serving/backend.py": "runs in a replica: keeps torch out of the launcher",
     "serving/remote_scorer.py": "runs in a replica: keeps torch out of the launcher",
+    "serving/upstream.py": "how replicas are asked, apart from what the proxy answers itself",
     "training/policy_metrics.py": "with the recipe it would pass the longest file",
     "training/recipes.py": "runs on workers: keeps DeepSpeed out of the driver",
     "training/reward_recipe.py": "an entry of the registry of recipes",

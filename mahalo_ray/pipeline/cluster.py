@@ -27,7 +27,6 @@ from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-d
 from mahalo_ray.config import ActorsConfig, ClusterConfig, ConfigError
 from mahalo_ray.data.temporary import make_owned_folder
 from mahalo_ray.pipeline.stages import sigterm_raises
-from mahalo_ray.serving.proxy import PROXY_ENV
 
 # A unix socket's path may have 107 bytes; Ray appends up to 75 to its temporary folder.
 LONGEST_TEMP_DIR = 30
@@ -37,7 +36,7 @@ OBJECT_STORE_BYTES = (100 * 2**20, 1024 * 2**20)
 
 # Set for the driver and all workers, unless the user has set them.
 WORKER_ENV = {
-    **PROXY_ENV,
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "mahalo_ray.serving.proxy:middlewares",
     "PYTHONWARNINGS": "ignore::FutureWarning",  # torch 2.13 prints one at every collective
     "TOKENIZERS_PARALLELISM": "false",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # it gates report(): the default costs 2 s each

@@ -8,8 +8,8 @@ import asyncio
 import logging
 import secrets
 from collections import deque
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -85,15 +85,19 @@ _PAGE_HEADERS = {
 }
 
 
-def create_app(*services: ChatService) -> FastAPI:
+def create_app(
+    *services: ChatService, listening: Callable[[ASGIApp], AbstractAsyncContextManager[None]] | None = None
+) -> FastAPI:
     """The ASGI app of one or several models, the first of which has the settings of the whole endpoint;
-    closing it stops their workers. `app.state.services` has them."""
+    closing it stops their workers. `app.state.services` has them. `listening`: what takes requests for it
+    beside the server that it is made for, until the app is closed."""
     served = ReplicaServices(services)
     service = served.first
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        yield
+        async with nullcontext() if listening is None else listening(app):
+            yield
         served.close()
 
     app = FastAPI(title="mahalo_ray", lifespan=lifespan, docs_url=None, redoc_url=None)

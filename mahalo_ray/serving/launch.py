@@ -15,8 +15,9 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from logging.handlers import RotatingFileHandler
 from types import TracebackType
@@ -28,6 +29,7 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
+from starlette.types import ASGIApp
 
 from mahalo_ray.config import SERVED_MODEL_ID, RewardDeploymentConfig, RewardServer, ServeConfig, ServerSource
 from mahalo_ray.data import storage
@@ -35,6 +37,7 @@ from mahalo_ray.decoding.policy import DeviceConfig
 from mahalo_ray.serving.api_key import KeyDigests
 from mahalo_ray.serving.app import create_app
 from mahalo_ray.serving.front import RunFiles
+from mahalo_ray.serving.local_socket import ReplicaSocket, listening, socket_folder
 from mahalo_ray.serving.service import ChatService, Defaults, ServiceSettings
 from mahalo_ray.serving.simulated import SimulatedStudents
 
@@ -340,7 +343,18 @@ def _load_app(settings: ServiceSettings, source: ModelSource) -> FastAPI:
     # A thread without an event loop: the models are tried, and a reward model elsewhere is waited for.
     with ThreadPoolExecutor(1) as loader:
         services = loader.submit(_load_services, settings, source).result()
-    return create_app(*services)
+    return create_app(*services, listening=_listening(settings.config) if settings.config.sockets else None)
+
+
+def _listening(config: ServeConfig) -> Callable[[ASGIApp], AbstractAsyncContextManager[None]]:
+    """Takes the requests of a proxy on this machine."""
+    folder = socket_folder(ray.get_runtime_context().get_node_id())
+    num_models = 1 + len(config.models)
+    running, places = config.max_ongoing_requests, config.max_ongoing_requests + config.max_queued_requests
+    its_socket = ReplicaSocket.new(
+        serve.get_replica_context().app_name, config.replicas, num_models * running, num_models * places
+    )
+    return lambda app: listening(app, folder, its_socket)
 
 
 def _load_services(settings: ServiceSettings, source: ModelSource) -> list[ChatService]:

@@ -3,23 +3,28 @@
 The proxy refuses requests beyond its queue, has no replica while one is replaced, and loses answers whose
 replica dies; it says so in plain text, which OpenAI's clients cannot read. A request whose replica dies
 before it has sent anything is given to another one. While all replicas are full, requests are refused
-here, and each is told a time of its own to come back. Ray loads `middlewares` into the proxy where
-`PROXY_ENV` is in its environment: in that of `ray start`, or of the process that starts a private Ray. The
-proxy imports this module, so it imports nothing heavy.
+here, and each is told a time of its own to come back. Requests reach replicas on the proxy's machine over
+their sockets (`upstream.py`). Ray loads `middlewares` into the proxy where
+RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it: in the environment of `ray start`, or of the process that
+starts a private Ray. The proxy imports this module, so it imports nothing heavy.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import defaultdict
+from pathlib import Path
 
+import ray
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from mahalo_ray.serving.local_socket import socket_folder
 from mahalo_ray.serving.schema import FULL_REPLICA_HEADER, ApiError, FullReplica
+from mahalo_ray.serving.upstream import LocalApplications
 
-PROXY_ENV = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "mahalo_ray.serving.proxy:middlewares"}
 _RETRY_AFTER_S = 5
 MAX_ATTEMPTS = 3  # of one request, of which all replicas but the last were lost
 _PAUSE_S = 0.5
@@ -29,8 +34,8 @@ _LATEST_S = 20.0  # that a refused client is asked to wait
 
 
 def middlewares() -> list[Middleware]:
-    """What Ray asks for."""
-    return [Middleware(OpenAIErrors)]
+    """What Ray asks for, in the proxy's process."""
+    return [Middleware(OpenAIErrors, folder=socket_folder(ray.get_runtime_context().get_node_id()))]
 
 
 class FullReplicas:
@@ -60,6 +65,10 @@ class FullReplicas:
         now = time.monotonic()
         return sum(until > now for until in self._until.values()) >= self._num_replicas
 
+    def expect(self, pace_s: float, wait_s: float) -> None:
+        """What the proxy itself has seen: seconds between answers, and until what waits is answered."""
+        self._pace_s, self._wait_s = pace_s, wait_s
+
     def next_return(self) -> float:
         """Seconds after which the next refused client is to come back."""
         now = time.monotonic()
@@ -69,29 +78,49 @@ class FullReplicas:
 
 class OpenAIErrors:
     """Replaces the proxy's own error answers, asks another replica where one is lost that has sent nothing,
-    ends a stream that breaks off by an error event, and refuses requests while all replicas are full."""
+    ends a stream that breaks off by an error event, and refuses requests while all replicas are full.
+    `folder`: where replicas on this machine have their sockets; None: all requests go Ray's way."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, folder: Path | None = None) -> None:
         self._app = app
-        self._full = FullReplicas()
+        self._local = None if folder is None else LocalApplications(app, folder)
+        self._full: dict[str, FullReplicas] = defaultdict(FullReplicas)  # by application
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"].startswith("/-/"):  # the proxy's own addresses
             await self._app(scope, receive, send)
             return
-        if scope["method"] == "POST" and self._full.all_are_full:
-            await _OutgoingAnswer(send, self._full).send_error(_busy(self._full.next_return()))
-            return
+        local = None if self._local is None else await self._local.find(scope["path"])
+        full = self._full["" if local is None else local.name]
         body = _IncomingBody(receive)
-        for attempt in range(1, MAX_ATTEMPTS + 1):
-            answer = _OutgoingAnswer(send, self._full)
+        is_post = scope["method"] == "POST"
+        if is_post:
+            await body.begin()
+            if local is not None and local.is_full:
+                full.expect(local.pace_s, local.wait_s)
+                await _OutgoingAnswer(send, full).send_error(_busy(full.next_return()))
+                return
+            if full.all_are_full:
+                await _OutgoingAnswer(send, full).send_error(_busy(full.next_return()))
+                return
+        attempts = 0
+        while True:
+            answer = _OutgoingAnswer(send, full)
+            replica = None if local is None else local.choose()
             try:
-                await self._app(dict(scope), body.receive, answer.send)
+                if replica is None:
+                    await self._app(dict(scope), body.receive, answer.send)
+                else:
+                    await replica.answer(scope, body, answer.send, takes_place=is_post)
             finally:
                 await answer.end_broken_stream()
             if answer.has_begun or body.sender_is_gone:
                 return
-            if attempt == MAX_ATTEMPTS or not body.rewind():
+            may_repeat = body.rewind()
+            if replica is not None and replica.is_lost and may_repeat:
+                continue  # nobody listened: it has not been tried
+            attempts += 1
+            if attempts == MAX_ATTEMPTS or not may_repeat:
                 await answer.send_error(_lost_replica())
                 return
             await asyncio.sleep(_PAUSE_S)
@@ -99,22 +128,42 @@ class OpenAIErrors:
 
 class _IncomingBody:
     """A request's body, which can be read again from its beginning unless it is large.
-    `sender_is_gone`: the client has left, or has its answer."""
+    `sender_is_gone`: the client has left, or has its answer; `is_whole`: all of it has been read."""
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
+        self._first: asyncio.Future[Message] | None = None
         self._kept: list[Message] = []
         self._left: list[Message] = []
         self._size = 0
-        self.sender_is_gone = False
+        self.sender_is_gone = self.is_whole = False
+
+    async def begin(self) -> None:
+        """Read what has come with the head already, which is all of a usual request."""
+        self._first = asyncio.ensure_future(self._receive())
+        await asyncio.sleep(0)
+        if self._first.done():
+            self._left.append(self._note(self._first.result()))
+            self._first = None
+
+    @property
+    def at_hand(self) -> bytes | None:
+        """The whole body where it has been read and kept."""
+        if not self.is_whole or self._size > _MOST_KEPT:
+            return None
+        return b"".join(message.get("body", b"") for message in self._kept)
 
     async def receive(self) -> Message:
         """The next message of the client, or of those that came before `rewind`."""
         if self._left:
             return self._left.pop(0)
-        message = await self._receive()
+        first, self._first = self._first, None
+        return self._note(await self._receive() if first is None else await first)
+
+    def _note(self, message: Message) -> Message:
         self.sender_is_gone = message["type"] == "http.disconnect"
         if message["type"] == "http.request":
+            self.is_whole = not message.get("more_body", False)
             self._size += len(message.get("body", b""))
             if self._size <= _MOST_KEPT:
                 self._kept.append(message)
