@@ -550,7 +550,7 @@ def test_later_requests_join_between_steps():
 
 def test_steps_come_before_the_result():
     async def scenario(worker, engine, submit):
-        return [event async for event in submit(2).events()]
+        return [event async for happened in submit(2).events() for event in happened]
 
     events, _ = run_with_worker(scenario)
     assert events == [("step", "part"), ("step", "part"), ("done", 1)]
@@ -635,7 +635,7 @@ def test_the_error_of_one_request_never_reaches_another(caplog):
         jobs = [submit(3), submit("bad"), submit(2)]
 
         async def events(job):
-            return [event async for event in job.events()]
+            return [event async for happened in job.events() for event in happened]
 
         results = await asyncio.gather(*(events(job) for job in jobs), return_exceptions=True)
         assert [kind for kind, _ in results[0]] == ["step"] * 3 + ["done"]

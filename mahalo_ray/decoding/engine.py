@@ -257,6 +257,10 @@ class Engine:
             self._set_last_hidden(sequences, torch.stack(states))
         return done
 
+    def last_drawn(self, sequences: Sequence[int]) -> list[int]:
+        """The newest token of each of these sequences, which have one candidate each that has not ended."""
+        return self._in_flight.last_drawn(sequences)
+
     def collect(self, sequences: Sequence[int]) -> Candidates:
         """The candidates of sequences that are done. They can be accepted until the sequence starts again."""
         return self._in_flight.collect(sequences)

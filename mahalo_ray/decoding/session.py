@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -46,7 +46,10 @@ class RequestState:
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     tail: TextTail = field(default_factory=TextTail)
-    open_step: list[int] = field(default_factory=list)  # tokens of a step handed out token by token
+    # Of a step whose tokens are told as they are drawn: those in the answer before it ends, and how many
+    # of them are the engine's candidate's (once it has begun anew, the others are its prefix).
+    open_step: list[int] = field(default_factory=list)
+    num_told: int = 0
     steps: list[Step] = field(default_factory=list)
     stop_reason: StopReason | None = None
     error: ValueError | StageError | None = None
@@ -93,8 +96,6 @@ class RequestState:
     def step_limit(self) -> int:
         """Tokens the next candidates may have."""
         left = self.request.max_new_tokens - len(self.token_ids)
-        if self.token_by_token:
-            return 1
         return left if self.request.takes_whole_answers else min(left, self.request.max_step_tokens)
 
     @property
@@ -112,6 +113,18 @@ class RequestState:
             return StopReason.LENGTH
         is_last = len(self.steps) + 1 >= self.request.max_steps and not self.token_by_token
         return StopReason.STEPS if is_last else None
+
+    def tell(self, token_id: int, decode: Callable[[Sequence[int]], str]) -> None:
+        """Write a token into the answer that was just drawn, as a step of its own, before its step ends."""
+        text, tail = self.tail.read([token_id], decode, is_last=False)
+        step = Step([StepCandidate(text, [token_id], StopReason.LENGTH, {}, None)], 0)
+        self.open_step.append(token_id)
+        self.num_told += 1
+        self.policy_tokens += 1
+        self.token_ids.append(token_id)
+        self.text += text
+        self.tail = tail
+        self.steps.append(step)
 
     def choice(self, candidates: Sequence[StepCandidate]) -> Choice:
         """The candidates of the next step, for the scorers."""
@@ -139,9 +152,7 @@ class RequestState:
         self.tail = self.tail if tail is None else tail
         if accepted.token_ids:
             self.steps.append(step)
-        if self.token_by_token:
-            closes = accepted.reason is StopReason.STEP
-            self.open_step = [] if closes else self.open_step + accepted.token_ids
+        self.open_step, self.num_told = [], 0
 
 
 def score_steps(
@@ -302,9 +313,21 @@ class GuidedSession:
             if not self._active:
                 return
             self._done += [by_row[row] for row in self.engine.step()]
+            told = self._tell()
             if self._is_time():
                 self._decide()
                 return
+            if told:
+                return
+
+    def _tell(self) -> bool:
+        """Write the tokens just drawn into the answers that grow token by token; whether there are any."""
+        growing = [state for state in self._active if state.token_by_token and state not in self._done]
+        if not growing:
+            return False
+        for state, token_id in zip(growing, self.engine.last_drawn([s.row for s in growing]), strict=True):
+            state.tell(token_id, self._chat.decode)
+        return True
 
     def _is_time(self) -> bool:
         """Whether those who are done are scored now.
@@ -363,14 +386,16 @@ class GuidedSession:
         return sampled, self._candidates(states, sampled)
 
     def _candidates(self, states: list[RequestState], sampled: Candidates) -> list[list[StepCandidate]]:
-        """What was sampled for these requests, as text."""
-        return [
-            [
-                StepCandidate(self._text_after(state, ids, reason)[0], ids, reason, {}, None)
-                for ids, reason in zip(token_ids, reasons, strict=True)
-            ]
-            for state, token_ids, reasons in zip(states, sampled.token_ids, sampled.reasons, strict=True)
-        ]
+        """What was sampled for these requests, as text, without what is in their answers already."""
+        new: list[list[StepCandidate]] = []
+        for state, token_ids, reasons in zip(states, sampled.token_ids, sampled.reasons, strict=True):
+            candidates = []
+            for all_ids, reason in zip(token_ids, reasons, strict=True):
+                ids = all_ids[state.num_told :]
+                text, _ = self._text_after(state, ids, reason)
+                candidates.append(StepCandidate(text, ids, reason, {}, None))
+            new.append(candidates)
+        return new
 
     def _text_after(
         self, state: RequestState, ids: Sequence[int], reason: StopReason
@@ -433,6 +458,8 @@ class GuidedSession:
         self.scorers = self.models.follow()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        for state in self._active:
+            state.num_told = 0
         self._read(list(self._active))
         self._start(list(self._active))
 

@@ -407,6 +407,13 @@ class BranchDecoder:
             )
         return Candidates.join(parts, sequences)
 
+    def last_drawn(self, sequences: Sequence[int]) -> list[int]:
+        """The newest token of each of these sequences, which have one branch each that has not ended."""
+        number_of = {row: number for number, row in enumerate(self._rows.tolist())}
+        numbers = [number_of[row] for row in self._requests.rows_of(sequences).tolist()]
+        newest: list[int] = self._sampled[torch.tensor(numbers, device=self.device)].tolist()
+        return newest
+
     def _arrange(self) -> np.ndarray:
         """Lay the rows out for the requests that join and leave, in the order of their sequences' slots: the
         prefixes of all sequences then lie side by side. Returns the rows that start."""

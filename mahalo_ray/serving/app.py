@@ -8,7 +8,7 @@ import asyncio
 import logging
 import secrets
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -329,24 +329,27 @@ async def _stream(
 ) -> Response:
     events = job.events()
     # What goes wrong before the models have taken the request still has a status of its own.
-    kind, value = await anext(events)
-    assert kind == "begun"
-    opening = list(writer.stream_opening(value, options.continuous_usage_stats))
+    happened = await anext(events)
+    with_usage = options.continuous_usage_stats
+
+    def written(kind: str, value: Any) -> Iterator[str]:
+        if kind == "begun":
+            yield from writer.stream_opening(value, with_usage)
+        elif kind == "step":
+            yield writer.stream_part(value, with_usage)
+        else:
+            metrics.observe_answers(job, value)
+            yield from writer.stream_ends(value, with_usage)
+            if options.include_usage:
+                yield writer.stream_usage(value)
+            yield END_OF_STREAM
 
     async def chunks() -> AsyncIterator[str]:
         try:
-            for text in opening:
-                yield text
-            async for kind, value in events:
-                if kind == "step":
-                    yield writer.stream_part(value, options.continuous_usage_stats)
-                else:
-                    metrics.observe_answers(job, value)
-                    for text in writer.stream_ends(value, options.continuous_usage_stats):
-                        yield text
-                    if options.include_usage:
-                        yield writer.stream_usage(value)
-            yield END_OF_STREAM
+            # Events that are there together are sent together: none waits for another.
+            yield "".join(text for one in happened for text in written(*one))
+            async for more in events:
+                yield "".join(text for one in more for text in written(*one))
         except ApiError as error:
             # The status line is long gone; OpenAI's clients raise on such an event.
             yield event(ErrorBody.model_validate(error.body()).model_dump_json())

@@ -106,29 +106,40 @@ class Job:
 
     # -- the client's side (the event loop) ------------------------------------------------------------------
 
-    async def events(self) -> AsyncGenerator[tuple[str, Any]]:
-        """("begun", value) where the client takes parts, ("step", value) any number of times, then
-        ("done", value). Raises ApiError: what the worker failed
-        with, or 504 at the deadline. However the caller leaves, the worker learns that nobody waits."""
+    async def events(self) -> AsyncGenerator[list[tuple[str, Any]]]:
+        """What has happened since the last time, as soon as anything has: ("begun", value) where the client
+        takes parts, ("step", value) any number of times, then ("done", value). Raises ApiError: what the
+        worker failed with, or 504 at the deadline. However the caller leaves, the worker learns that nobody
+        waits."""
         try:
             while True:
-                try:
-                    async with asyncio.timeout_at(self._deadline):
-                        kind, value = await self._events.get()
-                except TimeoutError:
-                    message = f"the answer took longer than this server's limit of {self.timeout_s:g} s"
-                    raise ApiError(504, message, code="timeout") from None
+                happened = [await self._next_event()]
+                while not self._events.empty():
+                    happened.append(self._events.get_nowait())
+                kind, value = happened[-1]  # nothing follows an end
+                if kind == "failed":
+                    happened.pop()
+                if happened:
+                    yield happened
                 if kind == "failed":
                     raise value
-                yield kind, value
                 if kind == "done":
                     return
         finally:
             self._abandoned.set()
 
+    async def _next_event(self) -> tuple[str, Any]:
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                return await self._events.get()
+        except TimeoutError:
+            message = f"the answer took longer than this server's limit of {self.timeout_s:g} s"
+            raise ApiError(504, message, code="timeout") from None
+
     async def result(self) -> Any:
         """The final value."""
-        async for kind, value in self.events():
+        async for happened in self.events():
+            kind, value = happened[-1]
             if kind == "done":
                 return value
         raise AssertionError("events end with 'done' or an exception")
