@@ -5,6 +5,7 @@ These classes build the answers and, through FastAPI, document them at /openapi.
 
 from __future__ import annotations
 
+import random
 import secrets
 import time
 from abc import ABC, abstractmethod
@@ -20,6 +21,8 @@ from mahalo_ray.serving.answer_job import Answer, AnswerPart, AnswersWanted, Tok
 from mahalo_ray.serving.front import ObjectiveReport
 
 END_OF_STREAM = "data: [DONE]\n\n"
+# Of answers. Asking the system for each would give the interpreter away to the model's thread every time.
+_IDS = random.Random(secrets.randbits(256))
 _CUT_SHORT = (StopReason.LENGTH, StopReason.CONTEXT, StopReason.STEPS)
 
 FinishReason = Literal["stop", "length"]
@@ -284,7 +287,7 @@ class AnswerWriter(ABC):
 
     def __init__(self, model: str, wanted: AnswersWanted) -> None:
         self._model, self._wanted = model, wanted
-        self._id, self._created = f"{self.prefix}-{secrets.token_hex(12)}", int(time.time())
+        self._id, self._created = f"{self.prefix}-{_IDS.getrandbits(96):024x}", int(time.time())
         self._started = time.monotonic()
         self._streamed = [""] * len(wanted.requests)
 
