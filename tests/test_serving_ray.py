@@ -51,6 +51,7 @@ from mahalo_ray.objectives import Weights
 from mahalo_ray.pipeline.serve import SmokeError, smoke
 from mahalo_ray.serving.api_key import KeyDigests
 from mahalo_ray.serving.launch import APP_NAME, ServeError, Serving, serve_forever, start
+from mahalo_ray.serving.local_socket import socket_folder
 from mahalo_ray.serving.service import Defaults
 
 pytestmark = pytest.mark.slow
@@ -363,6 +364,14 @@ def test_the_key_is_in_no_environment_of_what_ray_started(serving):
     for process in started:
         with contextlib.suppress(psutil.NoSuchProcess):
             assert KEY not in process.environ().values(), process.cmdline()
+
+
+def test_the_proxy_asks_the_replica_over_its_socket(client):
+    client.models.list()
+    folder = socket_folder(ray.get_runtime_context().get_node_id())
+    (replica,) = started_here("ServeReplica")
+    there = [each for each in replica.net_connections("unix") if str(each.laddr).startswith(str(folder))]
+    assert len(there) > 1, "what listens, and a connection that the proxy keeps"
 
 
 def test_beyond_the_bound_requests_are_refused_at_once_and_none_hangs(client):
