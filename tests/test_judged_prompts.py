@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from local_endpoint import LocalEndpoint, Received, Scripted, says
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from tiny_run import SIZES, mahalo
@@ -18,7 +21,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from mahalo_ray.config import ConfigError, DomainConfig, RunConfig, load_config
 from mahalo_ray.domains.judged_prompts import PromptsDomain
 from mahalo_ray.domains.maths.word_problems import make_word_problem, write_solution
-from mahalo_ray.domains.protocol import load_domain
+from mahalo_ray.domains.protocol import load_domain, outcomes, prefix_judgements
 from mahalo_ray.domains.sft_text import train_tokenizer
 from mahalo_ray.pipeline.run import pipeline
 from mahalo_ray.pipeline.seed_blocks import (
@@ -110,7 +113,7 @@ def test_rows_and_judges_that_cannot_be_used_are_said(tmp_path: Path) -> None:
     ]
     with pytest.raises(ValueError, match="there is no function 'math:nowhere'"):
         load_domain(domain_of(path, judges={"accuracy": "math:nowhere"}))
-    with pytest.raises(ValueError, match="'accuracy', 'math:pi', is not a function"):
+    with pytest.raises(ValueError, match="'accuracy': 'math:pi' is not a function"):
         load_domain(domain_of(path, judges={"accuracy": "math:pi"}))
     with pytest.raises(ValidationError, match="go together"):
         DomainConfig(name="prompts")
@@ -144,6 +147,69 @@ def test_workers_get_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert placed.prompts is not None and placed.prompts.path == str(tmp_path / "a.jsonl")
     assert placed.prompts.evaluation_path == "hub:openai/gsm8k/main:test"
     assert domain_for_workers(DomainConfig()) == DomainConfig()
+
+
+def endpoint_judge(folder: Path, server: LocalEndpoint, **settings: Any) -> dict[str, Any]:
+    """A language model that gives 0 to 10."""
+    (folder / "rubric.txt").write_text("Judge this: {{ response }}")
+    endpoint = server.config(max_retries=0, concurrency=4).model_dump()
+    return {"endpoint": endpoint, "rubric": str(folder / "rubric.txt"), "scale": [0, 10], **settings}
+
+
+def test_a_language_model_judges_answers_side_by_side_and_each_once(tmp_path: Path) -> None:
+    path = write_prompts(tmp_path / "a.jsonl", 4)
+    all_three = [threading.Event() for _ in range(3)]
+
+    def script(asked: Received) -> Scripted:
+        number = len(server.received) - 1
+        if number % 3 == 2:
+            all_three[number // 3].set()  # nobody is answered before three have asked
+        said = "No idea." if "nothing" in asked.content else f"Score: {len(asked.content.split())}"
+        return replace(says(said), after=all_three[number // 3])
+
+    with LocalEndpoint(script) as server:
+        judges = {"accuracy": "checker", "kind": endpoint_judge(tmp_path, server, parse_retries=0)}
+        domain = load_domain(domain_of(path, judges=judges))
+        assert domain.objectives["kind"].supervision[0] == "judged_prefix"
+        episodes = [domain.episode(number) for number in range(3)]
+        for number, episode in enumerate(episodes):
+            episode.take_step("well " * number)
+        assert prefix_judgements(episodes, ["kind"]) == [{"kind": v} for v in (0.2, 0.3, 0.4)]
+        for episode in episodes:
+            episode.hear("good")
+        assert [found["kind"] for found in outcomes(episodes, ["kind"])] == [0.3, 0.4, 0.5]
+        assert episodes[0].judge_prefix() == {"kind": 0.3} and len(server.received) == 6
+        copies = [episode.fork(1) for episode in episodes]
+        for copy in copies:
+            copy.hear("nothing")
+        with pytest.raises(ValueError, match=r"the judge of 'kind' gave no verdict: no score to read .*idea"):
+            outcomes(copies, ["kind"])
+
+
+def test_of_a_language_model_that_judges_model_and_rubric_count(tmp_path: Path) -> None:
+    path = write_prompts(tmp_path / "a.jsonl", 4)
+    with LocalEndpoint([says("Score: 5")]) as server:
+        judge = endpoint_judge(tmp_path, server)
+
+    def contents(**changes: Any) -> list[Any]:
+        domain = domain_of(path, judges={"kind": {**judge, **changes}})
+        return [domain.shaping(), domain_contents(domain)]
+
+    known = contents()
+    elsewhere = {**judge["endpoint"], "base_url": "http://other:1/v1", "concurrency": 9, "timeout_s": 1.0}
+    assert contents(endpoint=elsewhere, parse_retries=7) == known
+    assert contents(endpoint={**judge["endpoint"], "model": "another"}) != known
+    assert contents(scale=[0, 5]) != known
+    Path(judge["rubric"]).write_text("{{ response }}")
+    assert contents() != known and contents()[0] == known[0]
+    objectives = "objectives=[{name: kind, supervision: judged_prefix}]"
+    weights = [f"{key}={{kind: 1}}" for key in ("guided.weights", "guided.guidance")]
+    given = json.dumps({"kind": {**judge, "rubric": "nowhere.txt"}})
+    settings = [objectives, *weights, "sweep.weights=[{kind: 1}]", f"domain.prompts.judges={given}"]
+    with pytest.raises(ConfigError, match=r"judges\.kind\.rubric': there is no file 'nowhere.txt'"):
+        check_domain(run_config(path, *settings))
+    with pytest.raises(ValidationError, match="threshold"):
+        contents(threshold=0.5)
 
 
 def test_other_prompts_and_other_code_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

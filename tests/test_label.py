@@ -21,8 +21,8 @@ from mahalo_ray.data.records import Message, StepTrace
 from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.decoding.policy import as_policy
 from mahalo_ray.decoding.stopping import MathBoundary
+from mahalo_ray.domains.verdicts import Judge, Judged, ProgramJudge, Unjudged
 from mahalo_ray.rollouts.continuations import Continuer
-from mahalo_ray.rollouts.judges import Judge, Judged, ProgramJudge, Unjudged
 from mahalo_ray.rollouts.step_labels import (
     Labelled,
     Labeller,

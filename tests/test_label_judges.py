@@ -13,15 +13,10 @@ from tiny_reward_models import TOKENIZER, base
 from mahalo_ray.config import EndpointJudgeConfig, ModelJudgeConfig
 from mahalo_ray.data.records import Message
 from mahalo_ray.decoding.policy import DeviceConfig
+from mahalo_ray.domains.verdicts import EndpointJudge, Judged, ProgramJudge, Unjudged, rubric_template
 from mahalo_ray.models import ProcessRewardModel
-from mahalo_ray.rollouts.judges import (
-    EndpointJudge,
-    Judged,
-    ModelJudge,
-    ProgramJudge,
-    Unjudged,
-    rubric_template,
-)
+from mahalo_ray.rollouts.judges import ModelJudge
+from mahalo_ray.rollouts.pool import share_limits
 
 sys.path.insert(0, str(Path(__file__).parent / "programs"))
 
@@ -34,7 +29,7 @@ def endpoint_judge(
     config = EndpointJudgeConfig(
         endpoint=server.config(max_retries=0), rubric="unused here", scale=(0, 10), **settings
     )
-    return EndpointJudge(config, rubric, actors=2, seed=0)
+    return EndpointJudge(config, rubric, share_limits(config.endpoint, 2), seed=0)
 
 
 def test_an_endpoint_is_asked_by_the_rubric_and_its_score_is_read() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from served_app import served
 from test_serving_app import CHAT, MESSAGES, body, error_of, events, make_app, text_of
 
 from mahalo_ray.config import (
+    DomainConfig,
     EndpointConfig,
     FurtherModel,
     MergedModel,
@@ -24,6 +27,7 @@ from mahalo_ray.config import (
 )
 from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.decoding.policy import DeviceConfig
+from mahalo_ray.domains.protocol import load_domain, outcomes, prefix_judgements
 from mahalo_ray.objectives import Weights
 from mahalo_ray.serving.app import create_app
 from mahalo_ray.serving.backend import GuidedBackend
@@ -178,6 +182,41 @@ def test_a_judge_on_a_server_scores_by_how_likely_it_says_yes(judged: TestClient
         for word in judge._words
     ]
     assert rated[0]["scores"]["accuracy"] == pytest.approx(shares[0] / sum(shares), abs=1e-6)
+
+
+def test_a_domain_of_prompts_is_judged_by_a_served_model(
+    address: str, direct: TestClient, tmp_path: Path
+) -> None:
+    """What the tiny model says holds numbers: its last one is the score."""
+    (tmp_path / "rubric.txt").write_text("{{ conversation }}\n{{ response }}")
+    (tmp_path / "prompts.jsonl").write_text('{"question": "2 + 3?", "answer": "5"}')
+    judge = {
+        "endpoint": {"base_url": f"{address}/v1", "model": "mahalo", "max_retries": 0},
+        "rubric": str(tmp_path / "rubric.txt"),
+        "score_pattern": r"(\d+)",
+        "scale": [0, 99],
+        "max_tokens": 12,
+    }
+    prompts = {"path": str(tmp_path / "prompts.jsonl"), "judges": {"accuracy": "checker", "kind": judge}}
+    domain = load_domain(DomainConfig.model_validate({"name": "prompts", "prompts": prompts}))
+    episodes = [domain.episode(number) for number in range(2)]
+    for episode, answer in zip(episodes, ("5", "It is 6."), strict=True):
+        episode.hear(answer)
+    values = []
+    for answer in ("5", "It is 6."):
+        said = text(direct.post(CHAT, json=rating(f"User: 2 + 3?\n{answer}")))
+        values.append(float(re.findall(r"\d+", said)[-1]) / 99)
+    assert values[0] != values[1]
+    assert outcomes(episodes, ["accuracy", "kind"]) == [
+        {"accuracy": 1.0, "kind": values[0]},
+        {"accuracy": 0.0, "kind": values[1]},
+    ]
+    assert prefix_judgements(episodes, ["accuracy", "kind"]) == [{"kind": value} for value in values]
+
+
+def rating(question: str) -> dict[str, Any]:
+    messages = [{"role": "user", "content": question}]
+    return {"model": "mahalo", "messages": messages, "max_tokens": 12, "temperature": 0}
 
 
 def test_a_judge_that_says_something_else_or_nothing_is_named(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from mahalo_ray.config.section import (
     MAX_COUNT,
@@ -13,19 +12,17 @@ from mahalo_ray.config.section import (
     SHAPING_WHERE_SET,
     Domain,
     Dtype,
-    EndpointConfig,
     Fraction,
     FunctionName,
     LabelRange,
-    NonNegativeInt,
     Number,
     OpenFraction,
     PositiveFraction,
     PositiveInt,
+    RubricJudgeConfig,
     RunName,
     Section,
     Seed,
-    Temperature,
     Text,
     TraceFormat,
     WeightVector,
@@ -62,49 +59,11 @@ class _ThresholdJudgeConfig(Section):
         return self
 
 
-class EndpointJudgeConfig(_ThresholdJudgeConfig):
+class EndpointJudgeConfig(RubricJudgeConfig, _ThresholdJudgeConfig):
     """A language model behind an OpenAI-compatible endpoint, asked by a rubric.
 
-    `rubric`: a file with a jinja2 template of the question (docs/labelling.md has its variables). The last
-    match of `score_pattern` (its first group) in the reply is the score; `scale`, its lowest and highest
-    value, is mapped to 0..1. A reply without a score in the scale is asked for `parse_retries` times more.
     `endpoint.concurrency` and `requests_per_minute` are those of the whole job: the actors share them.
     """
-
-    kind: Literal["endpoint"] = "endpoint"
-    """A language model asked by a rubric."""
-
-    endpoint: EndpointConfig
-    """The server. Its limits are those of the whole job: the actors share them."""
-
-    rubric: Text
-    """File with a jinja2 template of the question; docs/labelling.md has its variables."""
-
-    score_pattern: str = r"(?i)score\s*[:=]\s*(-?\d+(?:\.\d+)?)"
-    """Regular expression whose first group is the score; its last match in the reply counts."""
-
-    scale: LabelRange = (0.0, 1.0)
-    """Lowest and highest score, which are mapped to 0..1."""
-
-    max_tokens: PositiveInt = 512
-    """Most tokens of a reply."""
-
-    temperature: Temperature = 0.0
-    """Temperature of the replies. 0 always takes the likeliest token."""
-
-    parse_retries: NonNegativeInt = 2
-    """How often a reply without a score within the scale is asked for again."""
-
-    @field_validator("score_pattern")
-    @classmethod
-    def _has_a_group(cls, value: str) -> str:
-        try:
-            groups = re.compile(value).groups
-        except re.error as error:
-            raise ValueError(f"not a regular expression: {error}") from error
-        if groups < 1:
-            raise ValueError("the score is the first group of the pattern, and it has none")
-        return value
 
 
 class ModelJudgeConfig(_ThresholdJudgeConfig):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from mahalo_ray.config.section import (
     NOT_BOOL,
@@ -23,6 +23,7 @@ from mahalo_ray.config.section import (
     PositiveFloat,
     PositiveFraction,
     PositiveInt,
+    RubricJudgeConfig,
     RunName,
     SamplerName,
     Section,
@@ -185,6 +186,14 @@ class EvaluationConfig(Section):
     """Confidence of the intervals: 0.95 is 95 %."""
 
 
+# Told apart first, so that an error speaks of the form that was written.
+PromptJudge = Annotated[
+    Annotated[str, Field(pattern=r"^checker$|^[\w.]+:\w+$"), Tag("name")]
+    | Annotated[RubricJudgeConfig, Tag("endpoint")],
+    Discriminator(lambda value: "name" if isinstance(value, str) else "endpoint"),
+]
+
+
 class PromptsConfig(Section):
     """Prompts of your own, each with a reference answer, and a judge per objective: the domain `prompts`."""
 
@@ -195,12 +204,10 @@ class PromptsConfig(Section):
     evaluation_path: Text | None = None
     """The same for evaluation. Null: prompts of `path` that no training stage has met."""
 
-    judges: Annotated[
-        dict[str, Annotated[str, Field(pattern=r"^checker$|^[\w.]+:\w+$")]], Field(min_length=1)
-    ]
-    """Judge of each objective: `checker` (maths: math-verify against the reference answer), or
-    `module:function` of (prompt, steps, answer), importable on every node, which returns a number or a
-    bool."""
+    judges: Annotated[dict[str, PromptJudge], Field(min_length=1)]
+    """Judge of each objective: `checker` (maths: math-verify against the reference answer),
+    `module:function` of (prompt, steps, answer), importable on every node, which returns a number or a bool,
+    or a language model behind an endpoint (`endpoint`, `rubric` and `scale`)."""
 
     boundary: Domain = "math"
     """Where a step of an answer ends: `math` at blank lines and closed boxes, `lines` at line ends,

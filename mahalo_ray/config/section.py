@@ -7,6 +7,7 @@ ranges that the types state: a field is described in one place.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -19,6 +20,7 @@ from pydantic import (
     GetPydanticSchema,
     PlainSerializer,
     Tag,
+    field_validator,
     model_validator,
 )
 from pydantic_core import core_schema
@@ -205,6 +207,9 @@ class Section(BaseModel):
                 marked[name] = True
             elif isinstance(value, Section) and (inner := value._not_shaping()):
                 marked[name] = inner
+            elif isinstance(value, dict):
+                inner = {k: v._not_shaping() for k, v in value.items() if isinstance(v, Section)}
+                marked |= {name: inner} if any(inner.values()) else {}
         return marked
 
 
@@ -314,6 +319,50 @@ class EndpointConfig(Section):
         if (self.input_price is None) != (self.output_price is None):
             raise ValueError("give both 'input_price' and 'output_price' (per million tokens), or neither")
         return self
+
+
+class RubricJudgeConfig(Section):
+    """A language model behind an OpenAI-compatible endpoint that judges, asked by a rubric."""
+
+    kind: Literal["endpoint"] = "endpoint"
+    """A language model asked by a rubric."""
+
+    endpoint: EndpointConfig
+    """The server. In `mahalo label` its limits are those of the whole job, which the actors share; in the
+    domain `prompts` every process that judges has them."""
+
+    rubric: Text
+    """File with a jinja2 template of the question; docs/labelling.md has its variables."""
+
+    score_pattern: str = r"(?i)score\s*[:=]\s*(-?\d+(?:\.\d+)?)"
+    """Regular expression whose first group is the score; its last match in the reply counts."""
+
+    scale: LabelRange = (0.0, 1.0)
+    """Lowest and highest score, which are mapped to 0..1."""
+
+    max_tokens: PositiveInt = 512
+    """Most tokens of a reply."""
+
+    temperature: Temperature = 0.0
+    """Temperature of the replies. 0 always takes the likeliest token."""
+
+    parse_retries: NonNegativeInt = 2
+    """How often a reply without a score within the scale is asked for again."""
+
+    @field_validator("score_pattern")
+    @classmethod
+    def _has_a_group(cls, value: str) -> str:
+        try:
+            groups = re.compile(value).groups
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from error
+        if groups < 1:
+            raise ValueError("the score is the first group of the pattern, and it has none")
+        return value
+
+    def _not_shaping(self) -> dict[str, Any]:
+        """Of the endpoint, the model alone shapes a verdict."""
+        return {"parse_retries": True, "endpoint": set(EndpointConfig.model_fields) - {"model"}}
 
 
 class MergedModel(Section):

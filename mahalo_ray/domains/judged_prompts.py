@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Self
 
-from mahalo_ray.config import PromptsConfig, Supervision
+from mahalo_ray.config import PromptsConfig, RubricJudgeConfig, Supervision
+from mahalo_ray.data import storage
 from mahalo_ray.data.prompts import PromptRow, read_prompts
 from mahalo_ray.data.records import Dialogue
 from mahalo_ray.data.row_fields import digest
 from mahalo_ray.data.rows import BadRow
-from mahalo_ray.domains.math import is_correct
-from mahalo_ray.domains.protocol import AnswerEpisode, DomainObjective, Speaker, import_named
+from mahalo_ray.domains.protocol import AnswerEpisode, DomainObjective, Speaker
+from mahalo_ray.domains.verdicts import (
+    CheckerJudge,
+    EndpointJudge,
+    Judge,
+    Judged,
+    ProgramJudge,
+    Score,
+    Unjudged,
+)
 from mahalo_ray.seeding import derived_seed
 
 CHECKER = "checker"
@@ -23,49 +32,60 @@ _CALCULATOR = re.compile(r"<<[^<>\n]*=[^<>\n]*>>")  # GSM8K's notes for a calcul
 _WHOLE: tuple[Supervision, ...] = ("rollout_value", "judged_rollouts", "pairwise")
 
 
-@dataclass(frozen=True)
-class Judgement:
-    """One objective's judge: 1 or 0 by the checker (math-verify against the row's answer), or what a function
-    of (prompt, steps, answer) says, a number or a bool."""
-
-    name: str
-    function: Callable[..., Any] | None
-
-    def of(self, prompt: Sequence[dict[str, str]], steps: Sequence[str], answer: str | None) -> float:
-        """The verdict on these steps. ValueError where a program returns no number."""
-        if self.function is None:
-            assert answer is not None  # `PromptsDomain` takes no other rows
-            return float(is_correct("".join(steps), answer))
-        value = self.function(list(prompt), list(steps), answer)
-        if not isinstance(value, int | float) or value != value:
-            raise ValueError(f"the judge of '{self.name}' returned {value!r}, not a number")
-        return float(value)
-
-
 @dataclass
 class PromptEpisode(AnswerEpisode):
-    """One prompt and what was answered to it so far."""
+    """One prompt and what was answered to it so far; `known`: the verdicts on it."""
 
     reference: str | None = None
     key: str = ""
-    judges: Mapping[str, Judgement] = field(default_factory=dict)
+    judges: Mapping[str, Judge] = field(default_factory=dict)
+    known: dict[str, float] = field(default_factory=dict)
 
     @property
     def problem_key(self) -> Hashable:
         return self.key
 
+    def take_step(self, text: str) -> None:
+        self.known = {}
+        super().take_step(text)
+
+    def hear(self, text: str) -> None:
+        self.known = {}
+        super().hear(text)
+
+    def fork(self, copy: int) -> Self:
+        return replace(self, steps=list(self.steps), known={})
+
     def judge_prefix(self) -> Mapping[str, float]:
         """The judges that need no complete answer, on the steps so far."""
-        judges = {name: judge for name, judge in self.judges.items() if judge.function is not None}
-        return self._verdicts(judges)
+        return self.judge_together([self], self.judges, prefixes=True)[0]
 
     def outcome(self) -> Mapping[str, float]:
         """All judges, on the answer as it stands."""
-        return self._verdicts(self.judges)
+        return self.judge_together([self], self.judges, prefixes=False)[0]
 
-    def _verdicts(self, judges: Mapping[str, Judgement]) -> dict[str, float]:
-        prompt = [message.model_dump() for message in self.opening_messages]
-        return {name: judge.of(prompt, self.steps, self.reference) for name, judge in judges.items()}
+    @staticmethod
+    def judge_together(
+        episodes: Sequence[PromptEpisode], objectives: Collection[str], *, prefixes: bool
+    ) -> list[Mapping[str, float]]:
+        """The judges of these objectives on episodes of one domain, each asked about all episodes at once.
+        `prefixes`: without the checker, which needs a complete answer. ValueError where a judge has no
+        verdict."""
+        judges = {name: judge for name, judge in episodes[0].judges.items() if name in objectives}
+        if prefixes:
+            judges = {name: j for name, j in judges.items() if not isinstance(j, CheckerJudge)}
+        for name, judge in judges.items():
+            waiting = [episode for episode in episodes if name not in episode.known]
+            scores = judge.score([episode.as_judged() for episode in waiting])
+            for episode, score in zip(waiting, scores, strict=True):
+                if isinstance(score, Unjudged):
+                    raise ValueError(f"the judge of '{name}' gave no verdict: {score.reason}")
+                episode.known[name] = score
+        return [{name: episode.known[name] for name in judges} for episode in episodes]
+
+    def as_judged(self) -> Judged:
+        """What a judge reads."""
+        return Judged(tuple(self.opening_messages), tuple(self.steps), self.reference, self.answer)
 
 
 class PromptsDomain:
@@ -80,8 +100,8 @@ class PromptsDomain:
     def __init__(self, config: PromptsConfig) -> None:
         self.boundary: str = config.boundary
         self._config = config
-        self._judges = {name: _judgement(name, judge) for name, judge in config.judges.items()}
-        self.objectives = {name: _objective(judge) for name, judge in self._judges.items()}
+        self._judges = {name: _judge(name, judge) for name, judge in config.judges.items()}
+        self.objectives = {name: _objective(name, judge) for name, judge in self._judges.items()}
         self._rows = 0
         self._bad: list[BadRow] = []
 
@@ -161,14 +181,37 @@ def _with_instruction(question: str, instruction: str | None) -> str:
     return question if instruction is None else f"{question}\n\n{instruction}"
 
 
-def _judgement(name: str, judge: str) -> Judgement:
-    function = None if judge == CHECKER else import_named(judge, "function")
-    if function is not None and not callable(function):
-        raise ValueError(f"the judge of '{name}', '{judge}', is not a function")
-    return Judgement(name, function)
+def _judge(name: str, judge: str | RubricJudgeConfig) -> Judge:
+    """The judge of an objective; ValueError for one that cannot be."""
+    if isinstance(judge, RubricJudgeConfig):
+        return RubricFileJudge(judge)
+    if judge == CHECKER:
+        return CheckerJudge()
+    try:
+        return ProgramJudge(judge)
+    except ValueError as error:
+        raise ValueError(f"the judge of '{name}': {error}") from error
 
 
-def _objective(judge: Judgement) -> DomainObjective:
-    if judge.function is None:
+class RubricFileJudge(Judge):
+    """A language model behind an endpoint, opened when it is first asked: a document can be checked where
+    its rubric and server are not. Its seeds come from the questions alone."""
+
+    def __init__(self, config: RubricJudgeConfig) -> None:
+        self._config = config
+
+    @cached_property
+    def _opened(self) -> EndpointJudge:
+        file = self._config.rubric
+        if not storage.exists(file):
+            raise ValueError(f"there is no file '{file}' ('rubric')")
+        return EndpointJudge(self._config, storage.read_bytes(file).decode(), self._config.endpoint, seed=0)
+
+    def score(self, items: Sequence[Judged]) -> list[Score]:
+        return self._opened.score(items)
+
+
+def _objective(name: str, judge: Judge) -> DomainObjective:
+    if isinstance(judge, CheckerJudge):
         return DomainObjective("is the final answer right", _WHOLE)
-    return DomainObjective(f"as {judge.name} is judged", ("judged_prefix", *_WHOLE))
+    return DomainObjective(f"as {name} is judged", ("judged_prefix", *_WHOLE))

@@ -10,7 +10,7 @@ import hashlib
 import importlib
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -79,6 +79,32 @@ class Episode(Protocol):
         """What it came to, by a program that knows nothing of the reward model: a value of every
         objective."""
         ...
+
+
+@runtime_checkable
+class JudgedTogether(Protocol):
+    """An episode of a kind that is judged many at a time: its judges answer from afar, side by side."""
+
+    @staticmethod
+    def judge_together(
+        episodes: Sequence[Any], objectives: Collection[str], *, prefixes: bool
+    ) -> list[Mapping[str, float]]:
+        """Of each episode, its outcome for these objectives, or (`prefixes`) what `judge_prefix` gives."""
+        ...
+
+
+def prefix_judgements(episodes: Sequence[Episode], objectives: Collection[str]) -> list[Mapping[str, float]]:
+    """`judge_prefix` of each for (at least) these objectives; together where they can be."""
+    if episodes and isinstance(episodes[0], JudgedTogether):
+        return episodes[0].judge_together(episodes, objectives, prefixes=True)
+    return [episode.judge_prefix() for episode in episodes]
+
+
+def outcomes(episodes: Sequence[Episode], objectives: Collection[str]) -> list[Mapping[str, float]]:
+    """`outcome` of each for (at least) these objectives; together where they can be."""
+    if episodes and isinstance(episodes[0], JudgedTogether):
+        return episodes[0].judge_together(episodes, objectives, prefixes=False)
+    return [episode.outcome() for episode in episodes]
 
 
 @dataclass(frozen=True)

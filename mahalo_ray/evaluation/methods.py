@@ -29,7 +29,7 @@ from mahalo_ray.decoding.policy import (
 )
 from mahalo_ray.decoding.scorers import RewardModels
 from mahalo_ray.decoding.stopping import boundary_for
-from mahalo_ray.domains.protocol import load_domain
+from mahalo_ray.domains.protocol import load_domain, outcomes
 from mahalo_ray.evaluation.results import MethodKind, MethodResult
 from mahalo_ray.objectives import Weights
 from mahalo_ray.rollouts.dialogues import DialogueBatch, TurnSelection, first_candidate
@@ -172,7 +172,7 @@ class MethodPlayer:
         else:
             guidance = Guidance(self.reward_models.scale, method.guidance, "calibrated")
             batch.play(method.num_candidates, TurnSelection("best", guidance))
-        outcomes = [conversation.student.outcome() for conversation in opened]
+        ended = outcomes([conversation.student for conversation in opened], self.objectives)
         turns = sum(conversation.tutor_turns for conversation in opened)
         return Played(
             MethodResult(
@@ -183,7 +183,7 @@ class MethodPlayer:
                 num_candidates=method.num_candidates,
                 strength=method.strength,
                 student_ids=list(self.seeds),
-                values={name: [outcome[name] for outcome in outcomes] for name in self.objectives},
+                values={name: [outcome[name] for outcome in ended] for name in self.objectives},
                 kl_to_reference=self._kl(policy, mix, method, opened),
                 malformed_rate=sum(c.malformed for c in opened) / turns,
                 tokens=engine.tokens_forwarded,

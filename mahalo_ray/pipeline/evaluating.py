@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from mahalo_ray.config import RunConfig
+from mahalo_ray.config import RubricJudgeConfig, RunConfig
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import Dialogue
 from mahalo_ray.domains.protocol import Speaker, load_domain
@@ -150,11 +150,22 @@ def measurement(config: RunConfig) -> dict[str, str | int | float]:
         "seed": config.seed,
         "dialogues per method": config.evaluation.dialogues,
         "problems": "fresh, of no training dialogue; the same for every method",
-        "judges": "programs of the domain, independent of the reward model that guides",
+        "judges": _judges(config),
         "temperature": config.evaluation.sampling.temperature,
         "guidance candidates": config.guided.num_candidates,
         **({"rounds": config.rounds} if config.rounds > 1 else {}),
     }
+
+
+def _judges(config: RunConfig) -> str:
+    judges = {} if config.domain.prompts is None else config.domain.prompts.judges
+    asked = [
+        f"{name}: {judge.endpoint.model} behind an endpoint"
+        for name, judge in judges.items()
+        if isinstance(judge, RubricJudgeConfig)
+    ]
+    programs = ["programs of the domain"] if len(asked) < len(judges) or not judges else []
+    return f"{', '.join([*programs, *asked])}, independent of the reward model that guides"
 
 
 def samples(config: RunConfig, documents: list[dict[str, Any]]) -> list[SampleDialogue]:

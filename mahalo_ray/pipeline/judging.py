@@ -18,6 +18,7 @@ from mahalo_ray.config import (
     LabelConfig,
     ModelJudgeConfig,
     ProgramJudgeConfig,
+    RubricJudgeConfig,
 )
 from mahalo_ray.data import storage
 from mahalo_ray.data.records import StepTrace
@@ -25,18 +26,19 @@ from mahalo_ray.data.row_files import QUARANTINE
 from mahalo_ray.data.rows import quarantine
 from mahalo_ray.data.step_readers import ReadTraces, read_traces
 from mahalo_ray.decoding.policy import DeviceConfig
+from mahalo_ray.domains.verdicts import Judged, Score, Unjudged, load_function, rubric_template
 from mahalo_ray.errors import StageError
 from mahalo_ray.evaluation.agreement import measure_agreement
 from mahalo_ray.evaluation.statistics import Bootstrap
 from mahalo_ray.pipeline.outputs import check_output, sign_output
-from mahalo_ray.rollouts.judges import Judged, JudgeSpec, Score, Unjudged, load_function, rubric_template
+from mahalo_ray.rollouts.judges import JudgeSpec
 from mahalo_ray.rollouts.step_labels import joined
 
 
 def judge_spec(name: str, config: JudgeConfig) -> JudgeSpec:
     """The judge of objective `name` with its rubric read and its threshold settled; ConfigError if the
     rubric cannot be used or the calibration is another judge's."""
-    rubric = _rubric(name, config) if isinstance(config, EndpointJudgeConfig) else ""
+    rubric = read_rubric(f"judges.{name}.rubric", config) if isinstance(config, EndpointJudgeConfig) else ""
     if isinstance(config, CheckerJudgeConfig):
         return JudgeSpec(config, DEFAULT_THRESHOLD, calibrated=True)
     if isinstance(config, ProgramJudgeConfig):
@@ -62,14 +64,15 @@ def judge_identity(spec: JudgeSpec) -> dict[str, Any]:
     return kept
 
 
-def _rubric(name: str, config: EndpointJudgeConfig) -> str:
+def read_rubric(where: str, config: RubricJudgeConfig) -> str:
+    """The text of a judge's rubric; ConfigError, which names the key `where`, if it cannot be used."""
     if not storage.exists(config.rubric):
-        raise ConfigError(f"'judges.{name}.rubric': there is no file '{config.rubric}'")
+        raise ConfigError(f"'{where}': there is no file '{config.rubric}'")
     text = storage.read_bytes(config.rubric).decode()
     try:
         rubric_template(text)
     except ValueError as error:
-        raise ConfigError(f"'judges.{name}.rubric': {config.rubric}: {error}") from error
+        raise ConfigError(f"'{where}': {config.rubric}: {error}") from error
     return text
 
 
@@ -79,7 +82,7 @@ def _calibrated_threshold(name: str, config: Any, url: str) -> float:
             f"'judges.{name}.calibration': there is no file '{url}'; `mahalo calibrate` writes it"
         )
     stored = storage.read_json(url)
-    rubric = _rubric(name, config) if isinstance(config, EndpointJudgeConfig) else ""
+    rubric = read_rubric(f"judges.{name}.rubric", config) if isinstance(config, EndpointJudgeConfig) else ""
     mine = judge_identity(JudgeSpec(config, DEFAULT_THRESHOLD, calibrated=False, rubric=rubric))
     theirs = stored["judge"]
     differing = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))

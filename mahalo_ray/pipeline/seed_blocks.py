@@ -6,11 +6,12 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from mahalo_ray.config import ConfigError, DomainConfig, RunConfig
+from mahalo_ray.config import ConfigError, DomainConfig, RubricJudgeConfig, RunConfig
 from mahalo_ray.data import storage
 from mahalo_ray.data.row_files import data_files
 from mahalo_ray.domains.protocol import GivenProblems, load_domain, source_digest
 from mahalo_ray.objectives import unknown_name
+from mahalo_ray.pipeline.judging import read_rubric
 
 # Seeds of one run are config.seed * SEEDS_PER_RUN + block + number; SFT's dialogues come first.
 SEEDS_PER_RUN = 1_000_003
@@ -29,23 +30,35 @@ def domain_for_workers(domain: DomainConfig) -> DomainConfig:
     if domain.prompts is None:
         return domain
     given = domain.prompts.model_dump(include={"path", "evaluation_path"}, exclude_none=True)
-    absolute = {
+    absolute: dict[str, Any] = {
         key: path if path.startswith("hub:") else storage.absolute(path) for key, path in given.items()
+    }
+    absolute["judges"] = {
+        name: judge.model_copy(update={"rubric": storage.absolute(judge.rubric)})
+        if isinstance(judge, RubricJudgeConfig)
+        else judge
+        for name, judge in domain.prompts.judges.items()
     }
     return domain.model_copy(update={"prompts": domain.prompts.model_copy(update=absolute)})
 
 
 def domain_contents(domain: DomainConfig) -> dict[str, Any]:
     """What the fingerprint of a run's first stage is made of besides the names in `domain`: what the files of
-    prompts hold, and the source of the modules that are named (not of what those import). The package's own
-    code does not count: its stages have versions."""
+    prompts and the rubrics of judges hold, and the source of the modules that are named (not of what those
+    import). The package's own code does not count: its stages have versions."""
     if domain.prompts is None:
         return {"code": source_digest(domain.name, "domain")} if _is_foreign(domain.name) else {}
     paths = (domain.prompts.path, domain.prompts.evaluation_path)
-    judges = {name: judge for name, judge in domain.prompts.judges.items() if _is_foreign(judge)}
+    code, rubrics = dict[str, str](), dict[str, str]()
+    for name, judge in domain.prompts.judges.items():
+        if isinstance(judge, RubricJudgeConfig):
+            rubrics[name] = storage.fingerprint(judge.rubric)
+        elif _is_foreign(judge):
+            code[name] = source_digest(judge, "function")
     return {
         "files": [[storage.fingerprint(file) for file in data_files(path)] for path in paths if path],
-        "code": {name: source_digest(judge, "function") for name, judge in judges.items()},
+        "code": code,
+        **({"rubrics": rubrics} if rubrics else {}),
     }
 
 
@@ -110,6 +123,9 @@ def check_domain(config: RunConfig) -> None:
         offered = load_domain(config.domain).objectives
     except ValueError as error:
         raise ConfigError(f"'domain.name': {error}") from error
+    for name, judge in config.domain.prompts.judges.items() if config.domain.prompts is not None else ():
+        if isinstance(judge, RubricJudgeConfig):
+            read_rubric(f"domain.prompts.judges.{name}.rubric", judge)
     for index, objective in enumerate(config.objectives):
         if objective.name not in offered:
             raise ConfigError(f"'objectives.{index}': {unknown_name('objective', objective.name, offered)}")

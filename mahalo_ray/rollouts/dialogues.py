@@ -6,7 +6,7 @@ is keyed by the dialogue's own seed, so results do not depend on which dialogues
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from mahalo_ray.data.records import Candidate, CandidateSet, Message, Turn
 from mahalo_ray.decoding.guidance import Choice, Guidance, Prompt, StepCandidate
 from mahalo_ray.decoding.scorers import ScorerGroup
 from mahalo_ray.decoding.stopping import StopReason
-from mahalo_ray.domains.protocol import Episode
+from mahalo_ray.domains.protocol import Episode, outcomes, prefix_judgements
 from mahalo_ray.endpoints import Failure
 from mahalo_ray.rollouts.students import EpisodeStudents, Student, Students, TutorTurn
 from mahalo_ray.rollouts.tutors import BRANCH, Conversation, Ending, Exchange, Proposal, Tutor, with_turn
@@ -361,30 +361,49 @@ class Collector:
         firsts = [[p.turns.index(turn) for turn in own] for p, own in zip(proposals, distinct, strict=True)]
         assert isinstance(self.batch.students, EpisodeStudents), "labels by continuations are of episodes"
         groups = self.batch.continue_copies(proposals, firsts, self.continuations)
-        judged = [[self._judgements(copies) for copies in own] for own in groups]
-        self.batch.play_out([c for own in groups for copies in own for c in copies])
+        copies = [copy for own in groups for of_candidate in own for copy in of_candidate]
+        # One after the other in the order of the copies, who are judged all together.
+        judged = iter(self._judgements(copies))
+        judged_of = [[self._mean_of(judged, len(of_candidate)) for of_candidate in own] for own in groups]
+        self.batch.play_out(copies)
+        ended = iter(outcomes([_episode(copy) for copy in copies], self.supervision))
         labels = []
-        for proposal, turns, own, own_judged in zip(proposals, distinct, groups, judged, strict=True):
+        for proposal, turns, own, own_judged in zip(proposals, distinct, groups, judged_of, strict=True):
             by_turn = {
-                turn: self._label(copies, proposal.conversation, judgements)
-                for turn, copies, judgements in zip(turns, own, own_judged, strict=True)
+                turn: self._label(
+                    of_candidate, proposal.conversation, judgements, [next(ended) for _ in of_candidate]
+                )
+                for turn, of_candidate, judgements in zip(turns, own, own_judged, strict=True)
             }
             labels.append([by_turn[turn] for turn in proposal.turns])
         return labels
 
-    def _judgements(self, copies: Sequence[Conversation]) -> Labels:
-        """Of the objectives that are judged right after a candidate: the mean over its copies."""
-        names = [name for name, kind in self.supervision.items() if kind == "judged_prefix"]
-        found = [_episode(copy).judge_prefix() for copy in copies] if names else []
-        return {name: _mean([judgement[name] for judgement in found]) for name in names}
+    def _judgements(self, copies: Sequence[Conversation]) -> list[Mapping[str, float]]:
+        """Of copies right after a candidate; nothing where no objective is judged there."""
+        names = self._judged_at_once
+        return prefix_judgements([_episode(copy) for copy in copies], names) if names else [{}] * len(copies)
 
-    def _label(self, copies: Sequence[Conversation], origin: Conversation, judged: Labels) -> Labels:
-        """The labels of a candidate whose copies have been played to their ends."""
-        outcomes = [_episode(copy).outcome() for copy in copies]
+    @property
+    def _judged_at_once(self) -> list[str]:
+        return [name for name, kind in self.supervision.items() if kind == "judged_prefix"]
+
+    def _mean_of(self, judgements: Iterator[Mapping[str, float]], count: int) -> Labels:
+        """Of the objectives that are judged right after a candidate: the mean over its copies."""
+        own = [next(judgements) for _ in range(count)]
+        return {name: _mean([judgement[name] for judgement in own]) for name in self._judged_at_once}
+
+    def _label(
+        self,
+        copies: Sequence[Conversation],
+        origin: Conversation,
+        judged: Labels,
+        ended: Sequence[Mapping[str, float]],
+    ) -> Labels:
+        """The labels of a candidate whose copies have been played to their ends, with these outcomes."""
         discounts = [self.gamma ** (copy.tutor_turns - origin.tutor_turns - 1) for copy in copies]
         labels = {}
         for name, kind in self.supervision.items():
-            values = [outcome[name] for outcome in outcomes]
+            values = [outcome[name] for outcome in ended]
             if kind == "judged_prefix":
                 labels[name] = judged[name]
             elif kind == "judged_rollouts":

@@ -24,8 +24,9 @@ from mahalo_ray.data.records import StepTrace
 from mahalo_ray.data.rows import SCHEMA, BadRow
 from mahalo_ray.decoding.policy import DeviceConfig, load_policy
 from mahalo_ray.decoding.stopping import boundary_for
+from mahalo_ray.domains.verdicts import Judge, Judged, Score, Unjudged, load_function
 from mahalo_ray.rollouts.continuations import Continuer, Key, Prefix, prefix_key
-from mahalo_ray.rollouts.judges import Judge, Judged, JudgeSpec, Score, Unjudged, load_function
+from mahalo_ray.rollouts.judges import JudgeSpec
 from mahalo_ray.rollouts.pool import (
     ChunkJob,
     ChunkSummary,
