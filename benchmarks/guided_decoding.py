@@ -23,7 +23,7 @@ from decoding_report import agree, ratios, report, summary
 from decoding_task import Models, Outcome, Task
 from decoding_variants import ours, ours_at_once, plain, published, reencoded
 from measuring import machine, synchronise, write_results
-from shapes import ABOUT_1M, ABOUT_30M, SMOLLM2_135M, TINY, Shape
+from shapes import ABOUT_1_5B, ABOUT_1M, ABOUT_30M, SMOLLM2_135M, TINY, Shape
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ SIZES = {
     "1m": Size(ABOUT_1M, 3),
     "30m": Size(ABOUT_30M, 2),
     "135m": Size(SMOLLM2_135M, 1),
+    "1.5b": Size(ABOUT_1_5B, 1),
 }
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 WAYS: dict[str, Callable[[Models, Task], Outcome]] = {
@@ -103,7 +104,9 @@ def task_of(options: argparse.Namespace, prompt_tokens: int) -> Task:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the 1M model only")
-    parser.add_argument("--models", type=_names, default=("1m", "30m", "135m"), help="of tiny,1m,30m,135m")
+    parser.add_argument(
+        "--models", type=_names, default=("1m", "30m", "135m"), help="of tiny,1m,30m,135m,1.5b"
+    )
     parser.add_argument("--prompts", type=_numbers, default=(100, 500), help="prompt lengths in tokens")
     parser.add_argument("--candidates", type=_numbers, default=(1, 5, 16), help="values of K")
     parser.add_argument("--ways", type=_names, default=tuple(WAYS), help=f"of {','.join(WAYS)}")

@@ -26,14 +26,24 @@ from step_report import checks, ratios, report, summary
 from step_variants import PRESETS, Pairs, Setting, Step, make_pairs, ours, reference_logps, textbook, trl
 
 _WARM_UP_TOKENS = 4
-KINDS = ("textbook", "trl", "trl_precomputed", "full", "low_rank", "recomputed")
+KINDS = (
+    "textbook",
+    "trl",
+    "trl_precomputed",
+    "full",
+    "low_rank",
+    "recomputed",
+)  # unless others are asked for
+LORA = ("lora", "lora_recomputed")
 
 
 @dataclass(frozen=True)
 class Variant:
     """What is measured: a kind of step and its number of heads."""
 
-    kind: Literal["textbook", "trl", "trl_precomputed", "full", "low_rank", "recomputed"]
+    kind: Literal[
+        "textbook", "trl", "trl_precomputed", "full", "low_rank", "recomputed", "lora", "lora_recomputed"
+    ]
     heads: int
 
     @property
@@ -45,6 +55,8 @@ class Variant:
             "full": f"ours, full, H={self.heads}",
             "low_rank": f"ours, low_rank, H={self.heads}",
             "recomputed": f"ours, recomputed, H={self.heads}",
+            "lora": f"ours, lora, H={self.heads}",
+            "lora_recomputed": f"ours, lora_recomputed, H={self.heads}",
         }[self.kind]
 
 
@@ -98,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
         "--variants",
         type=lambda text: tuple(text.split(",")),
         default=KINDS,
-        help="a selection, separated by commas",
+        help=f"a selection, separated by commas; besides the default's also {', '.join(LORA)}",
     )
     parser.add_argument("--steps", type=int, default=1, help="timed steps per process")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
@@ -113,9 +125,9 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _variants(options: argparse.Namespace) -> list[Variant]:
-    unknown = [name for name in options.variants if name not in KINDS]
+    unknown = [name for name in options.variants if name not in KINDS + LORA]
     if unknown:
-        raise SystemExit(f"unknown variant '{unknown[0]}'. Known: {', '.join(KINDS)}.")
+        raise SystemExit(f"unknown variant '{unknown[0]}'. Known: {', '.join(KINDS + LORA)}.")
     with_trl = installed("trl") is not None
     if not with_trl and any(name.startswith("trl") for name in options.variants):
         print("TRL is not installed (pip install mahalo_ray[benchmarks]): left out", file=sys.stderr)
@@ -181,6 +193,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         step = ours(setting, int(heads), kind)
     elif kind == "recomputed":
         step = ours(setting, int(heads), "low_rank", recomputed=True)
+    elif kind in LORA:
+        step = ours(setting, int(heads), "low_rank", kind == "lora_recomputed", lora=True)
     else:
         step = trl(setting, kind == "trl_precomputed", pairs)
     return _timed(step, pairs, stored, setting, options.steps)

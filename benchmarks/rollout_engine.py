@@ -44,9 +44,9 @@ class ListedStudents:
         """Nothing is kept."""
 
 
-def policy_of(shape: Shape) -> tuple[CausalPolicy, ChatFormat]:
+def policy_of(shape: Shape, device: torch.device) -> tuple[CausalPolicy, ChatFormat]:
     """Random weights; the end token is as unlikely as any other, so nearly all turns have full length."""
-    return CausalPolicy(shape.build(0, torch.float32, torch.device("cpu"))), ChatFormat(shape.tokenizer())
+    return CausalPolicy(shape.build(0, torch.float32, device)), ChatFormat(shape.tokenizer())
 
 
 def persona_students(count: int) -> list[PersonaStudent]:
@@ -54,9 +54,9 @@ def persona_students(count: int) -> list[PersonaStudent]:
     return [PersonaStudent(sampler.draw(n)[0].task, sampler.draw(n)[1], n) for n in range(count)]
 
 
-def in_flight(shape: Shape, quick: bool) -> list[dict[str, Any]]:
+def in_flight(shape: Shape, quick: bool, device: torch.device) -> list[dict[str, Any]]:
     """One actor's work, in this process: tokens/s with n dialogues in flight."""
-    policy, chat = policy_of(shape)
+    policy, chat = policy_of(shape, device)
     dialogues, turns = (8, 2) if quick else (32, 4)
     students = persona_students(dialogues)
     found: dict[int, list[float]] = {}
@@ -97,9 +97,9 @@ def _batch(policy: CausalPolicy, chat: ChatFormat, turns: int) -> DialogueBatch:
     return DialogueBatch(tutor, ListedStudents(), turns)
 
 
-def kept_cache(shape: Shape, quick: bool) -> dict[str, Any]:
+def kept_cache(shape: Shape, quick: bool, device: torch.device) -> dict[str, Any]:
     """8 turns over the kept cache, and with the whole history encoded again at every turn."""
-    policy, chat = policy_of(shape)
+    policy, chat = policy_of(shape, device)
     count, turns = (2, 3) if quick else (16, 8)
     seeds = list(range(count))
     prompt, reply = chat.prompt_ids([Message(role="user", content=WORDS)]), chat.encode_reply(REPLY)

@@ -18,16 +18,19 @@ from measuring import machine, write_results
 from rollout_driver import actors, queue
 from rollout_engine import in_flight, kept_cache
 from rollout_shards import shards
-from shapes import ABOUT_1M, TINY
+from shapes import ABOUT_1M, SMOLLM2_135M, TINY
+
+SHAPES = {"1m": ABOUT_1M, "135m": SMOLLM2_135M}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     torch.set_num_threads(options.threads)
     results: dict[str, Any] = {"benchmark": "rollouts", "machine": machine(), "quick": options.quick}
+    shape, device = TINY if options.quick else SHAPES[options.model], torch.device(options.device)
     parts = {
-        "in_flight": lambda: in_flight(TINY if options.quick else ABOUT_1M, options.quick),
-        "kept_cache": lambda: kept_cache(TINY if options.quick else ABOUT_1M, options.quick),
+        "in_flight": lambda: in_flight(shape, options.quick, device),
+        "kept_cache": lambda: kept_cache(shape, options.quick, device),
         "queue": lambda: queue([100, 1000] if options.quick else [1000, 10_000, 100_000]),
         "shards": lambda: shards(20 if options.quick else 400),
         "actors": lambda: actors([1, 2] if options.quick else [1, 2, 4, 8], options.quick),
@@ -46,6 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--parts", nargs="+", default=["in_flight", "kept_cache", "queue", "shards", "actors"]
     )
+    parser.add_argument("--model", choices=list(SHAPES), default="1m", help="of in_flight and kept_cache")
+    parser.add_argument("--device", default="cpu", help="of in_flight and kept_cache: cpu or cuda")
     parser.add_argument("--threads", type=int, default=1, help="torch threads of this process")
     parser.add_argument("--output", type=Path, default=Path("rollouts.json"))
     return parser

@@ -46,8 +46,9 @@ class Shape:
             pad_token_id=None,
         )
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        return model.to(device).eval()
+        with device:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return model.eval()
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """Token i is the word "t<i>"; the last three are the end token and the two speakers."""
@@ -69,6 +70,13 @@ ABOUT_1M = Shape(vocab_size=2048, hidden_size=128, intermediate_size=384, layers
 ABOUT_30M = Shape(vocab_size=32768, hidden_size=384, intermediate_size=1024, layers=10, heads=6, kv_heads=2)
 SMOLLM2_135M = Shape(
     vocab_size=49152, hidden_size=576, intermediate_size=1536, layers=30, heads=9, kv_heads=3
+)
+# The sizes of Qwen2.5, but for its biases, and with tied embeddings.
+ABOUT_1_5B = Shape(
+    vocab_size=151936, hidden_size=1536, intermediate_size=8960, layers=28, heads=12, kv_heads=2
+)
+ABOUT_7B = Shape(
+    vocab_size=152064, hidden_size=3584, intermediate_size=18944, layers=28, heads=28, kv_heads=4
 )
 
 

@@ -36,7 +36,7 @@ def ratios(variants: dict[str, dict[str, Any]]) -> dict[str, float]:
             for figure in ("above_weights", "workspace"):
                 found[f"{label}: share of {figure}"] = own[figure] / other[figure]
 
-    for kind in ("full", "low_rank", "recomputed"):
+    for kind in ("full", "low_rank", "recomputed", "lora", "lora_recomputed"):
         for heads in sorted(
             {int(name.rpartition("=")[2]) for name in variants if name.startswith("textbook")}
         ):

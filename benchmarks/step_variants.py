@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from shapes import END, SMOLLM2_135M, TINY, Shape, words
+from shapes import ABOUT_1_5B, ABOUT_7B, END, SMOLLM2_135M, TINY, Shape, words
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from mahalo_ray.config import HeadKind
+from mahalo_ray.config import HeadKind, LoraConfig
 from mahalo_ray.losses import IGNORE_INDEX, dpo_loss, shift_labels
 from mahalo_ray.models import ChunkedCausalLM, MultiHeadCausalLM
 from mahalo_ray.training.pairs import PackedPairs, TokenPairs, TokenRows, pair_inputs
@@ -42,6 +42,8 @@ PRESETS = {
     "smollm2-135m-dialogue": Preset(
         SMOLLM2_135M, prompt_tokens=224, min_length=256, max_length=512, chunk_size=256
     ),
+    "1.5b": Preset(ABOUT_1_5B, prompt_tokens=128, min_length=256, max_length=512, chunk_size=256),
+    "7b": Preset(ABOUT_7B, prompt_tokens=128, min_length=256, max_length=512, chunk_size=256),
     "tiny": Preset(TINY, prompt_tokens=8, min_length=20, max_length=40, chunk_size=16),
 }
 
@@ -151,10 +153,14 @@ def multi_head_policy(setting: Setting, num_heads: int, kind: HeadKind) -> Multi
     ).train()
 
 
-def ours(setting: Setting, num_heads: int, kind: HeadKind, recomputed: bool = False) -> Step:
+def ours(
+    setting: Setting, num_heads: int, kind: HeadKind, recomputed: bool = False, lora: bool = False
+) -> Step:
     """Chosen and rejected behind one prompt, own head per row, completion tokens only, reference stored;
-    `recomputed`: with activation checkpointing."""
+    `recomputed`: with activation checkpointing; `lora`: adapters of rank 16 on a frozen backbone."""
     policy = multi_head_policy(setting, num_heads, kind)
+    if lora:
+        policy.add_lora(LoraConfig())
     policy.enable_pair_packing()
     if recomputed:
         policy.gradient_checkpointing_enable()
