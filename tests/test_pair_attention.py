@@ -16,7 +16,7 @@ from tiny_policies import FAMILIES, OBJECTIVES, V, policy, tiny
 from torch import Tensor
 
 from mahalo_ray.config import LoraConfig
-from mahalo_ray.models import ChunkedCausalLM, MultiHeadCausalLM, attention
+from mahalo_ray.models import ChunkedCausalLM, MultiHeadCausalLM, attention, pair_attention
 from mahalo_ray.models.pair_attention import packing_unsupported_reason
 from mahalo_ray.training.pairs import PackedPairs, PaddedPairs, PairInputs, TokenPairs, TokenRows, pair_inputs
 
@@ -57,6 +57,17 @@ def test_every_family_computes_the_same_or_is_refused(family: str) -> None:
         assert reason is not None and REFUSED[family] in reason
         return
     assert reason is None
+    compare_with_ordinary_sequences(family)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2-softcap"])
+def test_one_call_for_all_pairs_computes_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CUDA card does, on the CPU (a soft cap keeps the other way)."""
+    monkeypatch.setattr(pair_attention, "_IN_ONE_CALL", {"cpu"})
+    compare_with_ordinary_sequences(family)
+
+
+def compare_with_ordinary_sequences(family: str) -> None:
     model, data = policy(family), padded(SIZES)
     expected = logps(model, data, head_index=heads_of(data))
     expected.sum().backward()

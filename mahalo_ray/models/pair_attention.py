@@ -17,13 +17,20 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from mahalo_ray.models.attention import prefix_attention, register_attention
+from mahalo_ray.models.attention import (
+    SCORES_AT_ONCE,
+    prefix_attention,
+    register_attention,
+    repeat_heads,
+)
 from mahalo_ray.models.sharding import whole_modules
 
 IMPLEMENTATION = "mahalo_pairs"
+_IN_ONE_CALL = {"cuda"}  # devices on which calls cost more than padding
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,9 @@ class PairLayout:
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None
     ) -> Tensor:
         """query [1, Hq, N, D]; key, value [1, Hkv, N, D] -> [1, N, Hq, D]."""
+        one_call = query.device.type in _IN_ONE_CALL and softcap is None
+        if one_call and len(self.lengths) * self._widest**2 <= SCORES_AT_ONCE:
+            return self._attend_padded(query, key, value, scaling)
         # Two small attentions per pair instead of one over the whole sequence. [prompt, chosen] is plain
         # causal attention; the R' rejected queries look at P prompt keys and R' of their own, and begin at
         # position P of these. One causal attention over all N tokens would show the rejected answer the
@@ -74,6 +84,57 @@ class PairLayout:
                 starts = torch.tensor([prompt], device=query.device)
                 outputs.append(prefix_attention(q[:, :, first_row:], keys, values, starts, scaling, softcap))
         return torch.cat(outputs, dim=1)
+
+    def _attend_padded(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """The same in one call over all pairs, each padded to the widest, under a mask."""
+        # Copies into and out of the padded layout are by distinct indices, so that the gradients of both are
+        # copies too and no two additions meet.
+        place, bias = self._padding(query)
+        rows, width = bias.shape[0], bias.shape[-1]
+        groups = query.shape[1] // key.shape[1]
+
+        def padded(states: Tensor) -> Tensor:  # [1, H, N, D] -> [R, H, T, D]
+            tokens = states[0].transpose(0, 1)
+            blank = tokens.new_zeros(rows * width, *tokens.shape[1:])
+            return blank.index_copy(0, place, tokens).unflatten(0, (rows, width)).transpose(1, 2)
+
+        out = F.scaled_dot_product_attention(
+            padded(query),
+            repeat_heads(padded(key), groups),
+            repeat_heads(padded(value), groups),
+            attn_mask=bias,
+            scale=scaling,
+        )
+        return out.transpose(1, 2).flatten(0, 1).index_select(0, place)[None]
+
+    @cached_property
+    def _widest(self) -> int:
+        """Tokens of the longest pair, rounded up to what attention kernels want of a mask."""
+        return -(-max(map(sum, self.lengths)) // 16) * 16
+
+    def _padding(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """For the pairs padded to `_widest` tokens T: the place of every packed token [N], and a bias
+        [R, 1, T, T] of 0 or -inf, in the dtype and on the device of `like`. Made once for all layers."""
+        key = (like.device, like.dtype)
+        if key not in self._paddings:
+            count, width = len(self.lengths), self._widest
+            lengths = torch.tensor(self.lengths, device=like.device)
+            at = torch.arange(width, device=like.device)
+            place = (torch.arange(count, device=like.device)[:, None] * width + at)[
+                at < lengths.sum(1)[:, None]
+            ]
+            chosen, rejected = (lengths[:, :n].sum(1)[:, None] for n in (1, 2))  # where they begin
+            is_chosen, is_later = (at >= chosen) & (at < rejected), at >= rejected
+            # A padding token looks at something too: a row without any key would be NaN, in the gradients of
+            # keys and values as well.
+            hidden = (at > at[:, None]) | (is_later[:, :, None] & is_chosen[:, None])
+            bias = torch.zeros(count, 1, width, width, dtype=like.dtype, device=like.device)
+            self._paddings[key] = (place, bias.masked_fill_(hidden[:, None], float("-inf")))
+        return self._paddings[key]
+
+    @cached_property
+    def _paddings(self) -> dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]]:
+        return {}
 
     def positions(self, device: torch.device) -> Tensor:
         """Position ids [1, N]: both answers begin where their prompt ends. Counted through the packed
