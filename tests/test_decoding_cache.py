@@ -22,7 +22,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from mahalo_ray.decoding import kv_cache
+from mahalo_ray.decoding import branch_attention
 from mahalo_ray.decoding.cached_backbone import CachedBackbone
 from mahalo_ray.decoding.engine import Engine
 from mahalo_ray.decoding.kv_cache import Branches, BranchRef, RaggedCache
@@ -86,14 +86,22 @@ tokens = st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=9)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@settings(max_examples=12)
+@settings(max_examples=16)
 @given(
+    # Whether prefix and branches are attended to in one call, as on a card.
+    joining=st.sampled_from([set(), {"cpu"}]),
     prompts=st.lists(tokens, min_size=1, max_size=4),
     rounds=st.lists(
         st.tuples(st.integers(1, 4), st.integers(1, 12), st.integers(0, 2**31)), min_size=1, max_size=3
     ),
 )
-def test_kept_cache_equals_reencoding(name, prompts, rounds):
+def test_kept_cache_equals_reencoding(name, joining, prompts, rounds):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(branch_attention, "_JOINING", joining)
+        compare_with_reencoding(name, prompts, rounds)
+
+
+def compare_with_reencoding(name, prompts, rounds):
     engine = Engine(policy(name), prefill_tokens=24)
     rows = engine.add(len(prompts))
     engine.append(rows, prompts)
@@ -171,7 +179,7 @@ def test_attention_in_parts_is_attention_at_once(monkeypatch: pytest.MonkeyPatch
     behind = torch.arange(own) > torch.arange(own - width, own)[:, None]
     own_bias = torch.zeros(width, own).masked_fill(behind, float("-inf")).expand(rows, 1, 1, 1, width, own)
     arguments = (query, (prefix, prefix + 1), (branch, branch - 1), hidden, own_bias, 0.3, 20.0)
-    whole = kv_cache.shared_prefix_attention(*arguments)
+    whole = branch_attention.shared_prefix_attention(*arguments)
     largest: list[int] = []
     softmax = torch.softmax
 
@@ -181,9 +189,9 @@ def test_attention_in_parts_is_attention_at_once(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(torch, "softmax", counted)
     for most in (1000, 200, 60, 1):
-        monkeypatch.setattr(kv_cache, "_MOST_SCORES", most)
+        monkeypatch.setattr(branch_attention, "_MOST_SCORES", most)
         largest.clear()
-        torch.testing.assert_close(kv_cache.shared_prefix_attention(*arguments), whole)
+        torch.testing.assert_close(branch_attention.shared_prefix_attention(*arguments), whole)
         # One query of one branch, for all heads, is the smallest part there is.
         assert max(largest) <= max(most, 2 * heads * (length + own)) and len(largest) > 1
 

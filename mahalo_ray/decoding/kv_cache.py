@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mahalo_ray.models.attention import prefix_attention, register_attention, softcapped
+from mahalo_ray.decoding.branch_attention import JoinedKeys, shared_prefix_attention
+from mahalo_ray.models.attention import prefix_attention, register_attention
 
 IMPLEMENTATION = "mahalo_cached"  # the name of our attention among transformers' implementations
 
@@ -32,7 +33,6 @@ NO_ROWS = np.zeros(0, dtype=np.int64)
 _MOST_RUNS = 8
 _LEAST_GROWTH = 16  # tokens
 _SHRINK_BELOW = 0.25  # buffers are made smaller when no more than this share of them is in use
-_MOST_SCORES = 1 << 27  # attention scores held at once, beyond which queries are attended to in parts
 
 
 @dataclass(frozen=True)
@@ -271,110 +271,6 @@ def cached_attention(config: Any) -> Iterator[None]:
         config._attn_implementation_internal = before
 
 
-def shared_prefix_attention(
-    query: Tensor,
-    prefix: tuple[Tensor, Tensor],
-    own: tuple[Tensor, Tensor],
-    prefix_bias: Tensor | None,
-    own_bias: Tensor | None,
-    scaling: float,
-    softcap: float | None,
-) -> Tensor:
-    """Attention of K branches per row over their row's prefix, stored once, and over their own keys: one
-    softmax.
-
-    query [N * K, Hq, S, D]; prefix keys, values [N, Hkv, L, D]; own keys, values [N, Hkv, K, T, D] (this
-    call's S included); prefix_bias [N, 1, 1, L] and own_bias [N, 1, 1, 1, S or 1, T] hold 0 or -inf (None:
-    everything is visible). Returns [N * K, S, Hq, D]. Scores of more than 2 ** 27 numbers are never held at
-    once: rows, then branches, then queries are halved.
-    """
-    rows, kv_heads, branches, own_length, dim = own[0].shape
-    width, groups = query.shape[2], query.shape[1] // kv_heads
-    length = prefix[0].shape[2]
-    if query.shape[0] * query.shape[1] * width * (length + own_length) > _MOST_SCORES:
-        parts = _halves(query, prefix, own, prefix_bias, own_bias)
-        if parts is not None:
-            halves = [shared_prefix_attention(*part, scaling, softcap) for part in parts]
-            return torch.cat(halves, dim=0 if rows * branches > 1 else 1)
-    # The K branches of a row, times G query heads per key/value head, times S tokens become K*G*S query rows
-    # of one product [K*G*S, D] @ [D, L] with the prefix that they share, [N, Hkv, L, D]. Giving every branch
-    # a copy would hold and read the prefix K times. A branch's own few keys cannot be shared, so they are a
-    # second product, batched over branches.
-    query = query.view(rows, branches, kv_heads, groups, width, dim).permute(0, 2, 1, 3, 4, 5) * scaling
-    query = query.reshape(rows, kv_heads, branches * groups * width, dim)
-    to_prefix = query @ prefix[0].transpose(-1, -2)
-    to_own = query.view(rows, kv_heads, branches, groups * width, dim) @ own[0].transpose(-1, -2)
-    to_prefix, to_own = softcapped(to_prefix, softcap), softcapped(to_own, softcap)
-    if prefix_bias is not None:
-        to_prefix = to_prefix + prefix_bias
-    if own_bias is not None:
-        to_own = to_own.view(rows, kv_heads, branches, groups, width, own_length) + own_bias
-    to_own = to_own.reshape(rows, kv_heads, branches * groups * width, own_length)
-    # Both parts are joined before the softmax, [N, Hkv, K*G*S, L + T]. Two softmaxes, averaged, would each
-    # sum to 1 and give the few own tokens as much weight as the whole prefix. Merged by their log-sum-exps
-    # they would be right, with more passes over the outputs and rounding of its own.
-    scores = torch.cat([to_prefix, to_own], dim=-1)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    out = weights[..., :length] @ prefix[1]
-    own_weights = weights[..., length:].view(rows, kv_heads, branches, groups * width, own_length)
-    out = out.view(rows, kv_heads, branches, groups * width, dim) + own_weights @ own[1]
-    out = out.view(rows, kv_heads, branches, groups, width, dim).permute(0, 2, 4, 1, 3, 5)
-    return out.reshape(rows * branches, width, kv_heads * groups, dim)
-
-
-_Attention = tuple[
-    Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor | None, Tensor | None
-]  # query, prefix, own, prefix_bias, own_bias
-
-
-def _halves(
-    query: Tensor,
-    prefix: tuple[Tensor, Tensor],
-    own: tuple[Tensor, Tensor],
-    prefix_bias: Tensor | None,
-    own_bias: Tensor | None,
-) -> list[_Attention] | None:
-    """The arguments of `shared_prefix_attention` for each half of the rows; of one row's branches; or of one
-    branch's queries. None for a single query.
-    """
-    # Queries are halved, never keys: a softmax runs over all keys of one query, so halves of queries are
-    # independent and their results are put behind each other. Halves of keys would have to be merged with
-    # running maxima and sums. Views only: nothing is copied, and only the scores are bounded by this.
-    rows, _, branches, _, _ = own[0].shape
-    width = query.shape[2]
-    if rows > 1:
-        parts = [slice(0, rows // 2), slice(rows // 2, rows)]
-        return [
-            (
-                query[part.start * branches : part.stop * branches],
-                (prefix[0][part], prefix[1][part]),
-                (own[0][part], own[1][part]),
-                None if prefix_bias is None else prefix_bias[part],
-                None if own_bias is None else own_bias[part],
-            )
-            for part in parts
-        ]
-    if branches > 1:
-        parts = [slice(0, branches // 2), slice(branches // 2, branches)]
-        return [
-            (query[part], prefix, (own[0][:, :, part], own[1][:, :, part]), prefix_bias, own_bias)
-            for part in parts
-        ]
-    if width > 1:
-        parts = [slice(0, width // 2), slice(width // 2, width)]
-        return [
-            (
-                query[:, :, part],
-                prefix,
-                own,
-                prefix_bias,
-                own_bias if own_bias is None or own_bias.shape[-2] == 1 else own_bias[..., part, :],
-            )
-            for part in parts
-        ]
-    return None
-
-
 class Branches:
     """View of forwards over a grid [N, K]: row i is K branches of the prefix at slots[i], each with
     lengths[i] tokens of its own. The grid index of a branch is row * K + column.
@@ -397,6 +293,7 @@ class Branches:
         self._common_start: int | None = None  # where the next tokens of all branches go, if at one position
         self._end = 0
         self._prefix_bias: Tensor | None = None
+        self._joined: list[JoinedKeys | None] = []  # of every piece, in the forward under way
         self.move(slots)
         self.select(None, np.arange(len(slots)))
 
@@ -499,20 +396,20 @@ class Branches:
         if layer == len(self._prefixes):
             self._prefixes.append(self._prefixes_of(layer))
         keys, values, end = self.keys[layer], self.values[layer], self._end
-        out = [
-            shared_prefix_attention(
-                query[branches],
-                prefix,
-                (keys[rows, :, :, :end], values[rows, :, :, :end]),
-                prefix_bias,
-                own_bias,
-                scaling,
-                softcap,
-            )
-            for prefix, (rows, branches, prefix_bias, own_bias) in zip(
-                self._prefixes[layer], self._pieces, strict=True
-            )
-        ]
+        out = []
+        for number, (prefix, piece) in enumerate(zip(self._prefixes[layer], self._pieces, strict=True)):
+            rows, branches, prefix_bias, own_bias = piece
+            of_piece = query[branches]
+            own = (keys[rows, :, :, :end], values[rows, :, :, :end])
+            if number == len(self._joined):  # the first layer of a forward
+                biases = (prefix_bias, own_bias)
+                self._joined.append(JoinedKeys.of(of_piece, prefix[0], own[0], biases, softcap))
+            if (joined := self._joined[number]) is not None:
+                out.append(joined.attend(of_piece, prefix, own, scaling))
+            else:
+                out.append(
+                    shared_prefix_attention(of_piece, prefix, own, prefix_bias, own_bias, scaling, softcap)
+                )
         whole = out[0] if len(out) == 1 else torch.cat(out)
         return whole if self._selected is None else whole[self._selected]
 
@@ -520,6 +417,7 @@ class Branches:
         """The forward over the next `width` tokens is done."""
         self.lengths[self._rows] += width
         self._start += width
+        self._joined = []
         if self._opening is not None:
             self._opening.commit()
             self._opening = None
@@ -563,6 +461,7 @@ class Branches:
         `advance` moves it without coming here again.
         """
         width, start, rows = query.shape[2], self._start, len(self.slots)
+        self._joined = []
         self._end = start + width if len(self._rows) else 0
         self._common_start = start if self._even and self._selected is None else None
         if self._common_start is None:
