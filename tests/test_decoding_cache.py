@@ -196,6 +196,29 @@ def test_attention_in_parts_is_attention_at_once(monkeypatch: pytest.MonkeyPatch
         assert max(largest) <= max(most, 2 * heads * (length + own)) and len(largest) > 1
 
 
+def test_prefix_and_branches_in_one_call_are_two_products(monkeypatch: pytest.MonkeyPatch):
+    """Rows whose prefixes and whose branches have different lengths, as when requests join in flight."""
+    monkeypatch.setattr(branch_attention, "_JOINING", {"cpu"})
+    generator = torch.Generator().manual_seed(0)
+    rows, columns, heads, groups, length, own = 3, 4, 2, 2, 7, 6
+    query = torch.randn(rows * columns, groups * heads, 1, 8, generator=generator)
+    prefix = torch.randn(2, rows, heads, length, 8, generator=generator).unbind()
+    branches = torch.randn(2, rows, heads, columns, own, 8, generator=generator).unbind()
+
+    def behind(width: int, lengths: list[int]) -> torch.Tensor:
+        hidden = torch.arange(width) >= torch.tensor(lengths)[:, None]
+        return torch.zeros(rows, width).masked_fill(hidden, float("-inf"))
+
+    prefix_bias = behind(length, [7, 2, 5])[:, None, None]
+    own_bias = behind(own, [1, 6, 3])[:, None, None, None, None]
+    for biases in ((None, None), (prefix_bias, None), (prefix_bias, own_bias)):
+        joined = branch_attention.JoinedKeys.of(query, prefix[0], branches[0], biases, softcap=None)
+        assert joined is not None
+        expected = branch_attention.shared_prefix_attention(query, prefix, branches, *biases, 0.3, None)
+        torch.testing.assert_close(joined.attend(query, prefix, branches, 0.3), expected)
+    assert branch_attention.JoinedKeys.of(query, prefix[0], branches[0], (None, None), softcap=2.0) is None
+
+
 def test_memory_is_given_back_while_others_go_on():
     """Forty long conversations leave a short one behind: it goes on as if they had not been there."""
     alone, engine = Engine(policy("llama")), Engine(policy("llama"))

@@ -54,7 +54,7 @@ class JoinedKeys:
         if biases[0] is not None:  # [N, 1, 1, L]
             to_prefix += biases[0]
         if biases[1] is not None:  # [N, 1, 1, 1, 1, T]
-            to_own += biases[1][:, :, 0, 0]
+            to_own += biases[1][:, :, 0]
         self._bias = bias.view(rows, 1, columns * groups, -1)
 
     def attend(
