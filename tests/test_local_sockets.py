@@ -174,6 +174,8 @@ def test_where_a_replica_is_missing_ray_spreads_the_requests(folder):
                 os.mknod(dead, 0o600 | 0o140000)
                 answers = [await Client(proxy, "/tutor/echo", b"{}").answer() for _ in range(3)]
                 assert answers == [(200, b"{}")] * 3 and not dead.exists()
+            # Until a replica that has gone has a successor, the others are asked.
+            assert await Client(proxy, "/tutor/echo", b"{}").answer() == (200, b"{}")
 
     asyncio.run(scenario())
 

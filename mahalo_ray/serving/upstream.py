@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 _ROUTES_S = 1.0  # after which the proxy's routes are read again
 _IDLE_S = 15.0  # that a connection to a replica is kept
 _CONNECT_S = 5.0
+_REPLACED_S = 60.0  # in which a replica that is gone usually has a successor
 _BUFFER = 65_536  # bytes of an answer that may wait for a slow client
 _SHARE = 0.2  # of the newest answer in the moving average of their pace
 # Of one connection each: the proxy has its own with the client, and another with the replica.
@@ -202,14 +203,18 @@ class LocalApplication:
         self.name = name
         self.root_path = "" if route == "/" else route
         self.replicas: list[LocalReplica] = []
+        self._complete_at = float("-inf")
         self._average_s: float | None = None
 
     @property
     def is_complete(self) -> bool:
-        """Whether all its replicas are here: if not, Ray spreads the requests."""
-        return bool(self.replicas) and len(self.replicas) >= max(
-            replica.described.num_replicas for replica in self.replicas
-        )
+        """Whether all its replicas are here, or were a moment ago: if not, Ray spreads the requests."""
+        if not self.replicas:
+            return False
+        now = time.monotonic()
+        if len(self.replicas) >= max(replica.described.num_replicas for replica in self.replicas):
+            self._complete_at = now
+        return now - self._complete_at < _REPLACED_S
 
     @property
     def is_full(self) -> bool:
