@@ -103,8 +103,10 @@ class Client:
 async def replica_and_proxy(folder: Path, num_replicas: int = 1, num_places: int = 2):
     replica = Replica()
     its_socket = ReplicaSocket.new("mahalo", num_replicas, 1, num_places)
+    proxy = OpenAIErrors(serves_own_way, folder)
     async with listening(replica, folder, its_socket):
-        yield replica, OpenAIErrors(serves_own_way, folder)
+        yield replica, proxy
+    assert await Client(proxy, "/tutor/echo", b"{}").answer() == (418, b"{}")  # Ray's way again
 
 
 def test_answers_and_streams_come_as_they_are_made(folder):
@@ -122,7 +124,6 @@ def test_answers_and_streams_come_as_they_are_made(folder):
             assert await Client(proxy, "/elsewhere", b"{}").answer() == (418, b"{}")
             assert is_private(folder)
         assert not folder.exists()
-        assert await Client(proxy, "/tutor/echo", b"{}").answer() == (418, b"{}")  # Ray's way again
 
     asyncio.run(scenario())
 

@@ -272,7 +272,8 @@ class LocalApplications:
         """The application that answers there, if all its replicas have sockets here."""
         try:
             changed_ns = self._folder.stat().st_mtime_ns
-        except OSError:
+        except OSError:  # its last replica has ended
+            await self._forget(set())
             return None
         is_old = changed_ns != self._seen_ns or time.monotonic() - self._read_at > _ROUTES_S
         if is_old and self._reading is None:
@@ -300,12 +301,17 @@ class LocalApplications:
                 its_sockets = [each for each in sockets if each.application == application_digest(name)]
                 application.replicas = [self._replica(each, application) for each in its_sockets]
             self._by_route = found
-            names = {each.file_name for each in sockets}
-            for name in [name for name in self._known if name not in names]:
-                await self._known.pop(name).close()
+            await self._forget({each.file_name for each in sockets})
             self._seen_ns, self._read_at = changed_ns, time.monotonic()
         finally:
             self._reading = None
+
+    async def _forget(self, all_but: set[str]) -> None:
+        """Close the connections to the sockets that are gone."""
+        for name in self._known.keys() - all_but:
+            await self._known.pop(name).close()
+        if not all_but:
+            self._by_route, self._seen_ns = {}, -1
 
     def _replica(self, described: ReplicaSocket, application: LocalApplication) -> LocalReplica:
         known = self._known.get(described.file_name)
