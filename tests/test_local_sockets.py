@@ -190,3 +190,19 @@ def test_a_folder_that_others_can_enter_is_not_used(folder, caplog):
 
     asyncio.run(scenario())
     assert "is not this user's alone" in caplog.text and list(folder.iterdir()) == []
+
+
+def test_sockets_of_killed_replicas_are_removed_by_the_next(folder):
+    old = folder.parent / f"mahalo-serve-{os.geteuid()}-0123456789abcdef"
+    young = folder.parent / f"mahalo-serve-{os.geteuid()}-fedcba9876543210"
+    for left in (old, young):
+        left.mkdir(mode=0o700)
+        os.mknod(left / ReplicaSocket.new("mahalo", 1, 1, 2).file_name, 0o600 | 0o140000)
+    for path in old.iterdir():
+        os.utime(path, (0, 0))
+
+    async def scenario() -> None:
+        async with replica_and_proxy(folder):
+            assert not old.exists() and young.exists()
+
+    asyncio.run(scenario())

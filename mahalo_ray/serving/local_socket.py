@@ -18,6 +18,7 @@ import secrets
 import socket
 import stat
 import tempfile
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -30,14 +31,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 logger = logging.getLogger(__name__)
 
 ROOT_PATH_HEADER = b"mahalo-root-path"  # from the proxy: what the application's addresses begin with
+_FOLDERS = "mahalo-serve-"
 _LONGEST_PATH = 100  # bytes: what every system allows for the path of a Unix socket
 _KEEP_ALIVE_S = 75  # longer than the proxy keeps an idle connection, so that the proxy is the one to close it
 _SUFFIX = ".sock"
+_STARTED_S = 60.0  # after which whoever made a socket listens there, or is gone
 
 
 def socket_folder(node_id: str) -> Path:
     """Where replicas on one node of a Ray cluster have their sockets; a node's id is never used again."""
-    return Path(tempfile.gettempdir(), f"mahalo-serve-{os.geteuid()}-{node_id[:16]}")
+    return Path(tempfile.gettempdir(), f"{_FOLDERS}{os.geteuid()}-{node_id[:16]}")
 
 
 def is_private(folder: Path) -> bool:
@@ -134,6 +137,7 @@ async def listening(app: ASGIApp, folder: Path, its_socket: ReplicaSocket) -> As
 def _listen(path: Path) -> socket.socket:
     """A socket that is bound where nobody looks for it yet."""
     folder = path.parent
+    _remove_left_behind(folder.parent)
     folder.mkdir(mode=0o700, exist_ok=True)
     if not is_private(folder):
         raise PermissionError(f"{folder} is not this user's alone")
@@ -142,6 +146,31 @@ def _listen(path: Path) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(os.fspath(_unfinished(path)))
     return listener
+
+
+def _remove_left_behind(parent: Path) -> None:
+    """Remove this user's sockets whose replicas were killed, of other nodes and earlier ones."""
+    for folder in parent.glob(f"{_FOLDERS}{os.geteuid()}-*"):
+        if not is_private(folder):
+            continue
+        with suppress(OSError):  # somebody else removes it too
+            for path in folder.iterdir():
+                if time.time() - path.stat().st_mtime > _STARTED_S and not _is_answered(path):
+                    path.unlink()
+            folder.rmdir()  # where nothing is left
+
+
+def _is_answered(path: Path) -> bool:
+    """Whether somebody listens at a socket."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(os.fspath(path))
+        except ConnectionRefusedError:
+            return False
+        except OSError:  # busy, or no socket
+            return True
+        return True
 
 
 def _unfinished(path: Path) -> Path:
