@@ -67,7 +67,14 @@ async def serves_own_way(scope, receive, send) -> None:
 class Client:
     """One request to the proxy, whose body comes in parts, and whose connection may end."""
 
-    def __init__(self, proxy: OpenAIErrors, path: str, *parts: bytes | None, method: str = "POST") -> None:
+    def __init__(
+        self,
+        proxy: OpenAIErrors,
+        path: str,
+        *parts: bytes | None,
+        method: str = "POST",
+        origin: bytes | None = None,
+    ) -> None:
         self.sent: asyncio.Queue[dict] = asyncio.Queue()
         self.messages: list[dict] = []
         self.incoming: asyncio.Queue[dict] = asyncio.Queue()
@@ -76,6 +83,7 @@ class Client:
                 self.send_part(part, number + 1 < len(parts))
         length = sum(1 if part is None else len(part) for part in parts)
         headers = [(b"content-length", str(length).encode())] if parts else []
+        headers += [] if origin is None else [(b"origin", origin)]
         scope = {
             "type": "http",
             "method": method,
@@ -139,6 +147,9 @@ def test_a_full_replica_is_not_asked_and_bodies_that_do_not_come_hold_no_place(f
             assert (status, json.loads(body)["error"]["code"]) == (503, "overloaded")
             assert await Client(proxy, "/tutor/models", method="GET").answer() == (200, b"")
             assert len(replica.asked) == 8  # the full replica was not asked
+            # It alone knows the headers with which a page of another origin may read its refusal.
+            page = Client(proxy, "/tutor/echo", b"{}", origin=b"https://example.org")
+            assert await page.answer() == (200, b"{}") and len(replica.asked) == 9
             replica.go_on.set()
             assert [await client.answer() for client in waiting] == [(200, b"{}")] * 2
             for client in slow:

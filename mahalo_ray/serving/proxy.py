@@ -96,11 +96,13 @@ class OpenAIErrors:
         is_post = scope["method"] == "POST"
         if is_post:
             await body.begin()
-            if local is not None and local.is_full:
+            # A page elsewhere could not read a refusal without the headers that a replica gives it.
+            is_from_page = any(name == b"origin" for name, _ in scope["headers"])
+            if local is not None and local.is_full and not is_from_page:
                 full.expect(local.pace_s, local.wait_s)
                 await _OutgoingAnswer(send, full).send_error(_busy(full.next_return()))
                 return
-            if full.all_are_full:
+            if full.all_are_full and not is_from_page:
                 await _OutgoingAnswer(send, full).send_error(_busy(full.next_return()))
                 return
         attempts = 0
