@@ -91,17 +91,16 @@ class PairLayout:
         # copies too and no two additions meet.
         place, bias = self._padding(query)
         rows, width = bias.shape[0], bias.shape[-1]
-        groups = query.shape[1] // key.shape[1]
-
-        def padded(states: Tensor) -> Tensor:  # [1, H, N, D] -> [R, H, T, D]
-            tokens = states[0].transpose(0, 1)
-            blank = tokens.new_zeros(rows * width, *tokens.shape[1:])
-            return blank.index_copy(0, place, tokens).unflatten(0, (rows, width)).transpose(1, 2)
-
+        heads, dim = [states.shape[1] for states in (query, key, value)], query.shape[-1]
+        tokens = torch.cat([query[0], key[0], value[0]]).transpose(0, 1)  # [N, all heads, D]
+        blank = tokens.new_zeros(rows * width, sum(heads), dim)
+        padded = blank.index_copy(0, place, tokens).unflatten(0, (rows, width)).transpose(1, 2)
+        queries, keys, values = padded.split(heads, dim=1)
+        groups = heads[0] // heads[1]
         out = F.scaled_dot_product_attention(
-            padded(query),
-            repeat_heads(padded(key), groups),
-            repeat_heads(padded(value), groups),
+            queries,
+            repeat_heads(keys, groups),
+            repeat_heads(values, groups),
             attn_mask=bias,
             scale=scaling,
         )
