@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_guided
 import torch
@@ -16,6 +17,7 @@ from mahalo_ray.config import LoraConfig
 from mahalo_ray.decoding.guidance import GuidedRequest
 from mahalo_ray.decoding.sampling import SamplingParams
 from mahalo_ray.losses import dpo_loss
+from mahalo_ray.training.pairs import PackedPairs, TokenPairs, TokenRows, pair_inputs
 
 DEVICE = torch.device("cuda")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card")
@@ -51,16 +53,23 @@ def test_the_same_batch_gives_the_same_answers_in_bfloat16() -> None:
     assert first == second
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_a_training_step_has_the_loss_and_gradients_of_the_cpu(lora: bool) -> None:
+@pytest.mark.parametrize("kind", ["full", "lora", "packed pairs"])
+def test_a_training_step_has_the_loss_and_gradients_of_the_cpu(kind: str) -> None:
     def step(device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
         torch.manual_seed(0)
         model = policy()
-        if lora:
+        if kind == "lora":
             model.add_lora(LoraConfig(rank=2))
         model.to(device)
-        given = {name: value.to(device) for name, value in batch(rows=4).items()}
-        logps = model.completion_logps(**given, head_index=torch.tensor([0, 1, 0, 1], device=device))
+        given: dict[str, Tensor | None] = {**batch(rows=4)}
+        if kind == "packed pairs":
+            model.enable_pair_packing()
+            columns = ([[5, 3, 7], [2, 4]], [[9], [8, 6, 3]], [[6, 2], [3]])
+            ids, ones = ["0", "1"], np.ones(2)
+            pairs = TokenPairs(ids, np.array([0, 1]), *map(TokenRows, columns), ones, ones, 0)
+            given = pair_inputs(PackedPairs(pairs).tensors(np.arange(2)))
+        inputs: dict[str, Any] = {name: None if v is None else v.to(device) for name, v in given.items()}
+        logps = model.completion_logps(**inputs, head_index=torch.tensor([0, 1, 0, 1], device=device))
         chosen, rejected = logps.chunk(2)
         loss = dpo_loss(chosen, rejected, chosen.detach() - 1, rejected.detach(), 0.1).sum()
         loss.backward()
