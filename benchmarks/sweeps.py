@@ -4,9 +4,10 @@
 
 Two objectives: coefficient of variation (CV) and ratio of longest to shortest chord of the points at the
 weights that a sampler chose, hypervolume as a share of the front's, and IGD. Three: the largest empty ball,
-too. Noisy evaluations have normal noise with a standard deviation of 5 % of each objective's range; what a
-sampler then chose is judged at its true points. An evaluation is an inner step of an exact solver. Portfolios
-are compared with brute force, and their certificate with the best of all policies.
+too. Below each table stands the least that anyone could reach who knew the front. Noisy evaluations have
+normal noise with a standard deviation of 5 % of each objective's range; what a sampler then chose is judged
+at its true points. An evaluation is an inner step of an exact solver. Portfolios are compared with brute
+force, and their certificate with the best of all policies.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 import sweep_fronts
 from measuring import machine, table, write_results
+from scipy.spatial import cKDTree
 from sweep_fronts import Array, Curve, bandit_of_three, bandit_values, sampled, sphere
 
 from mahalo_ray.evaluation.statistics import hypervolume
@@ -36,6 +38,7 @@ from mahalo_ray.sweeps.front_metrics import (
 
 NOISE = 0.05
 TAU = 0.05
+ON_A_GAP = 20  # a step between neighbours of a dense curve, in median steps, that is a gap
 NARROW = 1e-3  # smallest weight under Chebyshev scalarisation
 PUBLISHED = {  # SURF after 30 rounds of 16 points, exact solver (arXiv 2605.20619): (uniform weights, SURF)
     "DTLZ2": (0.2023, 4.6e-5),
@@ -134,6 +137,78 @@ def measured(front: Front, make: Callable[[int], Sampler], noise: float, seeds: 
         )
     means = {key: float(np.mean([one[key] for one in found])) for key in found[0]}
     return {**means, "seconds": (time.perf_counter() - started) / seeds}
+
+
+def most_even(front: Front, n: int, candidates: int = 500) -> float:
+    """The least coefficient of variation of the chords between n points of a known front, its two ends among
+    them: no weights can lie more evenly, as chords across a gap are at least as wide as the gap.
+
+    The least mean of (chord / L - 1)^2 over L and points is CV^2 / (1 + CV^2). For a given L dynamic
+    programming finds the points, among `candidates` in even steps of the length and the sides of all gaps.
+    """
+    points = front.dense[np.argsort(front.dense[:, 0])]
+    steps = np.linalg.norm(np.diff(points, axis=0), axis=1)
+    gaps = np.flatnonzero(steps > max(ON_A_GAP * np.median(steps), 0.02 * steps.sum()))
+    lengths = np.concatenate([[0.0], np.cumsum(steps)])
+    even = np.searchsorted(lengths, np.linspace(0, lengths[-1], candidates))
+    places = points[np.unique(np.concatenate([even, gaps, gaps + 1]))]
+    chords = np.linalg.norm(places[:, None] - places[None], axis=2)
+    backwards = np.tril_indices(len(places))
+    least = np.inf
+    for length in lengths[-1] / (n - 1) * np.linspace(0.5, 1.1, 61):
+        cost = np.square(chords / length - 1)
+        cost[backwards] = np.inf
+        total = cost[0]
+        for _ in range(n - 2):
+            total = (total[:, None] + cost).min(axis=0)
+        least = min(least, float(total[-1]) / (n - 1))
+    return float(np.sqrt(least / (1 - least)))
+
+
+def least_ball(front: Front, n: int, starts: int = 3, rounds: int = 40) -> tuple[float, float]:
+    """(lower, upper) bound of the least radius of the largest empty ball that n points leave on a known
+    front.
+
+    Lower: of n + 1 places, each two at least d apart, two are nearest to the same point, so one of them is
+    d/2 away from it. Upper: points placed by farthest insertion, then moved to the middle of what they cover.
+    Both are searched for from several starts, on at most 3,000 places; the upper one is measured on all.
+    """
+    dense, random = front.dense, np.random.default_rng(0)
+    some = dense[random.permutation(len(dense))[:3000]]
+    apart, radius = 0.0, np.inf
+    for _ in range(starts):
+        chosen = [int(random.integers(len(some)))]
+        for _ in range(n):
+            chosen.append(int(cKDTree(some[chosen]).query(some)[0].argmax()))
+        apart = max(apart, _spread_out(some, chosen, rounds))
+        centres = some[chosen[:n]]
+        for _ in range(rounds):
+            owner = cKDTree(centres).query(some)[1]
+            centres = np.stack([_middle_of(some[owner == row]) for row in range(n)])
+            centres = some[cKDTree(some).query(centres)[1]]
+            radius = min(radius, largest_empty_ball(centres, dense))
+    return apart / 2, radius
+
+
+def _spread_out(places: Array, chosen: Sequence[int], rounds: int) -> float:
+    """The least distance between chosen places, each moved to where it is farthest from the rest."""
+    rows = list(chosen)
+    best = 0.0
+    for _ in range(rounds):
+        for position in range(len(rows)):
+            others = rows[:position] + rows[position + 1 :]
+            rows[position] = int(cKDTree(places[others]).query(places)[0].argmax())
+        best = max(best, float(cKDTree(places[rows]).query(places[rows], k=2)[0][:, 1].min()))
+    return best
+
+
+def _middle_of(points: Array) -> Array:
+    """Nearly the centre of the smallest ball around the points (Badoiu and Clarkson 2003)."""
+    centre: Array = points.mean(axis=0)
+    for step in range(2, 30):
+        farthest = points[np.argmax(np.square(points - centre).sum(axis=1))]
+        centre = centre + (farthest - centre) / step
+    return centre
 
 
 def of_two(front: Front, n: int) -> dict[str, tuple[Callable[[int], Sampler], bool]]:
@@ -254,6 +329,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 cells[f"{name}, noise"] = measured(front, make, NOISE, options.seeds)
             results[group][front.name] = cells
             _print(front.name, cells)
+            if group == "two":
+                bound = most_even(front, options.points)
+                print(f"least cv possible: {bound:.3g}", flush=True)
+                results.setdefault("least cv", {})[front.name] = bound
+            else:
+                radii = least_ball(front, options.surface_points)
+                print(f"least ball possible: between {radii[0]:.3g} and {radii[1]:.3g}", flush=True)
+                results.setdefault("least ball", {})[front.name] = radii
             write_results(options.output, results)
     if "portfolio" in parts:
         results["portfolio"] = portfolios(options.weights, cases=200)

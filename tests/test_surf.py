@@ -99,6 +99,36 @@ def test_published_unevenness_is_reached_in_fewer_rounds(
     assert bool(sampler.notes) == (published > 0.1)  # a gap is stated
 
 
+def test_noise_on_a_front_with_gaps_leaves_less_than_half_the_unevenness(fronts: ModuleType) -> None:
+    """Its jumps are as wide as four standard errors of a result, and a polynomial cannot follow them."""
+    curve = fronts.Curve("zdt3", fronts.zdt3)
+    error = np.tile(0.05 * np.ptp(curve.dense, axis=0), (16, 1))
+    left = []
+    for seed in (1, 2):
+        noise = np.random.default_rng(seed)
+        sampler = SurfSampler(["a", "b"], 16, scalarisation="chebyshev")
+        while not sampler.finished:
+            asked = sampler.ask()
+            values = curve.solve(rows(asked))
+            sampler.tell(asked, values + noise.normal(size=values.shape) * error, error)
+        assert len(asked) == 16 and sampler.rounds <= 30
+        left.append(coefficient_of_variation(segment_lengths(curve.solve(rows(sampler.ask())))))
+    assert min(left) > 0.061  # the least possible
+    assert np.mean(left) < 0.6334 / 2
+
+
+def test_the_least_unevenness_and_the_least_ball_of_a_known_front(fronts: ModuleType) -> None:
+    bounds = importlib.import_module("sweeps")
+    gapless, gapped, uneven = (fronts.Curve(n, getattr(fronts, n)) for n in ("zdt2", "zdt3", "dtlz7"))
+    assert bounds.most_even(gapless, 6, candidates=300) < 0.02
+    assert 0.05 < bounds.most_even(gapped, 16, candidates=200) < 0.08
+    assert bounds.most_even(uneven, 16, candidates=200) > 0.42  # half of 0.6605 cannot be reached
+    plane = fronts.Surface("square", np.asarray, np.random.default_rng(0).random((4000, 2)))
+    low, high = bounds.least_ball(plane, 4, starts=2, rounds=10)
+    # Four balls cover the unit square from radius sqrt(1/8) = 0.354 on; five places in it are 0.707 apart.
+    assert low == pytest.approx(0.5**0.5 / 2, abs=0.02) and high == pytest.approx(0.125**0.5, abs=0.02)
+
+
 @pytest.fixture(scope="module")
 def fronts() -> Iterator[ModuleType]:
     """The closed forms of the benchmarks."""
@@ -134,11 +164,14 @@ def test_noise_of_five_percent_leaves_at_most_half_the_unevenness(front: Front, 
 @pytest.mark.parametrize(
     "front", [lambda w: np.array([w > 0.5, w <= 0.5], dtype=float), lambda w: np.zeros(2)]
 )
-def test_a_front_with_a_gap_or_of_one_point_ends_the_search(front: Front) -> None:
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+def test_a_front_with_a_gap_or_of_one_point_ends_the_search(front: Front, noise: float) -> None:
+    draws = np.random.default_rng(0)
     sampler = SurfSampler(["a", "b"], 6)
     while not sampler.finished:
         asked = sampler.ask()
-        sampler.tell(asked, np.array([front(v["a"]) for v in asked]))
+        values = np.array([front(v["a"]) for v in asked]) + noise * draws.normal(size=(6, 2))
+        sampler.tell(asked, values, np.full((6, 2), noise))
     assert sampler.rounds < 12
     assert len(sampler.ask()) == 6
 

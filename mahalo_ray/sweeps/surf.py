@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.interpolate import PchipInterpolator
+from scipy.optimize import isotonic_regression
 
 from mahalo_ray.metrics import FloatArray
 from mahalo_ray.objectives import Weights, unknown_name
@@ -26,6 +27,8 @@ _MARGINS = {"linear": 0.0, "chebyshev": 1e-3}
 _NEARLY_EVEN = 0.1  # coefficient of variation below which chords are inverted directly
 _GAP = 4e-3  # of a step of the weight: results that differ across so little lie at the sides of a gap
 _PATIENCE = 3  # rounds without progress before the sampler stops
+_CANDIDATES = 150  # weights among which the most even ones are sought
+_DRAWS = 40  # of weights of the results, for stepped curves
 _PROGRESS = 0.98  # a round makes progress if its unevenness is at most this share of the best before
 
 
@@ -103,7 +106,8 @@ class SurfSampler:
         noise, three rounds brought no progress (a gap that no weight fills), or `max_rounds` are over.
 
         Within the noise: no segment of the curve fitted to all results differs from their mean by more than
-        the standard error of a segment.
+        the standard error of a segment. On a front with gaps, whose segments stay uneven: the next weights
+        would change the segments by less than their standard error, on average.
         """
         return (
             self._within_noise
@@ -147,7 +151,7 @@ class SurfSampler:
         self._noisy |= bool(errors.any())
         if self._noisy:
             self._next = None
-            estimate = self._regressed()
+            estimate = self._regressed(np.sort((asked[:, 0] - self.margin) / (1 - 2 * self.margin)))
         else:
             shares = (asked[:, 0] - self.margin) / (1 - 2 * self.margin)
             order = np.argsort(shares, kind="stable")
@@ -225,27 +229,49 @@ class SurfSampler:
         phi = PchipInterpolator(shares, lengths / lengths[-1])(np.clip(_GRID, shares[0], shares[-1]))
         return _rising(phi)
 
-    def _regressed(self) -> FloatArray:
+    def _regressed(self, asked: FloatArray) -> FloatArray:
         """Phi on the grid from noisy results.
 
-        A polygon through noisy points is longer than the front, the more so the closer the points. In the
-        coordinate u = Phi(w) the front has nearly constant speed, and a polynomial of low degree fits it:
-        it is fitted to all results (least squares weighted by precision, its degree chosen by AIC), and the
-        length of the fitted curve replaces that of the polygon. Also tells the noise of its segments: the
-        unevenness left.
+        A polygon through noisy points is longer than the front, the more so the closer the points. So a curve
+        is fitted to all results, weighted by their precision, and its length is taken: a smooth one, or one
+        that rises in steps where the criterion of Akaike prefers it (a front with gaps). Also tells what is
+        left of the unevenness, and whether that is within the noise of a segment.
         """
         shares, points, errors = self._merged()
+        errors = np.maximum(errors, 1e-12)
         u = np.interp(shares, _GRID, self._phi)
-        curve, noise = _fitted_curve(u, points, errors, self.n)
+        smooth = _smooth_curve(u, points, errors, self.n)
+        steps = _stepped_curves(shares, points, errors)
+        if steps.criterion < smooth.criterion:
+            return self._along_steps(steps.curves, asked)
         dense = np.linspace(0, 1, len(_GRID))
-        lengths = np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(curve(dense), axis=0), axis=1))])
+        lengths = _lengths(smooth.curve(dense))
         if lengths[-1] == 0:
             return self._phi
         segments = np.diff(np.interp(np.linspace(0, 1, self.n), dense, lengths))
         mean = segments.mean()
         self.unevenness = float(np.abs(segments - mean).max() / mean)
-        self._within_noise = self.rounds > 1 and self.unevenness * mean <= noise
+        self._within_noise = self.rounds > 1 and self.unevenness * mean <= smooth.noise
         return _rising(np.interp(self._phi, dense, lengths / lengths[-1]))
+
+    def _along_steps(self, curves: FloatArray, asked: FloatArray) -> FloatArray:
+        """Phi from curves [draws, grid, 2] that rise in steps, and the next weights: those whose chords are
+        most even over all draws. Within the noise: the chords between the weights `asked` last differ from
+        those between the next ones by no more than the draws differ, on average."""
+        mean = curves.mean(axis=0)
+        lengths = _lengths(mean)
+        if lengths[-1] == 0:  # one point, within the noise
+            self._within_noise = self.rounds > 1
+            return self._phi
+        estimate = _rising(lengths / lengths[-1])
+        self._next = _evenest(curves, estimate, self.n)
+        before, after = _chords_between(curves, asked), _chords_between(curves, self._next)
+        noise = after.std(axis=0).mean()
+        if before.shape == after.shape:
+            moved = np.abs(before.mean(axis=0) - after.mean(axis=0))
+            self.unevenness = float(moved.mean() / after.mean())
+            self._within_noise = self.rounds > 1 and moved.mean() <= noise
+        return estimate
 
 
 def _evenly(shares: FloatArray, lengths: FloatArray, count: int) -> FloatArray:
@@ -275,11 +301,56 @@ def _rising(phi: FloatArray) -> FloatArray:
     return np.maximum.accumulate(np.clip(phi, 0, 1)) * (1 - 1e-9) + 1e-9 * _GRID
 
 
-def _fitted_curve(
-    u: FloatArray, points: FloatArray, errors: FloatArray, n: int
-) -> tuple[Callable[[FloatArray], FloatArray], float]:
-    """The polynomial curve u -> [., 2] through points [m, 2], and the largest standard error of its segments
-    between n evenly spaced u."""
+def _lengths(points: FloatArray) -> FloatArray:
+    """Length of the polygon through points [m, 2] up to each of them."""
+    return np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(points, axis=0), axis=1))])
+
+
+def _evenest(curves: FloatArray, phi: FloatArray, n: int) -> FloatArray:
+    """The n of many shares, the ends among them, whose chords l on curves [draws, grid, 2] have the smallest
+    mean of (l - L)^2 / L^2 over all draws, L the best common length: by dynamic programming."""
+    # Even along the curve; in a front of few steps these are few, so even weights are added.
+    places = np.concatenate([np.interp(np.linspace(0, 1, _CANDIDATES), phi, _GRID), np.linspace(0, 1, n)])
+    rows = np.unique(np.round(places * (len(_GRID) - 1)).astype(np.int64))
+    squares = np.zeros((len(rows), len(rows)))
+    chords = np.zeros_like(squares)
+    for points in curves[:, rows]:
+        square = np.square(points[:, None] - points[None]).sum(axis=2)
+        squares += square / len(curves)
+        chords += np.sqrt(square) / len(curves)
+    back = np.tril_indices(len(rows))
+    least, best = math.inf, rows[:n]
+    for length in np.diagonal(chords, 1).sum() / (n - 1) * np.linspace(0.7, 1.1, 9):
+        cost = squares / length**2 - 2 * chords / length + 1
+        cost[back] = np.inf
+        total, steps = cost[0], []
+        for _ in range(n - 2):
+            through = total[:, None] + cost
+            steps.append(through.argmin(axis=0))
+            total = through.min(axis=0)
+        if total[-1] < least:
+            path = [len(rows) - 1]
+            for step in reversed(steps):
+                path.append(int(step[path[-1]]))
+            least, best = float(total[-1]), rows[[0, *reversed(path)]]
+    return _GRID[best]
+
+
+def _chords_between(curves: FloatArray, shares: FloatArray) -> FloatArray:
+    """[draws, n - 1] distances between neighbours of n shares on curves [draws, grid, 2]."""
+    at = np.round(shares * (len(_GRID) - 1)).astype(np.int64)
+    return np.linalg.norm(np.diff(curves[:, at], axis=1), axis=2)
+
+
+class _SmoothCurve(NamedTuple):
+    criterion: float  # of Akaike
+    curve: Callable[[FloatArray], FloatArray]  # u -> [., 2]
+    noise: float  # the largest standard error of its segments between n evenly spaced u
+
+
+def _smooth_curve(u: FloatArray, points: FloatArray, errors: FloatArray, n: int) -> _SmoothCurve:
+    """A polynomial through points [m, 2]. In the coordinate u = Phi(w) the front has nearly constant speed,
+    so a low degree fits it, chosen by its criterion."""
     best: tuple[float, list[FloatArray], FloatArray] | None = None
     spaced = np.linspace(-1, 1, n)
     for degree in range(1, min(_MAX_DEGREE, len(np.unique(u)) - 1) + 1):
@@ -287,7 +358,7 @@ def _fitted_curve(
         steps = np.diff(np.polynomial.legendre.legvander(spaced, degree), axis=0)
         coefficients, criterion, variances = [], 0.0, np.zeros(n - 1)
         for values, error in zip(points.T, errors.T, strict=True):
-            scale = 1 / np.maximum(error, 1e-12)
+            scale = 1 / error
             solved = np.linalg.lstsq(basis * scale[:, None], values * scale, rcond=None)[0]
             residuals = (basis @ solved - values) * scale
             criterion += float(residuals @ residuals) + 2 * (degree + 1)
@@ -297,10 +368,39 @@ def _fitted_curve(
         if best is None or criterion < best[0]:
             best = (criterion, coefficients, variances)
     assert best is not None
-    _, coefficients, variances = best
+    criterion, coefficients, variances = best
 
     def curve(where: FloatArray) -> FloatArray:
         columns = [np.polynomial.legendre.legval(2 * where - 1, solved) for solved in coefficients]
         return np.stack(columns, axis=1)
 
-    return curve, float(np.sqrt(variances.max() / 2))  # along the curve: half of the variance of both
+    # along the curve: half of the variance of both
+    return _SmoothCurve(criterion, curve, float(np.sqrt(variances.max() / 2)))
+
+
+class _SteppedCurves(NamedTuple):
+    criterion: float  # of Akaike, of the fit to the results as they are
+    curves: FloatArray  # [draws, grid, 2], each fitted to the results with other weights
+
+
+def _stepped_curves(shares: FloatArray, points: FloatArray, errors: FloatArray) -> _SteppedCurves:
+    """Isotonic regression of points [m, 2] on the first objective's weight: more weight on an objective
+    never makes its best value worse. It has as many parameters as steps (Meyer and Woodroofe 2000). Where
+    steps lie is unsure, so many fits are made, their results weighted by draws (Rubin's Bayesian bootstrap
+    1981): their mean is smoother, and their spread is its noise."""
+    precision = 1 / np.square(errors)
+    fitted = _isotonic(points, precision)
+    criterion = float((np.square(fitted - points) * precision).sum())
+    criterion += 2 * sum(len(np.unique(column)) for column in fitted.T)
+    draws = np.random.default_rng(0).exponential(size=(_DRAWS, len(points), 1))
+    fits = np.stack([_isotonic(points, precision * draw) for draw in draws])
+    nodes = np.stack([[np.interp(_GRID, shares, column) for column in fit.T] for fit in fits])
+    return _SteppedCurves(criterion, nodes.transpose(0, 2, 1))
+
+
+def _isotonic(points: FloatArray, precision: FloatArray) -> FloatArray:
+    """The first column rising, the second falling."""
+    columns = [
+        isotonic_regression(points[:, n], weights=precision[:, n], increasing=n == 0).x for n in range(2)
+    ]
+    return np.stack(columns, axis=1)
