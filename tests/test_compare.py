@@ -205,6 +205,12 @@ def test_strength_0_of_a_policy_with_the_sft_backbone_is_sft(tmp_path: Path) -> 
     assert at_1.kl_to_reference is not None and at_2.kl_to_reference is not None
     assert 0.01 < at_1.kl_to_reference < at_2.kl_to_reference and at_2.strength == 2.0
     assert not at_1.same_policy_unguided(at_2)
+    greedy, again = (
+        player.run(Method(f"again {n}", "weights", weights=half, temperature=0.0)).result for n in range(2)
+    )
+    usual = Method("usual", "weights", weights=half, temperature=SAMPLING.temperature)
+    assert player.run(usual).result.tokens == at_1.tokens != greedy.tokens == again.tokens
+    assert greedy.temperature == 0 and not at_1.same_policy_unguided(greedy)
 
 
 def test_the_kl_of_guided_rows_is_measured_on_what_guidance_chose(

@@ -161,6 +161,20 @@ def test_fronts_are_crossed_with_guidance_and_candidates(tmp_path: Path) -> None
     points = sweep_table(config, search.swept()).points
     sampled = [point for point in points if point.sampler == "surf" and point.last_round]
     assert {str(point.guidance) for point in sampled} == {str(point.guidance) for point in points}
+    assert {point.temperature for point in points} == {None}
+    usual = config.evaluation.sampling.temperature
+    warm = example(LIST, f"sweep.temperature=[{usual}, 0.5]", "sweep.strength=[1, 2]")
+    fronts = [(m.strength, m.temperature) for m in sweep_methods(warm)[::2]]
+    assert fronts == [(1, None), (1, 0.5), (2, None), (2, 0.5)]  # the evaluation's own is no other front
+    methods = sweep_methods(warm)
+    assert methods[0] == sweep_methods(example(LIST))[0] and "temperature" not in methods[0].as_json()
+    assert methods[2].name == "weights 0.9 / 0.1, temperature 0.5"
+    assert Method.from_json(methods[2].as_json()) == methods[2]
+    search = search_of(warm, spec_in(tmp_path / "warm"))
+    run_trials(search)
+    url = str(tmp_path / "warm.parquet")
+    sweep_table(warm, search.swept()).save(url)
+    assert [point.temperature for point in SweepTable.load(url).points] == [None, None, 0.5, 0.5] * 2
     varied = example("sweep={kind: guidance, weights: [{accuracy: 1}], num_candidates: [2, 4]}")
     methods = sweep_methods(varied)
     assert [method.num_candidates for method in methods] == [2, 4]
@@ -297,6 +311,7 @@ def test_the_training_for_a_vector_weighs_the_losses_by_it() -> None:
         (["sweep.kind=guidance", "sweep.guidance=[{accuracy: 1}]"], "'kind: guidance' varies it"),
         (["sweep.start=sft"], "'start' is for 'kind: training', and the kind is 'decoding'"),
         (["sweep.kind=training", "sweep.strength=[2]"], "'strength' is not crossed with the vectors"),
+        (["sweep.kind=training", "sweep.temperature=[0.5]"], "'temperature' is not crossed with the vectors"),
         (["sweep.guidance=[{speed: 1}]"], r"sweep\.guidance\[0\].*unknown objective 'speed'"),
     ],
 )

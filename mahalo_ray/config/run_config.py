@@ -30,6 +30,7 @@ from mahalo_ray.config.section import (
     Seed,
     Strength,
     SweepKind,
+    Temperature,
     Text,
     TraceFormat,
     TrainingStart,
@@ -92,6 +93,10 @@ class SweepConfig(Section):
     strength: list[Strength] = []
     """Decoding strengths that are crossed with the vectors; 0 is the SFT model, 1 the policy. Empty: 1."""
 
+    temperature: list[Temperature] = []
+    """Temperatures of sampling that are crossed with the vectors; 0 is greedy. Empty: that of
+    `evaluation.sampling`."""
+
     start: Annotated[TrainingStart, Field(json_schema_extra=SHAPING_WHERE_SET)] = "nearest"
     """Of `kind: training`: what each training goes on from. `nearest` is the nearest policy that is finished:
     the run's own or another of the sweep, by the distance of the weights; `policy` is always the run's own;
@@ -110,7 +115,7 @@ class SweepConfig(Section):
         for name in ("start", "training_share", "concurrent_trainings"):
             if self.kind != "training" and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"'{name}' is for 'kind: training', and the kind is '{self.kind}'")
-        for name in ("guidance", "num_candidates", "strength"):
+        for name in ("guidance", "num_candidates", "strength", "temperature"):
             if self.kind == "training" and getattr(self, name):
                 raise ValueError(
                     f"'{name}' is not crossed with the vectors of 'kind: training', each of which takes a "

@@ -43,7 +43,8 @@ SAMPLE_DIALOGUES = 2
 @dataclass(frozen=True)
 class Method:
     """What is compared: a row of the table. `weights` None: the SFT model; `guidance` None: no guidance;
-    `strength`: of a policy with heads, 0 at the SFT model's head, 1 at the policy's own.
+    `strength`: of a policy with heads, 0 at the SFT model's head, 1 at the policy's own; `temperature`: of
+    sampling, None for that of the evaluation.
 
     `model_url` is a model of its own, made for `weights` (a baseline's, or one that a sweep trained; of one
     head, or decoded at `weights`); None: the run's policy, or SFT.
@@ -57,11 +58,16 @@ class Method:
     sweep: bool = False
     model_url: str | None = None
     strength: float = 1.0
+    temperature: float | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """JSON values; `from_json` reads them."""
+        """JSON values; `from_json` reads them. Without a temperature of its own a method has no such key, so
+        that its results are found again under the name that they had before there was one."""
+        fields = asdict(self)
+        if self.temperature is None:
+            del fields["temperature"]
         return {
-            **asdict(self),
+            **fields,
             "weights": None if self.weights is None else dict(self.weights),
             "guidance": None if self.guidance is None else dict(self.guidance),
         }
@@ -153,11 +159,14 @@ class MethodPlayer:
         """Play all students once; the same students, with the same random draws, for every method."""
         policy, mix = self._decoder(method)
         engine = Engine(policy)
+        sampling = self.config.sampling
+        if method.temperature is not None:
+            sampling = sampling.model_copy(update={"temperature": method.temperature})
         scorers = None if method.guidance is None else self.reward_models.follow()
         tutor = PolicyTutor(
             engine,
             self.chat,
-            self.config.sampling,
+            sampling,
             mix.weights,
             is_malformed=self.domain.is_malformed,
             strength=mix.strength,
@@ -182,6 +191,7 @@ class MethodPlayer:
                 guidance=None if method.guidance is None else dict(method.guidance),
                 num_candidates=method.num_candidates,
                 strength=method.strength,
+                temperature=method.temperature,
                 student_ids=list(self.seeds),
                 values={name: [outcome[name] for outcome in ended] for name in self.objectives},
                 kl_to_reference=self._kl(policy, mix, method, opened),

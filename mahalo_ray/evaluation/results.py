@@ -56,6 +56,8 @@ class MethodResult(BaseModel):
     guidance: dict[str, float] | None = None  # guidance weights of the reward model; None when unguided
     num_candidates: Annotated[int, Field(ge=1)] = 1
     strength: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0  # of decoding; 1 is the policy itself
+    # Of sampling; None: that of the evaluation.
+    temperature: Annotated[float | None, Field(ge=0, allow_inf_nan=False)] = None
     student_ids: list[StudentId]  # one per dialogue, each once
     values: dict[str, list[float]]  # objective -> one value per dialogue, in the order of student_ids
     kl_to_reference: float | None = (
@@ -109,7 +111,12 @@ class MethodResult(BaseModel):
         if self.weights is None or other.weights is None:
             return other.kind == "sft"
         family = FAMILY_OF.get(self.kind, "mah_dpo")
-        return other.family == family and other.strength == self.strength and other.same_weights(self.weights)
+        return other.family == family and other.dials == self.dials and other.same_weights(self.weights)
+
+    @property
+    def dials(self) -> tuple[float, float | None]:
+        """Strength and temperature."""
+        return self.strength, self.temperature
 
     def same_weights(self, weights: Mapping[str, float]) -> bool:
         """Whether the method has these weights, up to rounding."""
@@ -130,6 +137,7 @@ class Row(BaseModel):
     guidance: dict[str, float] | None
     num_candidates: int
     strength: float = 1.0
+    temperature: float | None = None
     means: dict[str, Estimate]
     kl_to_reference: float | None
     malformed_rate: float

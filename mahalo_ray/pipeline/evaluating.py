@@ -103,7 +103,8 @@ def even_front(context: Context[RunConfig], table: ComparisonTable) -> EvenFront
     if not config.sweep.weights or config.sweep.sampler is None:
         return None
     points = SweepTable.load(context.input(sweep_stage(config), "front")).played
-    asked = {p.method for p in points if p.last_round and p.guidance is None and p.strength == 1}
+    plain = (p for p in points if p.guidance is None and p.strength == 1 and p.temperature is None)
+    asked = {p.method for p in plain if p.last_round}
     documents = storage.read_json(context.input(sweep_stage(config), "points"))
     even = [MethodResult.model_validate(d["result"]) for d in documents if d["result"]["name"] in asked]
     listed = [table.methods[index] for index in table.sweep_indices]

@@ -142,6 +142,7 @@ def _method_of(chosen: Portfolio, row: int, folder: str) -> Method:
         sweep=True,
         model_url=storage.join(folder, policy["model"]) if "model" in policy else None,
         strength=policy["strength"],
+        temperature=policy.get("temperature"),
     )
 
 

@@ -35,8 +35,8 @@ PICTURE = "portfolio.png"  # in the run, beside the portfolio
 RESAMPLES = 200  # kept with a portfolio, for the intervals of its losses
 LARGEST_SIZE = 10  # of the picture of size against eps
 _BEST = {
-    "decoding": "the best of this run's policy over the decoding weights (and guidance, strength) that were "
-    "played; a policy trained for one balance is not among them",
+    "decoding": "the best of this run's policy over the decoding weights (and guidance, strength, "
+    "temperature) that were played; a policy trained for one balance is not among them",
     "guidance": "the best of this run's guided policy over the guidance weights that were played",
     "training": "the best of the policies that the sweep trained, each for one balance; the run's own policy "
     "at other decoding weights is not among them",
@@ -82,6 +82,7 @@ class SweptPolicies:
             "guidance": result.guidance,
             "num_candidates": result.num_candidates,
             "strength": result.strength,
+            **({} if result.temperature is None else {"temperature": result.temperature}),
             **({} if model is None else {"model": model}),
         }
         served = {name: value for name, value in policy.items() if name != "method"}

@@ -41,6 +41,7 @@ class SweepFront:
     guidance: Weights | None
     num_candidates: int
     strength: float
+    temperature: float | None = None  # None: that of the evaluation
 
     def method_at(self, config: RunConfig, weights: Weights, sampler: str | None = None) -> Method:
         """The policy at a vector; `sampler`: who asked for it."""
@@ -56,8 +57,19 @@ class SweepFront:
             name += f", guided {in_order(config, guidance)}, K {candidates}"
         if self.strength != 1:
             name += f", strength {self.strength:g}"
+        if self.temperature is not None:
+            name += f", temperature {self.temperature:g}"
         kind: MethodKind = "weights" if guidance is None else "guided"
-        return Method(name, kind, decoding, guidance, candidates, sweep=True, strength=self.strength)
+        return Method(
+            name,
+            kind,
+            decoding,
+            guidance,
+            candidates,
+            sweep=True,
+            strength=self.strength,
+            temperature=self.temperature,
+        )
 
 
 def sweep_fronts(config: RunConfig) -> list[SweepFront]:
@@ -73,10 +85,13 @@ def sweep_fronts(config: RunConfig) -> list[SweepFront]:
         settings = [(guidance, count) if count > 1 else (None, 1) for guidance, count in crossed] or [
             (None, 1)
         ]
+    usual = config.evaluation.sampling.temperature
+    temperatures = [None if value == usual else value for value in section.temperature or [usual]]
     return [
-        SweepFront(guidance, count, strength)
+        SweepFront(guidance, count, strength, temperature)
         for guidance, count in dict.fromkeys(settings)
         for strength in dict.fromkeys(section.strength or [1.0])
+        for temperature in dict.fromkeys(temperatures)
     ]
 
 
@@ -102,7 +117,8 @@ def unguided_vectors(config: RunConfig) -> list[Weights]:
     """The decoding weights at which the sweep's list has the run's policy without guidance."""
     if config.sweep.kind == "training":
         return []
-    plain = (m for m in sweep_methods(config) if m.guidance is None and m.strength == 1)
+    methods = sweep_methods(config)
+    plain = (m for m in methods if m.guidance is None and m.strength == 1 and m.temperature is None)
     found = [method.weights for method in plain]
     return [weights for weights in found if weights is not None]
 
@@ -225,6 +241,7 @@ def sweep_table(config: RunConfig, swept: list[Swept]) -> SweepTable:
                 guidance=None if method.guidance is None else dict(method.guidance),
                 num_candidates=method.num_candidates,
                 strength=method.strength,
+                temperature=method.temperature,
                 sampler=config.sweep.sampler if asked else None,
                 round=one.rounds[0] + 1 - fixed_rounds,
                 last_round=asked and _is_chosen(config, one, swept),

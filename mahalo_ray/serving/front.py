@@ -39,6 +39,7 @@ class FrontPoint(BaseModel):
     guidance: dict[str, float] | None
     num_candidates: int
     strength: float
+    temperature: float | None = Field(default=None, description="of sampling; null: the evaluation's")
     values: dict[str, Estimate] = Field(
         description="means over the dialogues, with intervals; more is better"
     )
@@ -55,6 +56,7 @@ class FrontPoint(BaseModel):
             guidance=row.guidance,
             num_candidates=row.num_candidates,
             strength=row.strength,
+            temperature=row.temperature,
             values=row.means,
             in_sweep=row.in_sweep,
             on_front=row.on_front,
@@ -95,6 +97,7 @@ class PortfolioMember(BaseModel):
     weights: dict[str, float]
     objectives: dict[str, float] | None
     strength: float
+    temperature: float | None = Field(default=None, description="of sampling; null: the evaluation's")
     guidance: dict[str, float] | None
     num_candidates: int
     values: dict[str, float]
@@ -192,6 +195,7 @@ class Measurements:
                 weights=dict(vector),
                 objectives=policy["weights"],
                 strength=policy.get("strength", 1.0),
+                temperature=policy.get("temperature"),
                 guidance=policy.get("guidance"),
                 num_candidates=policy.get("num_candidates", 1),
                 values=dict(zip(found.objectives, found.values[row].tolist(), strict=True)),

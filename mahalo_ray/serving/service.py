@@ -478,6 +478,8 @@ class ChatService:
             fields["objectives"] = member.objectives
         if member.strength != 1:
             fields["strength"] = member.strength
+        if member.temperature is not None:
+            fields["temperature"] = member.temperature
         if member.guidance is not None:
             fields |= {"guidance": member.guidance, "num_candidates": member.num_candidates}
         elif self.backend.guidance_objectives:

@@ -112,6 +112,8 @@ def _sweep_documents(folder: str, stage: str) -> list[tuple[str, dict[str, Any]]
             setting = f", guided {' / '.join(f'{w:.3g}' for w in point.guidance.values())}{setting}"
         if point.strength != 1:
             setting += f", strength {point.strength:g}"
+        if point.temperature is not None:
+            setting += f", temperature {point.temperature:g}"
         what = "weights" if point.kind == "decoding" else f"{point.kind} weights"
         if point.round == 0:
             found.append((f"fixed {what}{setting}", documents[point.method]))
@@ -313,6 +315,7 @@ def _series(
                 "guidance": result.guidance,
                 "num_candidates": result.num_candidates,
                 "strength": result.strength,
+                "temperature": result.temperature,
                 "mean": dict(zip(objectives, means[index].tolist(), strict=True)),
                 "low": {name: end[0] for name, end in zip(objectives, ends, strict=True)},
                 "high": {name: end[1] for name, end in zip(objectives, ends, strict=True)},

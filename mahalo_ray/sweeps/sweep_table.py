@@ -59,6 +59,9 @@ class SweepPoint(BaseModel):
     strength: float = 1.0
     """Decoding strength: 0 is the SFT model, 1 the policy."""
 
+    temperature: float | None = None
+    """Temperature of sampling; None: that of the evaluation."""
+
     sampler: str | None = None
     """What asked for it; None: the fixed list alone."""
 

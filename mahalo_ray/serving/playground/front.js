@@ -26,11 +26,12 @@ const SHAPES = {
 const shapeOf = ({weights, guidance}) => (weights === null ? "square" : guidance ? "diamond" : "circle");
 
 /** How a policy answers beside its balance: `weights` null is the model before alignment. */
-function manner({weights, guidance, num_candidates: candidates, strength}) {
+function manner({weights, guidance, num_candidates: candidates, strength, temperature}) {
   return [
     weights === null && "the model before alignment",
     guidance ? `the best of ${candidates} candidates` : "taken as sampled",
     strength !== undefined && strength !== 1 && `strength ${decimals(strength, 2)}`,
+    temperature !== undefined && temperature !== null && `temperature ${decimals(temperature, 2)}`,
   ].filter(Boolean).join(", ");
 }
 
