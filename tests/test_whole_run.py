@@ -164,7 +164,8 @@ def test_a_sweep_killed_in_the_middle_ends_in_the_same_table(whole_run: Path, tm
 
 
 def test_fronts_of_runs_are_one_page_that_asks_no_host(whole_run: Path, tmp_path: Path) -> None:
-    printed = command(["front", str(whole_run), "--output", str(tmp_path)])
+    chosen = ["--weights", "engagement=1", "--at-least", "accuracy=0.001"]
+    printed = command(["front", str(whole_run), "--output", str(tmp_path), *chosen])
     said = " ".join(printed.split())  # lines are wrapped at the terminal's width
     assert "surf weights" in said and "Reference point: accuracy 0, engagement 0." in said
     document = json.loads((tmp_path / "front.json").read_text())
@@ -172,6 +173,10 @@ def test_fronts_of_runs_are_one_page_that_asks_no_host(whole_run: Path, tmp_path
     assert len(series["fixed weights"]["points"]) == 2 and len(series["surf weights"]["points"]) > 2
     point = series["surf weights"]["points"][0]
     assert point["samples"][0]["turns"] and 0 <= point["probability_non_dominated"] <= 1
+    means = {p["method"]: p["mean"] for front in document["series"] for p in front["points"]}
+    right = [mean for mean in means.values() if mean["accuracy"] >= 0.001] or means.values()
+    best = max(mean["engagement"] for mean in right)
+    assert f"engagement {best:.3f}" in said.split("Chosen: ")[1]
     page = (tmp_path / "front.html").read_text()
     assert "http://www.w3.org/2000/svg" in page and len(re.findall("https?://", page)) == 1
     assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")

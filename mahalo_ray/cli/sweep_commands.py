@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
 import typer
 
 from mahalo_ray.cli.common import Debug, guarded, open_session, out, say
+from mahalo_ray.config import Aggregation, Threshold
 from mahalo_ray.data import storage
 from mahalo_ray.objectives import Weights, unknown_name
 
@@ -36,6 +38,17 @@ def front(
         str | None, typer.Option(help="Reference point: accuracy=0.05,engagement=0.3. Default: all 0.")
     ] = None,
     scale: ScaleOption = "none",
+    weights: Annotated[
+        str | None,
+        typer.Option(help="Also choose the best point at this balance: accuracy=0.5,engagement=0.5."),
+    ] = None,
+    at_least: Annotated[
+        str | None,
+        typer.Option(
+            help="Choose among the points that reach this, the most important first, in the objectives' own "
+            "units: accuracy=0.2. With no --weights the rest is weighed alike."
+        ),
+    ] = None,
     confidence: Annotated[float, typer.Option(min=0.5, max=0.999)] = 0.95,
     resamples: Annotated[int, typer.Option(min=50, max=100_000)] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 17,
@@ -46,7 +59,13 @@ def front(
     def work() -> None:
         from mahalo_ray.pipeline.evaluating import wide_enough
         from mahalo_ray.pipeline.outputs import check_writable
-        from mahalo_ray.sweeps.front_report import fronts_of_run, measure_fronts, print_fronts, write_fronts
+        from mahalo_ray.sweeps.front_report import (
+            choose_point,
+            fronts_of_run,
+            measure_fronts,
+            print_fronts,
+            write_fronts,
+        )
 
         if output is None and len(runs) > 1:
             raise ValueError("several runs have no folder in common: give --output")
@@ -57,6 +76,9 @@ def front(
             fronts, parse_point(reference), check_scale(scale), confidence, resamples, seed
         )
         print_fronts(wide_enough(out), document)
+        if weights is not None or at_least is not None:
+            balance = None if weights is None else Weights.parse(weights)
+            say(choose_point(document, balance, _aggregation(parse_point(at_least))))
         for file in write_fronts(folder, document):
             say(file)
 
@@ -155,6 +177,14 @@ def portfolio(
             say(file)
 
     guarded(work, debug)
+
+
+def _aggregation(at_least: Mapping[str, float] | None) -> Aggregation:
+    """The weighted sum, among what reaches these thresholds where there are some."""
+    if not at_least:
+        return Aggregation()
+    thresholds = [Threshold(objective=name, at_least=number) for name, number in at_least.items()]
+    return Aggregation(kind="thresholds", thresholds=thresholds)
 
 
 def parse_point(text: str | None) -> dict[str, float] | None:

@@ -14,7 +14,9 @@ from rich.table import Table
 from rich.text import Text
 from scipy.spatial import Delaunay, QhullError
 
+from mahalo_ray.config import Aggregation
 from mahalo_ray.data import storage
+from mahalo_ray.decoding.aggregation import best_point
 from mahalo_ray.evaluation import plots
 from mahalo_ray.evaluation.report import render_page
 from mahalo_ray.evaluation.results import FAMILY_NAMES, MethodResult
@@ -423,6 +425,26 @@ def print_fronts(console: Console, document: dict[str, Any]) -> None:
         if front["knee"]:
             console.print(f"Knee of {front['name']}: {front['knee']}", markup=False, highlight=False)
     console.print(document["measured"], document["units"], highlight=False)
+
+
+def choose_point(document: Mapping[str, Any], weights: Weights | None, aggregation: Aggregation) -> str:
+    """The best of all fronts' points at these weights (None: all alike), as a line of text; thresholds are in
+    the objectives' own units. ValueError for an objective that the fronts do not have."""
+    names = document["objectives"]
+    points = [(front["name"], point) for front in document["series"] for point in front["points"]]
+    values = [[point["mean"][name] for name in names] for _, point in points]
+    front_name, point = points[best_point(values, names, weights, aggregation)]
+    reached = ", ".join(
+        f"{name} {point['mean'][name]:.3f} [{point['low'][name]:.3f}, {point['high'][name]:.3f}]"
+        for name in names
+    )
+    missed = [
+        f"{threshold.objective} {threshold.at_least:g}"
+        for threshold in aggregation.thresholds
+        if point["mean"][threshold.objective] < threshold.at_least
+    ]
+    unmet = f" (no point reaches {', '.join(missed)} as well: this comes nearest)" if missed else ""
+    return f"Chosen: {point['method']} of {front_name}: {reached}{unmet}"
 
 
 def _shown(figure: Mapping[str, float | None]) -> str:
