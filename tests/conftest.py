@@ -20,6 +20,7 @@ from tiny_run import EXAMPLE, mahalo
 
 # Files of minutes, longest first: begun early, they leave no process alone with one of them at the end.
 LONGEST = ("whole_run", "training_distributed", "own_reward", "label_jobs", "rollout_faults", "cli")
+LINEAR = F.linear  # torch's own
 
 
 def pytest_configure() -> None:
@@ -44,16 +45,21 @@ def one_process() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def functions_of_torch() -> Iterator[None]:
+    """ZeRO-3 leaves a function of its own in the place of `F.linear`: it does not reach other files."""
+    yield
+    F.linear = LINEAR
+
+
 @pytest.fixture(scope="module")
 def deepspeed_alone(one_process: None) -> Iterator[None]:
-    """What DeepSpeed reads from the environment, for an engine in this process. ZeRO-3 leaves a function of
-    its own in the place of `F.linear`, which tests of other files would meet."""
+    """What DeepSpeed reads from the environment, for an engine in this process."""
     with pytest.MonkeyPatch.context() as patch, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         variables = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
         for name, value in {**variables, "MASTER_PORT": probe.getsockname()[1]}.items():
             patch.setenv(name, str(value))
-        patch.setattr(F, "linear", F.linear)  # puts it back
         yield
 
 

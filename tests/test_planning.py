@@ -173,6 +173,10 @@ def test_a_base_without_config_is_said(tmp_path: Path) -> None:
     assert result.exit_code == 2 and "no config of a model can be read" in result.output
 
 
+# The SFT models of the maths miniature and of two domains, which other examples start from.
+MINIATURE = LlamaConfig(
+    vocab_size=640, hidden_size=96, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256
+)
 # The public shapes of the models that the large examples name, for tests without a hub.
 SHAPES: dict[str, PretrainedConfig] = {
     "Qwen/Qwen2.5-7B-Instruct": Qwen2Config(
@@ -202,6 +206,8 @@ SHAPES: dict[str, PretrainedConfig] = {
         intermediate_size=1536,
         tie_word_embeddings=True,
     ),
+    "runs/maths/sft/model": MINIATURE,
+    "runs/two_domains/sft/model": MINIATURE,
 }
 
 
