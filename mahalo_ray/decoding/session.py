@@ -115,7 +115,7 @@ class RequestState:
         return StopReason.STEPS if is_last else None
 
     def tell(self, token_id: int, decode: Callable[[Sequence[int]], str]) -> None:
-        """Write a token into the answer that was just drawn, as a step of its own, before its step ends."""
+        """Append a token that was just drawn to the answer, as a step, before its candidate ends."""
         text, tail = self.tail.read([token_id], decode, is_last=False)
         step = Step([StepCandidate(text, [token_id], StopReason.LENGTH, {}, None)], 0)
         self.open_step.append(token_id)
