@@ -1,6 +1,7 @@
 """One process reward model of all objectives against one model of its own for each, on a run's labels.
 
     python benchmarks/dedicated_reward.py runs/maths --output dedicated.json
+    python benchmarks/dedicated_reward.py runs/maths --play runs/dedicated_reward
 
 Every model begins at the run's SFT model and is trained in this process with the run's settings and as many
 passes over the same traces; a quarter of the dialogues is held out, the same for all. Figures are those of
@@ -26,9 +27,16 @@ from reward_ablation import train
 
 from mahalo_ray.config import ObjectiveConfig, RunConfig
 from mahalo_ray.data.records import StepTrace
+from mahalo_ray.decoding.policy import DeviceConfig, load_reward_model
+from mahalo_ray.decoding.scorers import RewardModels
+from mahalo_ray.decoding.stopping import boundary_for
+from mahalo_ray.evaluation.methods import Method, MethodPlayer
+from mahalo_ray.evaluation.results import MethodResult
 from mahalo_ray.evaluation.statistics import mean_interval
 from mahalo_ray.metrics import best_against_worst_accuracy, within_group_rank_correlation
+from mahalo_ray.objectives import Weights
 from mahalo_ray.pipeline.artifacts import run_model
+from mahalo_ray.pipeline.seed_blocks import fresh_students
 from mahalo_ray.training.reward_recipe import RewardRecipe
 from mahalo_ray.training.settings import RewardSettings
 
@@ -43,10 +51,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("run", type=Path, help="a finished run, which is only read")
     parser.add_argument("--epochs", type=float, help="default: the run's")
+    parser.add_argument("--play", type=Path, help="output of `mahalo reward` with `reward.dedicated`")
+    parser.add_argument("--students", type=int, default=240, help="problems played with --play")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     config = RunConfig.model_validate(yaml.safe_load((arguments.run / "config.yaml").read_text()))
+    if arguments.play is not None:
+        results = play(config, str(arguments.run), str(arguments.play), arguments.students)
+        if arguments.output is not None:
+            write_results(arguments.output, {"machine": machine(), "results": results})
+        return
     if any(objective.supervision == "pairwise" for objective in config.objectives):
         raise SystemExit("the run's reward model learns from pairs: it has no traces to compare models on")
     if arguments.epochs is not None:
@@ -124,6 +139,51 @@ def held_out(
             for figure, measured in FIGURES.items():
                 figures[figure][str(prompt)] = measured(scores, truth, [0] * len(rows))
     return figures
+
+
+def play(config: RunConfig, run: str, rewards: str, students: int) -> list[dict[str, object]]:
+    """The run's SFT model guided by the unified model and by the dedicated ones; prints the outcomes."""
+    config = config.model_copy(update={"output": run})
+    seen = config.evaluation.dialogues
+    sft, unified = run_model(run, "sft"), run_model(rewards, "reward")
+    trained = RunConfig.model_validate(yaml.safe_load(Path(rewards, "config.yaml").read_text()))
+    groups = range(len(trained.reward.dedicated))
+    urls = {
+        "unified": [unified],
+        "dedicated": [f"{rewards}/reward_dedicated/{number}/model" for number in groups],
+    }
+    player = MethodPlayer(
+        sft,
+        sft,
+        unified,
+        DeviceConfig(),
+        config.evaluation,
+        fresh_students(config, more=students)[seen : seen + students],
+        config.domain,
+        config.objective_names,
+    )
+    names = config.objective_names
+    guides = {**{name: Weights.one(name) for name in names}, "the sum": Weights.balanced(names)}
+    outcomes: dict[str, dict[str, MethodResult]] = {}
+    count = config.guided.num_candidates
+    for guided_by, models in urls.items():
+        loaded = [load_reward_model(url, DeviceConfig()) for url in models]
+        boundary = boundary_for(player.domain.boundary)
+        player.reward_models = RewardModels(loaded, boundary, player.chat.tokenizer, player.sft.end_ids)
+        outcomes[guided_by] = {}
+        for guide, weights in guides.items():
+            method = Method(guide, "guided_sft", guidance=weights, num_candidates=count)
+            outcomes[guided_by][guide] = player.run(method).result
+    rows, results = [], list[dict[str, object]]()
+    for guide in guides:
+        for name in names:
+            values = [outcomes[guided_by][guide].values[name] for guided_by in urls]
+            values.append([a - b for a, b in zip(*values, strict=True)])
+            shown = [f"{m.value:.3f} [{m.low:.3f}, {m.high:.3f}]" for m in map(mean_interval, values)]
+            rows.append([f"by {guide}: {name}", *shown, str(students)])
+            results.append({"guide": guide, "objective": name, "by_problem": values})
+    print(table(["", *urls, "unified − dedicated", "problems"], rows))
+    return results
 
 
 if __name__ == "__main__":

@@ -147,6 +147,15 @@ def test_a_row_that_the_chat_template_refuses_is_left_out_with_its_place(tmp_pat
     assert pipeline(load(file)).fingerprints(load(file))["pairs"] != before
 
 
+def test_what_a_sample_leaves_out_is_counted(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["pairs", str(document(tmp_path)), "--set", "data.pairs.0.sample=0.5"])
+    assert result.exit_code == 0, result.output
+    metrics = json.loads((tmp_path / "out" / "pairs" / "manifest.json").read_text())["metrics"]
+    counts = metrics["data"]["files"][str(tmp_path / "accuracy.jsonl")]
+    assert 0 < counts["read"] == metrics["pairs"]["accuracy"] < 12
+    assert counts["left_out"] == {"not in the sample": 12 - counts["read"]}
+
+
 def test_an_objective_without_pairs_is_said(tmp_path: Path) -> None:
     file = document(tmp_path)
     lines = (tmp_path / "engagement.jsonl").read_text().replace('"topic": "engagement"', '"topic": "other"')

@@ -16,6 +16,7 @@ from tiny_reward_models import TOKENIZER
 from mahalo_ray.data.prompts import read_prompts
 from mahalo_ray.data.records import Message, StepTrace
 from mahalo_ray.data.row_files import data_files, read_rows
+from mahalo_ray.data.rows import RowLeftOut
 from mahalo_ray.data.step_readers import FORMATS, ReadTraces, read_traces
 from mahalo_ray.models.scoring import StepEncoder
 from mahalo_ray.training.reward_data import check_readable
@@ -239,6 +240,22 @@ def test_one_bad_trace_of_a_row_leaves_the_others(tmp_path: Path) -> None:
     row = {**SOLUTIONS, "empty": {"is_correct": True, "solution": " \n"}}
     found = read(lines(tmp_path / "a.jsonl", row))
     assert len(found.traces) == 2 and found.bad[0].reason == "empty: there are no steps"
+
+
+def test_a_row_counts_as_left_out_when_none_of_its_traces_is_taken(tmp_path: Path) -> None:
+    file = lines(
+        tmp_path / "a.jsonl", SOLUTIONS, TRL, {**SOLUTIONS, "empty": {"is_correct": True, "solution": ""}}
+    )
+
+    def take(trace: StepTrace) -> None:
+        if trace.id.endswith(("small", "large")):
+            raise RowLeftOut("not now")
+
+    found = ReadTraces(take=take)
+    read_traces(str(file), "auto", ["math"], "math", None, "0", found)
+    (counts,) = found.report.files.values()
+    assert (counts.rows, counts.read, counts.quarantined, counts.left_out) == (3, 1, 0, {"not now": 2})
+    assert [bad.line for bad in found.bad] == [3] and found.seen == 1 + 4 + 1
 
 
 def test_a_step_that_alone_exceeds_the_context(tmp_path: Path) -> None:

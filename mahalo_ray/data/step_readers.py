@@ -42,7 +42,7 @@ from mahalo_ray.data.row_fields import (
     show,
     split_turns,
 )
-from mahalo_ray.data.rows import BadRow, Place, ReadRecords, use_rows
+from mahalo_ray.data.rows import BadRow, Place, ReadRecords, RowLeftOut, use_rows
 from mahalo_ray.objectives import unknown_name
 
 Labels = Mapping[str | None, Sequence[Any]]
@@ -375,7 +375,9 @@ def format_of(row: Row) -> str:
 @dataclass
 class ReadTraces(ReadRecords[StepTrace]):
     """Traces of one or several sources. A row may hold several; a RowError raised by `take` makes one
-    unusable."""
+    unusable, and a RowLeftOut leaves it out."""
+
+    traces_left_out: int = 0
 
     @property
     def traces(self) -> list[StepTrace]:
@@ -384,8 +386,8 @@ class ReadTraces(ReadRecords[StepTrace]):
 
     @property
     def seen(self) -> int:
-        """Usable and unusable traces together: what a share of bad rows is a share of."""
-        return self.taken + len(self.bad)
+        """Traces that were taken, left out or unusable: what a share of bad rows is a share of."""
+        return self.taken + self.traces_left_out + len(self.bad)
 
 
 @dataclass(frozen=True)
@@ -433,18 +435,21 @@ def read_traces(
 
     def use(row: Row, place: Place) -> None:
         usable, errors = 0, list[RowError]()
+        left_out: RowLeftOut | None = None
         for parsed in FORMATS[format_of(row) if row_format == "auto" else row_format](row):
             try:
                 into.add(_trace(row, parsed, mapping, f"{name}/{place}", path), place, name)
                 usable += 1
+            except RowLeftOut as reason:
+                left_out = reason
+                into.traces_left_out += 1
             except RowError as error:
                 errors.append(RowError(f"{parsed.part}: {error}") if parsed.part else error)
-        if not usable:  # the row's last error is the one that is raised
-            errors = errors or [RowError("it holds no step")]
-            refusal = errors.pop()
-        into.report.bad += [BadRow.of(place.file, place.line, str(error), row) for error in errors]
+        # Of a row that gives nothing the last error is raised, and counted where it is caught.
+        counted = errors if usable or left_out else errors[:-1]
+        into.report.bad += [BadRow.of(place.file, place.line, str(error), row) for error in counted]
         if not usable:
-            raise refusal
+            raise left_out or (errors[-1] if errors else RowError("it holds no step"))
 
     use_rows(path, use, into.report)
 

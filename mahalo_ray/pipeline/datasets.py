@@ -14,7 +14,7 @@ from mahalo_ray.data import storage
 from mahalo_ray.data.pair_readers import ReadPairs, read_pairs
 from mahalo_ray.data.records import PreferencePair, ShardWriter, StepTrace
 from mahalo_ray.data.row_files import QUARANTINE, data_files
-from mahalo_ray.data.rows import quarantine
+from mahalo_ray.data.rows import RowLeftOut, quarantine
 from mahalo_ray.data.step_readers import ReadTraces, read_traces
 from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.domains.human_values import read_truthfulqa
@@ -41,6 +41,8 @@ from mahalo_ray.training.ray_train import TrainingResult
 from mahalo_ray.training.reward_data import check_readable
 from mahalo_ray.training.settings import RewardSettings
 
+NOT_SAMPLED = "not in the sample"
+
 
 def pairs(context: Context[RunConfig]) -> StageResult:
     """Read the pairs of all sources; what cannot be used goes to quarantine.parquet."""
@@ -62,9 +64,10 @@ def pairs(context: Context[RunConfig]) -> StageResult:
 
     def take(pair: PreferencePair) -> None:
         check_roles(pair)
-        if split_key(pair) in sample:
-            writer.add(pair)
-            counts[pair.objective] = counts.get(pair.objective, 0) + 1
+        if split_key(pair) not in sample:
+            raise RowLeftOut(NOT_SAMPLED)
+        writer.add(pair)
+        counts[pair.objective] = counts.get(pair.objective, 0) + 1
 
     read = ReadPairs(take=take)
     for number, source in enumerate(config.data.pairs):
@@ -100,10 +103,11 @@ def traces(context: Context[RunConfig]) -> StageResult:
 
     def take(trace: StepTrace) -> None:
         check_readable(trace, encoder, config.model.max_length)
-        if trace.group in sample:
-            writer.add(trace)
-            for name in names:
-                counts[name] += labelled(trace, name)
+        if trace.group not in sample:
+            raise RowLeftOut(NOT_SAMPLED)
+        writer.add(trace)
+        for name in names:
+            counts[name] += labelled(trace, name)
 
     read = ReadTraces(take=take)
     for number, source in enumerate(config.data.traces):
