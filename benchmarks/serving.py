@@ -121,7 +121,7 @@ def endpoint(run: str, config: RunConfig) -> Iterator[str]:
     defaults = Defaults(weights, guidance, config.guided.num_candidates, config.evaluation.sampling)
     models = (run_model(run, stage) for stage in ("policy", "reward"))
     with (
-        open_session(config),
+        open_session(config, serves=True),
         start(settings, *models, defaults=defaults, dtype=config.model.dtype) as serving,
     ):
         yield serving.url

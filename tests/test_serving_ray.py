@@ -116,7 +116,7 @@ def cluster():
     config = load_config(EXAMPLE, ["serve.api_key_env=MAHALO_TEST_KEY", *one_of_each])
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("MAHALO_TEST_KEY", KEY)
-        with open_session(config):
+        with open_session(config, serves=True):
             yield
         assert os.environ["MAHALO_TEST_KEY"] == KEY
 
@@ -364,6 +364,11 @@ def test_the_key_is_in_no_environment_of_what_ray_started(serving):
     for process in started:
         with contextlib.suppress(psutil.NoSuchProcess):
             assert KEY not in process.environ().values(), process.cmdline()
+
+
+def test_the_endpoint_has_the_priority_of_the_process_that_started_it(serving):
+    for name in ("ServeReplica", "ProxyActor"):
+        assert [process.nice() for process in started_here(name)] == [psutil.Process().nice()]
 
 
 def test_the_proxy_asks_the_replica_over_its_socket(client):

@@ -237,7 +237,7 @@ def serve_run(config: RunConfig) -> None:
     from mahalo_ray.pipeline.serve import serve_in_foreground
 
     manifests = execute(pipeline_of(config, ("serve",)), config, targets_of(config, ("policy",)))
-    with open_session(config):
+    with open_session(config, serves=True):
         serve_in_foreground(config, manifests, key, out)
 
 

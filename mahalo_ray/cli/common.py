@@ -53,15 +53,15 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 @contextmanager
-def open_session(config: RunConfig) -> Iterator[None]:
-    """Ray, as this configuration wants it. The endpoint's API key stays out of the environment of what Ray
-    starts: replicas get a digest of it."""
+def open_session(config: RunConfig, *, serves: bool = False) -> Iterator[None]:
+    """Ray, as this configuration wants it, for stages or for an endpoint (`serves`). The endpoint's API key
+    stays out of the environment of what Ray starts: replicas get a digest of it."""
     from mahalo_ray.pipeline.cluster import ray_session
 
     if config.data is not None:  # trained on, not served
         session = ray_session(config.cluster, rollouts=False)
     else:
-        session = ray_session(config.cluster, config.serve.cpus())
+        session = ray_session(config.cluster, config.serve.cpus(), serves=serves)
     key = os.environ.pop(config.serve.api_key_env or "", None)
     try:
         with session:

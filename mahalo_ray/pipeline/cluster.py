@@ -57,6 +57,8 @@ PRIVATE_ENV = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_preload_python_modules": "mahalo_ray",  # MAHALO_GC_THRESHOLD counts in Ray's own actors too
 }
+# Ray lowers its workers' priority by 15: beside any other program an endpoint would hardly run, nor start.
+SERVING_ENV = {"RAY_worker_niceness": "0"}
 
 
 class Needs(NamedTuple):
@@ -69,20 +71,22 @@ class Needs(NamedTuple):
 
 
 @contextlib.contextmanager
-def ray_session(cluster: ActorsConfig, serve_cpus: float = 0, rollouts: bool = True) -> Iterator[None]:
+def ray_session(
+    cluster: ActorsConfig, serve_cpus: float = 0, rollouts: bool = True, serves: bool = False
+) -> Iterator[None]:
     """Ray is connected while the block runs, and left or shut down after it, also on errors and signals.
 
     The cluster is `cluster.address`, else RAY_ADDRESS (as `ray job submit` sets it), else a private one with
     its own ports and temporary folder, which another Ray on this machine neither sees nor disturbs. SIGTERM
     raises SystemExit(143) in the main thread. Raises ConfigError when the cluster does not answer within a
-    minute or is too small.
+    minute or is too small. `serves`: a private Ray's workers get this process's own priority.
     """
     if ray.is_initialized():
         raise ConfigError("Ray is already running in this process: call ray.shutdown() first")
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     needs = needs_of(cluster, serve_cpus, rollouts)
     private = not address or address == "local"
-    opened = _private(needs) if private else _connected(str(address), needs)
+    opened = _private(needs, SERVING_ENV if serves else {}) if private else _connected(str(address), needs)
     try:
         with sigterm_raises(), opened, sigterm_raises():  # `ray.init` sets a handler of its own
             yield
@@ -139,13 +143,14 @@ def _check_answers(address: str) -> None:
 
 
 @contextlib.contextmanager
-def _private(needs: Needs) -> Iterator[None]:
+def _private(needs: Needs, further: dict[str, str]) -> Iterator[None]:
     _raise_open_files_limit()
     folder = make_owned_folder("mahalo-", Path(_short_temp_dir()))
     before = {process.pid for process in psutil.Process().children()}
     # Ray Train builds with the interpreter's own tools (ninja), which a venv has beside it.
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
-    missing = {key: value for key, value in (WORKER_ENV | PRIVATE_ENV).items() if key not in os.environ}
+    wanted = WORKER_ENV | PRIVATE_ENV | further
+    missing = {key: value for key, value in wanted.items() if key not in os.environ}
     with _environment({**missing, "PATH": path}):
         try:
             with _fewer_processes():

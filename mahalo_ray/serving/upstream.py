@@ -206,9 +206,8 @@ class LocalApplication:
         self._complete_at = float("-inf")
         self._average_s: float | None = None
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether all its replicas are here, or were a moment ago: if not, Ray spreads the requests."""
+    def see_all(self) -> bool:
+        """Look whether all its replicas are here, or were a moment ago: if not, Ray spreads the requests."""
         if not self.replicas:
             return False
         now = time.monotonic()
@@ -242,7 +241,7 @@ class LocalApplication:
 
     def choose(self) -> LocalReplica | None:
         """The replica with the least to do; None where Ray has to find one."""
-        if not self.is_complete:
+        if not self.see_all():
             return None
         chosen = min(self.replicas, key=lambda replica: replica.held)
         # Of those with equally little, the one that was asked longest ago.
@@ -284,7 +283,7 @@ class LocalApplications:
         if not routes:
             return None
         application = self._by_route[max(routes, key=len)]
-        return application if application.is_complete else None
+        return application if application.see_all() else None
 
     async def _read(self, changed_ns: int) -> None:
         try:
