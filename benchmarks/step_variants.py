@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from mahalo_ray.config import HeadKind, LoraConfig
 from mahalo_ray.losses import IGNORE_INDEX, dpo_loss, shift_labels
 from mahalo_ray.models import ChunkedCausalLM, MultiHeadCausalLM
+from mahalo_ray.models.lean_layers import keep_fewer_activations
 from mahalo_ray.training.pairs import PackedPairs, TokenPairs, TokenRows, pair_inputs
 
 BETA = 0.1
@@ -162,6 +163,7 @@ def ours(
     if lora:
         policy.add_lora(LoraConfig())
     policy.enable_pair_packing()
+    keep_fewer_activations(policy)
     if recomputed:
         policy.gradient_checkpointing_enable()
 

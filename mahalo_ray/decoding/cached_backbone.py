@@ -18,17 +18,14 @@ import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import LlamaModel, MistralModel, PretrainedConfig, Qwen2Model, Qwen3Model
+from transformers import PretrainedConfig
 from transformers.activations import SiLUActivation
 
 from mahalo_ray.decoding.cpu_matmul import OneDNNLinears, SideBySide
 from mahalo_ray.decoding.kv_cache import Branches, RaggedCache, cached_attention
 from mahalo_ray.models.attention import View
 from mahalo_ray.models.backbone import row_independent_context
-
-# Base models whose layers are: norm, attention with rotary positions (queries and keys normalised in Qwen3),
-# norm, gated MLP. Subclasses may differ and are not among them.
-_LLAMA_LIKE = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
+from mahalo_ray.models.lean_layers import LLAMA_LIKE
 
 
 @contextmanager
@@ -257,7 +254,7 @@ class LlamaLayers:
     def of(cls, backbone: nn.Module, fast: OneDNNLinears) -> LlamaLayers | None:
         """None for a model of another kind, or with hooks, which want to see every module called."""
         model = backbone.get_base_model() if isinstance(backbone, PeftModel) else backbone
-        if type(model) not in _LLAMA_LIKE:
+        if type(model) not in LLAMA_LIKE:
             return None
         if any(module._forward_hooks or module._forward_pre_hooks for module in backbone.modules()):
             return None

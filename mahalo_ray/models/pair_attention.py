@@ -43,17 +43,6 @@ class PairLayout:
 
     lengths: list[list[int]]
 
-    @cached_property
-    def spans(self) -> list[tuple[int, int, int, int]]:
-        """Positions in the packed sequence of every pair: where prompt, chosen and rejected begin, and the
-        end."""
-        spans, begin = [], 0
-        for prompt, chosen, rejected in self.lengths:
-            bounds = (begin, begin + prompt, begin + prompt + chosen, begin + prompt + chosen + rejected)
-            spans.append(bounds)
-            begin = bounds[-1]
-        return spans
-
     @property
     def context(self) -> int:
         """Tokens of the longest prompt with one answer."""
@@ -70,19 +59,19 @@ class PairLayout:
         # causal attention; the R' rejected queries look at P prompt keys and R' of their own, and begin at
         # position P of these. One causal attention over all N tokens would show the rejected answer the
         # chosen one, and each pair those before it; a mask against that would cost N^2 scores.
+        # `split` has one gradient, a concatenation; a slice for each would be a tensor of N tokens for each.
+        cuts = [count for prompt, chosen, rejected in self.lengths for count in (prompt + chosen, rejected)]
+        queries, keys, values = (states.split(cuts, dim=2) for states in (query, key, value))
         outputs = []
-        for pair_begin, chosen_begin, rejected_begin, pair_end in self.spans:
-            q, k, v = (states[:, :, pair_begin:pair_end] for states in (query, key, value))
-            prompt, first_row = chosen_begin - pair_begin, rejected_begin - pair_begin
+        for pair, (prompt, _, rejected) in enumerate(self.lengths):
+            first, second = 2 * pair, 2 * pair + 1
             outputs.append(
-                prefix_attention(
-                    q[:, :, :first_row], k[:, :, :first_row], v[:, :, :first_row], None, scaling, softcap
-                )
+                prefix_attention(queries[first], keys[first], values[first], None, scaling, softcap)
             )
-            if pair_end > rejected_begin:
-                keys, values = (torch.cat([s[:, :, :prompt], s[:, :, first_row:]], dim=2) for s in (k, v))
+            if rejected > 0:
+                k, v = (torch.cat([s[first][:, :, :prompt], s[second]], dim=2) for s in (keys, values))
                 starts = torch.tensor([prompt], device=query.device)
-                outputs.append(prefix_attention(q[:, :, first_row:], keys, values, starts, scaling, softcap))
+                outputs.append(prefix_attention(queries[second], k, v, starts, scaling, softcap))
         return torch.cat(outputs, dim=1)
 
     def _attend_padded(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:

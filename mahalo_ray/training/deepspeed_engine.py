@@ -20,6 +20,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations import deepspeed as hf_deepspeed
 
 from mahalo_ray.config import TrainingConfig
+from mahalo_ray.models.lean_layers import keep_fewer_activations
 from mahalo_ray.models.sharding import gathered, is_sharded
 from mahalo_ray.training.deepspeed_config import deepspeed_config, optimizer_and_schedule
 from mahalo_ray.training.recipe import LossModule, Recipe, Tensors
@@ -46,6 +47,7 @@ def build_engine(
         else:
             model = recipe.build_model()
     check_shards_finite(model)
+    keep_fewer_activations(model)
     if training.gradient_checkpointing:
         recipe.enable_gradient_checkpointing(model)
     groups = recipe.parameter_groups(model)
