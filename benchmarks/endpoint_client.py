@@ -110,11 +110,12 @@ def summary(outcomes: Sequence[Outcome], seconds: float, right: Sequence[str | N
     }
 
 
-# -- what runs in the client's process: a URL and bodies in, a summary (and texts) out ----------------------
+# -- what runs in the client's process: a URL and bodies in, a summary or the outcomes out
 
 
-def at_once(url: str, bodies: Sequence[bytes], clients: int) -> tuple[dict[str, Any], list[str]]:
-    """All bodies once, so many at a time: each client asks again when it has its answer."""
+def at_once(url: str, bodies: Sequence[bytes], clients: int) -> tuple[list[Outcome], float]:
+    """All bodies once, so many at a time: each client asks again when it has its answer. What became of each,
+    and the seconds until all were answered."""
 
     async def measure() -> tuple[list[Outcome], float]:
         address, prefix = address_of(url)
@@ -129,9 +130,7 @@ def at_once(url: str, bodies: Sequence[bytes], clients: int) -> tuple[dict[str, 
         await asyncio.gather(*(client() for _ in range(clients)))
         return [outcomes[number] for number in range(len(bodies))], time.perf_counter() - started
 
-    outcomes, seconds = asyncio.run(measure())
-    found = summary(outcomes, seconds, [None] * len(outcomes))
-    return {"clients": clients, **found}, [outcome.text for outcome in outcomes]
+    return asyncio.run(measure())
 
 
 def at_rate(

@@ -3,13 +3,16 @@
 One endpoint, one part after the other:
 
 - levels: 1, 4, 16 and 64 guided requests at a time: answers a second, and percentiles of the time to the
-  first text and to the whole answer. The same decoder then answers the same questions in one process, as many
-  at a time, without Serve and HTTP: its throughput, and how many answers differ.
+  first text and to the whole answer. The same decoder answers the same questions in a process of its own, as
+  many at a time, without Serve and HTTP: its throughput, and how many answers differ. The two take turns,
+  since the speed of one machine changes within a minute. What the kernel counted for the thread of the models
+  says whether a slow answer was computed slowly, or waited for a processor.
 - rates: requests at random times (open loop) at half and at four fifths of the best throughput.
 - overload: the same at `--overload` times the best throughput: how fast and in what form requests are
   refused, whether every answer is the right one, and how long GET /health takes meanwhile.
 - retries: 320 clients that come back when they are told to.
-- soak: as many requests at a time as run together, for `--soak` seconds; the replica's memory meanwhile.
+- soak: as many requests at a time as run together, for `--soak` seconds; the memory of the replica and of
+  Serve's proxy meanwhile.
 - peer: the merged policy, greedy and unguided, behind this endpoint and behind `transformers serve`.
 
 At the end stands what should be reached (16 at once at least 4 times one at a time; good answers at 320
@@ -44,11 +47,13 @@ import endpoint_client
 import psutil
 import yaml
 from measuring import machine, table, write_results
+from same_decoder import SameDecoder, ThreadSeconds, busiest, threads_of
 
-from mahalo_ray.config import RunConfig, SamplingParams
+from mahalo_ray.config import RunConfig
 
 RETRYING_CLIENTS = 320
 PEER_TOKENS = 32
+MOST_TURNS = 4
 _STARTUP_S = 180.0
 
 
@@ -66,43 +71,6 @@ def body_of(question: str, number: int, **fields: Any) -> bytes:
     messages = [{"role": "user", "content": question}]
     body = {"model": "mahalo", "messages": messages, "seed": number, "stream": True}
     return json.dumps(body | fields).encode()
-
-
-def in_process(run: str, config: RunConfig, asked: Sequence[str], at_once: int) -> tuple[float, list[str]]:
-    """The same questions by the same decoder, without Serve and HTTP, so many in flight at a time: answers a
-    second, and their texts."""
-    from mahalo_ray.decoding import GuidedDecoder
-    from mahalo_ray.decoding.guidance import GuidedRequest
-    from mahalo_ray.decoding.policy import DeviceConfig, load_policy, load_step_scorer
-    from mahalo_ray.pipeline.artifacts import run_model
-
-    placement = DeviceConfig(config.cluster.device, config.model.dtype)
-    policy, chat = load_policy(run_model(run, "policy"), placement)
-    reward = load_step_scorer(run_model(run, "reward"), placement)
-    candidates = config.guided.num_candidates
-    decoder = GuidedDecoder(policy, reward, "tutoring", chat.tokenizer, at_once * candidates)
-    weights, guidance = config.guided.point
-    sampling = config.evaluation.sampling
-    requests = [
-        GuidedRequest(
-            [{"role": "user", "content": question}],
-            weights=weights,
-            guidance=guidance,
-            num_candidates=candidates,
-            seed=number,
-            sampling=SamplingParams(**sampling.model_dump(include=set(SamplingParams.model_fields))),
-            max_new_tokens=sampling.max_new_tokens,
-            max_step_tokens=sampling.max_new_tokens,
-            standardisation="calibrated" if decoder.scale.is_calibrated else "within_candidates",
-        )
-        for number, question in enumerate(asked)
-    ]
-    decoder.generate_each(requests[: 2 * at_once])  # merged heads and kernels are made at the first call
-    started = time.perf_counter()
-    results = decoder.generate_each(requests)
-    seconds = time.perf_counter() - started
-    texts = ["" if isinstance(result, ValueError) else result.text for result in results]
-    return len(requests) / seconds, texts
 
 
 @contextmanager
@@ -163,12 +131,11 @@ def _wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
 
 
 class MemoryWatch:
-    """Resident memory of the processes that hold the models, every half second, MiB."""
+    """Resident memory of the processes of this name, every half second, MiB."""
 
-    def __init__(self, name: str = "ServeReplica") -> None:
+    def __init__(self, name: str) -> None:
         self.seen: list[float] = []
-        started = psutil.Process().children(recursive=True)
-        self._processes = [process for process in started if name in " ".join(process.cmdline())]
+        self._processes = processes_of(name)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look)
 
@@ -183,6 +150,23 @@ class MemoryWatch:
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
+
+    @property
+    def summary(self) -> dict[str, float]:
+        """Means of the first and the last quarter of the time, and the most."""
+        quarter = max(1, len(self.seen) // 4)
+        return {
+            "first_quarter": round(sum(self.seen[:quarter]) / quarter, 1),
+            "last_quarter": round(sum(self.seen[-quarter:]) / quarter, 1),
+            "most": round(max(self.seen), 1),
+        }
+
+
+def processes_of(name: str) -> list[psutil.Process]:
+    """What this process has started and is called so: `ServeReplica` holds the models, `ProxyActor` is
+    Serve's proxy."""
+    started = psutil.Process().children(recursive=True)
+    return [process for process in started if name in " ".join(process.cmdline())]
 
 
 class Client:
@@ -222,7 +206,6 @@ def main() -> None:
         measure(options, config, Client(url), results)
         if options.peer is not None:
             compare_with_peer(options, config, Client(url), results)
-    compare_in_process(options, config, results)
     show(results)
     if options.output is not None:
         write_results(options.output, results)
@@ -241,11 +224,14 @@ def measure(options: argparse.Namespace, config: RunConfig, client: Client, resu
     bodies = [body_of(question, number) for number, question in enumerate(asked)]
     client(endpoint_client.at_once, bodies[:8], 4)  # warm
     results["levels"] = []
+    right: list[str] = []
+    decoder = SameDecoder(options.run, config)
     for clients, count in levels.items():
-        found, texts = client(endpoint_client.at_once, bodies[:count], clients)
-        results["levels"].append({**found, "texts": texts})
+        found, texts = measure_level(client, decoder, asked[:count], clients)
+        results["levels"].append(found)
+        right = max(right, texts, key=len)
+    decoder.close()
     best = max(found["answers_per_s"] for found in results["levels"])
-    right = max((found["texts"] for found in results["levels"]), key=len)
     if options.seconds:
         parts = {"half": 0.5, "four_fifths": 0.8, "overload": options.overload}
         for name, share in parts.items():
@@ -255,17 +241,52 @@ def measure(options: argparse.Namespace, config: RunConfig, client: Client, resu
         )
     if options.soak:
         clients = config.serve.max_ongoing_requests
-        with MemoryWatch() as memory:
+        with MemoryWatch("ServeReplica") as replica, MemoryWatch("ProxyActor") as proxy:
             soak = client(endpoint_client.with_retries, bodies, right, clients, options.soak)
-        quarter = max(1, len(memory.seen) // 4)
-        results["soak"] = {
-            **soak,
-            "memory_mib": {
-                "first_quarter": round(sum(memory.seen[:quarter]) / quarter, 1),
-                "last_quarter": round(sum(memory.seen[-quarter:]) / quarter, 1),
-                "most": round(max(memory.seen), 1),
-            },
-        }
+        results["soak"] = {**soak, "replica_mib": replica.summary, "proxy_mib": proxy.summary}
+
+
+def measure_level(
+    client: Client, decoder: SameDecoder, asked: Sequence[str], clients: int
+) -> tuple[dict[str, Any], list[str]]:
+    """The endpoint and the decoder alone in turns, so many requests at a time: figures, and the endpoint's
+    texts."""
+    count = len(asked)
+    turns = max(1, min(MOST_TURNS, count // (3 * clients)))
+    (replica,) = processes_of("ServeReplica")
+    outcomes: list[endpoint_client.Outcome] = []
+    texts: list[str] = []
+    seconds, alone_seconds = 0.0, 0.0
+    threads: dict[str, list[ThreadSeconds]] = {"endpoint": [], "in_process": []}
+    for turn in range(turns):
+        part = range(turn * count // turns, (turn + 1) * count // turns)
+        bodies = [body_of(asked[number], number) for number in part]
+        before = threads_of(replica.pid)
+        answered, took = client(endpoint_client.at_once, bodies, clients)
+        if (thread := busiest(before, threads_of(replica.pid))) is not None:
+            threads["endpoint"].append(thread)
+        alone = decoder.answer([asked[number] for number in part], part.start, clients)
+        if alone.thread is not None:
+            threads["in_process"].append(alone.thread)
+        outcomes += answered
+        texts += alone.texts
+        seconds, alone_seconds = seconds + took, alone_seconds + alone.seconds
+    pairs = zip(outcomes, texts, strict=True)
+    found = {
+        "clients": clients,
+        **endpoint_client.summary(outcomes, seconds, [None] * count),
+        "in_process_per_s": count / alone_seconds,
+        "different_from_in_process": sum(outcome.text != text for outcome, text in pairs),
+        "models_thread_ms": {
+            side: {
+                "computing": 1000 * sum(thread.computing for thread in parts) / count,
+                "waiting": 1000 * sum(thread.waiting for thread in parts) / count,
+            }
+            for side, parts in threads.items()
+            if parts
+        },
+    }
+    return found, [outcome.text for outcome in outcomes]
 
 
 def compare_with_peer(
@@ -289,32 +310,20 @@ def compare_with_peer(
         end = load_tokenizer(folder).eos_token
         theirs = [body_of(question, number, model=folder, **greedy) for number, question in enumerate(asked)]
         threads = max(1, int(config.serve.cpus_per_replica))
+        right = [None] * len(asked)
         here = {clients: client(endpoint_client.at_once, ours, clients) for clients in _levels(options)}
         with transformers_server(options.peer, folder, threads) as url:
             peer = Client(url)
             peer(endpoint_client.at_once, theirs[:2], 1)  # warm
-            for clients, (own, texts) in here.items():
-                other, their_texts = peer(endpoint_client.at_once, theirs, clients)
+            for clients, own in here.items():
+                other = peer(endpoint_client.at_once, theirs, clients)
                 # Its streams begin with the prompt and show the end token.
-                pairs = zip(texts, their_texts, strict=True)
-                differ = sum(not theirs.removesuffix(end).endswith(ours) for ours, theirs in pairs)
-                results["peer"].append({"clients": clients, "ours": own, "peer": other, "differ": differ})
-
-
-def compare_in_process(options: argparse.Namespace, config: RunConfig, results: dict[str, Any]) -> None:
-    """The levels without the endpoint, and whether the answers are the same."""
-    import torch
-
-    # As Ray gives a replica.
-    torch.set_num_threads(max(1, int(config.serve.cpus_per_replica)))
-    levels = _levels(options)
-    asked = questions(config, max(levels.values()))
-    for served in results["levels"]:
-        clients = served["clients"]
-        per_s, texts = in_process(options.run, config, asked[: levels[clients]], clients)
-        served["in_process_per_s"] = per_s
-        pairs = zip(served.pop("texts"), texts, strict=True)
-        served["different_from_in_process"] = sum(one != other for one, other in pairs)
+                pairs = zip(own[0], other[0], strict=True)
+                differ = sum(not its.text.removesuffix(end).endswith(mine.text) for mine, its in pairs)
+                sides = (endpoint_client.summary(*side, right) for side in (own, other))
+                results["peer"].append(
+                    {"clients": clients, **dict(zip(("ours", "peer"), sides, strict=True)), "differ": differ}
+                )
 
 
 def show(results: dict[str, Any]) -> None:
@@ -345,6 +354,21 @@ def show(results: dict[str, Any]) -> None:
         for level in results["levels"]
     ]
     print("Guided, closed loop\n" + table(header, rows))
+    header = ["at a time", "endpoint: computing", "waiting", "in process: computing", "waiting"]
+    rows = [
+        [
+            str(level["clients"]),
+            *(
+                f"{level['models_thread_ms'][side][key]:.1f}"
+                for side in ("endpoint", "in_process")
+                for key in ("computing", "waiting")
+            ),
+        ]
+        for level in results["levels"]
+        if level["models_thread_ms"]
+    ]
+    if rows:
+        print("\nThe thread of the models, ms for each answer\n" + table(header, rows))
     loads = [name for name in ("half", "four_fifths", "overload", "retries", "soak") if name in results]
     header = ["load", "requests", "answers/s", "first text p50", *percent[1:], "whole p50", *percent[1:]]
     header += ["refused", "refusal p50", *percent[1:], "max", "wrong", "not whole"]
@@ -371,7 +395,8 @@ def show(results: dict[str, Any]) -> None:
     if "overload" in results:
         print(f"\nGET /health during the overload: {results['overload']['health_s']}")
     if "soak" in results:
-        print(f"Memory of the replica during the soak, MiB: {results['soak']['memory_mib']}")
+        for name in ("replica", "proxy"):
+            print(f"Memory of the {name} during the soak, MiB: {results['soak'][f'{name}_mib']}")
     if results.get("peer"):
         header = ["at a time", "ours, answers/s", "whole p50", "p95", "theirs", "whole p50", "p95", "differ"]
         rows = [
@@ -431,8 +456,10 @@ def goals(results: dict[str, Any]) -> list[list[str]]:
     )
     judge("answers and refusals that are not whole", sum(found["not_whole"] for found in measured), 0)
     if "soak" in results:
-        memory = results["soak"]["memory_mib"]
-        judge("memory over the soak", memory["last_quarter"] - memory["first_quarter"], 2, unit=" MiB")
+        for name in ("replica", "proxy"):
+            memory = results["soak"][f"{name}_mib"]
+            grown = memory["last_quarter"] - memory["first_quarter"]
+            judge(f"memory of the {name} over the soak", grown, 2, unit=" MiB")
     return rows
 
 
