@@ -11,7 +11,10 @@ once and used for all chunks: fresh memory of that size costs as much as the ari
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,9 +27,9 @@ DEFAULT_CHUNK_SIZE = 256
 
 
 @dataclass
-class _Projection:
-    """Hidden states [N, D] to fp32 logits [C, V], chunk by chunk, in buffers that are reused. Used without
-    autograd.
+class Projection:
+    """Hidden states [N, D] to fp32 logits [C, V], chunk by chunk, in buffers that are reused, and log-probs
+    and gradients made of the logits. Used without autograd.
 
     weight [V, D]; bias [V]; inner [N, r] and outer [V, r] are the low-rank part. `linear`: multiply by
     `F.linear`, which decoding replaces with a faster kernel on some processors (`decoding/cpu_matmul.py`),
@@ -43,13 +46,24 @@ class _Projection:
     softcap: float | None
     dtype: torch.dtype  # of the matrix products
     linear: bool = False
+    log_sums: Tensor | None = None  # [N] of a kernel that keeps them from forward for backward
 
     def __post_init__(self) -> None:
         self.weight = self.weight.to(self.dtype)
         self.bias = None if self.bias is None else self.bias.to(self.dtype)
         self.outer = None if self.outer is None else self.outer.to(self.dtype)
-        self._product = None if self.linear else self.buffer(self.dtype)
-        self._logits = None if self.dtype == torch.float32 else self.buffer(torch.float32)
+
+    @cached_property
+    def _product(self) -> Tensor | None:
+        return None if self.linear else self.buffer(self.dtype)
+
+    @cached_property
+    def _logits(self) -> Tensor | None:
+        return None if self.dtype == torch.float32 else self.buffer(torch.float32)
+
+    @cached_property
+    def _results(self) -> Tensor:
+        return self.buffer(torch.float32)
 
     def buffer(self, dtype: torch.dtype) -> Tensor:
         """Uninitialised memory for one chunk of logits."""
@@ -84,6 +98,41 @@ class _Projection:
             logits.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits
 
+    def logps(self, chunk: slice, labels: Tensor) -> Tensor:
+        """log p(label) [C]."""
+        logits = self.logits(chunk)
+        normal = torch.log_softmax(logits, -1, out=self._results[: len(logits)])
+        return normal.gather(1, labels[:, None])[:, 0]
+
+    def gradients(self, chunk: slice, labels: Tensor, grad: Tensor) -> Tensor:
+        """The gradient of the products [C, V], before scale and soft cap, in fp32 or the products' dtype, for
+        a gradient [C] of the log-probs; the next call overwrites it."""
+        # d log p(y) / d logits = onehot(y) - softmax(logits), times the gradient that arrives per token. A
+        # soft cap z = c tanh(x / c) has dz/dx = 1 - (z / c)^2, and `logits` holds z; it is overwritten there,
+        # so nothing may read it afterwards.
+        logits = self.logits(chunk)
+        g = torch.softmax(logits, -1, out=self._results[: len(logits)])
+        g.mul_(-grad[:, None]).scatter_add_(1, labels[:, None], grad[:, None])
+        if self.softcap is not None:
+            g -= g * logits.div_(self.softcap).square_()
+        if self.scale != 1.0:
+            g *= self.scale
+        return g
+
+
+_projection: type[Projection] = Projection
+
+
+@contextmanager
+def projecting_by(kind: type[Projection]) -> Iterator[None]:
+    """Inside, log-probs that are computed with gradients are projected by this class, in all threads."""
+    global _projection
+    before, _projection = _projection, kind
+    try:
+        yield
+    finally:
+        _projection = before
+
 
 class _TokenLogps(torch.autograd.Function):
     """log p(label) per token [N], with the logits computed again in backward."""
@@ -114,46 +163,33 @@ class _TokenLogps(torch.autograd.Function):
         device_type = hidden.device.type
         autocast = torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if autocast else weight.dtype
-        ctx.options = (chunk_size, scale, softcap, dtype)
-        ctx.save_for_backward(hidden, weight, bias, inner, outer, labels)
+        options = (chunk_size, scale, softcap, dtype)
+        kind = _projection if grad_enabled else Projection
         logps = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
         with torch.autocast(device_type, enabled=False):
-            options = (chunk_size, scale, softcap, dtype, not grad_enabled)
-            projection = _Projection(hidden, weight, bias, inner, outer, *options)
-            normal = projection.buffer(torch.float32)
+            projection = kind(hidden, weight, bias, inner, outer, *options, linear=not grad_enabled)
             for chunk in projection.chunks():
-                logits = projection.logits(chunk)
-                torch.log_softmax(logits, -1, out=normal[: len(logits)])
-                logps[chunk] = normal[: len(logits)].gather(1, labels[chunk, None])[:, 0]
+                logps[chunk] = projection.logps(chunk, labels[chunk])
+        ctx.kind, ctx.options = kind, options
+        ctx.save_for_backward(hidden, weight, bias, inner, outer, labels, projection.log_sums)
         return logps
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, inner, outer, labels = ctx.saved_tensors
-        projection = _Projection(hidden, weight, bias, inner, outer, *ctx.options)
-        softcap, scale = projection.softcap, projection.scale
+        hidden, weight, bias, inner, outer, labels, log_sums = ctx.saved_tensors
+        projection = ctx.kind(hidden, weight, bias, inner, outer, *ctx.options, log_sums=log_sums)
         needs_hidden, needs_weight, needs_bias, needs_inner, needs_outer = ctx.needs_input_grad[:5]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_inner = torch.empty_like(inner) if needs_inner else None
         grad_weight = _RowSum(weight) if needs_weight else None
         grad_outer = _RowSum(outer) if needs_outer else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
-        gradients = projection.buffer(torch.float32)
         for chunk in projection.chunks():
-            logits = projection.logits(chunk)
-            # d log p(y) / d logits = onehot(y) - softmax(logits), times the gradient that arrives per token.
-            # A soft cap z = c tanh(x / c) has dz/dx = 1 - (z / c)^2, and `logits` holds z; it is overwritten
-            # there, so nothing may read it afterwards. Products run in the dtype of forward (bf16 under
-            # autocast); sums over chunks stay in fp32.
-            g = torch.softmax(logits, -1, out=gradients[: len(logits)])
-            g.mul_(-grad[chunk, None]).scatter_add_(1, labels[chunk, None], grad[chunk, None])
-            if softcap is not None:
-                g -= g * logits.div_(softcap).square_()
-            if scale != 1.0:
-                g *= scale
+            # Products run in the dtype of forward (bf16 under autocast); sums over chunks stay in fp32.
+            g = projection.gradients(chunk, labels[chunk], grad[chunk])
             if grad_bias is not None:
-                grad_bias += g.sum(0)
+                grad_bias += g.sum(0, dtype=torch.float32)
             g = g.to(projection.dtype)
             if grad_hidden is not None:
                 grad_hidden[chunk] = (g @ projection.weight).to(hidden.dtype)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_triton_logps
 import tiny_guided
 import torch
 from tiny_policies import batch, policy
@@ -82,3 +83,9 @@ def test_a_training_step_has_the_loss_and_gradients_of_the_cpu(kind: str) -> Non
     assert gradients.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head", test_triton_logps.HEADS)
+def test_log_probs_by_triton_are_those_of_torch(head: test_triton_logps.Kind, dtype: torch.dtype) -> None:
+    test_triton_logps.compare(dtype, head, DEVICE)

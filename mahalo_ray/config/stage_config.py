@@ -270,6 +270,10 @@ class TrainingConfig(Section):
     """Most tokens whose logits over the vocabulary exist at one time. Smaller takes less memory; the loss is
     the same."""
 
+    logps_kernel: Annotated[Literal["torch", "triton"], Field(json_schema_extra=SHAPING_WHERE_SET)] = "torch"
+    """What computes log-probs in training. `triton`: kernels for CUDA without logits in memory, not yet tried
+    on a card."""
+
     checkpoint_every_steps: PositiveInt = 50
     """Optimizer steps between two checkpoints. A killed run goes on from the last one."""
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mahalo_ray.config import TrainingConfig
 from mahalo_ray.data import storage
 from mahalo_ray.data.temporary import temporary_folder
 from mahalo_ray.models.sharding import gathered, is_sharded
@@ -224,11 +226,13 @@ def train(
     if training_device().type == "cuda":
         torch.cuda.set_device(training_device())
     recipe, training = make_recipe(), settings.training
+    kernel = logps_kernel(training, training_device())
     rank, workers, micro_rows = dist.get_rank(), dist.get_world_size(), training.micro_batch_size_per_device
     accumulation = accumulation_steps(recipe.batches, recipe.row_groups, micro_rows, workers)
     engine = build_engine(recipe, training, getattr(torch, settings.model.dtype), settings.seed, accumulation)
     recipe.prepare(partial(infer, engine), rank, workers, partial(_report_preparing, session))
-    with Reporter(recipe, engine, settings, WorkerSplit(workers, accumulation), session) as reporter:
+    split = WorkerSplit(workers, accumulation)
+    with kernel, Reporter(recipe, engine, settings, split, session) as reporter:
         for step in range(reporter.progress.step, len(recipe.batches)):
             batch = recipe.batches[step]
             denominators = recipe.loss_denominators(batch)
@@ -262,6 +266,21 @@ def train(
     save_model(recipe, engine, settings.output_url)
     history = reporter.progress.history
     return {"metrics": {**history[-1], **final}, "history": history}
+
+
+def logps_kernel(training: TrainingConfig, device: torch.device) -> AbstractContextManager[None]:
+    """Inside, log-probs with gradients are computed as `training.logps_kernel` says. ValueError where this
+    worker cannot."""
+    if training.logps_kernel == "torch":
+        return nullcontext()
+    if find_spec("triton") is None:
+        raise ValueError(
+            "'training.logps_kernel: triton' needs the package triton, which is not installed here (torch "
+            "for CUDA brings it along): install it, or set it to 'torch'"
+        )
+    from mahalo_ray.models.triton_logps import fused_logps
+
+    return fused_logps(device)
 
 
 def _report_preparing(session: TrainingSession, done: int, of: int) -> None:
