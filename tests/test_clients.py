@@ -9,8 +9,10 @@ import asyncio
 import json
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -78,9 +80,10 @@ def test_openai_waits_as_long_as_it_is_told(monkeypatch: pytest.MonkeyPatch) -> 
     """The client tries again after a 503 with Retry-After, and gets its answer."""
     app = make_app(max_ongoing_requests=1, max_queued_requests=0)
     waited: list[float] = []
-    monkeypatch.setattr(
-        "openai._base_client.time.sleep", lambda seconds: (waited.append(seconds), holding.close())
-    )
+    # The library's own clock, not that of other threads of this process.
+    clock = SimpleNamespace(**vars(time))
+    clock.sleep = lambda seconds: (waited.append(seconds), holding.close())
+    monkeypatch.setattr("openai._base_client.time", clock)
     holding = _Holding(app.state.services.first.worker)
     transport = _InThread(app)
     with OpenAI(base_url="http://x/v1", api_key=KEY, http_client=httpx.Client(transport=transport)) as client:

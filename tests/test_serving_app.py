@@ -363,7 +363,7 @@ def test_an_error_of_the_server_has_a_reference_that_its_log_holds(caplog: pytes
 
 def test_a_request_that_breaks_the_models_harms_no_other(caplog: pytest.LogCaptureFixture) -> None:
     """Three are decoded together, and each round with the third breaks: only the third one fails."""
-    app = make_app(batch_window_s=0.2)
+    app = make_app(max_ongoing_requests=3, batch_window_s=10)  # a full batch does not wait
 
     async def ask_all() -> list[httpx.Response]:
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
@@ -424,7 +424,7 @@ async def ask_slowly(app: FastAPI, waiting: list[FastAPI]) -> tuple[int, dict[st
         "scheme": "http",
         "root_path": "",
     }
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(300):
         await app(scope, receive, send)
     return sent[0]["status"], json.loads(sent[1]["body"])
 
@@ -481,7 +481,7 @@ def test_scores_are_given_a_few_at_a_time_between_the_tokens(client: TestClient)
     for text, item in zip(candidates, alone, strict=True):
         expected = {name: scores[0] for name, scores in reward.score(MESSAGES, [text]).items()}
         assert item["scores"] == pytest.approx(expected, abs=1e-4)
-    app = make_app(batch_window_s=0.2)
+    app = make_app(max_ongoing_requests=2, batch_window_s=10)  # both begin together: a full batch does not wait
     order: list[str] = []
 
     async def ask_both() -> list[httpx.Response]:
