@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import signal
 import socket
 import uuid
@@ -10,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
+import psutil
 import pytest
 import tiny_guided
 import torch.distributed as dist
@@ -19,7 +22,18 @@ from moto.server import ThreadedMotoServer
 from tiny_run import EXAMPLE, mahalo
 
 # Files of minutes, longest first: begun early, they leave no process alone with one of them at the end.
-LONGEST = ("whole_run", "training_distributed", "own_reward", "label_jobs", "rollout_faults", "cli")
+LONGEST = (
+    *(
+        "whole_run",
+        "training_distributed",
+        "rollout_faults",
+        "label_jobs",
+        "serving_ray",
+        "cli",
+        "own_reward",
+    ),
+    *("playground", "benchmarks", "rollouts", "own_pairs", "serving_app", "row_files", "samplers"),
+)
 LINEAR = F.linear  # torch's own
 
 
@@ -29,6 +43,18 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     settings.register_profile("mahalo", deadline=None)
     settings.load_profile("mahalo")
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One process more than there are processors: much of a test's time is waiting for Ray to start and stop.
+    At most one for every 4 GB of free memory, which is what a process and its Ray take; at least two."""
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):  # a container may have less
+        most, used = (
+            int(Path("/sys/fs/cgroup", f"memory.{name}").read_text()) for name in ("max", "current")
+        )
+        free = min(free, most - used)
+    return max(2, min((os.cpu_count() or 1) + 1, free // 4_000_000_000))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

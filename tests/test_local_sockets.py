@@ -185,7 +185,7 @@ def test_where_a_replica_is_missing_ray_spreads_the_requests(folder):
                 dead = folder / ReplicaSocket.new("mahalo", 2, 1, 2).file_name  # whose process was killed
                 seen_ns = folder.stat().st_mtime_ns
                 os.mknod(dead, 0o600 | 0o140000)
-                os.utime(folder, ns=(seen_ns + 1, seen_ns + 1))  # the file system's clock may not have ticked since
+                os.utime(folder, ns=(seen_ns + 1, seen_ns + 1))  # its clock may not have ticked
                 answers = [await Client(proxy, "/tutor/echo", b"{}").answer() for _ in range(3)]
                 assert answers == [(200, b"{}")] * 3 and not dead.exists()
             # Until a replica that has gone has a successor, the others are asked.

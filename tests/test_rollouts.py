@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import os
+import signal
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +16,6 @@ from typing import Any
 import pytest
 import ray
 import torch
-from processes import started_here
 from tiny_reward_models import CONFIG, byte_tokenizer
 from tiny_tutor import CHAT, SAMPLING, TOKENIZER, TUTOR, model
 from transformers import (
@@ -46,7 +48,9 @@ from mahalo_ray.objectives import Weights
 from mahalo_ray.rollouts.dialogue_job import (
     CANDIDATES,
     DIALOGUES,
+    DialogueChunk,
     DialogueChunks,
+    DialogueSummary,
     RolloutJob,
     RolloutReport,
     RolloutSpec,
@@ -360,29 +364,48 @@ def quiet(done: int, total: int, note: str) -> None:
     """No progress shown."""
 
 
+class Held(RolloutWorker):
+    """A worker that stays within the last of four chunks until it is told to go on."""
+
+    def play(self, chunk: DialogueChunk) -> DialogueSummary:
+        held, go = (Path(self.spec.output_url, name) for name in ("held", "go"))
+        if chunk.number == 3 and not go.exists():
+            held.write_text(str(os.getpid()))
+            while not go.exists():
+                time.sleep(0.02)
+        return super().play(chunk)
+
+
+class HeldJob(RolloutJob):
+    worker_class = Held
+
+
 @pytest.mark.slow
 def test_the_output_does_not_depend_on_actors_or_deaths(
     cluster: None, spec: RolloutSpec, tmp_path: Path
 ) -> None:
-    chunks = DialogueChunks(50, dialogues=12, size=3)
-    one, two, killed = (replace(spec, output_url=str(tmp_path / name)) for name in ("one", "two", "killed"))
+    chunks, two = DialogueChunks(50, dialogues=12, size=3), ClusterConfig(rollout_actors=2)
+    one, killed = (replace(spec, output_url=str(tmp_path / name)) for name in ("one", "killed"))
     run_rollouts(one, chunks, ClusterConfig(rollout_actors=1), quiet)
-    run_rollouts(two, chunks, ClusterConfig(rollout_actors=2), quiet)
 
-    victims = []
+    held, go = tmp_path / "killed" / "held", tmp_path / "killed" / "go"
+    held.parent.mkdir()
 
-    def kill_once(done: int, total: int, note: str) -> None:
-        if 0 < done < total and not victims:
-            found = started_here("RolloutWorker")
-            victims.append(found[0].pid)
-            found[0].kill()
+    def kill_the_held() -> None:
+        while not (held.exists() and held.read_text()):
+            time.sleep(0.02)
+        os.kill(int(held.read_text()), signal.SIGKILL)
+        go.touch()
 
-    report = run_rollouts(killed, chunks, ClusterConfig(rollout_actors=2), kill_once)
-    assert victims and report.actor_deaths == 1
-    assert output(tmp_path / "one") == output(tmp_path / "two") == output(tmp_path / "killed")
+    killing = threading.Thread(target=kill_the_held)
+    killing.start()
+    report = HeldJob(killed.output_url, killed, chunks, 12, two, quiet, RolloutReport()).run()
+    killing.join()
+    assert report.actor_deaths == 1
+    assert output(tmp_path / "one") == output(tmp_path / "killed")
     assert len(output(tmp_path / "killed")[1]) == 12
 
-    finished = run_rollouts(killed, chunks, ClusterConfig(rollout_actors=2), quiet)
+    finished = run_rollouts(killed, chunks, two, quiet)
     assert (finished.resumed, finished.chunks, finished.dialogues) == (4, 0, 12)
 
 

@@ -14,8 +14,10 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import pytest
@@ -23,7 +25,6 @@ import ray
 import torch
 from openai import (
     APIError,
-    APIStatusError,
     AsyncOpenAI,
     AuthenticationError,
     BadRequestError,
@@ -31,6 +32,7 @@ from openai import (
     NotFoundError,
     OpenAI,
 )
+from openai.types.chat import ChatCompletion
 from processes import started_here
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -52,9 +54,12 @@ from mahalo_ray.pipeline.serve import SmokeError, smoke
 from mahalo_ray.serving.api_key import KeyDigests
 from mahalo_ray.serving.launch import APP_NAME, ServeError, Serving, serve_forever, start
 from mahalo_ray.serving.local_socket import socket_folder
+from mahalo_ray.serving.model_thread import ModelThread
 from mahalo_ray.serving.service import Defaults
 
 pytestmark = pytest.mark.slow
+
+T = TypeVar("T")
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "quickstart.yaml"
 OBJECTIVES = ("accuracy", "engagement")
@@ -162,6 +167,60 @@ def post(serving: Serving, path: str, body: bytes, **headers: str):
     except urllib.error.HTTPError as error:
         with error:
             return error.code, error.headers, json.load(error)
+
+
+def in_replica(work: Callable[[ModelThread], T]) -> T:
+    """What `work` gives in the process of the only replica, asked about the thread of its first model. A
+    function within a test is sent there as it stands, and imports what it needs itself."""
+
+    def find_and_work(_replica) -> T:
+        import gc
+
+        from mahalo_ray.serving import service
+
+        if not hasattr(service, "first_worker"):  # kept there: to look for it takes a while
+            gc.unfreeze()  # Serve freezes what a replica holds when it is ready
+            services = [each for each in gc.get_objects() if isinstance(each, service.ChatService)]
+            (service.first_worker,) = [
+                each.worker for each in services if each.settings.model_name == "mahalo"
+            ]
+        return work(service.first_worker)
+
+    (actor,) = [
+        ray.get_actor(named["name"], named["namespace"])
+        for named in ray.util.list_named_actors(all_namespaces=True)
+        if named["name"].startswith(f"SERVE_REPLICA::{APP_NAME}#{APP_NAME}#")
+    ]
+    return ray.get(actor.__ray_call__.remote(find_and_work))
+
+
+def pause_model() -> None:
+    """From now on the replica takes requests and makes no token, until `resume_model`."""
+
+    def pause(worker: ModelThread) -> None:
+        import threading
+        import time
+
+        advance, worker.may_advance = worker._engine.advance, threading.Event()
+        worker._engine.advance = lambda: advance() if worker.may_advance.is_set() else time.sleep(0.01)
+
+    in_replica(pause)
+
+
+def resume_model() -> None:
+    def resume(worker: ModelThread) -> None:
+        worker.may_advance.set()
+        del worker._engine.advance
+
+    in_replica(resume)
+
+
+def until_held(number: int) -> None:
+    """Wait until so many requests hold places of the replica."""
+    deadline = time.monotonic() + 120
+    while (held := in_replica(lambda worker: worker.num_held)) != number:
+        assert time.monotonic() < deadline, f"{held} places are held, not {number}"
+        time.sleep(0.02)
 
 
 def test_an_answer_carries_its_candidates_scores_and_counts(client):
@@ -380,11 +439,12 @@ def test_the_proxy_asks_the_replica_over_its_socket(client):
 
 
 def test_beyond_the_bound_requests_are_refused_at_once_and_none_hangs(client):
-    """Two may run and one wait: of twelve sent at once, some are answered, the others told when to return."""
+    """Two may run and one wait: of twelve sent at once, all are told when to return while others hold the
+    places, and some are answered when nobody does."""
 
     def one(seed: int) -> int:
         try:
-            ask(client, {"num_candidates": 4}, seed=seed, max_tokens=200)
+            ask(client, {"num_candidates": 4}, seed=seed, max_tokens=40)
         except InternalServerError as error:
             assert error.status_code == 503
             assert int(error.response.headers["Retry-After"]) >= 1
@@ -392,14 +452,40 @@ def test_beyond_the_bound_requests_are_refused_at_once_and_none_hangs(client):
             return 503
         return 200
 
+    def hold_all(worker: ModelThread) -> None:
+        from contextlib import ExitStack
+
+        worker.places = ExitStack()
+        for _ in range(3):
+            worker.places.enter_context(worker.reserve())
+
+    until_held(0)
+    in_replica(hold_all)
     with ThreadPoolExecutor(12) as pool:
-        statuses = list(pool.map(one, range(12), timeout=120))
-    assert statuses.count(200) >= 3
-    assert statuses.count(503) >= 1
-    ask(client)
+        assert list(pool.map(one, range(12), timeout=300)) == [503] * 12
+        in_replica(lambda worker: worker.places.close())
+        answered_again(client)
+        until_held(0)
+        statuses = list(pool.map(one, range(12), timeout=300))
+    assert statuses.count(200) >= 3 and set(statuses) <= {200, 503}
+    answered_again(client)
+
+
+def answered_again(client: OpenAI) -> ChatCompletion:
+    """The first answer to one who comes back as long as places or replicas are missing."""
+    deadline = time.monotonic() + 240
+    while True:
+        try:
+            return ask(client, max_tokens=8)
+        except InternalServerError as error:
+            assert error.status_code == 503 and error.code in ("replica_lost", "overloaded", "not_ready")
+            assert int(error.response.headers["Retry-After"]) >= 1
+            assert time.monotonic() < deadline, f"still {error.code}"
+            time.sleep(0.2)
 
 
 def send_and_leave(serving: Serving) -> None:
+    """A client that leaves when its request has come to the replica, whose model is paused."""
     body = json.dumps({"model": "mahalo", "messages": MESSAGES, "max_tokens": 100}).encode()
     address = urllib.parse.urlsplit(serving.url)
     with socket.create_connection((address.hostname, address.port), timeout=30) as raw:
@@ -408,22 +494,17 @@ def send_and_leave(serving: Serving) -> None:
             b"Authorization: Bearer %s\r\nContent-Length: %d\r\n\r\n%s"
             % (address.path.encode(), KEY.encode(), len(body), body)
         )
-        # Long enough to get through the proxy, not to be answered.
-        time.sleep(0.1)
+        until_held(1)
 
 
 def test_clients_that_leave_do_not_block_the_endpoint(client, serving):
-    for _ in range(8):
+    until_held(0)
+    pause_model()
+    for _ in range(4):  # one more than there are places
         send_and_leave(serving)
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            ask(client, max_tokens=2)
-            break
-        except APIStatusError as error:
-            assert error.status_code == 503
-            assert time.monotonic() < deadline, "places were not given back"
-            time.sleep(0.2)
+        until_held(0)
+    resume_model()
+    assert ask(client, max_tokens=2).choices
 
 
 def test_the_page_may_load_nothing_and_post_nowhere_else(serving):
@@ -457,36 +538,27 @@ def test_a_second_endpoint_on_the_cluster_is_refused(serving, folders):
 def test_a_replica_that_dies_is_replaced_and_clients_get_openais_errors(client, serving):
     (old,) = started_here("ServeReplica")
     # A whole answer has sent nothing yet: it is asked for again.
-    before = ask(client, {"num_candidates": 4}, max_tokens=200)
-    whole = ThreadPoolExecutor(1).submit(ask, client, {"num_candidates": 4}, max_tokens=200)
-    old_pid, stream = old.pid, ask(client, {"num_candidates": 4}, max_tokens=200, stream=True)
-    waiting = ThreadPoolExecutor(1).submit(list, stream)
-    old.kill()
-    try:
-        waiting.result(timeout=60)
-    except APIError as error:
-        assert "the replica that was answering is gone" in str(error)
-    deadline = time.monotonic() + 90
-    while True:
-        try:
-            ask(client, max_tokens=2)
-            break
-        except InternalServerError as error:
-            assert error.status_code == 503 and error.code in ("replica_lost", "overloaded", "not_ready")
-            assert int(error.response.headers["Retry-After"]) >= 1
-            assert time.monotonic() < deadline, "no other replica answers"
-            time.sleep(0.2)
-    assert [process.pid for process in started_here("ServeReplica")] != [old_pid]
-    assert whole.result(timeout=60).choices[0].message.content == before.choices[0].message.content
+    before = ask(client, {"num_candidates": 4}, max_tokens=40)
+    until_held(0)
+    pause_model()
+    with ThreadPoolExecutor(1) as pool:
+        whole = pool.submit(ask, client, {"num_candidates": 4}, max_tokens=40)
+        stream = ask(client, {"num_candidates": 4}, max_tokens=40, stream=True)
+        until_held(2)
+        old.kill()
+        with pytest.raises(APIError, match="the replica that was answering is gone"):
+            list(stream)
+        answered_again(client)
+        assert old.pid not in [process.pid for process in started_here("ServeReplica")]
+        assert whole.result(timeout=240).choices[0].message.content == before.choices[0].message.content
 
 
 def test_a_replica_whose_model_is_broken_is_replaced(client, serving):
     """Its weights are cut off: every forward raises, its own probe's too."""
 
-    def break_models(_replica) -> int:
+    def break_models(_: ModelThread) -> int:
         import gc
 
-        gc.unfreeze()  # Serve freezes what a replica holds when it is ready
         found = [module for module in gc.get_objects() if isinstance(module, torch.nn.Embedding)]
         for module in found:
             module.weight.data = module.weight.data[:0]
@@ -494,21 +566,8 @@ def test_a_replica_whose_model_is_broken_is_replaced(client, serving):
 
     (old,) = started_here("ServeReplica")
     before = ask(client, max_tokens=8)
-    (actor,) = [
-        ray.get_actor(named["name"], named["namespace"])
-        for named in ray.util.list_named_actors(all_namespaces=True)
-        if named["name"].startswith(f"SERVE_REPLICA::{APP_NAME}#{APP_NAME}#")
-    ]
-    assert ray.get(actor.__ray_call__.remote(break_models)) >= 2
-    deadline = time.monotonic() + 90
-    while True:
-        try:
-            after = ask(client, max_tokens=8)
-            break
-        except InternalServerError as error:
-            assert error.status_code == 503 and error.code in ("replica_lost", "overloaded", "not_ready")
-            assert time.monotonic() < deadline, "no other replica answers"
-            time.sleep(0.2)
+    assert in_replica(break_models) >= 2
+    after = answered_again(client)
     assert after.choices[0].message.content == before.choices[0].message.content
     assert old.pid not in [process.pid for process in started_here("ServeReplica")]
 
@@ -519,7 +578,7 @@ def test_a_replica_whose_model_is_broken_is_replaced(client, serving):
 @pytest.fixture(scope="module")
 def stopped(serving):
     """The endpoint after SIGTERM: (streams that ran, refusals of those who came later, what was printed)."""
-    body = {"model": "mahalo", "messages": MESSAGES, "num_candidates": 4, "max_tokens": 150, "stream": True}
+    body = {"model": "mahalo", "messages": MESSAGES, "num_candidates": 4, "max_tokens": 40, "stream": True}
     request = urllib.request.Request(
         serving.url + "/v1/chat/completions",
         json.dumps(body).encode(),
@@ -528,29 +587,31 @@ def stopped(serving):
     short = {"model": "mahalo", "messages": MESSAGES, "strategy": "none", "max_tokens": 1}
     begun = threading.Barrier(3)
     refused: list[dict] = []
-    over = threading.Event()
+    usual = signal.getsignal(signal.SIGTERM)
 
     def stream(_: int) -> str:
         with urllib.request.urlopen(request, timeout=60) as answer:
-            begun.wait(30)
+            begun.wait(120)
             return answer.read().decode()
 
     def knock() -> None:
-        begun.wait(30)
+        begun.wait(120)
+        while signal.getsignal(signal.SIGTERM) is usual:
+            time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGTERM)
-        while not over.wait(0.02):
-            try:
-                status, headers, answer = post(serving, "/v1/chat/completions", json.dumps(short).encode())
-            except OSError:
-                return  # nobody listens any more
-            if status != 200:  # the signal takes a moment
-                refused.append({"status": status, "headers": headers, **answer["error"]})
+        while not in_replica(lambda worker: worker._draining):
+            time.sleep(0.02)
+        for _ in range(3):
+            status, headers, answer = post(serving, "/v1/chat/completions", json.dumps(short).encode())
+            refused.append({"status": status, "headers": headers, **answer["error"]})
+        resume_model()
 
+    until_held(0)
+    pause_model()
     with ThreadPoolExecutor(3) as pool, contextlib.redirect_stdout(io.StringIO()) as printed:
         streams = [pool.submit(stream, number) for number in range(2)]
         knocking = pool.submit(knock)
         serve_forever(serving)
-        over.set()
         knocking.result(60)
         return [running.result(60) for running in streams], refused, printed.getvalue()
 
@@ -559,7 +620,7 @@ def test_a_stop_lets_running_answers_end_and_refuses_new_ones(stopped):
     streams, refused, printed = stopped
     for text in streams:
         assert text.endswith("data: [DONE]\n\n") and '"error"' not in text
-    assert refused
+    assert len(refused) == 3
     for refusal in refused:
         assert (refusal["status"], refusal["code"]) == (503, "shutting_down")
         assert refusal["headers"]["Retry-After"]
@@ -569,13 +630,11 @@ def test_a_stop_lets_running_answers_end_and_refuses_new_ones(stopped):
 def test_after_stop_nothing_answers_and_another_can_start(stopped, serving, folders):
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(serving.url + "/health", timeout=5)
-    # Nothing starts before its deadline, so that what waits can be looked at.
     config = ServeConfig(
         port=0,
         path_prefix="/tutor",
         request_timeout_s=2,
-        batch_window_s=4,
-        max_ongoing_requests=4,
+        max_ongoing_requests=2,
         max_queued_requests=1,
     )
     with start(config, folders[0], None) as bare:
@@ -589,12 +648,10 @@ def test_after_stop_nothing_answers_and_another_can_start(stopped, serving, fold
                 ask(client, max_tokens=2)
             return caught.value.status_code
 
-        for _ in range(3):
-            send_and_leave(bare)
-        time.sleep(0.5)
+        pause_model()
         with ThreadPoolExecutor(3) as pool:
-            # Five have room: if those who left still held their places, one of these would get 503.
             assert list(pool.map(status, range(3))) == [504] * 3
+        until_held(0)
         with pytest.raises(BadRequestError) as refused:
             ask(client, {"num_candidates": 2}, max_tokens=2)
         assert refused.value.param == "num_candidates"

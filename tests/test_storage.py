@@ -174,7 +174,7 @@ def test_a_lease_of_an_earlier_release_runs_out_too(s3: str, monkeypatch: pytest
 
 
 def test_a_lease_that_is_renewed_is_respected(s3: str) -> None:
-    renew = _claim(s3, 1)
+    renew = _claim(s3, 1, lease_s=20.0)  # longer than this process is kept waiting
     code = "with storage.run_lock(sys.argv[1]): pass"
     command = [sys.executable, "-c", f"import sys\nfrom mahalo_ray.data import storage\n{code}", s3]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as contender:

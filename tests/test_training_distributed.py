@@ -176,23 +176,6 @@ def test_reward_with_zero_2_equals_plain_torch(cluster: None, base: str, tmp_pat
     assert {"held_out/accuracy/ranking_accuracy", "held_out/safety/accuracy"} < set(result.metrics)
 
 
-def test_a_killed_worker_changes_nothing(
-    unbroken: tuple[TrainingResult, Path], base: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    killed: list[int] = []
-
-    def kill_once(step: int, total: int, unit: str, metrics: dict[str, float]) -> None:
-        if step >= 6 and not killed:
-            killed.append(train_workers()[-1])
-            os.kill(killed[0], signal.SIGKILL)
-
-    result = run_policy(base, tmp_path, kill_once)
-    assert killed
-    assert "goes on from the last checkpoint" in caplog.text
-    # Bit by bit, not only within 1e-5: same workers, fp32, CPU.
-    assert figures(result) == figures(unbroken[0])
-
-
 def end_training() -> None:
     """Without a controller the thread of `fit` ends: Ray may not be shut down while a thread is inside it."""
     for process in started_here("TrainController"):
@@ -202,9 +185,11 @@ def end_training() -> None:
             thread.join(120)
 
 
-def test_a_lost_driver_goes_on_from_the_latest_checkpoint(
-    unbroken: tuple[TrainingResult, Path], base: str, tmp_path: Path
+def test_a_lost_driver_and_a_killed_worker_change_nothing(
+    unbroken: tuple[TrainingResult, Path], base: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """The driver is lost first, Ray with it; a worker of those who go on from its checkpoint is killed."""
+
     class Stop(Exception):
         pass
 
@@ -218,8 +203,18 @@ def test_a_lost_driver_goes_on_from_the_latest_checkpoint(
     ray.shutdown()
     start_ray()
     steps: list[int] = []
-    result = run_policy(base, tmp_path, lambda step, total, unit, metrics: steps.append(step))
-    assert steps[0] > 4
+    killed: list[int] = []
+
+    def kill_once(step: int, total: int, unit: str, metrics: dict[str, float]) -> None:
+        steps.append(step)
+        if len(steps) > 1 and not killed:
+            killed.append(train_workers()[-1])
+            os.kill(killed[0], signal.SIGKILL)
+
+    result = run_policy(base, tmp_path, kill_once)
+    assert steps[0] > 4 and killed
+    assert "goes on from the last checkpoint" in caplog.text
+    # Bit by bit, not only within 1e-5: same workers, fp32, CPU.
     assert figures(result) == figures(unbroken[0])
 
 
