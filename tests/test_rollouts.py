@@ -333,9 +333,11 @@ def test_a_dialogue_that_cannot_be_scored_fails_alone() -> None:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)  # for the workers below
+        ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
+        yield
+        ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -397,7 +399,7 @@ def test_the_output_does_not_depend_on_actors_or_deaths(
         os.kill(int(held.read_text()), signal.SIGKILL)
         go.touch()
 
-    killing = threading.Thread(target=kill_the_held)
+    killing = threading.Thread(target=kill_the_held, daemon=True)
     killing.start()
     report = HeldJob(killed.output_url, killed, chunks, 12, two, quiet, RolloutReport()).run()
     killing.join()
