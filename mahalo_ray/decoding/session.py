@@ -207,8 +207,8 @@ def decide_steps(
 
 
 TOKENS_AT_ONCE = 8
-_SCORED_TOGETHER = 1 / 8  # of the requests in flight
-_LONGEST_WAIT = 4  # tokens
+_SCORED_TOGETHER = 1 / 4  # of the requests in flight
+_LONGEST_WAIT = 8  # tokens
 
 
 class GuidedSession:
@@ -333,7 +333,7 @@ class GuidedSession:
         """Whether those who are done are scored now.
 
         Scoring is a forward of its own, which costs about as much for one request as for a few. So where many
-        are in flight, one that is done waits, a few tokens at most, until some others are done too.
+        are in flight, one that is done waits, a few tokens at most, until a quarter of them are.
         """
         if not self._done:
             return False
