@@ -89,7 +89,7 @@ def test_what_makes_no_sense_is_refused(override: str, message: str | None, tmp_
     ("override", "message"),
     [
         ("data.max_bad_fraction=0", r"2 steps, but 1 label"),
-        ("data.max_bad_fraction=0.013", r"1 of 73 rows"),  # 49 lines, but two solutions in 24 of them
+        ("data.max_bad_fraction=0.013", r"1 of 73 traces"),  # 49 lines, but two solutions in 24 of them
         ("data.traces.0.format=trll", "Did you mean 'trl'"),
         ("data.traces.0.sample=0.0001", "holds no step with a label of objective 'steps'"),
     ],

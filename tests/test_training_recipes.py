@@ -283,7 +283,7 @@ def test_a_loss_that_is_not_finite_names_objective_and_row(base: str, tmp_path: 
 
 def test_reference_log_probs_are_computed_once_and_checked_row_by_row(base: str, tmp_path: Path) -> None:
     recipe = make_recipe("policy", base, tmp_path)
-    (file,) = (tmp_path / "reference").glob("*.parquet")
+    (file,) = (tmp_path / ".reference").glob("*.parquet")
     written = file.stat().st_mtime_ns
     pairs = recipe._pairs
     make_recipe("policy", base, tmp_path)

@@ -145,17 +145,22 @@ class TooManyBadRows(ValueError):
 
 
 def quarantine(
-    bad: Sequence[BadRow], rows: int, max_fraction: float, url: str, key: str = "data.max_bad_fraction"
+    bad: Sequence[BadRow],
+    rows: int,
+    max_fraction: float,
+    url: str,
+    key: str = "data.max_bad_fraction",
+    unit: str = "rows",
 ) -> None:
     """Write the bad rows of `rows` to `url` (also when there are none); TooManyBadRows above `max_fraction`
-    of them, which the configuration calls `key`."""
+    of them, which the configuration calls `key`. `unit`: what is counted, where a row may hold several."""
     storage.write_table(url, pa.Table.from_pylist([asdict(row) for row in bad], schema=SCHEMA))
     if len(bad) <= max_fraction * rows:
         return
     first = "\n".join(f"  {row.file}, line {row.line}: {row.reason}" for row in bad[:_SHOWN])
     more = f"\n  ... and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
     raise TooManyBadRows(
-        f"{len(bad)} of {rows} rows cannot be used, more than the allowed share of {max_fraction:g} "
+        f"{len(bad)} of {rows} {unit} cannot be used, more than the allowed share of {max_fraction:g} "
         f"('{key}'):\n{first}{more}\nAll of them are in {url}"
     )
 

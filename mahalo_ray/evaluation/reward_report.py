@@ -384,7 +384,7 @@ def _scored(
 ) -> tuple[Scored, dict[str, Any]]:
     rows = read_held_out(paths, names, objective, row_format)
     url = storage.join(folder, QUARANTINE)
-    quarantine(rows.report.bad, rows.seen, max_bad_fraction, url, "--max-bad-fraction")
+    quarantine(rows.report.bad, rows.seen, max_bad_fraction, url, "--max-bad-fraction", "traces and pairs")
     return score_rows(scorer, rows.traces, rows.pairs, batch_size), rows.report.as_json()
 
 

@@ -63,9 +63,9 @@ def pairs(context: Context[RunConfig]) -> StageResult:
             )
 
     def take(pair: PreferencePair) -> None:
-        check_roles(pair)
         if split_key(pair) not in sample:
             raise RowLeftOut(NOT_SAMPLED)
+        check_roles(pair)
         writer.add(pair)
         counts[pair.objective] = counts.get(pair.objective, 0) + 1
 
@@ -102,9 +102,9 @@ def traces(context: Context[RunConfig]) -> StageResult:
     sample = HashSplit(1.0, 0)
 
     def take(trace: StepTrace) -> None:
-        check_readable(trace, encoder, config.model.max_length)
         if trace.group not in sample:
             raise RowLeftOut(NOT_SAMPLED)
+        check_readable(trace, encoder, config.model.max_length)
         writer.add(trace)
         for name in names:
             counts[name] += labelled(trace, name)
@@ -127,7 +127,7 @@ def traces(context: Context[RunConfig]) -> StageResult:
         context.progress.advance()
     writer.flush()
     account = context.account(read.report)
-    quarantine(read.bad, read.seen, config.data.max_bad_fraction, context.path(QUARANTINE))
+    quarantine(read.bad, read.seen, config.data.max_bad_fraction, context.path(QUARANTINE), unit="traces")
     for name, count in counts.items():
         if count == 0:
             raise ValueError(f"'data.traces' holds no step with a label of objective '{name}'")

@@ -171,7 +171,7 @@ def _rated(config: LabelConfig, settings: CalibrationConfig) -> tuple[_Rated, di
     source, scale = settings.ratings, settings.label_range
     read_traces(source, settings.format, [name], name, None, "ratings", read, label_range=scale)
     url, share = storage.join(config.output, QUARANTINE), settings.max_bad_fraction
-    quarantine(read.bad, read.seen, share, url, "calibration.max_bad_fraction")
+    quarantine(read.bad, read.seen, share, url, "calibration.max_bad_fraction", "traces")
     return rated, read.report.as_json()
 
 

@@ -62,6 +62,7 @@ from mahalo_ray.training.policy_methods import modpo_margins, plan_method, stand
 from mahalo_ray.training.policy_metrics import GradientConflict, HeldOutKl, PolicyProbe, SampledTurns
 from mahalo_ray.training.recipe import PAD_ID, Inference, LossOutput, PreparationProgress, Probe, Tensors
 from mahalo_ray.training.reference_logps import (
+    REFERENCE_STORE,
     AnswerStates,
     BaseHeadLogps,
     compute_logps,
@@ -208,7 +209,7 @@ class PolicyRecipe:
             sums = reference_logps(
                 self._inputs,
                 rows,
-                storage.join(self._settings.pairs_url, "reference"),
+                storage.join(self._settings.pairs_url, REFERENCE_STORE),
                 load=lambda: load_reference(folder, model, training, device, self._inputs),
                 key=lambda: reference_key(folder, model),
                 training=training,

@@ -36,6 +36,7 @@ SCHEMA = pa.schema(
     [("id", pa.string()), ("row_hash", pa.string()), ("chosen", pa.float64()), ("rejected", pa.float64())]
 )
 Logps = npt.NDArray[np.float64]
+REFERENCE_STORE = ".reference"  # in the folder of the pairs: who reads them passes over names with a dot
 
 
 def reference_logps(

@@ -151,7 +151,7 @@ class PolicySettings(StageSettings):
     """The method `policy.method` (MAH-DPO: one head per objective) on a folder of PreferencePair records; a
     MultiHeadCausalLM folder results.
 
-    `model_url` is the reference, whose log-probs are stored in `pairs_url`/reference, and the start too,
+    `model_url` is the reference, whose log-probs are stored in `pairs_url`/.reference, and the start too,
     unless `start_url` is the folder of a policy made from it that training goes on from. With
     `policy.extends` (a model folder here) heads of `objectives`, which it lacks, are added to that policy.
     `held_out_fraction` of the prompts is kept for the final metrics. `domain` says which
