@@ -16,7 +16,7 @@ const LIVE_DELAY_MS = 250;
 const DOUBLE_CLICK_MS = 400;
 
 const state = {model: null, settings: null, turns: [], choices: [], draft: "", running: null, lesson: null, studentThinks: false};
-let control = null, guidanceControl = null, picture = null, liveTimer = null, portfolioTimer = null, hasPortfolio = true;
+let control = null, guidanceControl = null, picture = null, liveTimer = null, portfolioTimer = null, hasPortfolio = false;
 
 const lastTurn = () => state.turns.at(-1);
 const narrow = matchMedia("(max-width: 56rem)");
@@ -464,9 +464,7 @@ function showPortfolio() {
     const shares = currentBalance();
     try {
       const weights = new URLSearchParams({weights: set.weightText(model.names, shares)});
-      const portfolio = await get("v1/portfolio?" + weights, {optional: true});
-      hasPortfolio = portfolio !== null;
-      if (!hasPortfolio) return;
+      const portfolio = await get("v1/portfolio?" + weights);
       const letter = settings.mode === "compare" ? set.LETTERS[settings.selected] : "";
       refill($("portfolio"), portfolioNote(model.names, letter, portfolio, (member) => usePolicy(member.objectives, member)));
     } catch (error) {
@@ -579,6 +577,7 @@ async function start() {
     const first = !state.model;
     // An id with a member of the portfolio behind it is the same model.
     const offered = models.data.filter(({id}) => !id.includes("@"));
+    hasPortfolio = models.data.some(({id}) => id.startsWith(offered[0].id + "@"));
     const wanted = new URLSearchParams(location.search).get("model");
     const chosen = offered.find(({id}) => id === wanted) ?? offered[0];
     const model = state.model = set.servedModel(chosen);
