@@ -15,6 +15,7 @@ import fsspec
 import psutil
 import pytest
 import tiny_guided
+import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import settings
@@ -72,10 +73,20 @@ def one_process() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def functions_of_torch() -> Iterator[None]:
-    """ZeRO-3 leaves a function of its own in the place of `F.linear`: it does not reach other files."""
+def state_of_process() -> Iterator[None]:
+    """What the tests of a file leave changed reaches no other file, whatever their order: ZeRO-3 leaves a
+    function of its own in the place of `F.linear`, workers in this process one thread and quiet libraries."""
+    threads, dtype, folder = torch.get_num_threads(), torch.get_default_dtype(), Path.cwd()
+    levels = {
+        name: logging.getLogger(name).level for name in ("", "transformers", "ray.serve", "uvicorn.error")
+    }
     yield
     F.linear = LINEAR
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
+    os.chdir(folder)
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
 
 
 @pytest.fixture(scope="module")
