@@ -165,6 +165,8 @@ def test_killed_actors_and_killed_jobs_change_nothing(
     first = {file.name: file.stat().st_mtime_ns for file in (killed / "labelled").glob("*.parquet")}
     assert len(first) == 1 and not (killed / "manifest.json").exists()
     cluster.unlink()
+    while started_here("LabelWorker"):  # of the job that was killed
+        time.sleep(0.05)
 
     # It goes on, and loses an actor.
     victims: list[int] = []
