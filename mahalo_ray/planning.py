@@ -1,7 +1,7 @@
 """What training a policy takes, told from the model's config alone: parameters and bytes, no weights loaded.
 
 Bytes per GPU follow what DeepSpeed keeps with torch's AdamW. Activations are not among them: they depend on
-sequence lengths and checkpointing, and have what is left.
+sequence lengths and checkpointing, and have what is left (docs/operations.md has a measured 7B step).
 """
 
 from __future__ import annotations
