@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import multiprocessing
 import random
 import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -18,6 +19,10 @@ import numpy as np
 CHAT = "/v1/chat/completions"
 # `transformers serve` gives a reason and no `[DONE]`.
 _ENDED = re.compile(rb'data: \[DONE\]|"finish_reason":\s*"(stop|length)"')
+_REFUSAL = (
+    b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 5\r\ncontent-type: application/json\r\n"
+    b'content-length: 13\r\nconnection: close\r\n\r\n{"error": {}}'
+)
 _SOME_TEXT = re.compile(rb'"content":\s*"[^"]')
 
 
@@ -202,3 +207,38 @@ def with_retries(
 
     outcomes, asked, took = asyncio.run(measure())
     return {"clients": clients, **summary(outcomes, took, [right[number] for number in asked])}
+
+
+def in_one_instant(url: str, body: bytes, clients: int) -> dict[str, float]:
+    """So many requests at the same moment, once to warm up and once measured: seconds until each was
+    answered."""
+
+    async def measure() -> list[Outcome]:
+        address, prefix = address_of(url)
+        return list(await asyncio.gather(*(ask(address, prefix, body) for _ in range(clients))))
+
+    asyncio.run(measure())
+    return percentiles([outcome.whole_s for outcome in asyncio.run(measure())])
+
+
+# -- in a process of its own: what the clients are compared with --------------------------------------------
+
+
+def refuse_everything(told: multiprocessing.Queue[int]) -> None:
+    """A server that answers whatever comes with the same refusal, unread. `told` gets its port."""
+
+    class Refusal(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            self._transport = cast(asyncio.Transport, transport)
+
+        def data_received(self, data: bytes) -> None:
+            self._transport.write(_REFUSAL)
+            self._transport.close()
+
+    async def serve() -> None:
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(Refusal, "127.0.0.1", 0, backlog=2048)
+        told.put(server.sockets[0].getsockname()[1])
+        await server.serve_forever()
+
+    asyncio.run(serve())

@@ -10,7 +10,8 @@ One endpoint, one part after the other:
 - rates: requests at random times (open loop) at half and at four fifths of the best throughput.
 - overload: the same at `--overload` times the best throughput: how fast and in what form requests are
   refused, whether every answer is the right one, and how long GET /health takes meanwhile.
-- retries: 320 clients that come back when they are told to.
+- retries: 320 clients that come back when they are told to; and how long the same clients take with a server
+  that refuses everything unread, which is the least that their own process needs for 320 connections.
 - soak: as many requests at a time as run together, for `--soak` seconds; the memory of the replica and of
   Serve's proxy meanwhile.
 - peer: the merged policy, greedy and unguided, behind this endpoint and behind `transformers serve`.
@@ -239,11 +240,27 @@ def measure(options: argparse.Namespace, config: RunConfig, client: Client, resu
         results["retries"] = client(
             endpoint_client.with_retries, bodies, right, RETRYING_CLIENTS, options.seconds
         )
+        results["retries"]["bare_refusal_s"] = bare_refusals(bodies[0])
     if options.soak:
         clients = config.serve.max_ongoing_requests
         with MemoryWatch("ServeReplica") as replica, MemoryWatch("ProxyActor") as proxy:
             soak = client(endpoint_client.with_retries, bodies, right, clients, options.soak)
         results["soak"] = {**soak, "replica_mib": replica.summary, "proxy_mib": proxy.summary}
+
+
+def bare_refusals(body: bytes) -> dict[str, float]:
+    """Seconds until as many requests in one instant are refused by a server that does nothing else."""
+    context = multiprocessing.get_context("spawn")
+    told = context.Queue()
+    server = context.Process(target=endpoint_client.refuse_everything, args=(told,), daemon=True)
+    server.start()
+    try:
+        client = Client(f"http://127.0.0.1:{told.get(timeout=_STARTUP_S)}")
+        found: dict[str, float] = client(endpoint_client.in_one_instant, body, RETRYING_CLIENTS)
+        return found
+    finally:
+        server.terminate()
+        server.join()
 
 
 def measure_level(
@@ -392,8 +409,11 @@ def show(results: dict[str, Any]) -> None:
         )
     if rows:
         print("\nUnder load\n" + table(header, rows))
+    if "retries" in results:
+        bare = results["retries"]["bare_refusal_s"]
+        print(f"\n{RETRYING_CLIENTS} refusals of a server that does nothing else: {bare}")
     if "overload" in results:
-        print(f"\nGET /health during the overload: {results['overload']['health_s']}")
+        print(f"GET /health during the overload: {results['overload']['health_s']}")
     if "soak" in results:
         for name in ("replica", "proxy"):
             print(f"Memory of the {name} during the soak, MiB: {results['soak'][f'{name}_mib']}")
