@@ -71,7 +71,7 @@ def states(backbone: CachedBackbone) -> list[Tensor]:
 def both(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Tensor], list[Tensor]]:
     fewer_calls = CachedBackbone(model)
     assert fewer_calls._layers is not None
-    monkeypatch.setattr(cached_backbone, "_LLAMA_LIKE", ())
+    monkeypatch.setattr(cached_backbone, "LLAMA_LIKE", ())
     by_transformers = CachedBackbone(model)
     assert by_transformers._layers is None
     return states(fewer_calls), states(by_transformers)
