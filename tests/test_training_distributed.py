@@ -22,7 +22,7 @@ from mahalo_ray.training.loop import NonFiniteError
 from mahalo_ray.training.policy_recipe import PolicyRecipe
 from mahalo_ray.training.ray_train import TrainingResult, run_stage
 from mahalo_ray.training.recipe import Recipe
-from mahalo_ray.training.reference_logps import read_store, write_store
+from mahalo_ray.training.reference_logps import REFERENCE_STORE, read_store, write_store
 from mahalo_ray.training.reward_recipe import RewardRecipe
 from mahalo_ray.training.sft_recipe import SftRecipe
 from mahalo_ray.training.trainer import PolicyTrainer
@@ -240,12 +240,12 @@ def test_two_workers_stop_at_a_kl_budget(
 def test_a_loss_that_is_not_finite_ends_the_run_at_once(
     unbroken: tuple[TrainingResult, Path], base: str, tmp_path: Path
 ) -> None:
-    (store,) = (unbroken[1] / "pairs" / "reference").glob("*.parquet")
+    (store,) = (unbroken[1] / "pairs" / REFERENCE_STORE).glob("*.parquet")
     known = read_store(str(store))
     recipe = PolicyRecipe(world.policy_settings(f"{unbroken[1]}/pairs", base, POLICY))
     row_hash = recipe._pairs.row_hash(recipe._pairs.ids.index("e3"))
     known[row_hash] = (float("nan"), known[row_hash][1])
-    write_store(f"{tmp_path}/pairs/reference/{store.name}", known)
+    write_store(f"{tmp_path}/pairs/{REFERENCE_STORE}/{store.name}", known)
     reports: list[int] = []
     message = r"the loss is not finite .* for engagement pair e3; nothing was"
     with pytest.raises(NonFiniteError, match=message):
