@@ -24,7 +24,8 @@ quickstart: setup
 serve: setup
 	$(BIN)/mahalo serve $(CONFIG)
 
-# Processes share the tests, file by file, in the order and as many as tests/conftest.py says. One that crashes ends the suite: with a new one in its place the other would wait for ever.
+# Processes share the tests, file by file, in the order and as many as tests/conftest.py says. One that crashes ends
+# the suite: with a new one in its place the others would wait for ever.
 # The variables are those of pipeline/cluster.py, for the tests that start a Ray themselves.
 QUICK := OMP_NUM_THREADS=1 MAHALO_GC_THRESHOLD=10000 RAY_preload_python_modules=mahalo_ray
 PYTEST := $(QUICK) $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --max-worker-restart 0

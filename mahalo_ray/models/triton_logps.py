@@ -13,6 +13,7 @@ grad * (onehot - softmax). The products with that are torch's.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from functools import cached_property
 
 import torch
 import triton
@@ -57,9 +58,9 @@ class TritonProjection(Projection):
             self._run(_gradient_kernel, chunk, (labels, self.log_sums[chunk], grad.contiguous(), out))
         return out
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._gradients = self.buffer(self.dtype)
+    @cached_property
+    def _gradients(self) -> Tensor:
+        return self.buffer(self.dtype)
 
     def _run(self, kernel: triton.JITFunction, chunk: slice, arguments: tuple[Tensor | int, ...]) -> None:
         hidden = self.rows(self.hidden, chunk).contiguous()
