@@ -7,6 +7,7 @@ import ipaddress
 import logging
 import math
 import os
+import random
 import re
 import signal
 import socket
@@ -53,6 +54,7 @@ APP_NAME = "mahalo"
 # Room in Serve's own queue beyond what the service takes, so that health checks, pages and refusals get
 # through.
 _HEADROOM = 64
+_FREE_PORTS = range(20_000, 32_000)
 _READY_TIMEOUT_S = 60.0
 _GONE_TIMEOUT_S = 10.0
 _REPLY_TIMEOUT_S = 5.0  # of a replica that is told to stop taking requests
@@ -450,7 +452,23 @@ def _check_resources(config: ServeConfig, use_gpu: bool, num_rewards: int) -> No
 def free_port(host: str, port: int) -> int:
     """The port itself if it can be bound on `host`, a free one for 0. ServeError if it is busy or not ours to
     take.
+
+    A free one lies below the ports that systems hand out by themselves: no other program is given it in the
+    seconds until Serve binds it.
     """
+    for number in [port] if port else random.SystemRandom().sample(_FREE_PORTS, 50):
+        if _is_free(host, number):
+            return number
+    if port:
+        raise ServeError(
+            f"port {port} on {host} is already in use: stop what uses it, or choose another port "
+            "with --set serve.port=NUMBER (0 takes a free one)"
+        )
+    raise ServeError(f"no port from {_FREE_PORTS[0]} to {_FREE_PORTS[-1]} on {host} is free: set serve.port")
+
+
+def _is_free(host: str, port: int) -> bool:
+    """Whether nothing listens there. ServeError where nothing could."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except socket.gaierror as error:
@@ -463,12 +481,9 @@ def free_port(host: str, port: int) -> int:
             probe.listen(1)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
-                raise ServeError(
-                    f"port {port} on {host} is already in use: stop what uses it, or choose another port "
-                    "with --set serve.port=NUMBER (0 takes a free one)"
-                ) from error
+                return False
             raise ServeError(f"cannot serve on {host}, port {port}: {error.strerror}") from error
-        return int(probe.getsockname()[1])
+    return True
 
 
 def _wait_until_healthy(url: str) -> None:
