@@ -142,7 +142,7 @@ def test_third_party_models(kind: str, files: dict[str, str], tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{model}", "{bad}", "--objective", "math"], "1 of 5 rows cannot be used"),
+        (["{model}", "{bad}", "--objective", "math"], "1 of 5 traces and pairs cannot be used"),
         (["{model}", "{bench}"], "name no objective"),
         (["{model}", "{bench}", "--objective", "mth"], "Did you mean 'math'"),
         (["{model}", "nowhere.jsonl", "--objective", "math"], "there is no file or folder"),
