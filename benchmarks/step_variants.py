@@ -163,9 +163,10 @@ def ours(
     if lora:
         policy.add_lora(LoraConfig())
     policy.enable_pair_packing()
-    keep_fewer_activations(policy)
     if recomputed:
         policy.gradient_checkpointing_enable()
+    else:
+        keep_fewer_activations(policy)
 
     def loss(pairs: Pairs, reference: Tensor) -> Tensor:
         tensors = pairs.packed().tensors(np.arange(len(pairs)))

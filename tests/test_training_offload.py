@@ -38,13 +38,16 @@ def test_the_same_steps_as_plain_torch(name: str, tmp_path: Path) -> None:
     expected, state = plain_losses(make, training)
     recipe = make()
     engine = build_engine(recipe, training, torch.float32, SEED, accumulation=1)
-    losses = []
+    # Whether activations are recomputed shows in how often a layer begins in a step.
+    runs, losses = [], list[float]()
+    engine.module.model.backbone.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
     for batch in recipe.batches:
         loss, *_ = engine(**recipe.collate(batch, recipe.loss_denominators(batch), True))
         engine.backward(loss)
         assert optimizer_step(engine) is not None
         losses.append(loss.item())
     assert losses == pytest.approx(expected, abs=1e-5)
+    assert len(runs) == len(losses) * (2 if training.gradient_checkpointing else 1)
     for parameter, tensor in whole_state_dict(engine.module.model).items():
         torch.testing.assert_close(tensor, state[parameter], rtol=1e-4, atol=1e-5)
     assert {"held_out/pairs", "prompts_shared"} < set(recipe.finish(lambda f, t: infer(engine, f, t), 0, 1))

@@ -25,7 +25,13 @@ LLAMA_LIKE = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
 
 def keep_fewer_activations(model: nn.Module) -> None:
     """Let the layers of the Llama-like base models in `model` keep less for the backward pass, in fp32 on a
-    CPU; elsewhere, and in models of other kinds, nothing changes."""
+    CPU; elsewhere, and in models of other kinds, nothing changes.
+
+    Not together with activation checkpointing, which keeps less still: transformers does it in the layers'
+    own `forward`, which this replaces. ValueError where it is on.
+    """
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise ValueError("the model recomputes its activations: its layers cannot keep fewer beside that")
     for backbone in model.modules():
         if type(backbone) in LLAMA_LIKE:
             _change_layers(backbone)

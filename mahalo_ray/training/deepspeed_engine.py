@@ -47,9 +47,10 @@ def build_engine(
         else:
             model = recipe.build_model()
     check_shards_finite(model)
-    keep_fewer_activations(model)
     if training.gradient_checkpointing:
         recipe.enable_gradient_checkpointing(model)
+    else:
+        keep_fewer_activations(model)
     groups = recipe.parameter_groups(model)
     optimizer, schedule = optimizer_and_schedule(groups, training, len(recipe.batches))
     engine, *_ = deepspeed.initialize(
