@@ -24,16 +24,20 @@ from tiny_run import EXAMPLE, mahalo
 
 # Files of minutes, longest first: begun early, they leave no process alone with one of them at the end.
 LONGEST = (
-    *(
-        "whole_run",
-        "training_distributed",
-        "rollout_faults",
-        "label_jobs",
-        "serving_ray",
-        "cli",
-        "own_reward",
-    ),
-    *("playground", "benchmarks", "rollouts", "own_pairs", "serving_app", "row_files", "samplers"),
+    "whole_run",
+    "training_distributed",
+    "rollout_faults",
+    "label_jobs",
+    "serving_ray",
+    "cli",
+    "own_reward",
+    "playground",
+    "benchmarks",
+    "rollouts",
+    "own_pairs",
+    "serving_app",
+    "row_files",
+    "samplers",
 )
 LINEAR = F.linear  # torch's own
 

@@ -53,3 +53,10 @@ def test_half_precision_is_left_to_transformers() -> None:
     lean_states, lean_gradients, lean_kept = step(model)
     assert torch.equal(lean_states, states) and lean_kept == kept
     assert all(torch.equal(gradients[name], lean_gradients[name]) for name in gradients)
+
+
+def test_a_model_that_recomputes_its_activations_is_refused() -> None:
+    model = policy("llama")
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="recomputes its activations"):
+        keep_fewer_activations(model)

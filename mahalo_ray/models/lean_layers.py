@@ -30,14 +30,14 @@ def keep_fewer_activations(model: nn.Module) -> None:
     Not together with activation checkpointing, which keeps less still: transformers does it in the layers'
     own `forward`, which this replaces. ValueError where it is on.
     """
-    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        raise ValueError("the model recomputes its activations: its layers cannot keep fewer beside that")
     for backbone in model.modules():
         if type(backbone) in LLAMA_LIKE:
             _change_layers(backbone)
 
 
 def _change_layers(backbone: Any) -> None:
+    if any(layer.gradient_checkpointing for layer in backbone.layers):
+        raise ValueError("the model recomputes its activations: its layers cannot keep fewer beside that")
     norms = [backbone.norm]
     for layer in backbone.layers:
         norms += [layer.input_layernorm, layer.post_attention_layernorm]
