@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import yaml
+from finished_run import fresh_player, read_config
 from measuring import machine, table, write_results
 from reward_ablation import train
 
@@ -30,13 +30,12 @@ from mahalo_ray.data.records import StepTrace
 from mahalo_ray.decoding.policy import DeviceConfig, load_reward_model
 from mahalo_ray.decoding.scorers import RewardModels
 from mahalo_ray.decoding.stopping import boundary_for
-from mahalo_ray.evaluation.methods import Method, MethodPlayer
+from mahalo_ray.evaluation.methods import Method
 from mahalo_ray.evaluation.results import MethodResult
 from mahalo_ray.evaluation.statistics import mean_interval
 from mahalo_ray.metrics import best_against_worst_accuracy, within_group_rank_correlation
 from mahalo_ray.objectives import Weights
 from mahalo_ray.pipeline.artifacts import run_model
-from mahalo_ray.pipeline.seed_blocks import fresh_students
 from mahalo_ray.training.reward_recipe import RewardRecipe
 from mahalo_ray.training.settings import RewardSettings
 
@@ -56,9 +55,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    config = RunConfig.model_validate(yaml.safe_load((arguments.run / "config.yaml").read_text()))
+    config = read_config(arguments.run)
     if arguments.play is not None:
-        results = play(config, str(arguments.run), str(arguments.play), arguments.students)
+        results = play(config, str(arguments.play), arguments.students)
         if arguments.output is not None:
             write_results(arguments.output, {"machine": machine(), "results": results})
         return
@@ -141,27 +140,15 @@ def held_out(
     return figures
 
 
-def play(config: RunConfig, run: str, rewards: str, students: int) -> list[dict[str, object]]:
+def play(config: RunConfig, rewards: str, students: int) -> list[dict[str, object]]:
     """The run's SFT model guided by the unified model and by the dedicated ones; prints the outcomes."""
-    config = config.model_copy(update={"output": run})
-    seen = config.evaluation.dialogues
-    sft, unified = run_model(run, "sft"), run_model(rewards, "reward")
-    trained = RunConfig.model_validate(yaml.safe_load(Path(rewards, "config.yaml").read_text()))
+    trained = read_config(rewards)
     groups = range(len(trained.reward.dedicated))
     urls = {
-        "unified": [unified],
+        "unified": [run_model(rewards, "reward")],
         "dedicated": [f"{rewards}/reward_dedicated/{number}/model" for number in groups],
     }
-    player = MethodPlayer(
-        sft,
-        sft,
-        unified,
-        DeviceConfig(),
-        config.evaluation,
-        fresh_students(config, more=students)[seen : seen + students],
-        config.domain,
-        config.objective_names,
-    )
+    player = fresh_player(config, students)
     names = config.objective_names
     guides = {**{name: Weights.one(name) for name in names}, "the sum": Weights.balanced(names)}
     outcomes: dict[str, dict[str, MethodResult]] = {}

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+from finished_run import read_config
 from guidance_picture import draw
 from measuring import machine, table, write_results
 
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="results as JSON")
     parser.add_argument("--picture", type=Path, default=None, help="PNG")
     options = parser.parse_args(arguments)
-    config = RunConfig.model_validate(yaml.safe_load((options.run / "config.yaml").read_text()))
+    config = read_config(options.run)
     if config.evaluation.dialogues + options.students > BLOCK_SIZE:
         raise SystemExit(f"at most {BLOCK_SIZE - config.evaluation.dialogues} students are left")
     results = _resumed(options, config)

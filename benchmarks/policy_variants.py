@@ -22,21 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+from finished_run import fresh_player, read_config, train_policy
 from measuring import balances
 
-from mahalo_ray.config import PairsConfig, PolicyConfig, RunConfig
+from mahalo_ray.config import PairsConfig, RunConfig
 from mahalo_ray.data.records import PreferencePair
-from mahalo_ray.decoding.policy import DeviceConfig
-from mahalo_ray.evaluation.methods import Method, MethodPlayer
+from mahalo_ray.evaluation.methods import Method
 from mahalo_ray.evaluation.results import ComparisonTable, MethodResult
 from mahalo_ray.evaluation.statistics import percentile_interval
-from mahalo_ray.pipeline.artifacts import run_model
 from mahalo_ray.pipeline.run import extended_policy
-from mahalo_ray.pipeline.seed_blocks import fresh_students
 from mahalo_ray.rollouts.pair_building import CandidateShards, build_pairs
 from mahalo_ray.training.policy_methods import new_objectives
-from mahalo_ray.training.trainer import PolicyTrainer
 
 SHARES = (1.0, 0.9, 0.7, 0.5, 0.3, 0.1, 0.0)
 
@@ -65,17 +61,17 @@ def main() -> None:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Pairs, training and play of one variant."""
-    config = RunConfig.model_validate(yaml.safe_load(Path(arguments.run, "config.yaml").read_text()))
-    config = config.model_copy(update={"output": arguments.run})
+    config = read_config(arguments.run)
     began, result = time.monotonic(), {"pairs": {}, "metrics": {}}
     model = arguments.model
     if model is None:
         model = arguments.keep or tempfile.mkdtemp(prefix="policy-variant-")
         result |= train(config, arguments, model)
     result["train_s"] = time.monotonic() - began
-    own = config.evaluation.dialogues
-    students = slice(own) if arguments.students_of_report else slice(own, own + arguments.students)
-    result["methods"] = [m.model_dump(mode="json") for m in play(config, model, students)]
+    player = fresh_player(config, arguments.students, model, of_report=arguments.students_of_report)
+    points = balances(config.objective_names, SHARES).items()
+    methods = [Method(name, "weights", weights=weights, sweep=True) for name, weights in points]
+    result["methods"] = [player.run(method).result.model_dump(mode="json") for method in methods]
     return result
 
 
@@ -97,36 +93,8 @@ def train(config: RunConfig, arguments: argparse.Namespace, folder: str) -> dict
             pairs += [pair.model_copy(update={"id": f"{number}/{pair.id}"}) for pair in made]
             figures[f"{number}/{objective}"] = report.describe()
             print(report.describe(), flush=True)
-    policy = config.policy.model_dump() | given
-    policy["training"] = {
-        **config.policy.training.model_dump(),
-        "zero_stage": 0,
-        **given.get("training", {}),
-    }
-    trainer = PolicyTrainer(
-        run_model(arguments.run, "sft"),
-        pairs,
-        PolicyConfig.model_validate(policy),
-        objectives=config.objective_names,
-        max_length=config.model.max_length,
-        held_out_fraction=settings.held_out_fraction,
-        seed=config.seed,
-    )
-    metrics = trainer.train()
-    trainer.save_pretrained(folder)
-    return {"pairs": figures, "metrics": metrics, "history": trainer.history}
-
-
-def play(config: RunConfig, model: str, students: slice) -> list[MethodResult]:
-    """The policy at seven balances against these of the run's students, its table's first."""
-    seeds = fresh_students(config, more=students.stop - config.evaluation.dialogues)[students]
-    reward = run_model(config.output, "reward")
-    sft = run_model(config.output, "sft")
-    of_domain = (config.domain, config.objective_names)
-    player = MethodPlayer(sft, model, reward, DeviceConfig(), config.evaluation, seeds, *of_domain)
-    points = balances(config.objective_names, SHARES).items()
-    methods = [Method(name, "weights", weights=weights, sweep=True) for name, weights in points]
-    return [player.run(method).result for method in methods]
+    config = config.model_copy(update={"pairs": settings})
+    return {"pairs": figures, **train_policy(config, pairs, config.objective_names, folder, given)}
 
 
 def print_table(files: list[str]) -> None:

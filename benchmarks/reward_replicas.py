@@ -15,13 +15,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import yaml
+from finished_run import read_config
 from measuring import machine, table, write_results
 from ray import serve
 from serving import body_of, endpoint, questions
 from serving_faults import load, summarise
 
-from mahalo_ray.config import RewardDeploymentConfig, RunConfig
+from mahalo_ray.config import RewardDeploymentConfig
 from mahalo_ray.serving.launch import APP_NAME
 
 
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=3, help="replicas of the reward model")
     parser.add_argument("--output", type=Path, default=None, help="results as JSON")
     options = parser.parse_args()
-    config = RunConfig.model_validate(yaml.safe_load((Path(options.run) / "config.yaml").read_text()))
+    config = read_config(options.run)
     apart = RewardDeploymentConfig(
         max_replicas=options.most,
         target_requests=options.target,

@@ -46,7 +46,7 @@ from typing import Any
 
 import endpoint_client
 import psutil
-import yaml
+from finished_run import read_config
 from measuring import machine, table, write_results
 from same_decoder import SameDecoder, ThreadSeconds, busiest, threads_of
 
@@ -201,7 +201,7 @@ def main() -> None:
     if options.short:
         options.levels, options.requests, options.seconds, options.soak = "1,16", 8, 3.0, 5.0
         options.peer_requests = 8
-    config = RunConfig.model_validate(yaml.safe_load((Path(options.run) / "config.yaml").read_text()))
+    config = read_config(options.run)
     results: dict[str, Any] = {"machine": machine()}
     with endpoint(options.run, config) as url:
         measure(options, config, Client(url), results)

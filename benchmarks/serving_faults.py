@@ -24,14 +24,13 @@ from typing import Any
 import endpoint_client
 import psutil
 import ray
-import yaml
 from endpoint_client import CHAT, Outcome, ask, percentiles
+from finished_run import read_config
 from measuring import machine, table, write_results
 from ray import serve
 from ray.exceptions import RayActorError
 from serving import body_of, endpoint, questions
 
-from mahalo_ray.config import RunConfig
 from mahalo_ray.serving.launch import APP_NAME
 
 _REPLICAS = 2
@@ -225,7 +224,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=16.0, help="of each part")
     parser.add_argument("--output", type=Path, default=None, help="results as JSON")
     options = parser.parse_args()
-    config = RunConfig.model_validate(yaml.safe_load((Path(options.run) / "config.yaml").read_text()))
+    config = read_config(options.run)
     settings = config.serve.model_copy(update={"replicas": _REPLICAS})
     results: dict[str, Any] = {"machine": machine()}
     asked = questions(config, 24)

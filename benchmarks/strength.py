@@ -16,11 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
+from finished_run import read_config
 from measuring import machine, table, write_results
 from numpy.typing import NDArray
 
-from mahalo_ray.config import RunConfig
 from mahalo_ray.decoding.policy import DeviceConfig
 from mahalo_ray.evaluation.methods import Method, MethodPlayer
 from mahalo_ray.evaluation.results import MethodResult
@@ -43,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if 1.0 not in options.strengths:
         raise SystemExit("--strengths must hold 1, which the others are compared with")
     torch.set_num_threads(1)
-    config = RunConfig.model_validate(yaml.safe_load((options.run / "config.yaml").read_text()))
+    config = read_config(options.run)
     first, second = config.objective_names
     seeds = range(FIRST_STUDENT, FIRST_STUDENT + options.students)
     models = [str(options.run / stage / "model") for stage in ("sft", "policy", "reward")]

@@ -28,20 +28,18 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
+from finished_run import fresh_player, read_config
 from measuring import balances, machine, table, write_results
 
-from mahalo_ray.config import EvaluationConfig, RunConfig
+from mahalo_ray.config import EvaluationConfig
 from mahalo_ray.decoding.engine import Engine
 from mahalo_ray.decoding.guidance import Guidance
-from mahalo_ray.decoding.policy import DeviceConfig, HeadMix
+from mahalo_ray.decoding.policy import HeadMix
 from mahalo_ray.decoding.stopping import boundary_for
 from mahalo_ray.evaluation.methods import Method, MethodPlayer
 from mahalo_ray.evaluation.results import ComparisonTable, MethodResult
 from mahalo_ray.evaluation.statistics import mean_interval, percentile_interval
 from mahalo_ray.objectives import Weights
-from mahalo_ray.pipeline.artifacts import run_model
-from mahalo_ray.pipeline.seed_blocks import fresh_students
 from mahalo_ray.rollouts.dialogues import DialogueBatch, TurnSelection
 from mahalo_ray.rollouts.tutors import PolicyTutor, Proposal
 
@@ -132,8 +130,8 @@ def main() -> None:
         results = [result for file in arguments.table for result in read(file)]
         print(fronts_table(of_all(results), arguments.over, arguments.unite))
         return
-    config = RunConfig.model_validate(yaml.safe_load(Path(arguments.run, "config.yaml").read_text()))
-    player = make_player(config, arguments)
+    config = read_config(arguments.run)
+    player = fresh_player(config, arguments.students, arguments.policy)
     if arguments.optimism:
         rows = optimism(player, config.objective_names)
         write_results(arguments.output, {"machine": machine(), "rows": rows})
@@ -148,17 +146,6 @@ def main() -> None:
             points = {"0.5" if len(names) == 2 else "all": Weights.balanced(names)}
         play_front(player, front, points, arguments.label, results, arguments.output)
     print(fronts_table(of_all(results), results[0].name.split(" | ")[0]))
-
-
-def make_player(config: RunConfig, arguments: argparse.Namespace) -> MethodPlayer:
-    """Students beyond those of the run's own report."""
-    own = config.evaluation.dialogues
-    evaluation = config.evaluation.model_copy(update={"dialogues": own + arguments.students})
-    seeds = fresh_students(config.model_copy(update={"evaluation": evaluation}))[own:]
-    policy = arguments.policy or run_model(arguments.run, "policy")
-    sft, reward = run_model(arguments.run, "sft"), run_model(arguments.run, "reward")
-    of_domain = (config.domain, config.objective_names)
-    return MethodPlayer(sft, policy, reward, DeviceConfig(), config.evaluation, seeds, *of_domain)
 
 
 def at_temperature(config: EvaluationConfig, temperature: float) -> EvaluationConfig:
