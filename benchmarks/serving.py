@@ -6,7 +6,8 @@ One endpoint, one part after the other:
   first text and to the whole answer. The same decoder answers the same questions in a process of its own, as
   many at a time, without Serve and HTTP: its throughput, and how many answers differ. The two take turns,
   since the speed of one machine changes within a minute. What the kernel counted for the thread of the models
-  says whether a slow answer was computed slowly, or waited for a processor.
+  says whether a slow answer was computed slowly, or waited for a processor. Then one at a time once more,
+  both sides answering every question in turn: what the endpoint adds.
 - rates: requests at random times (open loop) at half and at four fifths of the best throughput.
 - overload: the same at `--overload` times the best throughput: how fast and in what form requests are
   refused, whether every answer is the right one, and how long GET /health takes meanwhile.
@@ -51,6 +52,7 @@ from measuring import machine, table, write_results
 from same_decoder import SameDecoder, ThreadSeconds, busiest, threads_of
 
 from mahalo_ray.config import RunConfig
+from mahalo_ray.evaluation.statistics import mean_interval
 
 RETRYING_CLIENTS = 320
 PEER_TOKENS = 32
@@ -231,6 +233,7 @@ def measure(options: argparse.Namespace, config: RunConfig, client: Client, resu
         found, texts = measure_level(client, decoder, asked[:count], clients)
         results["levels"].append(found)
         right = max(right, texts, key=len)
+    results["own_cost"] = measure_own_cost(client, decoder, asked[: options.requests])
     decoder.close()
     best = max(found["answers_per_s"] for found in results["levels"])
     if options.seconds:
@@ -246,6 +249,32 @@ def measure(options: argparse.Namespace, config: RunConfig, client: Client, resu
         with MemoryWatch("ServeReplica") as replica, MemoryWatch("ProxyActor") as proxy:
             soak = client(endpoint_client.with_retries, bodies, right, clients, options.soak)
         results["soak"] = {**soak, "replica_mib": replica.summary, "proxy_mib": proxy.summary}
+
+
+def measure_own_cost(client: Client, decoder: SameDecoder, asked: Sequence[str]) -> dict[str, float]:
+    """What the endpoint adds to an answer alone, with its 95 % interval, and a whole answer: milliseconds.
+
+    Both sides answer every question before the next one, so that neither finds warmer caches than the other.
+    """
+
+    def ask(number: int) -> float:
+        seconds: float = client(endpoint_client.at_once, [body_of(asked[number], number)], 1)[1]
+        return seconds
+
+    ours, alone = [], []
+    for number, question in enumerate(asked):
+        if number % 2:  # either is the first as often
+            ours.append(ask(number))
+        alone.append(decoder.answer([question], number, 1).seconds)
+        if not number % 2:
+            ours.append(ask(number))
+    added = mean_interval([1000 * (a - b) for a, b in zip(ours, alone, strict=True)])
+    return {
+        "added_ms": added.value,
+        "low_ms": added.low,
+        "high_ms": added.high,
+        "whole_ms": 1000 * sum(ours) / len(ours),
+    }
 
 
 def bare_refusals(body: bytes) -> dict[str, float]:
@@ -435,6 +464,11 @@ def show(results: dict[str, Any]) -> None:
             for level in results["peer"]
         ]
         print("\nUnguided and greedy, against `transformers serve`\n" + table(header, rows))
+    cost = results["own_cost"]
+    added = (
+        f"{cost['added_ms']:.1f} [{cost['low_ms']:.1f}, {cost['high_ms']:.1f}] of {cost['whole_ms']:.1f} ms"
+    )
+    print(f"\nOne at a time, both sides in turns, answer by answer: the endpoint adds {added}")
     print("\nGoals\n" + table(["", "found", "goal", ""], goals(results)))
 
 
@@ -458,8 +492,8 @@ def goals(results: dict[str, Any]) -> list[list[str]]:
         if 16 in levels:
             ratio = levels[16]["answers_per_s"] / one["answers_per_s"]
             judge("16 at once / one at a time", ratio, 4, at_least=True)
-        cost = 1 - one["answers_per_s"] / one["in_process_per_s"]
-        judge("Serve's own cost, one at a time", 100 * cost, 5, unit=" %")
+    cost = results["own_cost"]
+    judge("Serve's own cost, one at a time", 100 * cost["added_ms"] / cost["whole_ms"], 5, unit=" %")
     for name, shown in (("retries", f"{RETRYING_CLIENTS} retrying clients"), ("overload", "overload")):
         if name not in results:
             continue

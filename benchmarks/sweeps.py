@@ -304,7 +304,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--weights", type=int, default=10_000, help="at which certificates are checked")
     parser.add_argument("--parts", default="two,three,portfolio", help="objectives; comma-separated")
-    parser.add_argument("--threads", type=int, default=1, help="unused: everything runs on one")
     parser.add_argument("--output", type=Path, required=True, help="results as JSON")
     options = parser.parse_args(arguments)
     parts = options.parts.split(",")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -56,13 +55,16 @@ def optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
 
 
-def zero3_worker(rank: int, base: Path, kind: str, lora: bool, port: int, out: Path) -> None:
+def zero3_worker(rank: int, base: Path, kind: str, lora: bool, out: Path) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
-    os.environ["MASTER_PORT"] = str(port)
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # its compilation takes a minute
+    # A file to meet at: a port that was free may be another's by the time it is used.
+    store = torch.distributed.FileStore(str(out / "store"), 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    os.environ["MASTER_PORT"] = "0"  # DeepSpeed wants one, and uses the group that is there
     deepspeed.init_distributed("gloo")
     config = {
         "train_batch_size": 4,
@@ -122,12 +124,9 @@ def test_zero3_on_two_processes_equals_plain_training(
         adam.step()
         expected.append(loss.item())
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    mp.spawn(zero3_worker, (tmp_path / "base", kind, lora, port, tmp_path), nprocs=2)
+    mp.spawn(zero3_worker, (tmp_path / "base", kind, lora, tmp_path), nprocs=2)
 
     assert json.loads((tmp_path / "losses.json").read_text()) == pytest.approx(expected, abs=1e-5)
     trained = MultiHeadCausalLM.from_pretrained(
