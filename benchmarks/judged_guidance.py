@@ -58,14 +58,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for seed, part in enumerate(PARTS[:2], start=1)
     }  # fmt: skip
     parts = _parts(options, models["guide"])
-    held_out = _features(models["guide"], parts["prompts"])
+    held_out = features_of(models["guide"], parts["prompts"])
     results: dict[str, Any] = {"benchmark": "judged_guidance", "machine": machine(), "accuracy": {}}
     results["sizes"] = {name: len(pairs) for name, pairs in parts.items()}
     for name, model in models.items():
-        _train(model, _features(model, parts[name]), seed=len(name))
-        margins = _margins(model, held_out)
+        train_head(model, features_of(model, parts[name]), seed=len(name))
+        margins = margins_of(model, held_out)
         results["accuracy"][name] = {
-            "train": float((_margins(model, _features(model, parts[name][:20])) > 0).float().mean()),
+            "train": float((margins_of(model, features_of(model, parts[name][:20])) > 0).float().mean()),
             "held_out": float((margins > 0).float().mean()),
         }
         print(f"{name}: {results['accuracy'][name]}", file=sys.stderr, flush=True)
@@ -95,7 +95,7 @@ def _traces(model: ProcessRewardModel, pairs: Sequence[PreferencePair]) -> list[
 
 
 @torch.no_grad()
-def _features(model: ProcessRewardModel, pairs: Sequence[PreferencePair]) -> Tensor:
+def features_of(model: ProcessRewardModel, pairs: Sequence[PreferencePair]) -> Tensor:
     """Head inputs [pairs, 2, F] of chosen and rejected: the frozen backbone reads each text once."""
     rows = []
     with OneDNNLinears(model.backbone)():
@@ -104,20 +104,20 @@ def _features(model: ProcessRewardModel, pairs: Sequence[PreferencePair]) -> Ten
     return torch.stack(rows).unflatten(0, (-1, 2))
 
 
-def _margins(model: ProcessRewardModel, features: Tensor) -> Tensor:
+def margins_of(model: ProcessRewardModel, features: Tensor) -> Tensor:
     scores = model.heads(features)[..., 0]
     margins: Tensor = scores[:, 0] - scores[:, 1]
     return margins
 
 
-def _train(model: ProcessRewardModel, features: Tensor, seed: int, epochs: int = 60) -> None:
+def train_head(model: ProcessRewardModel, features: Tensor, seed: int, epochs: int = 60) -> None:
     """Bradley-Terry on the head alone, in shuffled batches of 16."""
     torch.manual_seed(seed)
     optimiser = torch.optim.AdamW(model.heads.parameters(), lr=3e-4, weight_decay=0.1)
     for _ in range(epochs):
         for batch in torch.randperm(len(features)).split(16):
             optimiser.zero_grad()
-            (-F.logsigmoid(_margins(model, features[batch]))).mean().backward()
+            (-F.logsigmoid(margins_of(model, features[batch]))).mean().backward()
             optimiser.step()
 
 

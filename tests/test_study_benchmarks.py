@@ -120,3 +120,15 @@ def test_the_best_of_two_candidates_of_four_is_no_worst_one():
         "2.000 ± 0.000",
         "75%",
     )  # half of the tokens of all, then the worse half to its end
+
+
+def test_an_answer_is_likened_to_its_nearest_references():
+    answers = program("truthful_answers")
+    assert answers.word_overlap("A mole, a mole!", "a mole is small") == pytest.approx(2 * 2 / 8)
+    references = {
+        "Correct Answers": "Nothing happens; You digest them",
+        "Incorrect Answers": "A plant grows in you; You die",
+    }
+    # "you digest" shares both words with three, against one shared word with two.
+    assert answers.likeness("You digest.", references) == pytest.approx(4 / 5 - 2 / 4)
+    assert answers.likeness("You die", references) < 0
