@@ -81,7 +81,8 @@ def _connect(address: str) -> ServeSubmissionClient:
         return ServeSubmissionClient(address)
     except AuthenticationError as error:
         raise ServeError(
-            f"the Ray cluster at '{address}' asks for a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+            f"the Ray cluster at '{address}' asks for a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN "
+            "where ~/.ray/auth_token does not hold it"
         ) from error
     except ValueError as error:
         raise ServeError(
