@@ -96,8 +96,8 @@ def _resumed(options: argparse.Namespace, config: RunConfig) -> dict[str, Any]:
         "benchmark": "guidance_by_k",
         "machine": machine(),
         "seed": config.seed,
-        "weights": config.guided.weights,
-        "guidance": config.guided.guidance,
+        "weights": dict(config.guided.weights),
+        "guidance": dict(config.guided.guidance),
         "students": list(range(first, first + options.students)),
         "cells": [],
     }
