@@ -83,7 +83,7 @@ class Study:
 
     def __init__(self, config: RunConfig, students: int) -> None:
         self.config, self.names = config, config.objective_names
-        self.player: MethodPlayer = fresh_player(config, students)
+        self.player = fresh_player(config, students)
         self.models = self.player.reward_models
         self.candidates = CandidateShards(f"{config.output}/pair_rollouts/candidates")
         self.spreads = within_prompt_stds(self.candidates, self.names)
@@ -200,7 +200,7 @@ def shown(values: Sequence[float]) -> str:
 
 
 def within_prompt_stds(sets: Iterable[CandidateSet], objectives: Sequence[str]) -> dict[str, float]:
-    """The root mean variance of every objective's scores among the candidates of one prompt."""
+    """The root of the mean variance of every objective's scores among the candidates of one prompt."""
     variances = [
         [np.var([scores_of(c)[name] for c in moment.candidates]) for name in objectives] for moment in sets
     ]
@@ -299,8 +299,8 @@ def scores_of(candidate: Candidate) -> dict[str, float]:
 def with_scores(moment: CandidateSet, scores: Sequence[dict[str, float]]) -> CandidateSet:
     """The same candidates with other scores."""
     scored = [
-        Candidate(content=c.content, token_ids=c.token_ids, labels=c.labels, scores=own)
-        for c, own in zip(moment.candidates, scores, strict=True)
+        candidate.model_copy(update={"scores": own})
+        for candidate, own in zip(moment.candidates, scores, strict=True)
     ]
     return moment.model_copy(update={"candidates": scored})
 

@@ -59,6 +59,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     known = [pair for pair, aside in zip(pairs, held_out, strict=True) if not aside][: options.most]
     asked = [pair for pair, aside in zip(pairs, held_out, strict=True) if aside][: options.most]
 
+    questions = [pair.prompt[-1].content for pair in asked]
+    if not (known and asked):
+        raise SystemExit(f"{options.run} has no pairs of '{options.objective}' on both sides of its split")
+    if unknown := [question for question in questions if question not in references]:
+        raise SystemExit(
+            f"{options.questions} has no reference answers to {len(unknown)} questions, "
+            f"such as '{unknown[0]}'"
+        )
+
     base = load_causal_lm(str(config.model.base), torch.float32)
     policy, _ = load_policy(run_model(options.run, "policy"), DeviceConfig())
     guide = trained_guide(base, str(config.model.base), known, options.objective)
@@ -78,7 +87,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             name = f"{speaker}, unguided" if candidates == 1 else f"{speaker}, guided, K {candidates}"
             answers[name] = answered(decoder, weights, asked, candidates, options.max_tokens)
             print(f"{name}: answered", flush=True)
-    questions = [pair.prompt[-1].content for pair in asked]
     nearer = {
         name: [float(likeness(text, references[q]) > 0) for text, q in zip(texts, questions, strict=True)]
         for name, texts in answers.items()
