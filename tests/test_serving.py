@@ -619,6 +619,20 @@ def test_a_request_nobody_waits_for_leaves_its_place_before_and_while_it_runs():
     assert engine.batches == [[50], ["last"]]
 
 
+def test_a_request_nobody_waits_for_is_taken_out_though_nothing_follows_it():
+    async def scenario(worker, engine, submit):
+        engine.go.clear()
+        running = asyncio.create_task(submit(50).result())
+        await until(lambda: engine.batches)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        engine.go.set()
+        await until(lambda: not engine.active)
+
+    _, engine = run_with_worker(scenario)
+    assert engine.batches == [[50]]
+
+
 def test_the_deadline_is_kept_and_tells_the_worker():
     async def scenario(worker, engine, submit):
         engine.go.clear()

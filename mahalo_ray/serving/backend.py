@@ -230,7 +230,6 @@ class GuidedBackend:
         # As in evaluation, where the reward models know the usual spread of their scores.
         calibrated = bool(decoder.reward_models) and decoder.scale.is_calibrated
         self.standardisation: Standardisation = "calibrated" if calibrated else "within_candidates"
-        self.usage = ModelLoad()
         self.reset()
 
     @classmethod
@@ -276,6 +275,7 @@ class GuidedBackend:
         self._answers: list[_AnswersInPlay] = []
         self._scorings: list[_Scoring] = []
         self._likelihoods: list[_Likelihoods] = []
+        self._note_load()
 
     def probe(self) -> None:
         """Answer a small request, guided where there is a reward model; whatever it raises says why not."""
@@ -366,6 +366,7 @@ class GuidedBackend:
         self._likelihoods = [one for one in self._likelihoods if one.job.wanted]
         if self._session.is_busy:
             self._session.advance()
+        self._note_load()  # before anybody has the answer that has just ended
         for answers in self._answers:
             answers.report()
             if answers.job.finished:  # one of several answers has failed
@@ -380,6 +381,9 @@ class GuidedBackend:
             self._advance_scoring(self._scorings[0])
         self._scorings = [scoring for scoring in self._scorings if not scoring.job.finished]
         self._likelihoods = [one for one in self._likelihoods if not one.job.finished]
+        self._note_load()
+
+    def _note_load(self) -> None:
         self.usage = ModelLoad(self._session.num_branches, self._session.nbytes)
 
     def _complete(self, answers: _AnswersInPlay) -> None:

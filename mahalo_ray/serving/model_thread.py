@@ -193,6 +193,7 @@ class ModelThread:
         self._active: list[Job] = []
         self._suspects: deque[Job] = deque()  # of a batch that failed: each is answered again alone
         self._preparing: list[Job] = []
+        self._left_in_engine = False  # a job whose client left: the engine takes it out when it advances
         self._reserved = 0
         self._changed = threading.Condition()
         self._closed = self._draining = self._broken = False
@@ -353,18 +354,23 @@ class ModelThread:
             self._active = [job for job in self._active if job.finished]
 
     def _sort_out(self) -> None:
-        """Finished and abandoned jobs leave. (The engine takes abandoned ones out itself.)"""
+        """Finished and abandoned jobs leave. (The engine takes those out itself when it advances.)"""
         now = time.monotonic()
         with self._changed:
+            self._left_in_engine = False
             for job in self._active:
                 if job.finished and not job.failed:
                     self._failures = 0
                     self._job_seconds += 0.2 * (now - job.admitted_at - self._job_seconds)
+                elif not job.finished and not job.wanted:
+                    self._left_in_engine = True
             self._active = [job for job in self._active if not job.finished and job.wanted]
 
     def _next(self) -> list[Job] | None:
-        """Jobs that join now, perhaps none while others run; None when closed or broken."""
+        """Jobs that join now, perhaps none while others run or are left; None when closed or broken."""
         with self._changed:
+            if self._left_in_engine and not (self._waiting or self._active or self._suspects):
+                return []
             while not (self._waiting or self._active or self._suspects or self._closed or self._broken):
                 self._changed.wait()
             if not self._active and not self._suspects:
