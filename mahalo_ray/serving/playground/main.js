@@ -459,16 +459,18 @@ async function showFront() {
 function showPortfolio() {
   if (!picture || !hasPortfolio) return;
   clearTimeout(portfolioTimer);
-  portfolioTimer = setTimeout(async () => {
+  const timer = portfolioTimer = setTimeout(async () => {
     const {model, settings} = state;
     const shares = currentBalance();
     try {
       const weights = new URLSearchParams({weights: set.weightText(model.names, shares)});
       const portfolio = await get("v1/portfolio?" + weights);
+      if (timer !== portfolioTimer) return; // another balance was set meanwhile
       const letter = settings.mode === "compare" ? set.LETTERS[settings.selected] : "";
       refill($("portfolio"), portfolioNote(model.names, letter, portfolio, (member) => usePolicy(member.objectives, member)));
     } catch (error) {
       if (!(error instanceof ServerError)) throw error;
+      if (timer !== portfolioTimer) return;
       refill($("portfolio"), html("p", {}, "The portfolio cannot be shown: " + error.message));
     }
   }, LIVE_DELAY_MS);
@@ -585,10 +587,11 @@ async function start() {
     refill($("model"), offered.map(({id}) => html("option", {value: id, selected: id === model.id}, id)));
     if (first) restoreAll(model);
     if (offered.length > 1) $("about").textContent = "Choose what counts more, and see what that does to its answers.";
-    if (chosen === offered[0]) await showFront(); // what was measured is the run's own model
     say("");
     $("key-form").hidden = true;
     if ($("key").value) $("message").focus();
+    // What was measured is the run's own model. It may come late: nothing that was said meanwhile is taken back.
+    if (chosen === offered[0]) await showFront();
   } catch (error) {
     if (!(error instanceof ServerError)) throw error;
     say(error.message + (error.kind === "network" ? " Ask again to look for it once more." : ""), true);
