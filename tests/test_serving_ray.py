@@ -64,6 +64,7 @@ T = TypeVar("T")
 EXAMPLE = Path(__file__).parent.parent / "examples" / "quickstart.yaml"
 OBJECTIVES = ("accuracy", "engagement")
 KEY = "test-key-1234"
+LONG_S = 600  # longer than a slow machine takes: no verdict depends on it
 MESSAGES = [{"role": "user", "content": "what is 2 plus 3?"}]
 TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
@@ -136,6 +137,8 @@ def serving(cluster, folders, tmp_path_factory):
         max_candidates=4,
         max_new_tokens=200,
         max_request_bytes=20_000,
+        request_timeout_s=LONG_S,  # also of a model that is paused
+        shutdown_grace_s=LONG_S,
         api_key_env="MAHALO_TEST_KEY",
         models=[FurtherModel(id="plain", policy=folders[0])],
         log_folder=str(tmp_path_factory.mktemp("logs")),
@@ -147,7 +150,7 @@ def serving(cluster, folders, tmp_path_factory):
 
 @pytest.fixture
 def client(serving):
-    with OpenAI(base_url=f"{serving.url}/v1", api_key=KEY, max_retries=0, timeout=60) as made:
+    with OpenAI(base_url=f"{serving.url}/v1", api_key=KEY, max_retries=0, timeout=LONG_S) as made:
         yield made
 
 
@@ -162,7 +165,7 @@ def post(serving: Serving, path: str, body: bytes, **headers: str):
     own = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}", **headers}
     request = urllib.request.Request(serving.url + path, body, own)
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=LONG_S) as answer:
             return answer.status, answer.headers, json.load(answer)
     except urllib.error.HTTPError as error:
         with error:
@@ -217,7 +220,7 @@ def resume_model() -> None:
 
 def until_held(number: int) -> None:
     """Wait until so many requests hold places of the replica."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + LONG_S
     while (held := in_replica(lambda worker: worker.num_held)) != number:
         assert time.monotonic() < deadline, f"{held} places are held, not {number}"
         time.sleep(0.02)
@@ -354,7 +357,7 @@ def test_a_key_is_wanted_for_the_api_but_not_for_page_and_health(serving):
         with pytest.raises(AuthenticationError):
             stranger.models.list()
     for path in ("/", "/health", "/ready"):
-        with urllib.request.urlopen(serving.url + path, timeout=30) as answer:
+        with urllib.request.urlopen(serving.url + path, timeout=LONG_S) as answer:
             assert answer.status == 200
 
 
@@ -363,7 +366,7 @@ def test_too_large_a_request_is_413_whether_it_says_so_or_not(serving):
     status, _, answer = post(serving, "/v1/chat/completions", body)
     assert (status, answer["error"]["code"]) == (413, "too_large")
     host, port = serving.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=30) as raw:
+    with socket.create_connection((host, int(port)), timeout=LONG_S) as raw:
         raw.sendall(
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
             b"Content-Type: application/json\r\nAuthorization: Bearer " + KEY.encode() + b"\r\n\r\n"
@@ -462,18 +465,18 @@ def test_beyond_the_bound_requests_are_refused_at_once_and_none_hangs(client):
     until_held(0)
     in_replica(hold_all)
     with ThreadPoolExecutor(12) as pool:
-        assert list(pool.map(one, range(12), timeout=300)) == [503] * 12
+        assert list(pool.map(one, range(12), timeout=LONG_S)) == [503] * 12
         in_replica(lambda worker: worker.places.close())
         answered_again(client)
         until_held(0)
-        statuses = list(pool.map(one, range(12), timeout=300))
+        statuses = list(pool.map(one, range(12), timeout=LONG_S))
     assert statuses.count(200) >= 3 and set(statuses) <= {200, 503}
     answered_again(client)
 
 
 def answered_again(client: OpenAI) -> ChatCompletion:
     """The first answer to one who comes back as long as places or replicas are missing."""
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + LONG_S
     while True:
         try:
             return ask(client, max_tokens=8)
@@ -488,7 +491,7 @@ def send_and_leave(serving: Serving) -> None:
     """A client that leaves when its request has come to the replica, whose model is paused."""
     body = json.dumps({"model": "mahalo", "messages": MESSAGES, "max_tokens": 100}).encode()
     address = urllib.parse.urlsplit(serving.url)
-    with socket.create_connection((address.hostname, address.port), timeout=30) as raw:
+    with socket.create_connection((address.hostname, address.port), timeout=LONG_S) as raw:
         raw.sendall(
             b"POST %s/v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
             b"Authorization: Bearer %s\r\nContent-Length: %d\r\n\r\n%s"
@@ -508,13 +511,13 @@ def test_clients_that_leave_do_not_block_the_endpoint(client, serving):
 
 
 def test_the_page_may_load_nothing_and_post_nowhere_else(serving):
-    with urllib.request.urlopen(serving.url + "/", timeout=30) as answer:
+    with urllib.request.urlopen(serving.url + "/", timeout=LONG_S) as answer:
         page, headers = answer.read().decode(), answer.headers
     assert "<title>mahalo_ray playground</title>" in page
     assert headers["Content-Security-Policy"].startswith(
         "default-src 'none'; script-src 'self'; style-src 'self'"
     )
-    with urllib.request.urlopen(serving.url + "/playground/main.js", timeout=30) as answer:
+    with urllib.request.urlopen(serving.url + "/playground/main.js", timeout=LONG_S) as answer:
         assert "javascript" in answer.headers["Content-Type"]
 
 
@@ -550,7 +553,7 @@ def test_a_replica_that_dies_is_replaced_and_clients_get_openais_errors(client, 
             list(stream)
         answered_again(client)
         assert old.pid not in [process.pid for process in started_here("ServeReplica")]
-        assert whole.result(timeout=240).choices[0].message.content == before.choices[0].message.content
+        assert whole.result(timeout=LONG_S).choices[0].message.content == before.choices[0].message.content
 
 
 def test_a_replica_whose_model_is_broken_is_replaced(client, serving):
@@ -590,12 +593,12 @@ def stopped(serving):
     usual = signal.getsignal(signal.SIGTERM)
 
     def stream(_: int) -> str:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            begun.wait(120)
+        with urllib.request.urlopen(request, timeout=LONG_S) as answer:
+            begun.wait(LONG_S)
             return answer.read().decode()
 
     def knock() -> None:
-        begun.wait(120)
+        begun.wait(LONG_S)
         while signal.getsignal(signal.SIGTERM) is usual:
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -612,8 +615,8 @@ def stopped(serving):
         streams = [pool.submit(stream, number) for number in range(2)]
         knocking = pool.submit(knock)
         serve_forever(serving)
-        knocking.result(60)
-        return [running.result(60) for running in streams], refused, printed.getvalue()
+        knocking.result(LONG_S)
+        return [running.result(LONG_S) for running in streams], refused, printed.getvalue()
 
 
 def test_a_stop_lets_running_answers_end_and_refuses_new_ones(stopped):
@@ -629,7 +632,7 @@ def test_a_stop_lets_running_answers_end_and_refuses_new_ones(stopped):
 
 def test_after_stop_nothing_answers_and_another_can_start(stopped, serving, folders):
     with pytest.raises(urllib.error.URLError):
-        urllib.request.urlopen(serving.url + "/health", timeout=5)
+        urllib.request.urlopen(serving.url + "/health", timeout=LONG_S)
     config = ServeConfig(
         port=0,
         path_prefix="/tutor",
@@ -639,7 +642,7 @@ def test_after_stop_nothing_answers_and_another_can_start(stopped, serving, fold
     )
     with start(config, folders[0], None) as bare:
         assert bare.url.endswith("/tutor")
-        with urllib.request.urlopen(f"{bare.url}/openapi.json", timeout=5) as answer:
+        with urllib.request.urlopen(f"{bare.url}/openapi.json", timeout=LONG_S) as answer:
             assert json.load(answer)["servers"] == [{"url": "/tutor"}]
         client = OpenAI(base_url=f"{bare.url}/v1", api_key="none", max_retries=0)
 

@@ -56,8 +56,8 @@ APP_NAME = "mahalo"
 _HEADROOM = 64
 _FREE_PORTS = range(20_000, 32_000)
 _READY_TIMEOUT_S = 60.0
-_GONE_TIMEOUT_S = 10.0
-_REPLY_TIMEOUT_S = 5.0  # of a replica that is told to stop taking requests
+_GONE_TIMEOUT_S = 60.0  # until Ray has forgotten Serve: a second, on a busy machine many
+_REPLY_TIMEOUT_S = 5.0  # of a replica that is told to stop, when the grace time is over
 _HEALTH_CHECK_S = 2.0
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
@@ -91,11 +91,15 @@ class Serving:
     def __init__(self, url: str, model: str, handle: DeploymentHandle, grace_s: float) -> None:
         self.url, self.model = url, model
         self._handle, self._grace_s = handle, grace_s
+        self._is_stopped = False
 
     def stop(self, hurry: threading.Event | None = None) -> None:
         """Refuse new requests, let running ones end within the grace time (or until `hurry` is set), then end
-        the endpoint and Ray Serve with it. Ray itself stays.
+        the endpoint and Ray Serve with it. Ray itself stays. A second call does nothing.
         """
+        if self._is_stopped:
+            return
+        self._is_stopped = True
         try:
             self._drain(hurry or threading.Event())
         except (RayError, RayServeException, TimeoutError) as error:
@@ -105,15 +109,23 @@ class Serving:
 
     def _drain(self, hurry: threading.Event) -> None:
         deadline = time.monotonic() + self._grace_s
-        self._tell("drain")
-        while sum(self._tell("count_held")) and time.monotonic() < deadline and not hurry.wait(0.1):
-            pass
-        if sum(self._tell("close")):
+        self._tell("drain", deadline, hurry)
+        while sum(self._tell("count_held", deadline, hurry)) and time.monotonic() < deadline:
+            if hurry.wait(0.1):
+                break
+        if sum(self._tell("close", deadline, hurry)):
             time.sleep(0.3)  # for the last answers on their way through the proxy
 
-    def _tell(self, method: str) -> list[int]:
-        """Call a method of every replica."""
-        return list(self._handle.broadcast(method).results(timeout_s=_REPLY_TIMEOUT_S))
+    def _tell(self, method: str, deadline: float, hurry: threading.Event) -> list[int]:
+        """Call a method of every replica. One that is slow to reply has as long as the answers it works at:
+        given up earlier, it would be ended with them."""
+        response = self._handle.broadcast(method)
+        while True:
+            try:
+                return list(response.results(timeout_s=_REPLY_TIMEOUT_S))
+            except TimeoutError:
+                if hurry.is_set() or time.monotonic() > deadline:
+                    raise
 
     def __enter__(self) -> Self:
         return self
