@@ -182,7 +182,7 @@ def end_training() -> None:
         process.kill()
     for thread in threading.enumerate():
         if thread.name == "ray-train-fit":
-            thread.join(120)
+            thread.join(600)
 
 
 def test_a_lost_driver_and_a_killed_worker_change_nothing(
@@ -260,10 +260,10 @@ def figures(result: TrainingResult) -> list[dict[str, float]]:
 
 
 def train_workers() -> list[int]:
-    """Process ids of the policy stage's workers: descendants of this process that work in the run's own
-    folder (workers of a finished run may still be on their way out, other clusters may run on this
-    machine)."""
-    parents, folders = {}, {}
+    """Process ids of the policy stage's workers, the oldest first: descendants of this process that work in
+    the run's own folder (workers of a finished run may still be on their way out, other clusters may run on
+    this machine)."""
+    parents, folders, began = {}, {}, {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
@@ -271,8 +271,10 @@ def train_workers() -> list[int]:
                 folders[int(entry.name)] = (entry / "cwd").readlink().name
             except (FileNotFoundError, ProcessLookupError, PermissionError):
                 continue
-            parents[int(entry.name)] = int(stat.rpartition(")")[2].split()[1])
+            fields = stat.rpartition(")")[2].split()
+            parents[int(entry.name)], began[int(entry.name)] = int(fields[1]), int(fields[19])
     mine = {os.getpid()}
     while found := {child for child, parent in parents.items() if parent in mine} - mine:
         mine |= found
-    return sorted(pid for pid in mine if folders[pid].startswith("policy-"))
+    # By their ids they would not be in order: these begin again at 1.
+    return sorted((pid for pid in mine if folders[pid].startswith("policy-")), key=began.__getitem__)

@@ -289,6 +289,7 @@ def fit(trainer: ray.train.torch.TorchTrainer, reader: ProgressReader) -> ray.tr
     while thread.is_alive():
         thread.join(0.2)
         reader.poll()
+    reader.poll()  # what came between the last look and the end
     if not outcome.done():
         raise StageError("Ray Train could not be started; the traceback above says why")
     error = outcome.exception()
