@@ -33,6 +33,8 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 from fsspec.implementations.local import LocalFileSystem
 
+from mahalo_ray.data.temporary import began_then
+
 _SMALL_FILE = 64 * 2**20
 # A put there is atomic, and there are no folders to make. Elsewhere a rename is needed.
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "oci", "memory"}
@@ -533,8 +535,7 @@ def _is_alive(holder: dict[str, Any]) -> bool | None:
     if holder["host"] != socket.gethostname() or holder.get("pid_space") != _pid_space():
         return None
     try:
-        process = psutil.Process(holder["pid"])
-        return abs(process.create_time() - holder["process_started"]) <= 1.0
+        return began_then(psutil.Process(holder["pid"]), holder["process_started"])
     except psutil.NoSuchProcess:
         return False
 

@@ -43,11 +43,17 @@ def make_owned_folder(prefix: str, parent: Path) -> str:
     return folder
 
 
+def began_then(process: psutil.Process, started: float) -> bool:
+    """Whether a process began at a time that was noted before. The system gives it from its boot, in whole
+    seconds that move by one or two when its clock is set right."""
+    return abs(process.create_time() - started) < 3.0
+
+
 def _is_alive(owner: dict[str, Any]) -> bool:
     """Whether the process runs; of another host (containers may share a folder), it is taken to."""
     if owner.get("host", socket.gethostname()) != socket.gethostname():
         return True
     try:
-        return abs(psutil.Process(int(owner["pid"])).create_time() - owner["started"]) < 1.0
+        return began_then(psutil.Process(int(owner["pid"])), owner["started"])
     except psutil.NoSuchProcess:
         return False

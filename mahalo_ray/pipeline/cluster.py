@@ -32,6 +32,7 @@ from mahalo_ray.pipeline.stages import sigterm_raises
 LONGEST_TEMP_DIR = 30
 OPEN_FILES, FEWEST_OPEN_FILES = 65536, 1024
 CONNECT_TIMEOUT_S, HEALTH_TIMEOUT_S = 10, 40  # together below a minute
+KILLED_TIMEOUT_S = 60  # until the system has cleared a killed process away: at once, unless it is very busy
 OBJECT_STORE_BYTES = (100 * 2**20, 1024 * 2**20)
 
 # Set for the driver and all workers, unless the user has set them.
@@ -289,7 +290,7 @@ def _end_private(before: set[int]) -> None:
         for process in alive:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(alive, timeout=5)
+        psutil.wait_procs(alive, timeout=KILLED_TIMEOUT_S)
     finally:
         if main:
             signal.signal(signal.SIGINT, handler)
