@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import json
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from typing import Any, Self
 
+import pytest
+
+from mahalo_ray import endpoints
 from mahalo_ray.config import EndpointConfig
 
 
@@ -56,23 +62,55 @@ GARBAGE = Scripted(body=b"<html>bad gateway</html>")
 HANGS = Scripted(hang=True)
 
 
+class TimeRunsOut:
+    """The time of an attempt of this process's endpoints runs out when a server has its request and will not
+    answer it: not before, however slow the machine, and without waiting. `limits_s`: what each attempt had.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.limits_s: list[float] = []
+        self._attempts: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Timeout]] = {}
+        # In place of the module as the endpoints see it, not of everybody's.
+        patch.setattr(endpoints, "asyncio", SimpleNamespace(**{**vars(asyncio), "timeout": self._timeout}))
+
+    def _timeout(self, seconds: float) -> asyncio.Timeout:
+        task = asyncio.current_task()
+        assert task is not None
+        body = inspect.getcoroutinelocals(task.get_coro())["body"]  # type: ignore[arg-type]
+        timeout = asyncio.timeout(None)
+        self.limits_s.append(seconds)
+        self._attempts[_key(body)] = asyncio.get_running_loop(), timeout
+        return timeout
+
+    def run_out(self, received: Received) -> None:
+        """End the attempt that sent this."""
+        loop, timeout = self._attempts[_key(received.body)]
+        loop.call_soon_threadsafe(lambda: timeout.reschedule(loop.time()))
+
+
+def _key(body: dict[str, Any]) -> str:
+    return json.dumps([body.get(name) for name in ("messages", "prompt", "seed")])
+
+
 class LocalEndpoint:
     """Answers by `script`: a function of the request, or answers given one after the other (the last for
-    ever).
+    ever). What hangs does so until the client's time is over, which `time` may hasten.
 
     with LocalEndpoint([fails(500), says("4")]) as server:
         Endpoint(server.config())
     """
 
-    def __init__(self, script: Callable[[Received], Scripted] | Iterable[Scripted]) -> None:
+    def __init__(
+        self, script: Callable[[Received], Scripted] | Iterable[Scripted], time: TimeRunsOut | None = None
+    ) -> None:
+        self._time = time
         self.received: list[Received] = []
         self.most_at_once = 0
         self._script = script if callable(script) else _one_by_one(list(script))
         self._open = 0
         self._lock = threading.Lock()
         self._end = threading.Event()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), self._handler())
         self._thread = threading.Thread(target=lambda: self._server.serve_forever(0.02), daemon=True)
 
     @property
@@ -98,6 +136,8 @@ class LocalEndpoint:
             self.received.append(received)
             answer = self._script(received)
         if answer.hang:
+            if self._time is not None:
+                self._time.run_out(received)
             self._end.wait()
         if answer.after is not None:
             answer.after.wait()
@@ -128,6 +168,11 @@ class LocalEndpoint:
             def log_message(self, *_: object) -> None: ...
 
         return Handler
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # of 5 that come at once to a slow machine, the sixth would wait for a second
 
 
 def _one_by_one(answers: list[Scripted]) -> Callable[[Received], Scripted]:

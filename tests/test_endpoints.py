@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from local_endpoint import GARBAGE, HANGS, LocalEndpoint, Received, Scripted, fails, says
+from local_endpoint import GARBAGE, HANGS, LocalEndpoint, Received, Scripted, TimeRunsOut, fails, says
 
 from mahalo_ray import endpoints
 from mahalo_ray.config import EndpointConfig
@@ -56,18 +56,26 @@ def test_a_completion_takes_token_ids() -> None:
     ("trouble", "kind"),
     [(fails(500), "http_500"), (fails(429), "http_429"), (GARBAGE, "garbage"), (HANGS, "timeout")],
 )
-def test_trouble_is_tried_again_and_counted(trouble: Scripted, kind: str) -> None:
-    # Long enough for a slow machine's answers; only what hangs waits as long.
-    settings = {"timeout_s": 1.5, "max_retries": 2}
-    with LocalEndpoint([trouble, says("4")]) as server, Endpoint(server.config(**settings)) as endpoint:
+def test_trouble_is_tried_again_and_counted(
+    trouble: Scripted, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, ends = {"timeout_s": 600, "max_retries": 2}, TimeRunsOut(monkeypatch)
+    with LocalEndpoint([trouble, says("4")], ends) as server, Endpoint(server.config(**settings)) as endpoint:
         ((_, reply),) = endpoint.chat([asked()])
         assert isinstance(reply, EndpointReply) and reply.texts == ["4"]
         assert endpoint.usage.retries == {kind: 1} and endpoint.usage.failures == {}
-    with LocalEndpoint([trouble]) as server, Endpoint(server.config(**settings)) as endpoint:
+    with LocalEndpoint([trouble], ends) as server, Endpoint(server.config(**settings)) as endpoint:
         ((_, failure),) = endpoint.chat([asked()])
         assert isinstance(failure, Failure)
         assert (failure.kind, failure.attempts, len(server.received)) == (kind, 3, 3)
         assert endpoint.usage.failures == {kind: 1} and endpoint.usage.requests == 1
+    assert ends.limits_s == [600] * 5
+
+
+def test_an_attempt_has_its_time_and_no_more() -> None:
+    with LocalEndpoint([HANGS]) as server, Endpoint(server.config(timeout_s=0.3, max_retries=1)) as endpoint:
+        ((_, failure),) = endpoint.chat([asked()])
+    assert isinstance(failure, Failure) and (failure.kind, failure.attempts) == ("timeout", 2)
 
 
 @pytest.mark.parametrize("body", [b"{}", b'{"choices": []}', b'{"choices": [{"index": 0}]}', b"[1]", b"null"])

@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 import ray
 import yaml
-from local_endpoint import GARBAGE, HANGS, LocalEndpoint, Received, Scripted, fails, says
+from local_endpoint import GARBAGE, HANGS, LocalEndpoint, Received, Scripted, TimeRunsOut, fails, says
+from processes import started_here
 from ray.cluster_utils import Cluster
 from tiny_tutor import SAMPLING, TOKENIZER, TUTOR
 
@@ -50,6 +51,7 @@ from mahalo_ray.rollouts.pool import IN_FLIGHT_PER_ACTOR, RolloutError
 
 pytestmark = pytest.mark.slow
 
+LONG_S = 600  # longer than a slow machine takes: no verdict depends on it
 CHUNKS = DialogueChunks(0, dialogues=18, size=3)
 PLAY = PlayConfig(dialogues=18, turns=2, candidates=2, batch_size_per_actor=3, sampling=SAMPLING)
 GRID = GridCases(
@@ -81,7 +83,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def nodes() -> Iterator[Cluster]:
     """Two nodes on this machine: an actor fits on the first, two on the second."""
     head = {"num_cpus": 1, "include_dashboard": False, "dashboard_agent_listen_port": 0}
-    made = Cluster(initialize_head=True, head_node_args=head)
+    made = Cluster(initialize_head=True, head_node_args={**head, "wait": False})
+    made.wait_for_nodes(LONG_S)
     yield made
     made.shutdown()
 
@@ -111,7 +114,7 @@ def shards(folder: Path) -> dict[str, bytes]:
     return {
         f"{kind}/{file.name}": file.read_bytes()
         for kind in (CANDIDATES, DIALOGUES)
-        for file in sorted((folder / kind).iterdir())
+        for file in sorted((folder / kind).glob("*.parquet"))  # a killed process may leave one begun
     }
 
 
@@ -121,8 +124,8 @@ def quiet(done: int, total: int, note: str) -> None:
 
 def test_a_node_killed(base: Path, cluster: Cluster, tmp_path: Path) -> None:
     """The node goes when all three actors are at work, two of them on it: no student answers before that."""
-    node = cluster.add_node(num_cpus=2)
-    cluster.wait_for_nodes()
+    node = cluster.add_node(num_cpus=2, wait=False)
+    cluster.wait_for_nodes(LONG_S)
     asked: set[str] = set()
     gone = threading.Event()
 
@@ -159,6 +162,8 @@ def test_a_full_disk(base: Path, cluster: Cluster, tmp_path: Path) -> None:
             spec = spec_of(base, server.config(), disk / "out")
             with pytest.raises(RolloutError, match=r"No space left on device.*make room"):
                 run_rollouts(spec, CHUNKS, ClusterConfig(rollout_actors=1), quiet)
+            while started_here("RolloutWorker"):  # until it is gone, it may finish what it had
+                time.sleep(0.05)
             finished = len(list((disk / "out" / "chunks").iterdir()))
             assert 0 < finished < len(CHUNKS)
             subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
@@ -188,8 +193,10 @@ def test_a_share_of_failures_above_the_limit_stops_with_the_reason(
     assert shards(tmp_path / "out") == shards(base / "quiet")
 
 
-def test_an_endpoint_in_every_kind_of_trouble(base: Path, tmp_path: Path) -> None:
-    """Each request meets trouble before it is answered (on a slow machine a timeout besides)."""
+def test_an_endpoint_in_every_kind_of_trouble(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each request meets trouble before it is answered."""
     troubles = [fails(429, retry_after="0.05"), fails(500), GARBAGE, HANGS]
     seen: Counter[str] = Counter()
 
@@ -198,13 +205,13 @@ def test_an_endpoint_in_every_kind_of_trouble(base: Path, tmp_path: Path) -> Non
         seen[key] += 1
         return troubles[len(seen) % 4] if seen[key] == 1 else answer(received)
 
-    with LocalEndpoint(troubled) as server:
-        config = server.config(concurrency=16, timeout_s=1.0)
+    with LocalEndpoint(troubled, TimeRunsOut(monkeypatch)) as server:
+        config = server.config(concurrency=16, timeout_s=600)
         worker = RolloutWorker(spec_of(base, config, tmp_path / "out"))
         summaries = [worker.play(chunk) for chunk in CHUNKS]
     retries = sum((Counter(summary.retries) for summary in summaries), Counter())
     assert set(retries) == {"http_429", "http_500", "garbage", "timeout"}
-    assert len(seen) == 18 * 2 and min(seen.values()) >= 2
+    assert len(seen) == 18 * 2 and set(seen.values()) == {2}
     assert sum(retries.values()) == sum(seen.values()) - len(seen)
     assert not any(summary.failures for summary in summaries)
     assert shards(tmp_path / "out") == shards(base / "quiet")
@@ -234,7 +241,7 @@ def test_the_driver_killed_and_started_again(base: Path, tmp_path: Path) -> None
         }
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(document))
         with _dialogues(tmp_path) as first:
-            deadline = time.monotonic() + 300
+            deadline = time.monotonic() + LONG_S
             while not chunks_in(output):
                 assert first.poll() is None and time.monotonic() < deadline
                 time.sleep(0.02)
@@ -242,7 +249,7 @@ def test_the_driver_killed_and_started_again(base: Path, tmp_path: Path) -> None
         assert chunks_in(output) == 1 and not (output / "manifest.json").exists()
         dead.set()
         with _dialogues(tmp_path) as second:
-            said, _ = second.communicate(timeout=300)
+            said, _ = second.communicate(timeout=LONG_S)
         assert second.returncode == 0, said
     metrics: dict[str, Any] = json.loads((output / "manifest.json").read_text())["metrics"]
     # The dead driver's actor may finish what it had in flight before it notices.
