@@ -18,7 +18,7 @@ import tiny_guided
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from moto.server import ThreadedMotoServer
 from tiny_run import EXAMPLE, mahalo
 
@@ -44,9 +44,9 @@ LINEAR = F.linear  # torch's own
 
 def pytest_configure() -> None:
     """Started in the background, a suite ignores SIGINT, and so would the runs that it stops with it. And a
-    slow machine is no failure: examples have no deadline."""
+    slow machine is no failure: examples have no deadline, nor is there one for drawing them."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    settings.register_profile("mahalo", deadline=None)
+    settings.register_profile("mahalo", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("mahalo")
 
 

@@ -164,9 +164,10 @@ def test_killed_actors_and_killed_jobs_change_nothing(
             process.kill()
     first = {file.name: file.stat().st_mtime_ns for file in (killed / "labelled").glob("*.parquet")}
     assert len(first) == 1 and not (killed / "manifest.json").exists()
-    cluster.unlink()
     while started_here("LabelWorker"):  # of the job that was killed
         time.sleep(0.05)
+    assert set((killed / "labelled").glob("*.parquet")) == {killed / "labelled" / name for name in first}
+    cluster.unlink()
 
     # It goes on, and loses an actor.
     victims: list[int] = []

@@ -101,7 +101,7 @@ class Client:
         self.sent.put_nowait(message)
 
     async def answer(self) -> tuple[int, bytes]:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(600):
             await self.task
         body = b"".join(message.get("body", b"") for message in self.messages)
         return self.messages[0]["status"], body
@@ -124,7 +124,7 @@ def test_answers_and_streams_come_as_they_are_made(folder):
             assert replica.asked[0]["root_path"] == "/tutor" and replica.asked[0]["query_string"] == b"a=%20b"
             assert await Client(proxy, "/tutor/nothing", method="HEAD").answer() == (200, b"")
             streamed = Client(proxy, "/tutor/stream", b"{}")
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(600):
                 assert dict((await streamed.sent.get())["headers"])[b"content-type"] == b"text/event-stream"
                 assert (await streamed.sent.get())["body"] == b"data: 1\n\n"  # the next one is not there yet
             replica.go_on.set()
@@ -166,7 +166,7 @@ def test_a_client_that_leaves_ends_its_request_and_frees_its_place(folder):
             while not replica.asked:
                 await asyncio.sleep(0.01)
             leaving.incoming.put_nowait({"type": "http.disconnect"})
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(600):
                 await leaving.task
                 while not replica.cancelled:
                     await asyncio.sleep(0.01)
@@ -211,8 +211,9 @@ def test_sockets_of_killed_replicas_are_removed_by_the_next(folder):
     for left in (old, young):
         left.mkdir(mode=0o700)
         os.mknod(left / ReplicaSocket.new("mahalo", 1, 1, 2).file_name, 0o600 | 0o140000)
-    for path in old.iterdir():
-        os.utime(path, (0, 0))
+    for path, changed_s in ((old, 0), (young, 2**32)):  # long ago, and not for a long time
+        for its_socket in path.iterdir():
+            os.utime(its_socket, (changed_s, changed_s))
 
     async def scenario() -> None:
         async with replica_and_proxy(folder):

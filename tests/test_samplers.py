@@ -258,7 +258,7 @@ def test_a_searcher_continues_from_its_file_and_ends_with_the_same_table(tmp_pat
 @pytest.mark.slow
 def test_a_killed_driver_of_tune_ends_with_the_table_of_an_unbroken_run(tmp_path: Path) -> None:
     program = Path(__file__).parent / "programs" / "swept_run.py"
-    context = ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    context = ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         command = [sys.executable, str(program), context.address_info["gcs_address"], str(tmp_path)]
         environment = {**os.environ, "TUNE_GLOBAL_CHECKPOINT_S": "2"}

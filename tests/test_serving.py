@@ -7,9 +7,11 @@ import json
 import re
 import socket
 import threading
+from types import SimpleNamespace
 
 import pytest
 from openai.types.chat import ChatCompletionMessage
+from served_app import kept_port
 
 from mahalo_ray.config import ServeConfig
 from mahalo_ray.data.records import Message
@@ -31,6 +33,7 @@ from mahalo_ray.serving.schema import (
     weights_of,
 )
 
+LONG_S = 600  # longer than a slow machine takes: no verdict depends on it
 LIMITS = RequestLimits(max_candidates=4, max_new_tokens=16, max_messages=3, max_strength=4, max_choices=2)
 MINIMAL = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -101,7 +104,8 @@ def test_a_request_whose_replica_sent_nothing_is_given_to_another(monkeypatch, l
 
 def test_while_all_replicas_are_full_the_proxy_refuses_and_spreads_the_clients(monkeypatch):
     clock = [100.0]
-    monkeypatch.setattr("mahalo_ray.serving.proxy.time.monotonic", lambda: clock[0])
+    # The proxy's own clock, not that of everybody in this process.
+    monkeypatch.setattr("mahalo_ray.serving.proxy.time", SimpleNamespace(monotonic=lambda: clock[0]))
     asked = []
 
     async def app(scope, receive, send):
@@ -415,7 +419,7 @@ def test_several_keys_of_a_variable_and_a_file_are_told_apart(monkeypatch, tmp_p
 
 def test_a_key_that_asks_too_often_is_told_when_to_come_back(monkeypatch):
     clock = 100.0
-    monkeypatch.setattr("mahalo_ray.serving.api_key.time.monotonic", lambda: clock)
+    monkeypatch.setattr("mahalo_ray.serving.api_key.time", SimpleNamespace(monotonic=lambda: clock))
     limiter = RateLimiter(3)
     for _ in range(3):
         limiter.take(0)
@@ -468,7 +472,7 @@ class Steps:
         self.readable.set()
 
     def prepare(self, job):
-        assert self.readable.wait(10)
+        assert self.readable.wait(LONG_S)
         self.prepared.append(job.payload)
         if job.payload == "unreadable":
             job.fail(ApiError(400, "too long"))
@@ -481,7 +485,7 @@ class Steps:
         self.active = [job for job in self.active if job.wanted]
         if self.active:
             self.batches.append([job.payload for job in self.active])
-        assert self.go.wait(60)
+        assert self.go.wait(LONG_S)
         for job in self.active:
             if job.payload == "bad":
                 raise KeyError("bad")
@@ -500,7 +504,7 @@ class Steps:
 
 
 async def until(condition):
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(LONG_S):
         while not condition():
             await asyncio.sleep(0.005)
 
@@ -511,7 +515,7 @@ def run_with_worker(scenario, max_active=4, max_waiting=4, window_s=0.05):
     async def main():
         worker = ModelThread(engine, max_active, max_waiting, window_s)
 
-        def submit(payload, timeout_s=60.0, is_long=False):
+        def submit(payload, timeout_s=LONG_S, is_long=False):
             job = Job(payload, timeout_s, streams=True, is_long=is_long)
             worker.submit(job)
             return job
@@ -531,7 +535,7 @@ def test_requests_sent_at_once_share_a_batch_up_to_its_size():
         return await asyncio.gather(*(job.result() for job in jobs))
 
     # However long the window: a full batch has nobody to wait for.
-    sizes, engine = run_with_worker(scenario, window_s=60)
+    sizes, engine = run_with_worker(scenario, window_s=LONG_S)
     assert [len(batch) for batch in engine.batches] == [4, 4]
     assert sizes == [4] * 8
 
@@ -682,7 +686,7 @@ def test_an_engine_that_can_never_work_again_is_told_from_a_request_that_fails(c
         with pytest.raises(ApiError):
             worker.check_room()
 
-    run_with_worker(scenario, max_active=3, window_s=60)  # all three in one batch
+    run_with_worker(scenario, max_active=3, window_s=LONG_S)  # all three in one batch
     assert "the device is gone" in caplog.text
 
 
@@ -778,13 +782,11 @@ def test_text_is_cut_at_the_first_stop_string_even_across_pieces(pieces, stops, 
 
 
 def test_a_busy_port_is_named():
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        port = other.getsockname()[1]
-        with pytest.raises(ServeError, match=rf"port {port} on 127\.0\.0\.1 is already in use.*serve\.port"):
+    with kept_port() as port:
+        busy = rf"port {port} on 127\.0\.0\.1 is already in use.*serve\.port"
+        with socket.create_server(("127.0.0.1", port)), pytest.raises(ServeError, match=busy):
             free_port("127.0.0.1", port)
-    assert free_port("127.0.0.1", port) == port
+        assert free_port("127.0.0.1", port) == port
     assert free_port("127.0.0.1", 0) > 0
 
 

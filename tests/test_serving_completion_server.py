@@ -6,13 +6,14 @@ import copy
 import math
 import re
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_guided
 from fastapi.testclient import TestClient
-from served_app import served
+from served_app import kept_port, served
 from test_serving_app import CHAT, MESSAGES, body, error_of, events, make_app, text_of
 
 from mahalo_ray.config import (
@@ -241,16 +242,16 @@ def test_a_judge_that_says_something_else_or_nothing_is_named(
 
 
 def test_a_server_that_is_gone_costs_a_503_and_not_the_replica(tokenizer_folder: str) -> None:
-    with served(make_app(max_new_tokens=64)) as url:
-        asked = over(source(url, tokenizer_folder))
-        asked.__enter__()
-    answer = asked.post(CHAT, json=body(**GREEDY))
-    assert (answer.status_code, error_of(answer)["code"]) == (503, "server_unavailable")
-    assert url not in answer.text and answer.headers["Retry-After"]
-    assert asked.get("/health").status_code == 200
-    asked.__exit__()
-    with pytest.raises(RuntimeError, match="gave up after 1 attempts"):
-        over(source(url, tokenizer_folder))
+    with kept_port() as port, ExitStack() as asking:
+        with served(make_app(max_new_tokens=64), port) as url:
+            asked = asking.enter_context(over(source(url, tokenizer_folder)))
+        answer = asked.post(CHAT, json=body(**GREEDY))
+        assert (answer.status_code, error_of(answer)["code"]) == (503, "server_unavailable")
+        assert url not in answer.text and answer.headers["Retry-After"]
+        assert asked.get("/health").status_code == 200
+        asking.close()
+        with pytest.raises(RuntimeError, match="gave up after 1 attempts"):
+            over(source(url, tokenizer_folder))
 
 
 def test_defaults_have_to_be_weights_that_the_server_has(address: str, tokenizer_folder: str) -> None:

@@ -32,7 +32,7 @@ def first(context: Context) -> StageResult:
     Path(context.folder).mkdir(exist_ok=True)
     if "HOLD_FIRST" in os.environ:
         print("FIRST", flush=True)
-        time.sleep(60)
+        time.sleep(3600)
     return StageResult()
 
 
