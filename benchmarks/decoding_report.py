@@ -73,7 +73,8 @@ def report(results: dict[str, Any]) -> str:
     about, sizes = results["machine"], results["sizes"]
     lines = [
         f"{sizes['steps']} steps of {sizes['step_tokens']} tokens, temperature {sizes['temperature']}, "
-        f"{sizes['dtype']} on {sizes['device']}, {sizes['clock']} time",
+        f"{sizes['dtype']} on {sizes['device']}{', CUDA graphs' if sizes['cuda_graphs'] else ''}, "
+        f"{sizes['clock']} time",
         f"{about['processor']}, {about['instructions']['torch']}, {about['threads']} threads, "
         f"{about['memory_gb_per_second']} GB/s from memory, load at the start "
         f"{about['load_average_at_start']}",

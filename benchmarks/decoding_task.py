@@ -15,6 +15,7 @@ from mahalo_ray.decoding.guidance import GuidedRequest
 from mahalo_ray.decoding.guided import GuidedDecoder
 from mahalo_ray.decoding.policy import CausalPolicy
 from mahalo_ray.decoding.sampling import SamplingParams
+from mahalo_ray.decoding.step_graph import Recorder
 from mahalo_ray.decoding.stopping import TurnBoundary
 from mahalo_ray.models import ProcessRewardModel
 from mahalo_ray.models.reward_heads import OutputKind
@@ -26,8 +27,8 @@ _OBJECTIVES: dict[str, OutputKind] = {"accuracy": "value", "engagement": "probab
 class EndlessPolicy(CausalPolicy):
     """A policy that never ends its turn: every step then has the length asked for."""
 
-    def __init__(self, model: PreTrainedModel, end_id: int) -> None:
-        super().__init__(model)
+    def __init__(self, model: PreTrainedModel, end_id: int, recorder: Recorder | None = None) -> None:
+        super().__init__(model, recorder)
         self._end_id = end_id
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -51,7 +52,10 @@ class Models:
     clock: Callable[[], float] = time.perf_counter
 
     @classmethod
-    def build(cls, shape: Shape, device: torch.device, dtype: torch.dtype) -> Models:
+    def build(
+        cls, shape: Shape, device: torch.device, dtype: torch.dtype, recorder: Recorder | None = None
+    ) -> Models:
+        """`recorder`: how the decoder's forwards are recorded."""
         policy = shape.build(_POLICY_SEED, dtype, device)
         tokenizer = shape.tokenizer()
         reward = ProcessRewardModel.from_base(
@@ -61,7 +65,7 @@ class Models:
             tokenizer=tokenizer,
             step_separator=None,
         ).eval()
-        decoder = GuidedDecoder(EndlessPolicy(policy, shape.end_id), reward, TurnBoundary())
+        decoder = GuidedDecoder(EndlessPolicy(policy, shape.end_id, recorder), reward, TurnBoundary())
         return cls(shape, policy, reward, decoder)
 
     def cache_bytes_per_token(self) -> int:

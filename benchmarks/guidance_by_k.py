@@ -114,7 +114,7 @@ class Tutor:
     """The run's policy and reward model, playing whole dialogues under any strategy."""
 
     def __init__(self, run: Path, config: RunConfig, boundary: Boundary) -> None:
-        placement = DeviceConfig(config.cluster.device, config.model.dtype)
+        placement = DeviceConfig.of(config.cluster, config.model.dtype)
         policy, chat = load_policy(str(run / "policy" / "model"), placement)
         reward = load_reward_model(str(run / "reward" / "model"), placement)
         self.decoder = GuidedDecoder(policy, reward, boundary, chat.tokenizer)

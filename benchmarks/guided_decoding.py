@@ -25,6 +25,8 @@ from decoding_variants import ours, ours_at_once, plain, published, reencoded
 from measuring import machine, synchronise, write_results
 from shapes import ABOUT_1_5B, ABOUT_1M, ABOUT_30M, SMOLLM2_135M, TINY, Shape
 
+from mahalo_ray.decoding.step_graph import record_cuda_graph
+
 
 @dataclass(frozen=True)
 class Size:
@@ -57,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(f"unknown '{unknown[0]}'. Models: {', '.join(SIZES)}. Ways: {', '.join(WAYS)}.")
     if options.clock == "cpu" and options.threads != 1:
         raise SystemExit("--clock cpu adds up the time of all threads: use it with --threads 1")
+    if options.cuda_graphs and not options.device.startswith("cuda"):
+        raise SystemExit("--cuda-graphs needs --device cuda")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
@@ -65,13 +69,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "machine": machine(),
         "sizes": {
             name: getattr(options, name)
-            for name in ("steps", "step_tokens", "temperature", "dtype", "device", "clock")
+            for name in ("steps", "step_tokens", "temperature", "dtype", "device", "cuda_graphs", "clock")
         },
         "cells": [],
     }
     for name in ["1m"] if options.quick else options.models:
         size = SIZES[name]
-        models = Models.build(size.shape, device, dtype)
+        recorder = record_cuda_graph if options.cuda_graphs else None
+        models = Models.build(size.shape, device, dtype, recorder)
         models.clock = CLOCKS[options.clock]
         about = {
             "model": name,
@@ -119,6 +124,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=None, help="of torch; default: its own choice")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument(
+        "--cuda-graphs", action="store_true", help="ours: forwards recorded and repeated, on a card"
+    )
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: on a machine in use")
     parser.add_argument("--output", type=Path, default=None, help="results as JSON")
     return parser

@@ -79,7 +79,7 @@ def _load(run: str, config: RunConfig) -> None:
     from mahalo_ray.pipeline.artifacts import run_model
 
     torch.set_num_threads(max(1, int(config.serve.cpus_per_replica)))  # as Ray gives a replica
-    placement = DeviceConfig(config.cluster.device, config.model.dtype)
+    placement = DeviceConfig.of(config.cluster, config.model.dtype)
     policy, chat = load_policy(run_model(run, "policy"), placement)
     reward = load_step_scorer(run_model(run, "reward"), placement)
     _loaded.update(config=config, policy=policy, reward=reward, tokenizer=chat.tokenizer, decoders={})

@@ -16,7 +16,9 @@ from torch import Tensor
 from mahalo_ray import GuidedDecoder, MultiHeadCausalLM, Weights
 from mahalo_ray.config import LoraConfig
 from mahalo_ray.decoding.guidance import GuidedRequest
+from mahalo_ray.decoding.policy import MultiHeadPolicy
 from mahalo_ray.decoding.sampling import SamplingParams
+from mahalo_ray.decoding.step_graph import Recorder, record_cuda_graph
 from mahalo_ray.losses import dpo_loss
 from mahalo_ray.training.pairs import PackedPairs, TokenPairs, TokenRows, pair_inputs
 
@@ -24,11 +26,17 @@ DEVICE = torch.device("cuda")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card")
 
 
-def guided(device: torch.device, dtype: torch.dtype, requests: list[GuidedRequest]) -> list[list[int]]:
+def guided(
+    device: torch.device,
+    dtype: torch.dtype,
+    requests: list[GuidedRequest],
+    recorder: Recorder | None = None,
+) -> list[list[int]]:
     base = copy.deepcopy(tiny_guided.model())
     model = MultiHeadCausalLM.from_base(base, ["accuracy", "engagement"], noise=0.5).eval()
     reward = copy.deepcopy(tiny_guided.reward()).to(device, dtype)
-    decoder = GuidedDecoder(model.to(device, dtype), reward, "math")
+    policy = MultiHeadPolicy(model.to(device, dtype), recorder=recorder)
+    decoder = GuidedDecoder(policy, reward, "math")
     return [result.token_ids for result in decoder.generate_batch(requests)]
 
 
@@ -47,6 +55,12 @@ def test_guided_answers_are_the_cpus() -> None:
         asked = requests(sampling=sampling)
         on_cpu = guided(torch.device("cpu"), torch.float32, asked)
         assert guided(DEVICE, torch.float32, asked) == on_cpu
+
+
+def test_with_cuda_graphs_answers_are_the_cpus() -> None:
+    asked = requests(sampling=SamplingParams(temperature=0.0), max_new_tokens=60, max_step_tokens=12)
+    on_cpu = guided(torch.device("cpu"), torch.float32, asked)
+    assert guided(DEVICE, torch.float32, asked, record_cuda_graph) == on_cpu
 
 
 def test_the_same_batch_gives_the_same_answers_in_bfloat16() -> None:

@@ -42,7 +42,6 @@ LONGEST_FILE = 700  # lines; most files have 150 to 600
 APART = {
     "cli/commands.py": "keeps what the verbs import out of `mahalo --version`",
     "cli/sweep_commands.py": "with the other verbs it would pass the longest file",
-    "decoding/branch_attention.py": "with the cache it would pass the longest file",
     "decoding/cached_scorer.py": "with the scorers it would pass the longest file",
     "domains/maths/explanations.py": "a judge that configurations name, of any text",
     "rollouts/continuations.py": "with the labelling job it would pass the longest file",

@@ -20,6 +20,7 @@ from mahalo_ray.decoding.guidance import GuidedRequest
 from mahalo_ray.decoding.likelihood import token_logps
 from mahalo_ray.decoding.policy import CausalPolicy, HeadMix, MultiHeadPolicy
 from mahalo_ray.decoding.sampling import DrawLimits, SamplingBatch, SamplingParams, draw
+from mahalo_ray.decoding.step_graph import Recorder
 from mahalo_ray.decoding.stopping import StopRule, TokenTexts, boundary_for
 from mahalo_ray.evaluation.methods import _divergence
 from mahalo_ray.losses import dpo_loss
@@ -96,14 +97,15 @@ def test_requests_join_and_are_cancelled_on_the_card() -> None:
         assert [state.result().token_ids for state in states[1:]] == [r.token_ids for r in expected[1:]]
 
 
-def test_the_token_loop_waits_for_the_card_once_per_token() -> None:
+@pytest.mark.parametrize("recorder", [None, lambda compute: compute], ids=["run", "recorded"])
+def test_the_token_loop_waits_for_the_card_once_per_token(recorder: Recorder | None) -> None:
     """Twice where a text is read, and once more where the set of branches changes."""
     with pretended_card():
-        model = moved(two_headed())
+        model = MultiHeadPolicy(moved(two_headed()), recorder=recorder)  # type: ignore[arg-type]
         texts = TokenTexts(tiny_guided.tokenizer())
         limits = [DrawLimits(8, 1.2)] * 2
         for weights, known, most in ((BOTH, None, 1), ([BOTH, Weights.one("accuracy")], texts, 2)):
-            engine = Engine(model, stop_ids=[], texts=known)  # type: ignore[arg-type]
+            engine = Engine(model, stop_ids=[], texts=known)
             rows = engine.add(2, weights)
             engine.append(rows, [[1, 2, 3], [4, 5]])
             rules = [None if known is None else StopRule(boundary_for("math"))] * 2

@@ -4,6 +4,7 @@ Unknown keys are errors that name the file, the key and the nearest known key. S
 name says `per_device`; times are seconds; lengths are tokens.
 """
 
+from mahalo_ray.config.cluster_config import ActorsConfig, ClusterConfig
 from mahalo_ray.config.label_config import (
     DEFAULT_THRESHOLD,
     ROLLOUT_SUPERVISION,
@@ -103,9 +104,7 @@ from mahalo_ray.config.serve_config import (
     ServeConfig,
 )
 from mahalo_ray.config.stage_config import (
-    ActorsConfig,
     AdaptersConfig,
-    ClusterConfig,
     LoraConfig,
     ModelConfig,
     ObjectiveConfig,

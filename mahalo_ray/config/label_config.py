@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from mahalo_ray.config.cluster_config import ActorsConfig
 from mahalo_ray.config.section import (
     MAX_COUNT,
     NOT_BOOL,
@@ -27,7 +28,7 @@ from mahalo_ray.config.section import (
     TraceFormat,
     WeightVector,
 )
-from mahalo_ray.config.stage_config import ActorsConfig, ObjectiveConfig, SamplingConfig
+from mahalo_ray.config.stage_config import ObjectiveConfig, SamplingConfig
 from mahalo_ray.objectives import unknown_name
 
 ROLLOUT_SUPERVISION = ("rollout_value", "judged_rollouts")

@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from mahalo_ray.config.cluster_config import ActorsConfig
 from mahalo_ray.config.section import (
     MAX_COUNT,
     MAX_REQUEST_SEED,
@@ -31,7 +32,7 @@ from mahalo_ray.config.section import (
     Text,
     WeightVector,
 )
-from mahalo_ray.config.stage_config import ActorsConfig, DialogueBatchConfig, PairsConfig
+from mahalo_ray.config.stage_config import DialogueBatchConfig, PairsConfig
 
 Knowledge = Literal["none", "partial", "solid"]
 Level = Literal["low", "medium", "high"]

@@ -7,6 +7,7 @@ from typing import Annotated, Self
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
+from mahalo_ray.config.cluster_config import ClusterConfig
 from mahalo_ray.config.section import (
     NOT_BOOL,
     SHAPING_WHERE_SET,
@@ -38,7 +39,6 @@ from mahalo_ray.config.section import (
 )
 from mahalo_ray.config.serve_config import ServeConfig
 from mahalo_ray.config.stage_config import (
-    ClusterConfig,
     ModelConfig,
     ObjectiveConfig,
     PairsConfig,
@@ -644,6 +644,14 @@ class RunConfig(Section):
             raise ValueError(
                 f"'rounds' above 1 play the policy at weights over its heads, and 'policy.method: "
                 f"{self.policy.method}' has one head: leave 'rounds' at 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _graphs_fit_the_policy(self) -> Self:
+        if self.cluster.cuda_graphs and self.policy.adapters.depth != 0:
+            raise ValueError(
+                "'cluster.cuda_graphs' is not for policies with adapters: set 'policy.adapters' or it"
             )
         return self
 

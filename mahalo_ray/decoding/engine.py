@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 from mahalo_ray.decoding.kv_cache import RaggedCache, SlotTable, pad_right, split_by_size
 from mahalo_ray.decoding.policy import HeadMix, Policy, as_policy
 from mahalo_ray.decoding.sampling import DrawLimits, SamplingParams
+from mahalo_ray.decoding.step_graph import PREFIX_TOKENS
 from mahalo_ray.decoding.stopping import StopRule, TextStop, TokenTexts
 from mahalo_ray.decoding.token_loop import BranchDecoder, Candidates, CompactingDecoder, SampleRequest
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
@@ -65,7 +66,8 @@ class Engine:
             raise ValueError(
                 f"max_context is {max_context}, but the model was built for {policy.max_context} tokens"
             )
-        self.cache = RaggedCache()
+        # A buffer that grows is a new place, and what was recorded on the old one must be recorded again.
+        self.cache = RaggedCache(least_growth=1 if policy.recorder is None else PREFIX_TOKENS)
         self.tokens_forwarded = 0  # through the model, padding not counted: what decoding costs
         self.peak_bytes = 0
         self._prefill_tokens = prefill_tokens

@@ -83,12 +83,13 @@ class RaggedCache:
     # slot; what lies behind its length is stale and never attended to, but must be a number: 0 * NaN is NaN,
     # which is why buffers start as zeros.
 
-    def __init__(self, initial_capacity: int = 64) -> None:
+    def __init__(self, initial_capacity: int = 64, least_growth: int = 1) -> None:
+        """Places for tokens in every slot at first, and how many more there are at least when they grow."""
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         # Tokens per sequence; those in use are slots 0 .. len(lengths) - 1.
         self.lengths = np.zeros(0, dtype=np.int64)
-        self._initial_capacity = initial_capacity
+        self._initial_capacity, self._least_growth = initial_capacity, least_growth
         self._capacity = initial_capacity
         self._slots = 0
 
@@ -192,7 +193,7 @@ class RaggedCache:
                 buffer[slots.to(new.device)[:, None], :, positions] = new.transpose(1, 2)
 
     def _reserve(self, slots: int, capacity: int) -> None:
-        self._resize(grown(self._slots, slots), grown(self._capacity, capacity))
+        self._resize(grown(self._slots, slots), grown(self._capacity, capacity, self._least_growth))
 
     def _shrink(self) -> None:
         """Give memory back: all of it with the last sequence, else when most of it is unused."""
@@ -412,6 +413,27 @@ class Branches:
                 )
         whole = out[0] if len(out) == 1 else torch.cat(out)
         return whole if self._selected is None else whole[self._selected]
+
+    @property
+    def selected(self) -> Tensor | slice:
+        """Grid indices of the next forward's tokens, those of opening rows last."""
+        return slice(None) if self._selected is None else self._selected
+
+    @property
+    def is_side_by_side(self) -> bool:
+        """Whether the prefixes of the rows lie in the cache in the rows' order, one behind the other."""
+        return len(self._runs) == 1
+
+    def reserve(self, multiple: int) -> None:
+        """Make sure that the next token of every branch has a place, and enlarge the buffers, where they must
+        grow, to a multiple of this many tokens."""
+        needed = int(self.lengths.max(initial=0)) + 1
+        if needed <= self._capacity:
+            return
+        self._capacity = -(-needed // multiple) * multiple
+        for buffers in (self.keys, self.values):
+            for layer, buffer in enumerate(buffers):
+                buffers[layer] = resized(buffer, (*buffer.shape[:3], self._capacity, buffer.shape[4]))
 
     def advance(self, width: int) -> None:
         """The forward over the next `width` tokens is done."""

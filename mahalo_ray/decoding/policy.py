@@ -15,10 +15,12 @@ from transformers import (
     PreTrainedModel,
 )
 
+from mahalo_ray.config import ActorsConfig
 from mahalo_ray.data import storage
 from mahalo_ray.data.templating import ChatFormat
 from mahalo_ray.decoding.cached_backbone import CachedBackbone
 from mahalo_ray.decoding.cpu_matmul import OneDNNHead
+from mahalo_ray.decoding.step_graph import Recorder, record_cuda_graph
 from mahalo_ray.models.attention import View
 from mahalo_ray.models.backbone import (
     load_causal_lm,
@@ -67,6 +69,8 @@ class Policy(Protocol):
     vocab_size: int
     max_context: int
     end_ids: frozenset[int]  # tokens at which the model stops, by its generation_config
+    # How the token loop's forwards are recorded; None: each is run. For policies whose readers are all alike.
+    recorder: Recorder | None
 
     def reader(self, mixes: Sequence[HeadMix]) -> StateFunction:
         """The hidden states of requests with these mixes; built once per batch, called once per token."""
@@ -84,7 +88,8 @@ class Policy(Protocol):
 class CausalPolicy:
     """An ordinary transformers causal language model: one head, no weights."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, recorder: Recorder | None = None) -> None:
+        self.recorder = recorder
         backbone, self._head, self._transform = split_causal_lm(model)
         self._backbone = CachedBackbone(backbone)
         self.device = self._backbone.device
@@ -126,8 +131,15 @@ class MultiHeadPolicy:
     Merged heads are kept, so the model's parameters must not change while this object is in use.
     """
 
-    def __init__(self, model: MultiHeadCausalLM, merged_heads_kept: int = 8) -> None:
-        self.model = model
+    def __init__(
+        self, model: MultiHeadCausalLM, merged_heads_kept: int = 8, recorder: Recorder | None = None
+    ) -> None:
+        if recorder is not None and model.adapters is not None:
+            raise ValueError(
+                "the forwards of a policy with adapters for each objective cannot be recorded: its folded "
+                "weights come and go. Set cluster.cuda_graphs to false"
+            )
+        self.model, self.recorder = model, recorder
         model.mix(None)
         self._backbone = CachedBackbone(model.backbone)
         self.device = self._backbone.device
@@ -248,10 +260,22 @@ def as_policy(model: Policy | MultiHeadCausalLM | PreTrainedModel) -> Policy:
 
 @dataclass(frozen=True)
 class DeviceConfig:
-    """Where a model runs: torch device and dtype names."""
+    """Where a model runs: torch device and dtype names, and whether the forwards of a token loop are recorded
+    as CUDA graphs there."""
 
     device: str = "cpu"
     dtype: str = "float32"
+    cuda_graphs: bool = False
+
+    @classmethod
+    def of(cls, cluster: ActorsConfig, dtype: str) -> DeviceConfig:
+        """That of a job's workers."""
+        return cls(cluster.device, dtype, cluster.cuda_graphs)
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs that a process with models needs."""
+        return int(self.device == "cuda")
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -270,14 +294,15 @@ def load_policy(url: str, placement: DeviceConfig) -> tuple[Policy, ChatFormat]:
     folder = storage.local_copy(url)
     tokenizer = load_tokenizer(folder)
     policy: Policy
+    recorder = record_cuda_graph if placement.cuda_graphs else None
     if Path(folder, METADATA_FILE).is_file():
         heads = MultiHeadCausalLM.from_pretrained(
             folder, dtype=placement.torch_dtype, device=placement.device
         )
-        policy = MultiHeadPolicy(heads.eval())
+        policy = MultiHeadPolicy(heads.eval(), recorder=recorder)
     else:
         model = load_causal_lm(folder, placement.torch_dtype)
-        policy = CausalPolicy(model.to(placement.device).eval())
+        policy = CausalPolicy(model.to(placement.device).eval(), recorder)
     chat = ChatFormat(tokenizer, policy.end_ids)
     check_vocabulary(chat, policy.vocab_size)
     return policy, chat

@@ -33,6 +33,7 @@ from mahalo_ray.decoding.sampling import (
     penalised,
     uniforms,
 )
+from mahalo_ray.decoding.step_graph import StepGraphs
 from mahalo_ray.decoding.stopping import StopReason, StopRule, TextStop, TokenTexts
 
 REASONS = tuple(StopReason)
@@ -324,6 +325,7 @@ class BranchDecoder:
         self._requests = RequestTable(policy, texts)
         self._stop_table = torch.zeros(policy.vocab_size, dtype=torch.bool, device=self.device)
         self._stop_table[torch.tensor(sorted(stop_ids), dtype=torch.long, device=self.device)] = True
+        self._graphs = None if policy.recorder is None else StepGraphs(policy.recorder)
         self.tokens_forwarded = 0
         self.read: list[tuple[int, Tensor]] = []  # sequences whose last token the last step read, states [D]
         self._joining: dict[int, SampleRequest] = {}
@@ -511,11 +513,17 @@ class BranchDecoder:
             ids = torch.cat([ids, torch.tensor([request.last for request in requests], device=self.device)])
             ends = torch.tensor([request.length - 1 for request in requests], device=self.device)
             positions = torch.cat([positions, ends])
-        if requests or self._is_new:
+        is_new = bool(requests) or self._is_new
+        if is_new:
             self.grid.select(self._live_index, self._live_rows, opening)
             self._is_new = bool(requests)
         rows = torch.cat([self._row, torch.from_numpy(opening).to(self.device)]) if requests else self._row
-        hidden = self._requests.read(ids[:, None], positions[:, None], self.grid, rows)[:, 0]
+        hidden = None
+        if self._graphs is not None:
+            of_grid = self._live_rows, opening
+            hidden = self._graphs.read(self._requests.read, ids, self.grid, of_grid, is_new)
+        if hidden is None:
+            hidden = self._requests.read(ids[:, None], positions[:, None], self.grid, rows)[:, 0]
         self.grid.advance(1)
         if count:
             self._count = self._count + 1

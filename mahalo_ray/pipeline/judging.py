@@ -179,7 +179,7 @@ def _scores(
     config: LabelConfig, spec: JudgeSpec, items: Sequence[Judged]
 ) -> tuple[list[Score], dict[str, Any]]:
     """The judge's score of every rated response, and what it was asked."""
-    judge = spec.open(DeviceConfig(config.cluster.device, config.dtype), 1, config.seed)
+    judge = spec.open(DeviceConfig.of(config.cluster, config.dtype), 1, config.seed)
     try:
         scores, asked = judge.score(items), judge.counts()
     finally:

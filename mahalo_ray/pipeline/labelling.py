@@ -208,7 +208,7 @@ def _spec(context: Context[LabelConfig], judges: dict[str, JudgeSpec], chunks: i
         domain=config.domain,
         step_separator=config.step_separator,
         continuations=continuations,
-        placement=DeviceConfig(config.cluster.device, config.dtype),
+        placement=DeviceConfig.of(config.cluster, config.dtype),
         threads=max(1, math.floor(config.cluster.cpus_per_rollout_actor)),
         seed=config.seed,
         actors=actors,

@@ -170,7 +170,7 @@ def _spec(context: Context[DialoguesConfig]) -> RolloutSpec:
         play=config.play,
         output_url=context.folder,
         purpose=config.name,
-        placement=DeviceConfig(config.cluster.device, config.dtype),
+        placement=DeviceConfig.of(config.cluster, config.dtype),
         threads=max(1, math.floor(config.cluster.cpus_per_rollout_actor)),
         reward_url=None if reward is None else storage.absolute(reward.model),
         reward_objective=None if reward is None else reward.objective,

@@ -242,7 +242,7 @@ def run_spec(folder: str, config: RunConfig) -> SweepSpec:
         policy_url=run_model(folder, "policy"),
         reward_url=run_model(folder, "reward"),
         output_url=storage.join(folder, SWEEP),
-        placement=DeviceConfig(config.cluster.device, config.model.dtype),
+        placement=DeviceConfig.of(config.cluster, config.model.dtype),
         threads=max(1, math.floor(config.cluster.cpus_per_rollout_actor)),
         config=config.evaluation,
         seeds=fresh_students(config),

@@ -387,7 +387,7 @@ def _play(
         play=PlayConfig.of(settings),
         output_url=context.folder,
         purpose=purpose,
-        placement=DeviceConfig(config.cluster.device, config.model.dtype),
+        placement=DeviceConfig.of(config.cluster, config.model.dtype),
         threads=max(1, math.floor(config.cluster.cpus_per_rollout_actor)),
         reward_url=reward_url,
         continuations=settings.continuations,

@@ -191,11 +191,10 @@ def _application(args: Mapping[str, str]) -> serve.Application:
             policy if settings.server is None else settings.server,
             reward if settings.reward_server is None else None,
             boundary_name(config),
-            DeviceConfig(config.cluster.device, config.model.dtype),
+            DeviceConfig.of(config.cluster, config.model.dtype),
             run_files(config, storage.absolute(deployed.run)),
             settings.reward_server,
         ),
-        config.cluster.use_gpu,
     )
 
 
@@ -213,8 +212,7 @@ def _start(
         reward_url,
         domain=boundary_name(config),
         defaults=_defaults(config),
-        use_gpu=config.cluster.use_gpu,
-        dtype=config.model.dtype,
+        placement=DeviceConfig.of(config.cluster, config.model.dtype),
         key=key,
         descriptions=_descriptions(config),
         run=run,

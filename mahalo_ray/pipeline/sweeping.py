@@ -272,7 +272,7 @@ def play_spec(context: Context[RunConfig]) -> SweepSpec:
         policy_url=last_output(context, "policy", "model"),
         reward_url=context.input("reward", "model"),
         output_url=context.folder,
-        placement=DeviceConfig(config.cluster.device, config.model.dtype),
+        placement=DeviceConfig.of(config.cluster, config.model.dtype),
         threads=max(1, math.floor(config.cluster.cpus_per_rollout_actor)),
         config=config.evaluation,
         seeds=fresh_students(config),

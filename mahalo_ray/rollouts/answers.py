@@ -222,7 +222,7 @@ class GenerateWorker:
     def __init__(self, config: GenerateConfig) -> None:
         self.name = start_worker(max(1, math.floor(config.cluster.cpus_per_rollout_actor)))
         self.config = config
-        placement = DeviceConfig(config.cluster.device, config.dtype)
+        placement = DeviceConfig.of(config.cluster, config.dtype)
         rewards = [load_step_scorer(source.model, placement, source.objective) for source in config.rewards]
         self.decoder: GuidedDecoder | CompletionDecoder
         if config.server is not None:

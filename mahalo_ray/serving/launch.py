@@ -143,8 +143,7 @@ def start(
     domain: str = "tutoring",
     defaults: Defaults | None = None,
     model_name: str = SERVED_MODEL_ID,
-    use_gpu: bool = False,
-    dtype: str = "float32",
+    placement: DeviceConfig | None = None,
     key: KeyDigests | None = None,
     descriptions: Mapping[str, str] | None = None,
     run: RunFiles | None = None,
@@ -168,7 +167,8 @@ def start(
             raise ServeError(f"there is no model at '{url}': train it first, or correct the path")
     _refuse_running_serve()
     num_rewards = len({url for url in (reward_url, *(model.reward for model in config.models)) if url})
-    _check_resources(config, use_gpu, num_rewards)
+    placement = placement or DeviceConfig()
+    _check_resources(config, placement, num_rewards)
     if key is None and not _is_loopback(config.host):
         logger.warning("serving on %s without an API key: whoever reaches this port can use it", config.host)
     port = free_port(config.host, config.port)
@@ -176,7 +176,6 @@ def start(
         config, model_name, defaults or Defaults(), key, dict(descriptions or {}), examples, students
     )
     reward = None if reward_url is None else storage.absolute(reward_url)
-    placement = DeviceConfig("cuda" if use_gpu else "cpu", dtype)
     policy = storage.absolute(policy_url) if config.server is None else config.server
     source = ModelSource(policy, reward, domain, placement, run, config.reward_server)
     started = False
@@ -189,7 +188,7 @@ def start(
             logging_config=_QUIET,
         )
         handle = serve.run(
-            application(settings, source, use_gpu),
+            application(settings, source),
             name=APP_NAME,
             route_prefix=config.path_prefix or "/",
             logging_config=_QUIET,
@@ -254,7 +253,7 @@ class ChatIngress:
         return left
 
 
-def application(settings: ServiceSettings, source: ModelSource, use_gpu: bool) -> serve.Application:
+def application(settings: ServiceSettings, source: ModelSource) -> serve.Application:
     """The Serve application: every replica loads the models once and builds its app around them.
 
     When it is deployed anew, one replica of the new kind starts before one of the old kind goes, so the
@@ -267,7 +266,7 @@ def application(settings: ServiceSettings, source: ModelSource, use_gpu: bool) -
         return _load_app(settings, source)
 
     rewards = [
-        _reward_deployment(config.reward_deployment, name, url, source.placement, use_gpu)
+        _reward_deployment(config.reward_deployment, name, url, source.placement)
         for url, name in _reward_names(settings, source).items()
         if config.reward_deployment is not None
     ]
@@ -278,7 +277,7 @@ def application(settings: ServiceSettings, source: ModelSource, use_gpu: bool) -
         max_ongoing_requests=capacity,
         max_queued_requests=capacity,
         backpressure_config={"retry_after_s": 5},
-        ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": 1 if use_gpu else 0},
+        ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": source.placement.num_gpus},
         graceful_shutdown_wait_loop_s=0.2,
         graceful_shutdown_timeout_s=config.shutdown_grace_s,
         health_check_period_s=_HEALTH_CHECK_S,
@@ -330,7 +329,7 @@ class RewardReplica:
 
 
 def _reward_deployment(
-    config: RewardDeploymentConfig, name: str, url: str, placement: DeviceConfig, use_gpu: bool
+    config: RewardDeploymentConfig, name: str, url: str, placement: DeviceConfig
 ) -> serve.Application:
     deployment = serve.deployment(
         name=name,
@@ -344,7 +343,7 @@ def _reward_deployment(
         max_ongoing_requests=max(2, math.ceil(config.target_requests)),
         ray_actor_options={
             "num_cpus": config.cpus_per_replica,
-            "num_gpus": config.gpus_per_replica if use_gpu else 0,
+            "num_gpus": config.gpus_per_replica * placement.num_gpus,
         },
         health_check_period_s=_HEALTH_CHECK_S,
         max_constructor_retry_count=1,
@@ -442,7 +441,7 @@ def _refuse_running_serve() -> None:
     )
 
 
-def _check_resources(config: ServeConfig, use_gpu: bool, num_rewards: int) -> None:
+def _check_resources(config: ServeConfig, placement: DeviceConfig, num_rewards: int) -> None:
     """Serve would wait for ever for replicas that the cluster cannot hold. `num_rewards`: different reward
     models."""
     cpus, gpus = config.cpus(num_rewards), float(config.replicas)
@@ -453,7 +452,7 @@ def _check_resources(config: ServeConfig, use_gpu: bool, num_rewards: int) -> No
         what += f" and {count} of reward models"
         advice += ", or those of serve.reward_deployment"
     total = ray.cluster_resources()
-    for name, amount in {"CPU": cpus, "GPU": gpus if use_gpu else 0}.items():
+    for name, amount in {"CPU": cpus, "GPU": gpus * placement.num_gpus}.items():
         if amount > total.get(name, 0):
             raise ServeError(
                 f"{what} need {amount:g} {name}, the Ray cluster has {total.get(name, 0):g}: {advice}, or "
