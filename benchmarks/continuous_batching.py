@@ -89,9 +89,9 @@ def theirs(
             asked = manager.add_request(text, max_new_tokens=tokens)
             found = {}
             while len(found) < candidates:
-                one = manager.get_result(timeout=60)
+                one = manager.get_result(timeout=300)
                 if one is None:
-                    raise RuntimeError("transformers gave no result within a minute")
+                    raise RuntimeError("transformers gave no result within five minutes")
                 if one.is_finished():
                     found[one.request_id] = one.generated_tokens
             text += found[asked]

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -290,10 +291,21 @@ def _end_private(before: set[int]) -> None:
         for process in alive:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(alive, timeout=KILLED_TIMEOUT_S)
+        killed = psutil.wait_procs(alive, timeout=5)[1]
+        deadline = time.monotonic() + KILLED_TIMEOUT_S
+        while any(map(_runs, killed)) and time.monotonic() < deadline:
+            time.sleep(0.05)
     finally:
         if main:
             signal.signal(signal.SIGINT, handler)
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Whether it has not ended, be it that nobody has asked how it ended."""
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _descendants(process: psutil.Process) -> list[psutil.Process]:
