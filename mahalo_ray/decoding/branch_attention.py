@@ -100,27 +100,28 @@ def shared_prefix_attention(
             halves = [shared_prefix_attention(*part, scaling, softcap) for part in parts]
             return torch.cat(halves, dim=0 if rows * branches > 1 else 1)
     # The K branches of a row, times G query heads per key/value head, times S tokens become K*G*S query rows
-    # of one product [K*G*S, D] @ [D, L] with the prefix that they share, [N, Hkv, L, D]. Giving every branch
+    # of one product [K*G*S, D] @ [D, L] with the prefix that they share, [N * Hkv, L, D]. Giving every branch
     # a copy would hold and read the prefix K times. A branch's own few keys cannot be shared, so they are a
     # second product, batched over branches.
     query = query.view(rows, branches, kv_heads, groups, width, dim).permute(0, 2, 1, 3, 4, 5) * scaling
-    query = query.reshape(rows, kv_heads, branches * groups * width, dim)
-    to_prefix = query @ prefix[0].transpose(-1, -2)
-    to_own = query.view(rows, kv_heads, branches, groups * width, dim) @ own[0].transpose(-1, -2)
+    query = query.reshape(rows * kv_heads, branches * groups * width, dim)
+    to_prefix = torch.bmm(query, prefix[0].flatten(0, 1).transpose(1, 2))
+    own_keys, own_values = (tensor.flatten(0, 2) for tensor in own)
+    to_own = torch.bmm(query.reshape(-1, groups * width, dim), own_keys.transpose(1, 2))
     to_prefix, to_own = softcapped(to_prefix, softcap), softcapped(to_own, softcap)
     if prefix_bias is not None:
-        to_prefix = to_prefix + prefix_bias
+        to_prefix = (to_prefix.view(rows, kv_heads, -1, length) + prefix_bias).flatten(0, 1)
     if own_bias is not None:
         to_own = to_own.view(rows, kv_heads, branches, groups, width, own_length) + own_bias
-    to_own = to_own.reshape(rows, kv_heads, branches * groups * width, own_length)
-    # Both parts are joined before the softmax, [N, Hkv, K*G*S, L + T]. Two softmaxes, averaged, would each
+    to_own = to_own.reshape(rows * kv_heads, branches * groups * width, own_length)
+    # Both parts are joined before the softmax, [N * Hkv, K*G*S, L + T]. Two softmaxes, averaged, would each
     # sum to 1 and give the few own tokens as much weight as the whole prefix. Merged by their log-sum-exps
     # they would be right, with more passes over the outputs and rounding of its own.
     scores = torch.cat([to_prefix, to_own], dim=-1)
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    out = weights[..., :length] @ prefix[1]
-    own_weights = weights[..., length:].view(rows, kv_heads, branches, groups * width, own_length)
-    out = out.view(rows, kv_heads, branches, groups * width, dim) + own_weights @ own[1]
+    out = torch.bmm(weights[..., :length], prefix[1].flatten(0, 1))
+    own_weights = weights[..., length:].view(len(own_values), groups * width, own_length)
+    out = out.reshape(-1, groups * width, dim) + torch.bmm(own_weights, own_values)
     out = out.view(rows, kv_heads, branches, groups, width, dim).permute(0, 2, 4, 1, 3, 5)
     return out.reshape(rows * branches, width, kv_heads * groups, dim)
 

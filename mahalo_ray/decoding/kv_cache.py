@@ -44,7 +44,7 @@ class KVBlock:
 
     @property
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+        return sum(buffer.nbytes for buffer in (*self.keys, *self.values))
 
 
 @dataclass(frozen=True)
