@@ -86,9 +86,8 @@ class Served:
             decoder = GuidedDecoder(policy, reward, "tutoring", tiny_guided.tokenizer(), 64)
         else:
             decoder = GuidedDecoder(base, [], "tutoring", tiny_guided.tokenizer(), 64)
-        config = ServeConfig(
-            max_ongoing_requests=2, max_queued_requests=4, max_new_tokens=64, max_candidates=4, max_messages=8
-        )
+        limits = {"max_ongoing_requests": 2, "max_queued_requests": 4, "max_new_tokens": 64}
+        config = ServeConfig(**limits, max_candidates=4, max_messages=8, request_timeout_s=LONG_MS / 1000)
         settings = ServiceSettings(
             config,
             "mahalo",

@@ -63,6 +63,7 @@ def make_app(
     decoder = GuidedDecoder(policy, reward, domain, tiny_guided.tokenizer(), 64)
     defaults = Defaults(num_candidates=2, sampling=SamplingConfig(max_new_tokens=8))
     limits = {"max_ongoing_requests": 4, "max_queued_requests": 4, "max_new_tokens": 32, "max_candidates": 4}
+    limits["request_timeout_s"] = 600  # longer than a slow machine takes: no verdict depends on it
     described = {"accuracy": "The answer is right."}
     service_settings = ServiceSettings(
         ServeConfig(**{**limits, **config}), "mahalo", defaults, key, described, students=STUDENTS

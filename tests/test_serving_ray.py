@@ -682,7 +682,13 @@ class ReadAgain(TraceReader):
 
 def test_a_reward_model_of_its_own_deployment_scores_alike_and_may_die(stopped, folders):
     apart = RewardDeploymentConfig(cpus_per_replica=0.5)
-    config = ServeConfig(port=0, reward_deployment=apart, cpus_per_replica=0.5)
+    config = ServeConfig(
+        port=0,
+        reward_deployment=apart,
+        cpus_per_replica=0.5,
+        request_timeout_s=LONG_S,
+        shutdown_grace_s=LONG_S,
+    )
     decoder = GuidedDecoder(
         MultiHeadCausalLM.from_pretrained(folders[0]).eval(),
         ReadAgain(ProcessRewardModel.from_pretrained(folders[1]).eval()),

@@ -27,7 +27,7 @@ from mahalo_ray.models.scoring import ObjectiveCalibration
 Answer = TypeVar("Answer")
 
 TRACES_AT_ONCE = 16  # of one call, which one replica scores in one forward
-_GIVE_UP_S = 120.0
+_GIVE_UP_S = 240.0  # a lost replica is replaced; less than what counts as stalled (model_thread.py)
 _PAUSE_S = 0.2
 
 
