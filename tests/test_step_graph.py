@@ -17,6 +17,7 @@ from repeated_operations import RepeatedOperations
 from test_other_device import BOTH, REQUESTS, reward, two_headed
 from tiny_policies import OBJECTIVES, tiny
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from mahalo_ray import GuidedDecoder, MultiHeadCausalLM, Weights
 from mahalo_ray.config import ActorsConfig, AdaptersConfig
@@ -45,6 +46,11 @@ def test_a_kept_cache_equals_reencoding(name: str, joining: set[str], prompts: A
         patch.setattr(test_decoding_cache, "policy", lambda _: recording)
         test_decoding_cache.compare_with_reencoding(name, prompts, rounds)
     assert recorder.repeats >= recorder.recordings
+
+
+def sharp() -> PreTrainedModel:
+    """A model whose draws show when it attends to something else."""
+    return test_decoding_cache.model("qwen2")
 
 
 def guided(policy: Any, options: dict[str, Any]) -> list[GuidedResult]:
@@ -103,9 +109,62 @@ def test_all_tokens_but_the_first_few_are_repeats() -> None:
     assert recorder.recordings <= 4 and recorder.repeats >= forwards - 4
 
 
+def test_requests_that_join_and_leave_are_seldom_a_new_recording() -> None:
+    """Twelve requests, at most six at once, each of three steps of its own length."""
+    recorder, found = RepeatedOperations(), []
+    for policy in (CausalPolicy(sharp()), CausalPolicy(sharp(), recorder)):
+        engine, texts = Engine(policy), {}
+        left, steps, prompts = list(range(12)), {}, {}
+        forwards = 0
+        while left or len(engine):
+            while left and len(engine) < 6:
+                (row,) = engine.add(1)
+                prompts[row] = left.pop(0)
+                engine.append([row], [[1 + prompts[row], 2, 3][: 1 + prompts[row] % 3]])
+                steps[row] = 0
+                start_step(engine, row, prompts[row], 0)
+            done, forwards = engine.step(), forwards + 1
+            for row in done:
+                engine.accept(engine.collect([row]), [prompts[row] % 2])
+                steps[row] += 1
+                if steps[row] < 3:
+                    start_step(engine, row, prompts[row], steps[row])
+                else:
+                    texts[prompts[row]] = engine.token_ids(row)
+                    engine.drop([row])
+        found.append(texts)
+    assert found[0] == found[1] and len(found[0]) == 12
+    assert recorder.recordings <= 6 and recorder.repeats >= forwards - 6
+
+
+def start_step(engine: Engine, row: int, number: int, step: int) -> None:
+    engine.start([row], [2], [SamplingParams()], [number], [3 + (5 * number + step) % 9], [None])
+
+
+def test_candidates_stay_what_they_are_while_others_join() -> None:
+    found = []
+    for policy in (CausalPolicy(sharp()), CausalPolicy(sharp(), RepeatedOperations())):
+        engine = Engine(policy)
+        rows = engine.add(4)
+        engine.append(rows, [[1, 2, 3], [4, 5], [6, 7], [8]])
+        engine.start(rows[1:], [2] * 3, [SamplingParams()] * 3, [0, 1, 2], [6, 9, 9], [None] * 3)
+        while not engine.step():
+            pass
+        candidates = engine.collect(rows[1:2])
+        engine.start(rows[:1], [2], [SamplingParams()], [2], [8], [None])  # its row becomes the first
+        for _ in range(3):
+            engine.step()
+        engine.accept(candidates, [1])
+        start_step(engine, rows[1], 1, 0)
+        while engine.is_busy:
+            engine.step()
+        found.append([engine.collect([row]).token_ids for row in rows])
+    assert found[0] == found[1]
+
+
 def test_a_sequence_that_moves_in_the_cache_is_read_where_it_lies_now() -> None:
     recorder, found = RepeatedOperations(), []
-    for policy in (CausalPolicy(tiny()), CausalPolicy(tiny(), recorder)):
+    for policy in (CausalPolicy(sharp()), CausalPolicy(sharp(), recorder)):
         engine = Engine(policy)
         rows = engine.add(3)
         engine.append(rows, [[7, 8, 9], [4, 5], [1, 2, 3]])

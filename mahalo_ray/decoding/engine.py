@@ -28,12 +28,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mahalo_ray.decoding.candidates import Candidates, SampleRequest
 from mahalo_ray.decoding.kv_cache import RaggedCache, SlotTable, pad_right, split_by_size
 from mahalo_ray.decoding.policy import HeadMix, Policy, as_policy
 from mahalo_ray.decoding.sampling import DrawLimits, SamplingParams
 from mahalo_ray.decoding.step_graph import PREFIX_TOKENS
 from mahalo_ray.decoding.stopping import StopRule, TextStop, TokenTexts
-from mahalo_ray.decoding.token_loop import BranchDecoder, Candidates, CompactingDecoder, SampleRequest
+from mahalo_ray.decoding.token_loop import BranchDecoder, CompactingDecoder
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
 from mahalo_ray.objectives import Weights
 

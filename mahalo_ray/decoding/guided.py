@@ -15,13 +15,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mahalo_ray.decoding.cached_backbone import memory_errors_alike
+from mahalo_ray.decoding.candidates import Candidates
 from mahalo_ray.decoding.guidance import GuidedRequest, GuidedResult, Step, StepCandidate, TextOutgrown
 from mahalo_ray.decoding.policy import Policy, as_policy, check_vocabulary
 from mahalo_ray.decoding.sampling import draw_keys
 from mahalo_ray.decoding.scorers import RewardModels
 from mahalo_ray.decoding.session import GuidedSession, RequestState, score_steps
 from mahalo_ray.decoding.stopping import Boundary, StopReason, StopRule
-from mahalo_ray.decoding.token_loop import Candidates
 from mahalo_ray.models.multi_head import MultiHeadCausalLM
 from mahalo_ray.models.scoring import StepScorer
 

@@ -11,6 +11,7 @@ models/attention.py). The words (sequence, slot, grid) are explained in engine.p
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -192,6 +193,10 @@ class RaggedCache:
                 positions = starts[:, None] + torch.arange(new.shape[2], device=starts.device)
                 buffer[slots.to(new.device)[:, None], :, positions] = new.transpose(1, 2)
 
+    def reserve(self, slots: int) -> None:
+        """Make room for so many sequences."""
+        self._reserve(slots, self._capacity)
+
     def _reserve(self, slots: int, capacity: int) -> None:
         self._resize(grown(self._slots, slots), grown(self._capacity, capacity, self._least_growth))
 
@@ -281,9 +286,12 @@ class Branches:
     every forward.
     """
 
-    def __init__(self, cache: RaggedCache, slots: Slots, columns: int) -> None:
-        """Every row sees its prefix as it is now."""
+    def __init__(self, cache: RaggedCache, slots: Slots, columns: int, is_steady: bool = False) -> None:
+        """Every row sees its prefix as it is now. `is_steady`: where buffers can stay when rows come and go
+        they do; they have places for more rows then, and are never shortened."""
         self.cache, self.columns = cache, columns
+        self._is_steady, self.room = is_steady, len(slots)  # rows that the buffers have places for
+        self._handed_out: weakref.ref[KVBlock] | None = None
         self.prefix_lengths = cache.lengths[slots]
         self.lengths = np.zeros(len(slots), dtype=np.int64)
         self.keys: list[Tensor] = []
@@ -337,25 +345,29 @@ class Branches:
         New row i belongs to the prefix of the old row source_rows[i] (-1: a new one, `restart` it), now at
         slots[i]. source [N', K'] has the old grid index of every new place (-1: an empty one).
         """
-        # Every layer's [N, Hkv, K, T, D] is gathered into a new buffer, not shuffled in place: moves may go
-        # both ways, so a place could be overwritten before it was read, and `block` has handed out the old
-        # buffers. New places are zero, not uninitialised: a bias of -inf gives them weight 0, but 0 * NaN is
-        # NaN and would reach the sum over values.
+        # Every layer's [N, Hkv, K, T, D] is gathered first, not shuffled in place: moves may go both ways, so
+        # a place could be overwritten before it was read. What `block` has handed out stays as it is.
+        # New places hold zeros or stale numbers, nothing uninitialised: a bias of -inf gives them weight 0,
+        # but 0 * NaN is NaN and would reach the sum over values.
         old_rows = np.flatnonzero(source_rows >= 0)
         lengths, prefix_lengths = np.zeros((2, len(source_rows)), dtype=np.int64)
         lengths[old_rows] = self.lengths[source_rows[old_rows]]
         prefix_lengths[old_rows] = self.prefix_lengths[source_rows[old_rows]]
         self.lengths, self.prefix_lengths = lengths, prefix_lengths
-        self._capacity = int(lengths.max(initial=0))
-        columns = source.shape[1]
+        longest, columns = int(lengths.max(initial=0)), source.shape[1]
+        self._capacity = max(longest, self._capacity) if self._is_steady else longest
+        self.room = self._room_for(len(source_rows))
+        in_use = self._handed_out is not None and self._handed_out() is not None
         new = np.flatnonzero(source.reshape(-1) >= 0)
         old = torch.from_numpy(source.reshape(-1)[new])
         row, column = torch.from_numpy(new // columns), torch.from_numpy(new % columns)
         for buffers in (self.keys, self.values):
             for layer, buffer in enumerate(buffers):
-                shape = (len(source_rows), buffer.shape[1], columns, self._capacity, buffer.shape[4])
-                buffers[layer] = buffer.new_zeros(shape)
-                buffers[layer][row, :, column] = self._gather(buffer, old, self._capacity)
+                shape = (self.room, buffer.shape[1], columns, self._capacity, buffer.shape[4])
+                moved = self._gather(buffer, old, longest)
+                if not self._is_steady or in_use or buffer.shape != shape:
+                    buffers[layer] = buffer.new_zeros(shape)
+                buffers[layer][row, :, column, :longest] = moved
         self.columns = columns
         self.move(slots)
 
@@ -417,16 +429,24 @@ class Branches:
     @property
     def selected(self) -> Tensor | slice:
         """Grid indices of the next forward's tokens, those of opening rows last."""
-        return slice(None) if self._selected is None else self._selected
+        return slice(self.size) if self._selected is None else self._selected
 
     @property
     def is_side_by_side(self) -> bool:
         """Whether the prefixes of the rows lie in the cache in the rows' order, one behind the other."""
         return len(self._runs) == 1
 
+    def _room_for(self, rows: int) -> int:
+        if not self._is_steady:
+            return rows
+        too_large = rows <= _SHRINK_BELOW * self.room
+        return 1 << (rows - 1).bit_length() if rows > self.room or too_large else self.room
+
     def reserve(self, multiple: int) -> None:
-        """Make sure that the next token of every branch has a place, and enlarge the buffers, where they must
-        grow, to a multiple of this many tokens."""
+        """Make sure that the next token of every branch has a place, and a slot of the cache every row that
+        the buffers have places for. Buffers of branches that must grow do so to a multiple of this many
+        tokens."""
+        self.cache.reserve(int(self.slots[0]) + self.room)
         needed = int(self.lengths.max(initial=0)) + 1
         if needed <= self._capacity:
             return
@@ -450,7 +470,9 @@ class Branches:
 
     def block(self) -> KVBlock:
         """The keys and values where they lie: those of a row stay as they are until it is restarted."""
-        return KVBlock(list(self.keys), list(self.values))
+        block = KVBlock(list(self.keys), list(self.values))
+        self._handed_out = weakref.ref(block)
+        return block
 
     def copied(self, branches: np.ndarray) -> KVBlock:
         """A copy of the branches at these grid indices: rows of one branch each."""
@@ -525,7 +547,7 @@ class Branches:
         if self._end > self._capacity:
             self._capacity = grown(self._capacity, self._end, _LEAST_GROWTH)
         for buffers, new in ((self.keys, key), (self.values, value)):
-            shape = (len(self.slots), new.shape[1], self.columns, self._capacity, new.shape[3])
+            shape = (self.room, new.shape[1], self.columns, self._capacity, new.shape[3])
             if layer == len(buffers):
                 buffers.append(new.new_zeros(shape))
             elif self._end > buffers[layer].shape[3]:
@@ -534,8 +556,9 @@ class Branches:
                 row, column, position = self._write_index
                 buffers[layer][row, :, column, position] = new[:, :, 0]
             else:
-                grid = new.reshape(shape[0], shape[2], shape[1], -1, shape[4]).transpose(1, 2)
-                buffers[layer][..., self._common_start : self._end, :] = grid
+                rows = len(self.slots)
+                grid = new.reshape(rows, shape[2], shape[1], -1, shape[4]).transpose(1, 2)
+                buffers[layer][:rows, ..., self._common_start : self._end, :] = grid
 
     def _prefixes_of(self, layer: int) -> list[tuple[Tensor, Tensor]]:
         keys, values, longest = self.cache.keys[layer], self.cache.values[layer], self._longest

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from mahalo_ray.decoding.cached_backbone import memory_errors_alike
+from mahalo_ray.decoding.candidates import Candidates
 from mahalo_ray.decoding.engine import Engine
 from mahalo_ray.decoding.guidance import (
     Choice,
@@ -26,7 +27,6 @@ from mahalo_ray.decoding.policy import HeadMix, Policy
 from mahalo_ray.decoding.sampling import DrawLimits
 from mahalo_ray.decoding.scorers import RewardModels, ScorerGroup
 from mahalo_ray.decoding.stopping import INCOMPLETE, AnswerOnly, StopReason, StopRule, TextStop, TextTail
-from mahalo_ray.decoding.token_loop import Candidates
 from mahalo_ray.errors import StageError
 
 _STEP_GOES_ON = (StopReason.STEP, StopReason.LENGTH)

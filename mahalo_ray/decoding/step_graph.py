@@ -74,7 +74,7 @@ class FixedGrid:
     """
 
     def __init__(self, grid: Branches, device: torch.device) -> None:
-        rows, columns = len(grid.slots), grid.columns
+        rows, columns = grid.room, grid.columns
         self._grid, self._columns = grid, columns
         self._slots = slice(int(grid.slots[0]), int(grid.slots[0]) + rows)
         self.ids = torch.zeros(rows * columns, dtype=torch.long, device=device)
@@ -87,8 +87,8 @@ class FixedGrid:
 
     def update(self, live_rows: np.ndarray, opening_rows: np.ndarray) -> None:
         """Other rows decode or open now, or are other ones."""
-        state = np.zeros(tuple(self._state.shape), dtype=np.int64)
-        state[0], state[1] = self._grid.lengths, self._grid.prefix_lengths
+        state, count = np.zeros(tuple(self._state.shape), dtype=np.int64), len(self._grid.slots)
+        state[0, :count], state[1, :count] = self._grid.lengths, self._grid.prefix_lengths
         state[2, live_rows], state[3, opening_rows] = 1, 1
         self._state.copy_(torch.from_numpy(state))
 

@@ -6,13 +6,13 @@ The words (sequence, branch, slot, grid) are explained in engine.py.
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mahalo_ray.decoding.candidates import Candidates, SampleRequest
 from mahalo_ray.decoding.kv_cache import (
     NO_ROWS,
     Branches,
@@ -24,8 +24,6 @@ from mahalo_ray.decoding.kv_cache import (
 )
 from mahalo_ray.decoding.policy import HeadMix, LogitFunction, Policy, StateFunction
 from mahalo_ray.decoding.sampling import (
-    UNBOUND,
-    DrawLimits,
     SamplingBatch,
     SamplingParams,
     draw,
@@ -42,90 +40,6 @@ CODE = {reason: code for code, reason in enumerate(REASONS)}
 _COMPACT_BELOW = 0.5  # lay the grid out again when at most this share of it is alive
 _WORTHWHILE = 0.75  # and the new grid has at most this share of the old one's places
 _SPREAD = 1.25  # a prefix may be copied to stand in several rows, while rows grow by at most this factor
-
-
-@dataclass(frozen=True)
-class SampleRequest:
-    """`num_candidates` continuations of a sequence of `length` tokens: one step of it.
-
-    `step` counts the choices made in the sequence before: draws are keyed by it. A candidate ends after
-    `max_tokens`, because the context is full (`fills_context`) or a limit is reached. `last` is the hidden
-    state [D] behind the sequence, or its last token if the model has not read that.
-    """
-
-    sequence: int
-    num_candidates: int
-    params: SamplingParams
-    seed: int
-    step: int
-    max_tokens: int
-    fills_context: bool
-    mix: HeadMix
-    rule: StopRule | None
-    length: int
-    last: Tensor | int
-    limits: DrawLimits = UNBOUND
-    occurred: Sequence[int] = ()  # tokens so far, for the repetition penalty
-
-
-@dataclass
-class Candidates:
-    """What was sampled: token_ids[i][k], reasons[i][k] and, if asked for, logps[i][k] (one per token) of
-    candidate k of the i-th sequence."""
-
-    sequences: list[int]
-    token_ids: list[list[list[int]]]
-    reasons: list[list[StopReason]]
-    logps: list[list[list[float]]] | None
-    base_lengths: list[int]  # tokens of every sequence when it was sampled
-    branches: list[list[BranchRef]]  # where the keys and values of every candidate lie
-
-    @classmethod
-    def empty(cls, request: SampleRequest, with_logps: bool) -> Candidates:
-        """Those of a sequence that fills the context: they have no tokens."""
-        count = request.num_candidates
-        return cls(
-            [request.sequence],
-            [[[] for _ in range(count)]],
-            [[StopReason.CONTEXT] * count],
-            [[[] for _ in range(count)]] if with_logps else None,
-            [request.length],
-            [[BranchRef(KVBlock([], []), 0, 0)] * count],
-        )
-
-    @classmethod
-    def join(cls, parts: Sequence[Candidates], sequences: Sequence[int]) -> Candidates:
-        """Those of several calls together, in the order of `sequences`."""
-        index = {sequence: (part, i) for part in parts for i, sequence in enumerate(part.sequences)}
-        sources = [index[sequence] for sequence in sequences]
-        logps: list[list[list[float]]] | None = None
-        if all(part.logps is not None for part in parts):
-            logps = [(part.logps or [])[i] for part, i in sources]
-        return cls(
-            list(sequences),
-            [part.token_ids[i] for part, i in sources],
-            [part.reasons[i] for part, i in sources],
-            logps,
-            [part.base_lengths[i] for part, i in sources],
-            [part.branches[i] for part, i in sources],
-        )
-
-    def only(self, which: Sequence[int], sequences: Sequence[int] | None = None) -> Candidates:
-        """The candidates of the which[i]-th sampled sequences. `sequences`: duplicates of those that take
-        over."""
-        return Candidates(
-            [self.sequences[i] for i in which] if sequences is None else list(sequences),
-            [self.token_ids[i] for i in which],
-            [self.reasons[i] for i in which],
-            None if self.logps is None else [self.logps[i] for i in which],
-            [self.base_lengths[i] for i in which],
-            [self.branches[i] for i in which],
-        )
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all candidates together."""
-        return sum(len(ids) for candidates in self.token_ids for ids in candidates)
 
 
 class RequestTable:
@@ -309,6 +223,8 @@ class BranchDecoder:
     The cache and the slot table are the engine's. It says so (`slots_moved`) when sequences have moved.
     """
 
+    _others_join = True
+
     def __init__(
         self,
         policy: Policy,
@@ -320,7 +236,8 @@ class BranchDecoder:
     ) -> None:
         """`texts` reads what the requests' rules need; None if they have none."""
         self.policy, self.device, self._slot_table = policy, policy.device, slot_table
-        self.grid = Branches(cache, np.zeros(0, dtype=np.int64), 1)
+        is_steady = policy.recorder is not None and self._others_join
+        self.grid = Branches(cache, np.zeros(0, dtype=np.int64), 1, is_steady)
         self._buffers = SampleBuffers(self.device, with_logps)
         self._requests = RequestTable(policy, texts)
         self._stop_table = torch.zeros(policy.vocab_size, dtype=torch.bool, device=self.device)
@@ -609,6 +526,8 @@ class BranchDecoder:
 class CompactingDecoder(BranchDecoder):
     """Decodes requests to their ends. No others join, so the grid can shrink: when most of its branches have
     ended, their keys and values are put aside and the live ones are laid out in a smaller grid."""
+
+    _others_join = False
 
     def run(self, requests: Sequence[SampleRequest]) -> Candidates:
         """The candidates of these requests' sequences."""

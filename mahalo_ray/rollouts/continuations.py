@@ -10,6 +10,7 @@ from mahalo_ray.config import ContinuationsConfig
 from mahalo_ray.data.records import StepTrace
 from mahalo_ray.data.row_fields import digest
 from mahalo_ray.data.templating import ChatFormat
+from mahalo_ray.decoding.candidates import Candidates
 from mahalo_ray.decoding.engine import Engine
 from mahalo_ray.decoding.policy import HeadMix, Policy
 from mahalo_ray.decoding.stopping import (
@@ -21,7 +22,6 @@ from mahalo_ray.decoding.stopping import (
     TokenTexts,
     step_starts,
 )
-from mahalo_ray.decoding.token_loop import Candidates
 from mahalo_ray.models.scoring import StepEncoder
 from mahalo_ray.seeding import derived_seed
 

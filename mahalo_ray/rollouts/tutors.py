@@ -16,9 +16,9 @@ from torch import Tensor
 from mahalo_ray.config import SamplingConfig
 from mahalo_ray.data.records import Dialogue, Message, Turn
 from mahalo_ray.data.templating import ChatFormat
+from mahalo_ray.decoding.candidates import Candidates
 from mahalo_ray.decoding.engine import Engine
 from mahalo_ray.decoding.stopping import Boundary, StopReason, StopRule, TextStop, TokenTexts, TurnBoundary
-from mahalo_ray.decoding.token_loop import Candidates
 from mahalo_ray.endpoints import ChatCall, Endpoint, EndpointReply, Failure
 from mahalo_ray.objectives import Weights
 from mahalo_ray.rollouts.students import PersonaStudent, Student, TutorTurn
