@@ -191,7 +191,7 @@ def test_killed_actors_and_killed_jobs_change_nothing(
 
 
 def wait_for(folder: Path) -> None:
-    for _ in range(6000):
+    for _ in range(20_000):  # as many twentieths of a second, longer than a slow machine takes
         if folder.is_dir() and any(folder.glob("*.parquet")):
             return
         time.sleep(0.05)
