@@ -20,7 +20,7 @@ import openai
 import pytest
 import tiny_guided
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, settings, strategies
 from openai import AsyncOpenAI, OpenAI
 from served_app import served
 from test_serving_app import make_app
@@ -329,11 +329,13 @@ def test_schemathesis_finds_no_undocumented_answer(url: str, path: str) -> None:
             derandomize=True,
             suppress_health_check=list(HealthCheck),
         )
-        @given(case=operation.as_strategy())
-        def check(case: Any) -> None:
+        @given(case=operation.as_strategy(), streams=strategies.booleans())
+        def check(case: Any, streams: bool) -> None:
             if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
                 case.body["model"] = "mahalo"  # a name that is drawn is never that of a model
                 case.body["max_tokens"] = 2
+                if streams and "completions" in path:
+                    case.body["stream"] = True
             case.call_and_validate(excluded_checks=[positive_data_acceptance], timeout=LONG_S)
 
         check()

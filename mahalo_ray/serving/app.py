@@ -158,6 +158,15 @@ def _answers(body: type[BaseModel], *errors: int) -> dict[int | str, dict[str, A
     return described
 
 
+def _streams(chunk: type[BaseModel]) -> dict[str, Any]:
+    """The part of a route's 200 about an answer in parts: what every server-sent event holds."""
+    parts = [{"$ref": _SCHEMAS + part.__name__} for part in (chunk, ErrorBody)]
+    part = {"contentMediaType": "application/json", "contentSchema": {"anyOf": parts}}
+    data = {"type": "string", "if": {"const": "[DONE]"}, "else": part}
+    event = {"type": "object", "required": ["data"], "properties": {"data": data}}
+    return {"text/event-stream": {"schema": event}}
+
+
 def _takes(body: type[Payload]) -> dict[str, Any]:
     """The part of a route's OpenAPI entry about a body that the app reads itself."""
     content = {"application/json": {"schema": {"$ref": _SCHEMAS + body.__name__}}}
@@ -184,9 +193,8 @@ def _add_api(app: FastAPI, served: ReplicaServices) -> None:
         keys = service.settings.key
         return 0 if keys is None else keys.check(request.headers.get("authorization"))
 
-    stream = {"text/event-stream": {"schema": {"$ref": _SCHEMAS + ChatCompletionChunk.__name__}}}
     chat_answers = _answers(ChatCompletion, *failures)
-    chat_answers[200]["content"] = stream
+    chat_answers[200]["content"] = _streams(ChatCompletionChunk)
 
     @app.post("/v1/chat/completions", responses=chat_answers, openapi_extra=_takes(ChatCompletionRequest))
     async def chat(request: Request) -> Response:
@@ -197,9 +205,7 @@ def _add_api(app: FastAPI, served: ReplicaServices) -> None:
         return await _answer(job, writer, body, asked.metrics)
 
     text_answers = _answers(TextCompletion, *failures)
-    text_answers[200]["content"] = {
-        "text/event-stream": {"schema": {"$ref": _SCHEMAS + TextCompletion.__name__}}
-    }
+    text_answers[200]["content"] = _streams(TextCompletion)
 
     @app.post("/v1/completions", responses=text_answers, openapi_extra=_takes(CompletionRequest))
     async def complete(request: Request) -> Response:
