@@ -510,4 +510,6 @@ class GenerateConfig(Section):
             raise ValueError("'rewards' are not used by strategy 'none': leave them out")
         if self.server is not None and self.max_branches != type(self).model_fields["max_branches"].default:
             raise ValueError("'max_branches' is for a policy: a completion server has its own limits")
+        if self.server is not None and self.cluster.cuda_graphs:
+            raise ValueError("'cluster.cuda_graphs' is for a policy: a completion server has its own way")
         return self

@@ -651,7 +651,8 @@ class RunConfig(Section):
     def _graphs_fit_the_policy(self) -> Self:
         if self.cluster.cuda_graphs and self.policy.adapters.depth != 0:
             raise ValueError(
-                "'cluster.cuda_graphs' is not for policies with adapters: set 'policy.adapters' or it"
+                "'cluster.cuda_graphs' is set, and forwards through 'policy.adapters' cannot be recorded: "
+                "set it to false, or 'policy.adapters.depth' to 0"
             )
         return self
 

@@ -291,7 +291,7 @@ class Branches:
         they do; they have places for more rows then, and are never shortened."""
         self.cache, self.columns = cache, columns
         self._is_steady, self.room = is_steady, len(slots)  # rows that the buffers have places for
-        self._handed_out: weakref.ref[KVBlock] | None = None
+        self._handed_out: list[weakref.ref[KVBlock]] = []
         self.prefix_lengths = cache.lengths[slots]
         self.lengths = np.zeros(len(slots), dtype=np.int64)
         self.keys: list[Tensor] = []
@@ -357,7 +357,7 @@ class Branches:
         longest, columns = int(lengths.max(initial=0)), source.shape[1]
         self._capacity = max(longest, self._capacity) if self._is_steady else longest
         self.room = self._room_for(len(source_rows))
-        in_use = self._handed_out is not None and self._handed_out() is not None
+        in_use = any(reference() is not None for reference in self._handed_out)
         new = np.flatnonzero(source.reshape(-1) >= 0)
         old = torch.from_numpy(source.reshape(-1)[new])
         row, column = torch.from_numpy(new // columns), torch.from_numpy(new % columns)
@@ -437,7 +437,7 @@ class Branches:
         return len(self._runs) == 1
 
     def _room_for(self, rows: int) -> int:
-        if not self._is_steady:
+        if not self._is_steady or rows == 0:
             return rows
         too_large = rows <= _SHRINK_BELOW * self.room
         return 1 << (rows - 1).bit_length() if rows > self.room or too_large else self.room
@@ -471,7 +471,8 @@ class Branches:
     def block(self) -> KVBlock:
         """The keys and values where they lie: those of a row stay as they are until it is restarted."""
         block = KVBlock(list(self.keys), list(self.values))
-        self._handed_out = weakref.ref(block)
+        still_held = [reference for reference in self._handed_out if reference() is not None]
+        self._handed_out = [*still_held, weakref.ref(block)]
         return block
 
     def copied(self, branches: np.ndarray) -> KVBlock:
